@@ -1,0 +1,39 @@
+"""Every Redis name, and every lifetime that both sides must agree on, in one place."""
+
+QUEUE = "feedback"
+"""The RQ queue of transcripts."""
+
+FUNCTION = "worker.train"
+"""The only function name that the worker's allow-list knows. It is a name, never an import path."""
+
+VERSION = "weights:version"
+"""Integer: the version of the weights that is live and committed."""
+
+LEDGER = "weights:ledger"
+"""Hash: transcript id -> version that contains it. It is never trimmed: it is what makes training exactly-once."""
+
+EVENTS = "weights:events"
+"""Stream: one entry a version."""
+
+STATE = "weights:state"
+"""Hash: lineage and what the worker last said of itself."""
+
+WORKER_LOCK = "weights:worker"
+"""String with a time to live: the one worker that may train this queue."""
+
+MAX_RETRIES = 3
+"""How often RQ may hand out a transcript again after its worker died."""
+
+RESULT_TTL = 7 * 24 * 3600
+"""Seconds a finished job stays readable; afterwards the ledger still knows its version."""
+
+FAILURE_TTL = 365 * 24 * 3600
+"""Seconds a failed job waits to be looked at and requeued."""
+
+JOB_TIMEOUT = 3600
+"""Seconds RQ may consider a started job alive without a heartbeat; a step is never interrupted by it."""
+
+
+def manifest(version: int) -> str:
+    """Hash: what went into `version` (jobs, tokens, loss, at, ...)."""
+    return f"weights:manifest:{version}"

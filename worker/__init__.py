@@ -1,0 +1,1 @@
+"""What runs beside vLLM: drain -> examples -> trainer -> apollo -> weights -> version."""
