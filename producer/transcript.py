@@ -1,0 +1,191 @@
+"""A transcript: one conversation, what of it to train on, and how much it counts.
+
+Must not know: Redis, RQ, tokens, any model.
+Invariants: a `Transcript` that exists is valid; `Transcript.from_dict(t.to_dict()) == t`; validation raises
+`InvalidTranscript` and nothing else; texts never appear in errors or in `repr`.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from producer.messages import MAX_MESSAGES, ROLES, normalise, says_something
+from producer.plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, shown
+
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_ID", "MAX_MESSAGES", "MAX_META_BYTES", "MAX_TOOLS", "ROLES"]
+__all__ += ["InvalidTranscript", "Transcript", "check_id"]
+
+MAX_BYTES = 4 * 1024 * 1024
+"""Size of messages, tools and template arguments together: UTF-8 text plus 16 bytes a value."""
+
+MAX_META_BYTES = 64 * 1024
+MAX_TOOLS = 512
+MAX_ID = 128
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+"""RQ's own alphabet (rq 3.0, `JOB_ID_PATTERN`)."""
+
+RESERVED_TEMPLATE_KWARGS = [
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+]
+"""Arguments of the rendering itself. `chat_template` among them would let a transcript bring its own program."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Transcript:
+    """A validated transcript; constructing one validates and normalises it, or raises `InvalidTranscript`.
+
+    id: RQ's alphabet, at most MAX_ID characters; None: the producer makes one up.
+    messages: OpenAI chat messages. Normalised: `content` is always a string, `reasoning` is called `reasoning_content`,
+        a tool call's `arguments` are an object, fields that say nothing are gone.
+    train_on: "all" assistant turns, the "last" one, or a list of indices into `messages`.
+    weight: finite, in (0, 1]: the factor on this transcript's loss.
+    tools: function definitions for the chat template, or None.
+    chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": false}.
+    meta: the application's own data; it travels with the job and is not trained on.
+    """
+
+    id: str | None = None
+    messages: list[dict[str, Any]]
+    train_on: str | list[int] = "all"
+    weight: float = 1.0
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The raw form may be wordier than the form that is kept; the kept form must fit the limit by itself,
+        # or the worker, which validates again, would refuse what the producer let through.
+        copy = PlainCopy(2 * MAX_BYTES)
+        messages = normalise(copy(self.messages, "messages"), copy)
+        kept = {
+            "id": None if self.id is None else check_id(self.id),
+            "messages": messages,
+            "train_on": _train_on(self.train_on, messages),
+            "weight": _weight(self.weight),
+            "tools": _tools(copy(self.tools, "tools")),
+            "chat_template_kwargs": _template_kwargs(copy(self.chat_template_kwargs, "chat_template_kwargs")),
+            "meta": as_map(PlainCopy(MAX_META_BYTES)(self.meta, "meta"), "meta"),
+        }
+        final = PlainCopy(MAX_BYTES)
+        for name in ("messages", "tools", "chat_template_kwargs"):
+            final(kept[name], name)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)  # frozen for everyone else
+
+    @classmethod
+    def from_dict(cls, value: Any) -> "Transcript":
+        """A transcript from its plain map, e.g. one parsed line of a JSONL file. Raises InvalidTranscript."""
+        if not isinstance(value, dict):
+            raise InvalidTranscript("transcript", f"must be an object with messages, not {type(value).__name__}")
+        for name, item in value.items():
+            if name not in cls.__slots__ and item is not None:
+                raise InvalidTranscript(
+                    "transcript",
+                    f"unknown field {shown(name)}; put it in meta. Known: {listed(cls.__slots__)}",
+                )
+        if value.get("messages") is None:
+            raise InvalidTranscript("messages", "is missing; give the conversation as a list of messages")
+        return cls(**{name: value[name] for name in cls.__slots__ if value.get(name) is not None})
+
+    def to_dict(self, *, meta: bool = True) -> dict[str, Any]:
+        """The plain map, without what has its default. `meta=False`: as a job's argument (RQ keeps meta itself)."""
+        plain: dict[str, Any] = {} if self.id is None else {"id": self.id}
+        plain["messages"] = self.messages
+        if self.train_on != "all":
+            plain["train_on"] = self.train_on
+        if self.weight != 1.0:
+            plain["weight"] = self.weight
+        for name in ("tools", "chat_template_kwargs", *(["meta"] if meta else [])):
+            if getattr(self, name):
+                plain[name] = getattr(self, name)
+        return plain
+
+    def __repr__(self) -> str:
+        return f"Transcript(id={self.id!r}, {len(self.messages)} messages)"
+
+
+def check_id(value: Any, where: str = "id") -> str:
+    """A transcript's id, which is also its job's id. Raises InvalidTranscript."""
+    if not isinstance(value, str):
+        raise InvalidTranscript(where, f"must be a string, not {type(value).__name__}")
+    text = str.__str__(value)
+    if not ID_PATTERN.fullmatch(text):
+        raise InvalidTranscript(where, "may hold only A-Z a-z 0-9 _ - and must not be empty")
+    if len(text) > MAX_ID:
+        raise InvalidTranscript(where, f"has {len(text)} characters, the limit is {MAX_ID}; use a hash of it")
+    return text
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list):
+        raise InvalidTranscript("tools", f"must be a list of function definitions, not {kind(tools)}")
+    if len(tools) > MAX_TOOLS:
+        raise InvalidTranscript("tools", f"has {len(tools)} entries, the limit is {MAX_TOOLS}")
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if as_map(tool, where).get("type") != "function":
+            raise InvalidTranscript(f"{where}.type", 'must be "function"')
+        as_name(as_map(tool.get("function"), f"{where}.function").get("name"), f"{where}.function.name")
+    return tools
+
+
+def _template_kwargs(kwargs: Any) -> dict[str, Any]:
+    kwargs = as_map({} if kwargs is None else kwargs, "chat_template_kwargs")
+    for name in kwargs:
+        if name in RESERVED_TEMPLATE_KWARGS:
+            raise InvalidTranscript("chat_template_kwargs", f"{name} is reserved for the rendering itself; remove it")
+    return kwargs
+
+
+def _train_on(train_on: Any, messages: list[dict[str, Any]]) -> str | list[int]:
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    trainable = [i for i in turns if says_something(messages[i])]
+    if not trainable:
+        raise InvalidTranscript("messages", "no assistant turn has content, reasoning or tool calls to train on")
+    if isinstance(train_on, str):
+        if train_on not in ("all", "last"):
+            raise InvalidTranscript("train_on", 'must be "all", "last" or a list of indices into messages')
+        if train_on == "last" and turns[-1] not in trainable:
+            raise InvalidTranscript("train_on", f"the last assistant turn, messages[{turns[-1]}], is empty; remove it")
+        return str.__str__(train_on)
+    if not isinstance(train_on, list | tuple) or not train_on:
+        raise InvalidTranscript("train_on", 'must be "all", "last" or a non-empty list of indices into messages')
+    if len(train_on) > len(messages):
+        raise InvalidTranscript("train_on", f"names {len(train_on)} turns of {len(messages)} messages")
+    for position, index in enumerate(train_on):
+        where = f"train_on[{position}]"
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise InvalidTranscript(where, f"must be an integer, not {kind(index)}")
+        if not 0 <= index < len(messages):
+            raise InvalidTranscript(where, f"is outside the {len(messages)} messages; indices start at 0")
+        if index not in trainable:
+            raise InvalidTranscript(where, f"messages[{index}] is not an assistant turn that says something")
+    if len(set(train_on)) != len(train_on):
+        raise InvalidTranscript("train_on", "names a turn twice; weight is for what counts more or less")
+    return sorted(int(index) for index in train_on)
+
+
+def _weight(weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise InvalidTranscript("weight", f"must be a number, not {kind(weight)}")
+    if not 0 < weight <= 1 or not math.isfinite(weight):
+        raise InvalidTranscript("weight", "must be above 0 and at most 1; leave out what should not be trained")
+    return float(weight)
