@@ -1,0 +1,158 @@
+"""One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
+
+The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
+vLLM, the header or versions.
+
+Invariants: `backward` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss is
+sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of weight .5 moves the model half as much.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from worker.apollo import ApolloMini
+from worker.batches import Batch, make_batches
+from worker.examples import Example
+from worker.faults import point
+
+WIDTHS = (128, 256, 512, 1024, 2048, 4096)
+"""The row lengths a forward pass can have, in tokens: few, so that nothing is compiled or tuned during traffic."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass found; the gradients themselves are in the parameters."""
+
+    loss: float
+    tokens: int
+    trained_tokens: int
+    nll: dict[str, float]
+    """Example id -> mean negative log-likelihood of its trained tokens, in nats, under the weights before the step."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Example id -> why it was left out; such an example has contributed nothing."""
+
+
+class Trainer:
+    """Trains `model`, a transformers causal language model, with `optimizer`.
+
+    `budget` bounds the tokens (padding included) of one forward pass; a micro-batch may take several. `warmup` is the
+    number of steps over which the learning rate rises linearly to `lr`, counted by the optimizer's own step count so
+    that a restarted worker goes on where it was.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: ApolloMini,
+        *,
+        pad_id: int,
+        lr: float,
+        warmup: int = 0,
+        budget: int = 4096,
+        widths: Sequence[int] = WIDTHS,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.pad_id = pad_id
+        self.lr = lr
+        self.warmup = warmup
+        self.budget = max(budget, max(widths))
+        self.widths = tuple(widths)
+        self.device = next(model.parameters()).device
+
+    def backward(self, examples: Sequence[Example]) -> Gradients:
+        """Compute the gradients of `examples`; those whose loss is not finite are left out and reported."""
+        rejected: dict[str, str] = {}
+        while kept := [example for example in examples if example.id not in rejected]:
+            self.optimizer.zero_grad(set_to_none=True)
+            nll = self._accumulate(kept)
+            bad = {id for id, value in nll.items() if not math.isfinite(value)}
+            if not bad:
+                counts = {example.id: example.trained_tokens for example in kept}
+                total = sum(counts.values())
+                weights = {example.id: example.weight for example in kept}
+                return Gradients(
+                    loss=sum(weights[id] * nll[id] * counts[id] for id in nll) / total,
+                    tokens=sum(example.tokens for example in kept),
+                    trained_tokens=total,
+                    nll=nll,
+                    rejected=rejected,
+                )
+            rejected |= {id: "its loss is not finite under the present weights" for id in bad}
+        self.optimizer.zero_grad(set_to_none=True)
+        return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
+
+    def apply(self) -> dict[str, float]:
+        """One optimizer step with the gradients that `backward` left; returns the RMS of update and weights.
+
+        Raises what the optimizer raises for a non-finite gradient, before any weight has changed.
+        """
+        factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        update = self.optimizer.last_update
+        return {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Mean NLL per trained token by example id, without gradients."""
+        sums = torch.zeros(len(examples), dtype=torch.float64)
+        for batch in self._batches(examples):
+            self._add_by_example(sums, batch, self._row_nll(batch))
+        return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+
+    def _accumulate(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Forward and backward over every batch; stops before backward of a batch with a non-finite row."""
+        total = sum(example.trained_tokens for example in examples)
+        sums = torch.zeros(len(examples), dtype=torch.float64)
+        for batch in self._batches(examples):
+            row_nll = self._row_nll(batch)  # [B]
+            self._add_by_example(sums, batch, row_nll.detach())
+            if not torch.isfinite(sums).all():
+                break
+            ((row_nll * batch.weights.to(row_nll.device)).sum() / total).backward()
+            point("backward")
+        return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+
+    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
+        return make_batches(list(examples), pad_id=self.pad_id, widths=self.widths, budget=self.budget)
+
+    def _row_nll(self, batch: Batch) -> torch.Tensor:
+        """Summed negative log-likelihood of each row's trained tokens: fp32 [B]."""
+        ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)  # [B, T]
+        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
+        rows, columns = mask.nonzero(as_tuple=True)  # the N trained positions, each predicted from the one before it
+        logits = self.model.lm_head(hidden[rows, columns - 1]).float()  # [N, V]
+        nll = F.cross_entropy(logits, ids[rows, columns], reduction="none")  # [N]
+        return torch.zeros(ids.shape[0], device=self.device).index_add(0, rows, nll)
+
+    @staticmethod
+    def _add_by_example(sums: torch.Tensor, batch: Batch, row_nll: torch.Tensor) -> None:
+        real = batch.examples >= 0
+        sums.index_add_(0, batch.examples[real], row_nll.cpu().double()[real])
+
+
+def make_optimizer(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    *,
+    embeddings: str,
+    state: torch.Tensor | None = None,
+    **options: Any,
+) -> ApolloMini:
+    """The optimizer over all text parameters in sorted order, frozen ones included.
+
+    The order, and with it the layout of `state` and every random draw, depends on the names alone, so it is the same
+    whatever `embeddings` ("apollo" or "frozen") says: frozen parameters simply never have a gradient.
+    """
+    named = sorted(parameters, key=lambda item: item[0])
+    for name, parameter in named:
+        is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        parameter.requires_grad_(not (is_table and embeddings == "frozen"))
+    return ApolloMini(named, state=state, **options)
