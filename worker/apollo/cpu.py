@@ -1,0 +1,156 @@
+"""APOLLO-Mini on a CPU: the formulas, in chunks of rows so that fp32 copies stay small.
+
+Bitwise repeatable for a fixed number of threads. Must not know: streams, files, anything above tensors.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from worker.apollo import formulas, philox
+from worker.apollo.errors import NonFiniteGradient
+from worker.apollo.layout import APOLLO, StateArea
+from worker.apollo.slots import Options, Slot, Totals
+
+CHUNK = 1 << 20
+"""Elements that are held in fp32 at a time (at least one row)."""
+
+
+def _chunks(rows: int, cols: int) -> Iterator[slice]:
+    step = max(1, CHUNK // cols)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class CpuBackend:
+    """See `slots.Backend`."""
+
+    def __init__(self, slots: Sequence[Slot], area: StateArea, options: Options) -> None:
+        self.slots, self.area, self.options = slots, area, options
+        self._drawn: int | None = None
+        self._projections: dict[int, Tensor] = {}
+        self._totals = Totals(0.0, 0.0, 0)
+        self._update_squares = self._weight_squares = 0.0
+        self._elements = 0
+
+    def begin(self, draw: int) -> None:
+        if draw != self._drawn:
+            self._drawn, self._projections = draw, {}
+        self._update_squares = self._weight_squares = 0.0
+        self._elements = 0
+
+    def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        measured = [self._measure(slot, gradient) for slot, gradient in pairs]
+        for (slot, _), (_, g_norm) in zip(pairs, measured, strict=True):
+            if not math.isfinite(g_norm):
+                raise NonFiniteGradient(slot.name)
+        for (slot, gradient), (r, g_norm) in zip(pairs, measured, strict=True):
+            if slot.algorithm != APOLLO:
+                self._adamw(slot, gradient)
+            elif g_norm > 0:
+                self._apollo(slot, gradient, r, g_norm)
+            else:
+                self._count(slot)
+
+    def finish(self) -> None:
+        self.area.step_count.add_(1)
+        self._totals = Totals(self._update_squares, self._weight_squares, self._elements)
+
+    def check(self) -> None:
+        pass  # update() has raised already
+
+    def totals(self) -> Totals:
+        return self._totals
+
+    def _projection(self, slot: Slot) -> Tensor:
+        if slot.index not in self._projections:
+            assert self._drawn is not None
+            self._projections[slot.index] = self.options.draw(slot, self._drawn)
+        return self._projections[slot.index]
+
+    def _measure(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, float]:
+        """One pass over the gradient: (R, ||G||); R is empty for AdamW."""
+        squares = 0.0
+        wanted = slot.algorithm == APOLLO
+        tall = formulas.is_tall(slot.rows, slot.cols)
+        r = torch.zeros(max(slot.rows, slot.cols) if wanted else 0)
+        for rows in _chunks(slot.rows, slot.cols):
+            g = gradient[rows].float()
+            squares += float(torch.linalg.vector_norm(g)) ** 2
+            if wanted and tall:
+                r[rows] = formulas.project(g, self._projection(slot), tall)
+            elif wanted:
+                r += formulas.project(g, self._projection(slot)[rows], tall)
+        return r, math.sqrt(squares) if squares >= 0 else squares  # NaN stays NaN
+
+    def _apollo(self, slot: Slot, gradient: Tensor, r: Tensor, g_norm: float) -> None:
+        m, v = self.area.moments(slot.index)
+        previous = self.area.previous[slot.index : slot.index + 1]
+        beta1, beta2 = slot.group["betas"]
+        formulas.update_moments(m, v, r, beta1, beta2)
+        n = formulas.normalised(m, v, slot.group["eps"])
+        factor, remembered = formulas.matrix_factor(
+            float(torch.linalg.vector_norm(n)),
+            float(torch.linalg.vector_norm(r)),
+            g_norm,
+            float(previous),
+            slot.root,
+            slot.group["scale_front"],
+            slot.group["gamma"],
+            formulas.limiter_floor(slot.rows, slot.cols),
+        )
+        previous.fill_(remembered)
+        step = self._step_size(slot) * factor
+        self._update_squares += (step * g_norm) ** 2
+        for rows in _chunks(slot.rows, slot.cols):
+            self._write(slot, rows, gradient[rows].float(), step)
+        self._elements += slot.rows * slot.cols
+
+    def _adamw(self, slot: Slot, gradient: Tensor) -> None:
+        """AdamW in the same terms: U = N, with R = G."""
+        m, v = (state.view(slot.rows, slot.cols) for state in self.area.moments(slot.index))
+        step = self._step_size(slot)
+        for rows in _chunks(slot.rows, slot.cols):
+            formulas.update_moments(m[rows], v[rows], gradient[rows].float(), *slot.group["betas"])
+            n = formulas.normalised(m[rows], v[rows], slot.group["eps"])
+            self._update_squares += (step * float(torch.linalg.vector_norm(n))) ** 2
+            self._write(slot, rows, n, step)
+        self._elements += slot.rows * slot.cols
+
+    def _step_size(self, slot: Slot) -> float:
+        beta1, beta2 = slot.group["betas"]
+        return formulas.step_size(slot.group["lr"], beta1, beta2, self._t)
+
+    @property
+    def _t(self) -> int:
+        return int(self.area.step_count) + 1
+
+    def _write(self, slot: Slot, rows: slice, direction: Tensor, step: float) -> None:
+        """W <- apply(W, direction), rounded as asked, for some rows."""
+        weight = slot.matrix(slot.parameter, "the weight")[rows]
+        value = weight.float() if weight.dtype != torch.float32 else weight
+        self._weight_squares += float(torch.linalg.vector_norm(value)) ** 2
+        formulas.apply(value, direction, step, slot.group["lr"] * slot.group["weight_decay"])
+        if weight.dtype == torch.float32:
+            return
+        if self.options.stochastic:
+            value = philox.round_stochastic(value, self._bits(slot, rows))
+        weight.copy_(value)  # rounds to nearest what is still fp32
+
+    def _bits(self, slot: Slot, rows: slice) -> Tensor:
+        """Rounding bits of these rows: int32 [rows, cols]."""
+        place, count = slot.place, rows.stop - rows.start
+        first = (place.row + torch.arange(rows.start, rows.stop)) * place.full_cols + place.col
+        if slot.cols == place.full_cols:  # consecutive rows are consecutive elements
+            bits = philox.rounding_bits(self.options.seed, self._t, slot.id, first[:1], count * slot.cols)
+        else:
+            bits = philox.rounding_bits(self.options.seed, self._t, slot.id, first, slot.cols)
+        return bits.view(count, slot.cols)
+
+    def _count(self, slot: Slot) -> None:
+        """A zero gradient: nothing changes; the weights still count in the weights' RMS."""
+        for rows in _chunks(slot.rows, slot.cols):
+            weight = slot.matrix(slot.parameter, "the weight")[rows]
+            self._weight_squares += float(torch.linalg.vector_norm(weight.float())) ** 2
+        self._elements += slot.rows * slot.cols

@@ -1,0 +1,121 @@
+"""Where the optimizer's persistent state lies in the flat memory it is handed.
+
+    header 64 B: magic, step count t, layout digest (32 B), two spare words, all int64
+    prev:  one fp32 a parameter (the limiter's ||U||; unused by AdamW)
+    then for each parameter in order: m, v, fp32: max(rows, cols) elements each for APOLLO-Mini, all elements for AdamW
+
+The layout depends on nothing but the parameters' shapes, algorithms and order, so that a restarted trainer finds its
+state again in memory that outlived it. A fresh area is all zero bytes, which is the state before the first step.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.apollo.errors import ApolloError
+
+APOLLO, ADAMW = "apollo", "adamw"
+MAGIC = int.from_bytes(b"APOLLO.1", "little")
+HEADER_BYTES = 64
+ALIGNMENT = 64
+_STEP, _DIGEST = 1, slice(2, 6)
+
+
+def algorithm_for(shape: Sequence[int]) -> str:
+    """Matrices take APOLLO-Mini; norms, biases, convolutions, A_log and dt_bias AdamW, whose state is small there."""
+    return APOLLO if len(shape) == 2 else ADAMW
+
+
+def moment_length(shape: Sequence[int], algorithm: str) -> int:
+    """Elements of m, and of v."""
+    return max(shape) if algorithm == APOLLO else math.prod(shape)
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offsets of every part, and the digest that says which layout this is."""
+
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    total: int
+    digest: bytes
+
+    @staticmethod
+    def of(shapes: Sequence[Sequence[int]], algorithms: Sequence[str] | None = None) -> "Layout":
+        names = list(algorithms) if algorithms is not None else [algorithm_for(shape) for shape in shapes]
+        plan = [(tuple(shape), name) for shape, name in zip(shapes, names, strict=True)]
+        offset = _align(HEADER_BYTES + 4 * len(plan))
+        offsets, lengths = [], []
+        for shape, name in plan:
+            offsets.append(offset)
+            lengths.append(moment_length(shape, name))
+            offset += 2 * _align(4 * lengths[-1])
+        return Layout(tuple(offsets), tuple(lengths), offset, hashlib.sha256(repr(plan).encode()).digest())
+
+
+def state_bytes(shapes: Sequence[tuple[int, ...]], algorithms: Sequence[str] | None = None) -> int:
+    """Bytes of state that `ApolloMini` needs for parameters of these shapes in this order.
+
+    `algorithms` ("apollo" or "adamw" for each) only where a group overrides the choice by shape.
+    """
+    return Layout.of(shapes, algorithms).total
+
+
+class StateArea:
+    """The state in `memory`: a flat uint8 tensor, shared or our own, on a CPU or a GPU. Never moved."""
+
+    def __init__(self, memory: Tensor, layout: Layout) -> None:
+        """Attach, or write magic and digest into a fresh area. Raises `ApolloError` if it holds anything else."""
+        if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
+            raise ApolloError("the optimizer's state memory must be a flat, contiguous uint8 tensor")
+        if memory.numel() < layout.total:
+            raise ApolloError(
+                f"the optimizer's state memory has {memory.numel()} bytes and these parameters need {layout.total}: "
+                "size it with worker.apollo.state_bytes"
+            )
+        unit = 16 if memory.is_cuda else 8  # kernels load 16 bytes at a time; a file mapped by safetensors starts at 8
+        if memory.data_ptr() % unit:
+            raise ApolloError(f"the optimizer's state memory must start at a multiple of {unit} bytes")
+        self.memory, self.layout = memory, layout
+        self.header = memory[:HEADER_BYTES].view(torch.int64)
+        digest = torch.frombuffer(bytearray(layout.digest), dtype=torch.int64)
+        found = self.header.cpu()
+        if not found.any():
+            self.header[_DIGEST] = digest.to(memory.device)
+            self.header[0] = MAGIC
+        elif int(found[0]) != MAGIC or not torch.equal(found[_DIGEST], digest):
+            raise ApolloError(
+                "the optimizer's state memory belongs to other parameters (their shapes, algorithms or order differ): "
+                "attach with the same ones, or hand in zeroed memory to start afresh"
+            )
+
+    @property
+    def step_count(self) -> Tensor:
+        """int64 [1], a view: the number of steps taken."""
+        return self.header[_STEP : _STEP + 1]
+
+    @property
+    def previous(self) -> Tensor:
+        """fp32 [parameters], a view: the limiter's ||U||, 0 where there is none yet."""
+        count = len(self.layout.offsets)
+        return self.memory[HEADER_BYTES : HEADER_BYTES + 4 * count].view(torch.float32)
+
+    def moments(self, index: int) -> tuple[Tensor, Tensor]:
+        """(m, v) of a parameter: fp32 views, 1-D."""
+        start, length = self.layout.offsets[index], self.layout.lengths[index]
+        second = start + _align(4 * length)
+        m = self.memory[start : start + 4 * length].view(torch.float32)
+        return m, self.memory[second : second + 4 * length].view(torch.float32)
+
+    def load(self, saved: Tensor) -> None:
+        """Take over the bytes of another area of the same layout."""
+        other = StateArea(saved.detach().clone(), self.layout)  # checks size, magic and digest
+        self.memory[: self.layout.total].copy_(other.memory[: self.layout.total])
