@@ -1,0 +1,73 @@
+"""The server's flags under which weights cannot be shared, or not soundly, each refused by name before anything else.
+
+vLLM's configuration objects are read here only as plain attributes; checked on 0.26.0 and 0.32.0.
+Must not know: memory, sockets, torch.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from producer.errors import TandemError
+
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+)
+"""Each must be 1: the weights then lie whole in one process."""
+LOAD_FORMATS = ("auto", "safetensors", "dummy", "instanttensor", "runai_streamer", "fastsafetensors")
+"""Formats that put plain safetensors checkpoints (or random values) into parameters of the server's own."""
+
+
+class RefusedFlag(TandemError):
+    """The server was started in a way that keeps its weights from being shared and trained."""
+
+
+def refuse_unshareable(vllm_config: Any, device_type: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `RefusedFlag` naming every flag of `vllm_config` (a vLLM VllmConfig) that stands in the way."""
+    reasons = [*_parallel(vllm_config.parallel_config), *_model(vllm_config), *_memory(vllm_config)]
+    if device_type == "cuda":
+        reasons += _allocator(environment)
+    if reasons:
+        raise RefusedFlag("the weights of this server cannot be trained: " + "; ".join(reasons))
+
+
+def _parallel(config: Any) -> Iterator[str]:
+    for flag in PARALLEL_SIZES:
+        size = getattr(config, flag, 1)
+        if size != 1:
+            yield f"--{flag.replace('_', '-')} {size} splits or repeats them over processes: use 1"
+
+
+def _model(config: Any) -> Iterator[str]:
+    model = config.model_config
+    if model.quantization is not None or config.quant_config is not None:
+        yield f"--quantization {model.quantization}: quantized weights cannot be trained in place: serve the bf16 model"
+    if str(model.dtype) != "torch.bfloat16":
+        yield f"--dtype {str(model.dtype).removeprefix('torch.')}: serve with --dtype bfloat16"
+    if getattr(model, "hf_overrides", None):
+        yield "--hf-overrides changes the model behind the trainer's back: edit its config.json instead"
+    if config.lora_config is not None:
+        yield "--enable-lora wraps the layers and serves adapters made for weights that change: serve without it"
+    load_format = config.load_config.load_format
+    if str(load_format) not in LOAD_FORMATS:
+        yield f"--load-format {load_format}: use one of {', '.join(LOAD_FORMATS)}"
+
+
+def _memory(config: Any) -> Iterator[str]:
+    if config.model_config.enable_sleep_mode:
+        yield "--enable-sleep-mode frees and remaps the weights' memory: serve without it"
+    offload = config.offload_config
+    if offload.uva.cpu_offload_gb > 0:
+        yield f"--cpu-offload-gb {offload.uva.cpu_offload_gb} keeps weights outside the GPU: use 0"
+    if offload.prefetch.offload_group_size > 0:
+        yield f"--offload-group-size {offload.prefetch.offload_group_size} keeps weights outside the GPU: use 0"
+
+
+def _allocator(environment: Mapping[str, str]) -> Iterator[str]:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        options = environment.get(variable, "").replace(" ", "").lower()
+        if "expandable_segments:true" in options or "backend:cudamallocasync" in options:
+            yield f"{variable}={environment[variable]} allocates memory that CUDA IPC cannot share: unset it"
