@@ -168,6 +168,10 @@ def _config(tokenizer: PreTrainedTokenizerBase, vision: bool, tie: bool, hidden:
 def _model(config: Any, end_of_turn: int, seed: int) -> PreTrainedModel:
     """A fresh model of `config`, drawn in fp32 from `seed` and rounded to bf16. The caller's random state is kept."""
     import torch
+
+    from worker.torch_setup import prepare
+
+    prepare()  # transformers' models import torchvision
     from transformers import GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
 
     kind = Qwen3_5ForConditionalGeneration if config.model_type == "qwen3_5" else Qwen3_5ForCausalLM
