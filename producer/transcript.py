@@ -83,7 +83,7 @@ class Transcript:
             "meta": as_map(PlainCopy(MAX_META_BYTES)(self.meta, "meta"), "meta"),
         }
         final = PlainCopy(MAX_BYTES)
-        for name in ("messages", "tools", "chat_template_kwargs"):
+        for name in ("tools", "chat_template_kwargs", "messages"):
             final(kept[name], name)
         for name, value in kept.items():
             object.__setattr__(self, name, value)  # frozen for everyone else

@@ -1,0 +1,299 @@
+"""A transcript as an RQ job: how it is queued exactly once, and how Redis' answers read. Shared by both clients.
+
+Must not know: how to talk to Redis (client.py blocks, aclient.py awaits), the worker.
+Invariants: an id is queued only if neither its job nor the permanent ledger knows it, decided and done in one script,
+so that racing producers cannot both win; a job's description never holds the transcript; no text here holds a password.
+RQ's parts used (checked on rq 3.0.0): `Job.create`, `Job.to_dict`, `Result.restore`, and the rule that queueing a job
+is its hash, its id on the queue's list, and the queue's name in `rq:queues`.
+"""
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from rq import Retry
+from rq.job import Job, JobStatus
+from rq.results import Result
+
+from producer import keys
+from producer.errors import TandemError
+from producer.serializer import MsgpackSerializer
+from producer.transcript import InvalidTranscript, Transcript
+
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+
+ACL = (
+    "resetchannels -@all +evalsha +script|load +hget +exists +sadd +hset +rpush +multi +exec +xrevrange +xread +hgetall"
+    f" +get %RW~rq:job:* %RW~rq:queue:{keys.QUEUE} %W~rq:queues %R~rq:results:* %R~weights:*"
+)
+"""What a producer's Redis user needs, and all it gets: `ACL SETUSER app on >password` and this. Redis 7 or later.
+
+It can queue transcripts and read versions, jobs and results; it cannot set a version, touch the ledger, pop, delete,
+publish, configure, or reach another queue. A database other than 0 needs `+select` as well.
+"""
+
+ENQUEUE = b"""
+local version = redis.call('HGET', ARGV[1], ARGV[3])
+if version then return version end
+if redis.call('EXISTS', KEYS[1]) == 1 then return 'known' end
+redis.call('SADD', ARGV[2], KEYS[2])
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('RPUSH', KEYS[2], ARGV[3])
+return 'new'
+"""
+# KEYS: the job's hash, the queue's list. ARGV: ledger, set of queues, id, then the hash's fields and values.
+# Ledger and set are arguments, not keys, because Redis demands read and write rights on every key announced, and a
+# producer must not write the ledger. (A Redis Cluster would want them announced; RQ does not run on one either.)
+
+SCRIPT_SHA = hashlib.sha1(ENQUEUE).hexdigest()
+
+QUEUE_KEY = f"rq:queue:{keys.QUEUE}"
+QUEUES_KEY = "rq:queues"
+
+CHUNK_JOBS = 100
+CHUNK_BYTES = 8 * 1024 * 1024
+"""A pipeline is sent when either is reached."""
+
+BLOCK_SECONDS = 5.0
+"""The longest single blocking read of `wait`. A job that is cancelled or deleted announces nothing; it is seen then."""
+
+
+class QueueUnavailable(TandemError, ConnectionError):
+    """Redis is away, full or refuses us. `queued`: what `enqueue_many` had done, up to the pipeline that failed."""
+
+    queued: "list[Any]" = []  # noqa: RUF012 - replaced, never changed
+
+
+class UnknownTranscript(TandemError, LookupError):
+    """Neither the queue nor the ledger knows this id."""
+
+
+class TranscriptFailed(TandemError):
+    """The worker refused the transcript, or somebody cancelled it: it is in no version."""
+
+
+class WaitTimeout(TandemError, TimeoutError):
+    """The transcript is in no version yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """What became of one transcript.
+
+    id: the transcript's and its job's. new: queued by this very call. version: the one that contains it, if trained.
+    """
+
+    id: str
+    new: bool
+    version: int | None
+    _load: "Callable[[], Job | None] | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def job(self) -> Job | None:
+        """The RQ job; for a known id one round trip, None once it has expired. Not on the async client."""
+        if self._load is None:
+            raise TandemError("an AsyncProducer's result has no RQ job, which would block: use status() or wait()")
+        return self._load()
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a transcript is. state: RQ's word (queued, started, finished, failed, canceled, ...) or "unknown".
+
+    version: the version that contains it. reason: why it failed, one line.
+    """
+
+    id: str
+    state: str
+    version: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One transcript ready to be sent: `arguments` go to EVALSHA after the script's hash and the number of keys, 2."""
+
+    job: Job
+    made_up: bool
+    arguments: list[Any]
+    size: int
+
+    def outcome(self, reply: bytes, load: "Callable[[], Job | None] | None") -> Enqueued:
+        # An id made up here can only be known because a lost answer made redis-py send the script again.
+        new = reply == b"new" or (reply == b"known" and self.made_up)
+        version = None if reply in (b"new", b"known") else int(reply)
+        return Enqueued(self.job.id, new, version, load)
+
+
+def submission(transcript: Transcript, connection: redis.Redis) -> Submission:
+    """`connection` is what RQ's Job keeps for later; nothing is sent here."""
+    job_id = transcript.id or uuid.uuid4().hex
+    job = Job.create(
+        keys.FUNCTION,
+        args=(transcript.to_dict(meta=False),),
+        kwargs={},
+        connection=connection,
+        id=job_id,
+        origin=keys.QUEUE,
+        status=JobStatus.QUEUED,
+        description=f"transcript {job_id}",
+        meta=transcript.meta,
+        timeout=keys.JOB_TIMEOUT,
+        result_ttl=keys.RESULT_TTL,
+        failure_ttl=keys.FAILURE_TTL,
+        retry=Retry(max=keys.MAX_RETRIES),
+        serializer=MsgpackSerializer,
+    )
+    job.enqueued_at = datetime.now(UTC)
+    fields = {name: value for name, value in job.to_dict().items() if value is not None}
+    arguments: list[Any] = [job.key, QUEUE_KEY, keys.LEDGER, QUEUES_KEY, job_id]
+    for item in fields.items():
+        arguments += item
+    return Submission(job, transcript.id is None, arguments, len(fields["data"]) + 1024)
+
+
+def collect(
+    transcripts: Iterable[Transcript | dict[str, Any]], connection: redis.Redis
+) -> tuple[list[Submission], dict[int, InvalidTranscript]]:
+    """What can be sent, in order, and, by its place in the input, what cannot."""
+    ready: list[Submission] = []
+    refused: dict[int, InvalidTranscript] = {}
+    for place, item in enumerate(transcripts):
+        try:
+            transcript = item if isinstance(item, Transcript) else Transcript.from_dict(item)
+        except InvalidTranscript as error:
+            refused[place] = error
+        else:
+            ready.append(submission(transcript, connection))
+    return ready, refused
+
+
+def merge(sent: list[Enqueued], refused: dict[int, InvalidTranscript]) -> list[Enqueued | InvalidTranscript]:
+    """The outcomes in the order of the input."""
+    rest = iter(sent)
+    return [refused[place] if place in refused else next(rest) for place in range(len(sent) + len(refused))]
+
+
+def chunks(submissions: list[Submission]) -> Iterator[list[Submission]]:
+    chunk: list[Submission] = []
+    size = 0
+    for item in submissions:
+        if chunk and (len(chunk) == CHUNK_JOBS or size + item.size > CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += item.size
+    if chunk:
+        yield chunk
+
+
+def results_key(job_id: str) -> str:
+    """The stream RQ adds to when a job ends, in the transaction that ends it."""
+    return str(Result.get_key(job_id))
+
+
+def read_commands(pipe: Any, job_id: str) -> None:
+    """Queue the reads that `status_of` understands, for one MULTI."""
+    pipe.hget(keys.LEDGER, job_id)
+    pipe.hget(Job.key_for(job_id), "status")
+    pipe.xrevrange(results_key(job_id), count=1)
+
+
+def status_of(job_id: str, replies: list[Any], connection: redis.Redis) -> tuple[Status, str]:
+    """The status, and the id of the last entry of the job's result stream: where a blocking read goes on."""
+    version, raw_state, results = replies
+    last = results[0][0].decode() if results else "0-0"
+    if version is not None:
+        return Status(job_id, "finished", int(version)), last
+    state = raw_state.decode() if raw_state else "unknown"
+    reason = None
+    if state == "failed" and results:
+        result = Result.restore(job_id, last, results[0][1], connection, serializer=MsgpackSerializer)
+        lines = (result.exc_string or "").strip().splitlines()
+        reason = lines[-1][:500] if lines else None
+    return Status(job_id, state, None, reason), last
+
+
+def settled(status: Status) -> int | None:
+    """The version of a trained transcript, None while it may still be trained. Raises if it never will be."""
+    if status.version is not None:
+        return status.version
+    if status.state == "unknown":
+        raise UnknownTranscript(f"no transcript {status.id!r}: it was never queued here, or its job was deleted")
+    if status.state == "failed":
+        raise TranscriptFailed(f"transcript {status.id} failed: {status.reason or 'see its job in tandem dashboard'}")
+    if status.state in ("canceled", "stopped"):
+        raise TranscriptFailed(f"transcript {status.id} was {status.state}; requeue it in tandem dashboard")
+    if status.state == "finished":
+        raise TranscriptFailed(f"transcript {status.id} finished, but the ledger does not know it: see tandem status")
+    return None
+
+
+def timed_out(status: Status, timeout: float) -> WaitTimeout:
+    return WaitTimeout(
+        f"transcript {status.id} is still {status.state} after {timeout:g} s; wait longer, or see whether a worker runs"
+        " (tandem status)"
+    )
+
+
+def block_ms(left: float | None, client: Any) -> int:
+    """Milliseconds one blocking read may take; shorter than the connection's own timeout, which would cut it off."""
+    socket_timeout = client.connection_pool.connection_kwargs.get("socket_timeout")
+    longest = BLOCK_SECONDS if socket_timeout is None else min(BLOCK_SECONDS, socket_timeout / 2)
+    return max(1, int(1000 * (longest if left is None else min(longest, left))))
+
+
+def resolve_url(url: str | None) -> str:
+    return url or os.environ.get("REDIS_URL") or DEFAULT_URL
+
+
+def safe_url(url: str) -> str:
+    """The URL as it may be printed: no user, no password, no query (which may hold one)."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("redis", "rediss", "unix"):
+            return "the given URL"
+        if parts.scheme == "unix":
+            return f"unix://{parts.path}"
+        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    except ValueError:
+        return "the given URL"
+
+
+def connect(url: str, make: Callable[..., Any]) -> Any:
+    """A client for `url`; nothing is sent yet. redis-py's own error on a bad URL may quote the password: not shown."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme != "unix" and not re.fullmatch(r"/?\d*/?", parts.path):
+            raise ValueError("redis-py would take database 0 for a name it cannot read")
+        return make(url, socket_timeout=4 * BLOCK_SECONDS, socket_connect_timeout=5, decode_responses=False)
+    except Exception:
+        raise TandemError(
+            f"not a Redis URL: {safe_url(url)}. Give redis://[user:password@]host[:port][/db], rediss://... or"
+            " unix://[user:password@]/path, with special characters of the password percent-encoded"
+        ) from None
+
+
+@contextmanager
+def redis_errors(where: str) -> Iterator[None]:
+    """redis-py's errors as one sentence for a user."""
+    try:
+        yield
+    except redis.exceptions.AuthenticationError as error:
+        raise QueueUnavailable(f"Redis at {where} refused the user or password; check REDIS_URL ({error})") from error
+    except redis.exceptions.NoPermissionError as error:
+        raise QueueUnavailable(f"Redis at {where}: {error}; give the user the rules in producer.jobs.ACL") from error
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        raise QueueUnavailable(f"cannot reach Redis at {where} ({error}); start it, or set REDIS_URL") from error
+    except redis.exceptions.OutOfMemoryError as error:
+        raise QueueUnavailable(f"Redis at {where} is full and queues nothing; raise its maxmemory ({error})") from error
+    except redis.exceptions.RedisError as error:
+        raise QueueUnavailable(f"Redis at {where} answered with an error: {error}") from error
