@@ -6,12 +6,13 @@ not fit is refused before anything is written, naming the parameter and what to 
 Must not know: Redis, the optimizer.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from packaging.version import Version
 
 from worker import torch_setup
@@ -23,6 +24,12 @@ from worker.weights.mapping import FLOAT32_PARAMETERS, Slice
 from worker.weights.memory import opener_for
 from worker.weights.record import RecordArea
 from worker.weights.spot_check import checkpoint_dir, spot_check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CONSUMED = ("parameters", "areas", "memory", "slices", "lineage", "version", "state")
+"""Parts of the server's answer that become tensors here, or that the header says afresh."""
 
 __all__ = ["AttachError", "AttachedWeights", "attach", "read_header"]
 
@@ -48,7 +55,7 @@ class AttachedWeights:
         """The text tensors in the order that optimizer ids and the optimizer's area follow: sorted by name."""
         return list(self.tensors.items())
 
-    def build_model(self, **options: Any) -> transformers.PreTrainedModel:
+    def build_model(self, **options: Any) -> PreTrainedModel:
         """transformers' text model with every parameter on the shared memory; `options` go to from_config.
 
         `AttachError` if a parameter or buffer is left without data, or does not fit.
@@ -74,7 +81,7 @@ def attach(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
     model_path = checkpoint_dir(info["model"], info["revision"])
     if info["load_format"] != "dummy" and header.version == 0:
         spot_check(model_path, tensors, {piece["name"]: piece["source"] for piece in info["slices"]})
-    kept = {key: value for key, value in info.items() if key not in ("parameters", "areas", "memory", "slices")}
+    kept = {key: value for key, value in info.items() if key not in _CONSUMED}
     return AttachedWeights(
         header, RecordArea(areas["record"]), areas["state"], tensors, list(info["frozen"]), model_path, kept
     )

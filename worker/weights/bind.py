@@ -4,15 +4,19 @@ Invariants: no parameter's data is copied or moved; nothing of the model is left
 Must not know: sockets, how memory is shared, the server.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from worker import torch_setup
 from worker.weights.errors import AttachError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> PreTrainedModel:
@@ -21,7 +25,9 @@ def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: A
     In training mode, every parameter with requires_grad. Shapes must match; each tensor keeps its dtype (A_log stays
     fp32). `options` go to `from_config`, e.g. attn_implementation. `AttachError` names what does not fit.
     """
-    torch_setup.prepare()
+    torch_setup.prepare()  # before transformers looks at torchvision
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(model_path).get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
