@@ -249,4 +249,4 @@ def _reason(error: Exception) -> str:
     from jinja2 import TemplateError, UndefinedError
 
     plain = isinstance(error, TemplateError) and not isinstance(error, UndefinedError)
-    return str(error) if plain else type(error).__name__
+    return str(error)[:200] if plain else type(error).__name__
