@@ -1,0 +1,337 @@
+"""The drain against a real Redis and real RQ; the step is a small real one (tests/drain_parts.py)."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import redis
+from drain_parts import Lines, Weights, start
+from rq import Queue, Retry, Worker
+from rq.job import Job, JobStatus
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+
+from producer import keys
+from producer.client import Producer
+from producer.errors import TandemError
+from producer.serializer import MsgpackSerializer
+from worker import ledger
+from worker.jobs import FeedbackJob, open_queue
+from worker.step import Torn, Unavailable
+
+
+@pytest.fixture
+def connection(redis_url: str) -> redis.Redis:
+    return redis.Redis.from_url(redis_url)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Weights:
+    return Weights(tmp_path)
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+
+
+def job(connection: redis.Redis, job_id: str) -> Job:
+    return FeedbackJob.fetch(job_id, connection=connection, serializer=MsgpackSerializer)
+
+
+def counts(connection: redis.Redis) -> dict[str, int]:
+    kinds = {"failed": FailedJobRegistry, "finished": FinishedJobRegistry, "started": StartedJobRegistry}
+    found = {name: kind(keys.QUEUE, connection=connection).get_job_count(cleanup=False) for name, kind in kinds.items()}
+    return found | {"queued": Queue(keys.QUEUE, connection=connection).count}
+
+
+def drain(connection: redis.Redis, weights: Weights, **options: object) -> Lines:
+    lines = Lines()
+    start(connection, weights, hooks=[lines], **({"linger": 0.0} | options)).work(burst=True)
+    return lines
+
+
+def test_a_batch_is_one_version_and_every_job_has_its_own_result(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    ids = [producer.enqueue(say("good"), id=f"t{i}").id for i in range(10)]
+    lines = drain(connection, weights, max_jobs=4)
+    assert weights.batches == [ids[:4], ids[4:8], ids[8:]]
+    assert [line["jobs"] for line in lines.versions] == [4, 4, 2]
+    assert producer.version() == 3 == weights.header["version"]
+    assert [producer.wait(i, timeout=5) for i in ids] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert [job(connection, i).return_value()["version"] for i in ids[3:5]] == [1, 2]
+    assert counts(connection) == {"failed": 0, "finished": 10, "started": 0, "queued": 0}
+    assert ledger.versions(connection, ids) == {i: 1 + n // 4 for n, i in enumerate(ids)}
+    manifest = ledger.manifest(connection, 1)
+    assert manifest["jobs"] == '["t0","t1","t2","t3"]' and float(manifest["loss"]) == 1.5
+    assert {"linger_s", "tokenize_s", "step_s"} <= manifest.keys()
+    events = connection.xrange(keys.EVENTS)
+    assert [entry[b"version"] for _, entry in events] == [b"1", b"2", b"3"]
+    assert float(connection.hget(keys.STATE, "commit_s")) > 0
+    # Nothing is left behind but jobs, results and the registries: no executions, no lock, nothing in between.
+    left = {key.decode().split(":")[1] for key in connection.keys("rq:*")}
+    assert left <= {"job", "results", "queues", "finished", "worker", "clean_registries"}, left
+    assert not connection.exists(keys.WORKER_LOCK)
+    assert all(0 < connection.ttl(f"rq:job:{i}") <= keys.RESULT_TTL for i in ids)
+
+
+def test_tokens_end_a_batch_and_what_does_not_fit_comes_next_in_order(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    for i, tokens in enumerate([40, 40, 30, 500, 10, 90, 1]):
+        producer.enqueue(say(f"tokens {tokens}"), id=f"t{i}")
+    drain(connection, weights, max_jobs=8, max_tokens=100)
+    assert weights.batches == [["t0", "t1"], ["t2"], ["t3"], ["t4", "t5"], ["t6"]]
+
+
+def test_linger_ends_a_batch_that_does_not_fill(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    producer = Producer(redis_url)
+    lines = Lines()
+    worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=0.4)
+    thread = threading.Thread(target=worker.work, kwargs={"max_versions": 2})
+    thread.start()
+    for i in range(3):
+        producer.enqueue(say("good"), id=f"a{i}")
+        time.sleep(0.05)
+    producer.wait("a2", timeout=20)
+    producer.enqueue(say("good"), id="b0")
+    thread.join(timeout=20)
+    assert weights.batches == [["a0", "a1", "a2"], ["b0"]]
+    assert lines.versions[0]["linger_s"] >= 0.4
+
+
+def test_poison_fails_alone_and_the_good_around_it_are_trained(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    bad = ["unpreparable", "not finite", "breaks the step", "breaks prepare", "hangs prepare"]
+    for i, text in enumerate(bad):
+        for n in range(8):
+            producer.enqueue(say("good"), id=f"good-{i}-{n}")
+        producer.enqueue(say(text), id=text.replace(" ", "-"))
+    lines = drain(connection, weights, max_jobs=45, prepare_limit=1)
+    good = {f"good-{i}-{n}" for i in range(len(bad)) for n in range(8)}
+    assert sorted(weights.trained) == sorted(good)
+    assert {name.replace(" ", "-") for name in bad} == set(lines.rejected)
+    assert counts(connection) == {"failed": 5, "finished": 40, "started": 0, "queued": 0}
+    reasons = {name: job(connection, name.replace(" ", "-")).latest_result().exc_string for name in bad}
+    assert reasons["unpreparable"] == "TandemError: this transcript cannot be prepared"
+    assert reasons["not finite"] == "loss is not finite"
+    assert "RuntimeError: one of these breaks the step" in reasons["breaks the step"]
+    assert "RuntimeError: tokenizer bug" in reasons["breaks prepare"]
+    assert "took more than 1 s" in reasons["hangs prepare"]
+
+
+def test_what_may_pass_is_retried_and_what_cannot_is_not(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    producer.enqueue(say("breaks the step"), id="may-pass")
+    producer.enqueue(say("unpreparable"), id="cannot")
+    drain(connection, weights, max_jobs=1)
+    assert [batch for batch in weights.batches if batch == ["may-pass"]] == [["may-pass"]] * (1 + keys.MAX_RETRIES)
+    assert len(job(connection, "cannot").results()) == 1
+    assert job(connection, "cannot").retries_left == keys.MAX_RETRIES  # a person's requeue has them all
+
+
+def test_a_failed_job_can_be_requeued_and_trained(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    Producer(redis_url).enqueue(say("unpreparable"), id="again")
+    drain(connection, weights)
+    assert counts(connection)["failed"] == 1
+    weights.prepare = lambda job_id, transcript: Weights.prepare(  # type: ignore[method-assign]
+        weights, job_id, type(transcript).from_dict({"messages": say("good")})
+    )
+    open_queue(connection).failed_job_registry.requeue("again")
+    drain(connection, weights)
+    assert weights.trained == ["again"] and counts(connection) == {
+        "failed": 0,
+        "finished": 1,
+        "started": 0,
+        "queued": 0,
+    }
+
+
+def test_a_retry_with_an_interval_waits_and_runs_without_a_scheduler(connection: redis.Redis, weights: Weights) -> None:
+    queue = open_queue(connection)
+    queue.enqueue(keys.FUNCTION, {"messages": say("breaks the step")}, job_id="later", retry=Retry(max=1, interval=1))
+    drain(connection, weights)
+    scheduled = ScheduledJobRegistry(keys.QUEUE, connection=connection)
+    assert "later" in scheduled and job(connection, "later").get_status() == JobStatus.SCHEDULED
+    time.sleep(2.1)
+    drain(connection, weights)
+    assert weights.batches == [["later"], ["later"]] and "later" not in scheduled
+    assert job(connection, "later").get_status() == JobStatus.FAILED
+
+
+def test_an_id_is_trained_once_however_often_it_is_queued(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer, queue = Producer(redis_url), open_queue(connection)
+    producer.enqueue(say("good"), id="one")
+    for _ in range(3):
+        connection.rpush(queue.key, "one")  # an id that sits in the list several times
+    producer.enqueue(say("good"), id="two")
+    drain(connection, weights)
+    assert weights.trained == ["one", "two"]
+    queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="one")  # past the producer, months later
+    drain(connection, weights)
+    assert weights.trained == ["one", "two"] and producer.version() == 1
+    assert job(connection, "one").return_value() == {"version": 1, "already_trained": True}
+    assert job(connection, "one").get_status() == JobStatus.FINISHED
+    assert connection.llen(queue.intermediate_queue_key) == 0
+
+
+def test_rq_sees_a_worker_and_running_jobs_during_a_step(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    seen: dict[str, object] = {}
+    run = weights.run
+
+    def watch(prepared):  # type: ignore[no-untyped-def]
+        time.sleep(0.6)  # several heartbeats
+        (worker,) = Worker.all(connection=connection)
+        seen.update(state=worker.get_state(), executions=len(worker.get_current_executions()), **counts(connection))
+        before = connection.zrange(f"rq:wip:{keys.QUEUE}", 0, -1, withscores=True)
+        time.sleep(1.2)
+        after = connection.zrange(f"rq:wip:{keys.QUEUE}", 0, -1, withscores=True)
+        seen["renewed"] = after[0][1] > before[0][1]
+        seen["lock"] = connection.ttl(keys.WORKER_LOCK)
+        return run(prepared)
+
+    weights.run = watch  # type: ignore[method-assign]
+    for i in range(3):
+        Producer(redis_url).enqueue(say("good"), id=f"t{i}")
+    drain(connection, weights, heartbeat=0.2)
+    assert seen["state"] == "busy" and seen["executions"] == 3 and seen["started"] == 3 and seen["renewed"]
+    assert 55 <= seen["lock"] <= 60
+    assert Worker.all(connection=connection) == []
+
+
+def test_sigterm_finishes_the_batch_in_hand_and_puts_the_rest_back(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    for i in range(6):
+        producer.enqueue(say("stops" if i == 0 else "tokens 60"), id=f"t{i}")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        worker = start(connection, weights, hooks=[], max_jobs=4, max_tokens=100)
+        assert worker.work() == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert weights.trained == ["t0", "t1"]
+    assert [i.decode() for i in connection.lrange(worker.queue.key, 0, -1)] == ["t2", "t3", "t4", "t5"]
+    assert counts(connection) == {"failed": 0, "finished": 2, "started": 0, "queued": 4}
+    assert job(connection, "t2").get_status() == JobStatus.QUEUED
+    assert job(connection, "t2").retries_left == keys.MAX_RETRIES
+    assert not connection.exists(keys.WORKER_LOCK)
+
+
+def test_torn_weights_stop_the_worker_and_nothing_is_settled(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    producer.enqueue(say("tears"), id="t0")
+    producer.enqueue(say("good"), id="t1")
+    with pytest.raises(Torn, match="broke off"):
+        drain(connection, weights, max_jobs=2)
+    assert producer.version() == 0 and counts(connection)["started"] == 2 and counts(connection)["finished"] == 0
+    with pytest.raises(TandemError, match=r"torn.*--new-lineage"):
+        drain(connection, weights)
+    assert not connection.exists(keys.WORKER_LOCK)
+    weights.set_header("b" * 32, 0, "CLEAN")  # the server was restarted
+    (weights.folder / "record").unlink()
+    weights.run = lambda prepared: Weights.run(  # type: ignore[method-assign]
+        weights, [type(p)(p.id, p.tokens, "good") for p in prepared]
+    )
+    drain(connection, weights)
+    assert sorted(weights.trained) == ["t0", "t1"] and producer.version() == 1
+
+
+def test_a_server_that_is_gone_costs_no_job_a_retry(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    for i in range(5):
+        Producer(redis_url).enqueue(say("server gone" if i == 3 else "good"), id=f"t{i}")
+    with pytest.raises(Unavailable, match="the server is gone"):
+        drain(connection, weights, max_jobs=5)
+    queue = open_queue(connection)
+    assert queue.job_ids == [f"t{i}" for i in range(5)]
+    assert counts(connection) == {"failed": 0, "finished": 0, "started": 0, "queued": 5}
+    assert job(connection, "t0").retries_left == keys.MAX_RETRIES
+
+
+def test_a_second_worker_is_refused_and_told_who_is_first(connection: redis.Redis, weights: Weights) -> None:
+    first = start(connection, weights, hooks=[], name="the-first")
+    with pytest.raises(TandemError, match=rf"'the-first' \(pid {os.getpid()} on "):
+        start(connection, weights, hooks=[], name="the-second")
+    first.work(burst=True)
+    start(connection, weights, hooks=[], name="the-second").work(burst=True)
+
+
+def test_a_step_that_answers_for_other_jobs_commits_nothing(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    run = weights.run
+
+    def forgets(prepared):  # type: ignore[no-untyped-def]
+        update = run(prepared)
+        update.results.clear()
+        return update
+
+    weights.run = forgets  # type: ignore[method-assign]
+    with pytest.raises(TandemError, match="did not answer for exactly the jobs"):
+        drain(connection, weights)
+    assert ledger.state(connection).version == 0
+
+
+def test_dependents_of_a_trained_transcript_are_released(connection: redis.Redis, weights: Weights) -> None:
+    queue = open_queue(connection)
+    first = queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="first")
+    queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="second", depends_on=first)
+    drain(connection, weights)
+    assert weights.batches == [["first"], ["second"]]
+
+
+def test_a_job_on_its_last_try_trains_alone(connection: redis.Redis, weights: Weights) -> None:
+    queue = open_queue(connection)
+    for i in range(5):
+        queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id=f"t{i}", retry=Retry(max=1))
+        if i == 2:
+            connection.hset("rq:job:t2", "retries_left", 0)
+    drain(connection, weights)
+    assert weights.batches == [["t0", "t1"], ["t2"], ["t3", "t4"]]
+
+
+def test_texts_never_reach_logs_titles_or_descriptions(
+    redis_url: str, connection: redis.Redis, weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "the patient said something private"
+    queue = open_queue(connection)
+    queue.enqueue(keys.FUNCTION, {"messages": say(secret)}, job_id="a", description=secret)
+    queue.enqueue(keys.FUNCTION, {"messages": [{"role": "nobody", "content": secret}]}, job_id="b", description=secret)
+    queue.enqueue("os.system", secret, job_id="c", description=secret)
+    caplog.set_level(10)
+    start(connection, weights).work(burst=True, logging_level="DEBUG")
+    assert weights.trained == ["a"] and "job b failed" in caplog.text and "version 1" in caplog.text
+    assert secret not in caplog.text
+    for job_id in "abc":
+        fields = connection.hgetall(f"rq:job:{job_id}")
+        assert fields[b"description"].decode() == f"transcript {job_id}"
+    assert secret not in job(connection, "b").latest_result().exc_string
+
+
+def test_an_rq_without_what_we_need_is_refused_at_start(
+    connection: redis.Redis, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq.VERSION", "3.1.0")
+    with pytest.raises(TandemError, match=r"rq 3\.1\.0 is installed"):
+        open_queue(connection)
+    monkeypatch.undo()
+    monkeypatch.delattr(Job, "_handle_success")
+    with pytest.raises(TandemError, match=r"lacks Job\._handle_success"):
+        open_queue(connection)

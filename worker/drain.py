@@ -1,0 +1,271 @@
+"""The drain: an RQ worker that takes transcripts in micro-batches, has a step train them, and settles each job.
+
+Must not know: torch, vLLM; RQ's inside (worker/jobs.py and worker/moves.py have all of that).
+Invariants:
+- No job is lost: it is in the queue, in RQ's intermediate queue, started and heart-beaten, or settled; a killed
+  worker's jobs are put back by the next worker when it starts.
+- No job is trained twice: ids in the ledger are acknowledged with their version; a batch holds an id once; a version
+  is committed before the next batch is trained.
+- Nothing interrupts a step: signals only ask the loop to end.
+"""
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from redis.client import Pipeline
+from rq.exceptions import StopRequested
+from rq.utils import now
+from rq.worker import SimpleWorker
+
+from producer.errors import TandemError
+from producer.serializer import MsgpackSerializer
+from worker import ledger, moves
+from worker.hooks import Hooks, LogHooks, logger
+from worker.intake import Intake
+from worker.jobs import FeedbackJob, FeedbackQueue, open_queue
+from worker.lock import WorkerLock
+from worker.moves import Held
+from worker.pulse import Pulse
+from worker.step import Prepared, Step, Torn, Unavailable, Update
+
+__all__ = ["BatchWorker", "CommitPending", "FeedbackJob", "FeedbackQueue", "Prepared", "Step", "Torn", "Unavailable"]
+__all__ += ["Update"]
+
+WORKER_TTL = 60
+"""Seconds after which RQ's tools no longer list a silent worker."""
+STOP_GRACE = 15.0
+"""Seconds a stopping worker goes on trying to tell Redis of a version."""
+RETRYABLE = (redis.ConnectionError, redis.TimeoutError)
+
+
+class CommitPending(TandemError):
+    """The worker had to stop with a version in the weights that Redis does not know yet."""
+
+
+class BatchWorker(SimpleWorker):
+    """An RQ worker of queue `feedback` that trains many jobs as one version.
+
+    step: what trains. max_jobs, max_tokens, linger (seconds after the first job): whichever fills first ends a batch.
+    prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
+    hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
+    """
+
+    job_class = FeedbackJob
+    queue_class = FeedbackQueue
+
+    def __init__(
+        self,
+        connection: redis.Redis,
+        step: Step,
+        *,
+        name: str | None = None,
+        max_jobs: int = 32,
+        max_tokens: int = 65536,
+        linger: float = 1.0,
+        prepare_limit: int = 60,
+        heartbeat: float = 10.0,
+        hooks: Sequence[Hooks] | None = None,
+        lock: WorkerLock | None = None,
+    ) -> None:
+        self.queue = open_queue(connection)
+        super().__init__(
+            [self.queue],
+            name=name,
+            connection=connection,
+            job_class=FeedbackJob,
+            queue_class=FeedbackQueue,
+            serializer=MsgpackSerializer,  # type: ignore[arg-type]
+            worker_ttl=WORKER_TTL,
+            log_job_description=False,
+        )
+        self.step = step
+        self.hooks: list[Hooks] = list(hooks) if hooks is not None else [LogHooks()]
+        self.lock = lock or WorkerLock(connection, self.name)
+        settling = threading.RLock()
+        limits: dict[str, Any] = {"max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+        self.intake = Intake(
+            self, self.queue, step, prepare_limit=prepare_limit, tell=self.tell, settling=settling, **limits
+        )
+        self.settling = settling
+        self.pulse = Pulse(heartbeat, self.beat)
+
+    def work(  # type: ignore[override]
+        self, burst: bool = False, max_versions: int | None = None, logging_level: str = "WARNING", **_: Any
+    ) -> int:
+        """Drain until asked to stop (SIGTERM, SIGINT, RQ's shutdown command); burst: until the queue is empty.
+
+        Returns how many versions were trained. Raises TandemError (WorkerBusy, LockLost, Torn, Unavailable,
+        LedgerMismatch, CommitPending) when the worker must not go on, and RedisError only before it has begun.
+        """
+        if self.lock.held:
+            self.lock.renew()  # the caller may have taken minutes between taking it and this
+        elif said := self.lock.acquire():
+            self.tell("on_notice", said)
+        self.versions = 0
+        try:
+            if recovered := moves.recover(self.queue):
+                self.tell("on_notice", f"put back {recovered} jobs that a dead worker held")
+            self.bootstrap(logging_level)
+            self._install_signal_handlers()
+            self.pulse.start()
+            self.tell("on_start")
+            while not self._stop_requested and (max_versions is None or self.versions < max_versions):
+                try:
+                    self.housekeeping(burst)
+                    if self.intake.collect(burst):
+                        self.train(list(self.intake.batch))
+                    elif burst and not moves.enqueue_due(self.queue):
+                        break
+                except StopRequested:  # suspended in burst mode
+                    break
+                except RETRYABLE as error:
+                    self.resync(error)
+            self.put_back_rest()
+            return self.versions
+        finally:
+            self.leave()
+
+    def housekeeping(self, burst: bool) -> None:
+        """Between batches: our lock, suspension (`rq suspend`), retries that are due, RQ's maintenance."""
+        self.pulse.check()
+        self.check_for_suspension(burst)
+        moves.enqueue_due(self.queue)
+        if self.should_run_maintenance_tasks:
+            moves.clean(self.queue)
+            self.last_cleaned_at = now()  # type: ignore[assignment]
+
+    def train(self, batch: list[Held]) -> None:
+        """One version from `batch`; on an error with no weight touched, from each half, until one job stands alone."""
+        started = time.monotonic()
+        try:
+            update = self.step.run([held.prepared for held in batch])
+        except Unavailable:
+            self.put_back_rest()
+            raise
+        except Torn:
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                self.intake.reject(batch[0], traceback.format_exc(), permanent=False)
+                return
+            self.tell("on_split", len(batch), f"{type(error).__name__}: {str(error)[:200]}")
+            self.train(batch[: len(batch) // 2])
+            self.train(batch[len(batch) // 2 :])
+            return
+        self.settle(batch, update, started)
+
+    def settle(self, batch: list[Held], update: Update, started: float) -> None:
+        """Commit the version with the jobs it holds, then fail those the step refused."""
+        if sorted([*update.results, *update.rejected]) != sorted(held.id for held in batch):
+            raise TandemError("the step did not answer for exactly the jobs it was given; nothing was committed")
+        if update.version is not None:
+            trained = [held for held in batch if held.id in update.results]
+            update.manifest.setdefault("step_s", time.monotonic() - started)
+            update.manifest["linger_s"] = started - self.intake.first
+            update.manifest["tokenize_s"] = sum(held.prepare_s for held in trained)
+            commit_s = self.commit(trained, update)
+            self.versions += 1
+            line = {"version": update.version, "lineage": update.lineage, "jobs": len(trained), "commit_s": commit_s}
+            self.tell("on_version", update.manifest | line)
+        for held in batch:
+            if held.id in update.rejected:
+                self.intake.reject(held, update.rejected[held.id], permanent=True)
+
+    def commit(self, trained: list[Held], update: Update) -> float:
+        """Tell Redis, however long it takes: no batch may follow before. Returns the seconds it took."""
+
+        def settle(pipe: Pipeline) -> None:
+            for held in trained:
+                moves.finish(self.queue, held.job, held.execution, update.results[held.id], pipe)
+            moves.count_finished(self, len(trained), update.manifest["step_s"], pipe)
+
+        record, started, asked, wait = update.record(), time.monotonic(), 0.0, 0.1
+        while True:
+            try:
+                with self.settling:
+                    ledger.commit(self.connection, record, settle, [held.job.dependents_key for held in trained])
+                    self.intake.release(trained)
+                break
+            except redis.RedisError as error:
+                if wait == 0.1:
+                    self.tell("on_notice", f"Redis has not taken version {update.version} ({error}); trying on")
+                if self._stop_requested:
+                    asked = asked or time.monotonic()
+                    if time.monotonic() - asked > STOP_GRACE:
+                        raise CommitPending(
+                            f"stopped before Redis could be told of version {update.version}, which is in the weights;"
+                            " start the worker again once Redis is back, and it will be committed"
+                        ) from error
+                time.sleep(wait)
+                wait = min(wait * 2, 2.0)
+        seconds = time.monotonic() - started
+        moves.after_commit(self, self.queue, trained, {"commit_s": seconds, "worker": self.name})
+        return seconds
+
+    def resync(self, error: Exception) -> None:
+        """Redis went away between steps. Wait for it, then start from what it knows: our jobs go back to its queue."""
+        self.tell("on_notice", f"Redis is away ({error}); waiting for it")
+        started, wait = time.monotonic(), 0.1
+        while not self._stop_requested:
+            time.sleep(wait)
+            wait = min(wait * 2, 2.0)
+            try:
+                self.connection.ping()
+                self.lock.renew()
+                count = len(self.intake.hands)
+                self.put_back_rest()
+                count += moves.put_back_taken(self.queue)
+            except redis.RedisError:
+                continue
+            self.tell("on_notice", f"Redis is back after {time.monotonic() - started:.1f} s; {count} jobs put back")
+            return
+
+    def put_back_rest(self) -> None:
+        """Return every job in hand to the front of the queue, in order, with no retry spent."""
+        with self.settling:
+            if rest := self.intake.hands:
+                moves.put_back(self, self.queue, rest)
+                self.intake.release(rest)
+
+    def leave(self) -> None:
+        """The way out. A batch still in hand here was cut off by an error: it stays started, for the next worker."""
+        self.pulse.stop()
+        try:
+            with self.settling:
+                if self.lock.held and self.intake.backlog:
+                    moves.put_back(self, self.queue, list(self.intake.backlog))
+            self.tell("on_stop")
+            self.teardown()
+            self.lock.release()
+        except redis.RedisError as error:
+            self.tell("on_notice", f"Redis could not be told that this worker ends ({error}); the next one tidies up")
+
+    def beat(self) -> None:
+        """One sign of life, from the heartbeat's thread: worker, jobs in hand, and the lock."""
+        with self.settling:
+            moves.heartbeat(self, self.intake.hands, WORKER_TTL + 60)
+        self.lock.renew()
+
+    def request_stop(self, signum: int, frame: Any) -> None:
+        """SIGTERM and SIGINT: finish the batch in hand, then end. Asking again changes nothing: a step that is cut
+        short would tear the weights."""
+        again = " (a step is never cut short)" if self._stop_requested else ""
+        self._stop_requested = self.intake.stop = True
+        self.tell("on_notice", f"{signal.Signals(signum).name}: finishing the batch in hand, then ending{again}")
+
+    def _install_signal_handlers(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            super()._install_signal_handlers()
+
+    def tell(self, event: str, *details: Any) -> None:
+        """Call a hook on every listener; one that raises must not stop the worker."""
+        for hook in self.hooks:
+            try:
+                getattr(hook, event)(*details)
+            except Exception:
+                logger.exception("hook %s of %s raised", event, type(hook).__name__)

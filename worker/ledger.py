@@ -1,0 +1,177 @@
+"""The ledger: one MULTI/EXEC that says a version exists, what went into it, and settles everybody who asked for it.
+
+Must not know: torch, RQ, how a version is made. How jobs are settled comes in as a function that writes on a pipeline.
+Invariants: `weights:version` only ever grows, and only together with its manifest, its ledger entries, its event and
+its jobs' settlement; committing the same record again changes nothing; a transcript id, once in
+`weights:ledger`, stays (142 bytes each in Redis 6.2 for ids of 36 characters: a million ids take 142 MB of memory;
+`benchmarks/queue.py --ledger 1000000` measures it).
+
+A record is the plain map that also lies beside the weights: {"version": int, "lineage": str, "jobs": [job id],
+"manifest": {...}, "results": {job id: {...}}}.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.client import Pipeline
+
+from producer import keys
+from producer.errors import TandemError
+
+EVENTS_KEPT = 100_000
+"""About how many entries the event stream keeps; manifests and the ledger are never trimmed."""
+
+
+class LedgerMismatch(TandemError):
+    """Redis and the weights disagree in a way that no commit may paper over."""
+
+
+@dataclass(frozen=True)
+class LedgerState:
+    """What Redis says of the weights: version 0 and lineage None when it has never heard of any."""
+
+    version: int
+    lineage: str | None
+
+
+def state(connection: redis.Redis) -> LedgerState:
+    """Read version and lineage together. Raises `LedgerMismatch` when the version is not a number."""
+    with connection.pipeline() as pipe:
+        pipe.get(keys.VERSION)
+        pipe.hget(keys.STATE, "lineage")
+        version, lineage = pipe.execute()
+    return LedgerState(_version(version), lineage.decode(errors="replace") if lineage else None)
+
+
+def versions(connection: redis.Redis, ids: Sequence[str]) -> dict[str, int]:
+    """The version each of `ids` went into, for those that are trained."""
+    found: list[Any] = connection.hmget(keys.LEDGER, list(ids)) if ids else []  # type: ignore[assignment]
+    return {job_id: int(version) for job_id, version in zip(ids, found, strict=True) if version is not None}
+
+
+def commit(
+    connection: redis.Redis,
+    record: dict[str, Any],
+    settle: Callable[[Pipeline], None] = lambda pipe: None,
+    watch: Iterable[str] = (),
+    *,
+    new_lineage: bool = False,
+) -> bool:
+    """Commit `record` as version N = `record["version"]`, where Redis must be at `base(record)` of the same lineage.
+
+    settle: queues whatever else belongs to the transaction; may be called again when a watched key changed.
+    watch: further keys whose change starts the transaction anew.
+    Returns False when this very record is committed already (an earlier EXEC whose answer was lost).
+    Raises LedgerMismatch, or redis errors with the outcome unknown: call again with the same record.
+    """
+    version = record["version"]
+    with connection.pipeline() as pipe:
+        while True:
+            try:
+                pipe.watch(keys.VERSION, keys.STATE, *watch)
+                now = state(connection)
+                if now.version == version and _is_committed(connection, record):
+                    return False
+                _check(now, record, new_lineage)
+                pipe.multi()
+                write(record, pipeline=pipe)
+                settle(pipe)
+                _execute(pipe)
+                return True
+            except redis.WatchError:
+                continue
+
+
+def _execute(pipe: Pipeline) -> None:
+    """EXEC. A command that fails inside it does not undo the others, so what counts is whether the version is set."""
+    commands = len(pipe.command_stack)
+    answers = pipe.execute(raise_on_error=False)
+    errors = [answer for answer in answers if isinstance(answer, Exception)]
+    if len(answers) != commands or isinstance(answers[0], Exception):
+        raise redis.ResponseError(f"Redis refused the commit: {errors[0] if errors else 'no answer'}")
+
+
+def base(record: dict[str, Any]) -> int:
+    """The version Redis must be at for `record` to follow: the one before, unless a run without Redis (`tandem train`
+    on a server) made several versions and says in its manifest which one it started from."""
+    return int(record["manifest"].get("base", record["version"] - 1))
+
+
+def write(record: dict[str, Any], pipeline: Pipeline | None = None, connection: redis.Redis | None = None) -> None:
+    """Version, manifest, ledger, event and state of `record`, on `pipeline` or at once on `connection`."""
+    if pipeline is None:
+        assert connection is not None, "write() needs a pipeline or a connection"
+        with connection.pipeline() as pipe:
+            write(record, pipeline=pipe)
+            pipe.execute()
+        return
+    version, lineage, jobs = record["version"], record["lineage"], list(record["jobs"])
+    manifest = {"kind": "batch", "at": utc()} | record["manifest"]
+    manifest |= {"version": version, "lineage": lineage, "jobs": jobs}
+    head: dict[Any, Any] = {name: flat(manifest[name]) for name in _HEADLINE if manifest.get(name) is not None}
+    head["jobs"] = len(jobs)
+    pipeline.set(keys.VERSION, version)  # first: see _execute
+    pipeline.hset(keys.manifest(version), mapping={name: flat(value) for name, value in manifest.items()})
+    if jobs:
+        pipeline.hset(keys.LEDGER, mapping=dict.fromkeys(jobs, version))
+    pipeline.xadd(keys.EVENTS, head, maxlen=EVENTS_KEPT, approximate=True)
+    pipeline.hset(keys.STATE, mapping=head)
+
+
+_HEADLINE = (
+    *("version", "lineage", "kind", "at", "loss", "tokens", "trained_tokens"),
+    *("linger_s", "tokenize_s", "step_s", "pause_s", "update_rms", "weight_rms"),
+)
+"""What the event and `weights:state` repeat of the manifest, for those who only watch."""
+
+
+def introduce(connection: redis.Redis, lineage: str) -> None:
+    """Tell a Redis without any version which weights it will count from now on."""
+    connection.hset(keys.STATE, mapping={"lineage": lineage, "version": 0, "at": utc()})
+
+
+def manifest(connection: redis.Redis, version: int) -> dict[str, str]:
+    """The manifest of `version` as written; empty when there is none."""
+    raw: dict[bytes, bytes] = connection.hgetall(keys.manifest(version))  # type: ignore[assignment]
+    return {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
+
+
+def flat(value: Any) -> str | int | float:
+    """A hash field: text and numbers as they are, everything else as JSON."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return value
+    return json.dumps(value, separators=(",", ":"), default=str)
+
+
+def utc() -> str:
+    """Now, as ISO 8601 in UTC with milliseconds."""
+    seconds = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}Z"
+
+
+def _is_committed(connection: redis.Redis, record: dict[str, Any]) -> bool:
+    there = manifest(connection, record["version"])
+    return there.get("lineage") == record["lineage"] and there.get("jobs") == flat(list(record["jobs"]))
+
+
+def _check(now: LedgerState, record: dict[str, Any], new_lineage: bool) -> None:
+    version, lineage = record["version"], record["lineage"]
+    if now.version != base(record):
+        raise LedgerMismatch(
+            f"the weights are at version {version} and Redis is at {now.version}, which should be {base(record)}:"
+            " Redis lost writes, or something else changed it; restore Redis, or restart the server"
+            " (tandem serve ...) and run `tandem worker --new-lineage` to count on from here"
+        )
+    if now.lineage not in (None, lineage) and not new_lineage:
+        raise LedgerMismatch(f"Redis counts the weights of lineage {now.lineage}, the server's are {lineage}")
+
+
+def _version(raw: bytes | None) -> int:
+    try:
+        return int(raw or 0)
+    except ValueError:
+        raise LedgerMismatch(f"Redis key {keys.VERSION} holds {raw[:40]!r}, not a version") from None  # type: ignore
