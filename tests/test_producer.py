@@ -1,0 +1,400 @@
+"""The producer against a real Redis: queued once, waited for, refused clearly, and with the rights of its ACL only."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+import redis
+from rq import Queue
+from rq.job import Job, JobStatus
+from rq.results import Result
+
+from producer import keys
+from producer.aclient import AsyncProducer
+from producer.client import Producer
+from producer.errors import TandemError
+from producer.jobs import ACL, Enqueued, QueueUnavailable, Status, TranscriptFailed, UnknownTranscript, WaitTimeout
+from producer.serializer import MsgpackSerializer
+from producer.transcript import InvalidTranscript, Transcript
+from worker.redis_server import RedisServer
+
+TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
+
+
+@pytest.fixture
+def store(redis_url: str) -> Iterator[redis.Redis]:
+    client = redis.Redis.from_url(redis_url)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def producer(redis_url: str) -> Iterator[Producer]:
+    with Producer(redis_url) as made:
+        yield made
+
+
+def queued(store: redis.Redis) -> list[str]:
+    return Queue(keys.QUEUE, connection=store, serializer=MsgpackSerializer).job_ids
+
+
+def train(store: redis.Redis, job_id: str, version: int) -> None:
+    """What a worker's commit writes for one job: ledger, version and RQ's own end of a job, in one transaction."""
+    job = Job.fetch(job_id, connection=store, serializer=MsgpackSerializer)
+    with store.pipeline(transaction=True) as pipe:
+        pipe.hset(keys.LEDGER, job_id, str(version))
+        pipe.set(keys.VERSION, version)
+        pipe.lrem("rq:queue:" + keys.QUEUE, 1, job_id)
+        job._handle_success(result_ttl=keys.RESULT_TTL, pipeline=pipe, worker_name="test")
+        pipe.execute()
+
+
+def fail(store: redis.Redis, job_id: str, why: str) -> None:
+    job = Job.fetch(job_id, connection=store, serializer=MsgpackSerializer)
+    with store.pipeline(transaction=True) as pipe:
+        job.set_status(JobStatus.FAILED, pipeline=pipe)
+        job._handle_failure(f"Traceback ...\n{why}\n", pipeline=pipe, worker_name="test")
+        pipe.execute()
+
+
+def once_blocked(store: redis.Redis, act: Callable[[], None]) -> threading.Thread:
+    """Runs `act` as soon as a client is blocked in a read."""
+
+    def run() -> None:
+        client = redis.Redis(connection_pool=store.connection_pool)
+        while not client.info("clients")["blocked_clients"]:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_job_is_what_the_worker_expects(producer: Producer, store: redis.Redis) -> None:
+    outcome = producer.enqueue(TALK, id="a", train_on=[1], weight=0.5, meta={"rating": 5})
+    assert (outcome.id, outcome.new, outcome.version) == ("a", True, None)
+    (job,) = Queue(keys.QUEUE, connection=store, serializer=MsgpackSerializer).jobs
+    assert (job.func_name, job.kwargs, job.meta) == ("worker.train", {}, {"rating": 5})
+    assert Transcript.from_dict(job.args[0]) == Transcript(id="a", messages=TALK, train_on=[1], weight=0.5)
+    assert (job.description, job.origin, job.get_status()) == ("transcript a", "feedback", JobStatus.QUEUED)
+    assert (job.retries_left, job.timeout) == (keys.MAX_RETRIES, keys.JOB_TIMEOUT)
+    assert (job.result_ttl, job.failure_ttl) == (keys.RESULT_TTL, keys.FAILURE_TTL)
+    assert job.enqueued_at is not None and store.ttl(job.key) == -1
+    assert [queue.name for queue in Queue.all(connection=store)] == ["feedback"]
+    assert outcome.job is not None and outcome.job.get_position() == 0
+
+
+def test_ids_are_made_up_when_absent(producer: Producer, store: redis.Redis) -> None:
+    ids = [producer.enqueue(TALK).id for _ in range(3)]
+    assert len(set(ids)) == 3 and queued(store) == ids
+
+
+def test_a_known_id_gives_the_existing_job(producer: Producer, store: redis.Redis) -> None:
+    producer.enqueue(TALK, id="a", meta={"first": True})
+    again = producer.enqueue(TALK, id="a", meta={"first": False})
+    assert (again.new, again.version) == (False, None)
+    assert again.job is not None and again.job.meta == {"first": True}
+    assert queued(store) == ["a"]
+
+
+def test_a_trained_id_gives_its_version_even_when_its_job_has_expired(producer: Producer, store: redis.Redis) -> None:
+    producer.enqueue(TALK, id="a")
+    train(store, "a", 7)
+    assert producer.enqueue(TALK, id="a").version == 7
+    store.delete("rq:job:a", "rq:results:a")
+    outcome = producer.enqueue(TALK, id="a")
+    assert (outcome.new, outcome.version, outcome.job) == (False, 7, None)
+    assert (producer.wait("a", 0), producer.version(), queued(store)) == (7, 7, [])
+
+
+def test_racing_producers_queue_an_id_once(redis_url: str, store: redis.Redis) -> None:
+    ids = [f"r{i}" for i in range(60)]
+    start = threading.Barrier(6)
+    won: list[str] = []
+
+    def race(many: bool) -> None:
+        with Producer(redis_url) as mine:
+            start.wait()
+            if many:
+                outcomes = mine.enqueue_many({"id": i, "messages": TALK} for i in ids)
+            else:
+                outcomes = [mine.enqueue(TALK, id=i) for i in ids]
+            won.extend(outcome.id for outcome in outcomes if isinstance(outcome, Enqueued) and outcome.new)
+
+    threads = [threading.Thread(target=race, args=(bool(n % 2),)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(won) == Counter(ids) == Counter(queued(store))
+
+
+def test_nothing_invalid_is_queued(producer: Producer, store: redis.Redis) -> None:
+    with pytest.raises(InvalidTranscript, match="weight"):
+        producer.enqueue(TALK, weight=2)
+    with pytest.raises(InvalidTranscript, match="id"):
+        producer.enqueue(TALK, id="a:b")
+    assert store.dbsize() == 0
+
+
+def test_enqueue_many_goes_on_after_bad_ones(producer: Producer, store: redis.Redis) -> None:
+    store.hset(keys.LEDGER, "old", "3")
+    given: list[Any] = [{"id": "a", "messages": TALK}, {"messages": []}, Transcript(id="b", messages=TALK)]
+    given += [{"id": "a", "messages": TALK}, "text", {"id": "old", "messages": TALK}]
+    got = producer.enqueue_many(iter(given))
+    bad = [(n, outcome.field) for n, outcome in enumerate(got) if isinstance(outcome, InvalidTranscript)]
+    assert bad == [(1, "messages"), (4, "transcript")]
+    good = [(outcome.id, outcome.new, outcome.version) for outcome in got if isinstance(outcome, Enqueued)]
+    assert good == [("a", True, None), ("b", True, None), ("a", False, None), ("old", False, 3)]
+    assert queued(store) == ["a", "b"]
+
+
+def test_enqueue_many_is_more_than_one_pipeline(producer: Producer, store: redis.Redis) -> None:
+    ids = [f"m{i}" for i in range(250)]
+    assert len(producer.enqueue_many({"id": i, "messages": TALK} for i in ids)) == 250
+    assert queued(store) == ids
+
+
+def test_a_redis_that_forgot_the_script_is_taught_again(producer: Producer, store: redis.Redis) -> None:
+    producer.enqueue(TALK, id="a")
+    store.script_flush()
+    assert [outcome.id for outcome in producer.enqueue_many([{"id": i, "messages": TALK} for i in "abc"])] == list(
+        "abc"
+    )  # type: ignore[union-attr]
+    assert queued(store) == ["a", "b", "c"]
+
+
+def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis.Redis) -> None:
+    producer.enqueue(TALK, id="a")
+    calls = store.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"]
+    thread = once_blocked(store, lambda: train(store, "a", 4))
+    assert producer.wait("a", timeout=60) == 4
+    thread.join()
+    assert store.info("commandstats")["cmdstat_xread"]["calls"] - calls <= 2
+    assert producer.status("a") == Status("a", "finished", 4)
+
+
+def test_wait_says_why_a_transcript_failed(producer: Producer, store: redis.Redis) -> None:
+    producer.enqueue(TALK, id="a")
+    thread = once_blocked(store, lambda: fail(store, "a", "ExampleError: one turn is longer than 4,096 tokens"))
+    with pytest.raises(
+        TranscriptFailed, match=r"transcript a failed: ExampleError: one turn is longer than 4,096 tokens"
+    ):
+        producer.wait("a", timeout=60)
+    thread.join()
+    assert producer.status("a").state == "failed"
+
+
+def test_wait_after_a_failed_job_was_requeued_and_trained(producer: Producer, store: redis.Redis) -> None:
+    producer.enqueue(TALK, id="a")
+    fail(store, "a", "x")
+    Job.fetch("a", connection=store, serializer=MsgpackSerializer).requeue()
+    thread = once_blocked(store, lambda: train(store, "a", 9))
+    assert producer.wait("a", timeout=60) == 9
+    thread.join()
+
+
+def test_wait_ends_for_cancelled_unknown_and_late(producer: Producer, store: redis.Redis) -> None:
+    with pytest.raises(UnknownTranscript, match="'nobody'"):
+        producer.wait("nobody", timeout=60)
+    producer.enqueue(TALK, id="a")
+    with pytest.raises(WaitTimeout, match=r"still queued after 0\.1 s"):
+        producer.wait("a", timeout=0.1)
+    Job.fetch("a", connection=store, serializer=MsgpackSerializer).cancel()
+    with pytest.raises(TranscriptFailed, match="canceled"):
+        producer.wait("a", timeout=60)
+    with pytest.raises(InvalidTranscript):
+        producer.wait("../etc", timeout=60)
+
+
+def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("producer.jobs.BLOCK_SECONDS", 0.2)
+    producer.enqueue(TALK, id="a")
+    thread = once_blocked(store, Job.fetch("a", connection=store, serializer=MsgpackSerializer).delete)
+    with pytest.raises(UnknownTranscript):
+        producer.wait("a", timeout=60)
+    thread.join()
+
+
+def test_version_before_the_first_is_zero(producer: Producer) -> None:
+    assert producer.version() == 0
+    assert producer.status("nobody") == Status("nobody", "unknown")
+
+
+def test_no_transcript_in_what_rq_shows(producer: Producer, store: redis.Redis) -> None:
+    producer.enqueue(TALK, id="a")
+    fields = store.hgetall("rq:job:a")
+    readable = b" ".join(value for name, value in fields.items() if name != b"data")
+    assert b"Nobody" not in readable and b"Who" not in readable
+
+
+@pytest.fixture
+def app_url(redis_server: RedisServer, store: redis.Redis) -> Iterator[str]:
+    """A user with the documented rights; before Redis 7 a right to read a key is one to write it, the rest holds."""
+    rules = ACL.split()
+    if int(store.info("server")["redis_version"].split(".")[0]) < 7:
+        rules = ["~" + rule.partition("~")[2] if rule.startswith("%") else rule for rule in rules]
+    store.execute_command("ACL", "SETUSER", "app", "on", ">p:/@w", *rules)
+    yield f"unix://app:{quote('p:/@w', safe='')}@{urlsplit(redis_server.url).path}?db=0"
+    store.execute_command("ACL", "DELUSER", "app")
+
+
+def test_the_documented_rights_are_enough(app_url: str, store: redis.Redis) -> None:
+    with Producer(app_url) as app:
+        assert app.enqueue(TALK, id="a").new
+        assert app.enqueue(TALK, id="a").job is not None
+        assert len(app.enqueue_many([{"id": "b", "messages": TALK}] * 2)) == 2
+        thread = once_blocked(store, lambda: train(store, "a", 1))
+        assert app.wait("a", timeout=60) == 1
+        thread.join()
+        fail(store, "b", "no")
+        assert (app.status("b").reason, app.version()) == ("no", 1)
+
+    async def everything() -> None:
+        async with AsyncProducer(app_url) as app:
+            assert (await app.enqueue(TALK, id="c")).new
+            assert await app.wait("a") == 1
+
+    asyncio.run(everything())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "SET weights:version 9", "HDEL weights:ledger a", "DEL rq:job:a", "LPOP rq:queue:feedback", "CONFIG GET *",
+        "RPUSH rq:queue:other a", "PUBLISH rq:pubsub:x y", "KEYS *", "FLUSHALL", "XADD weights:events * a b",
+    ],
+)  # fmt: skip
+def test_the_documented_rights_are_no_more(app_url: str, command: str) -> None:
+    with redis.Redis.from_url(app_url) as app, pytest.raises(redis.exceptions.NoPermissionError):
+        app.execute_command(*command.split())
+
+
+@pytest.mark.parametrize("command", ["HSET weights:ledger a 9", "HSET weights:state a 9"])
+def test_the_ledger_is_read_only_from_redis_7_on(app_url: str, store: redis.Redis, command: str) -> None:
+    if int(store.info("server")["redis_version"].split(".")[0]) < 7:
+        pytest.skip("this Redis is older than 7 and has no read-only keys")
+    with redis.Redis.from_url(app_url) as app, pytest.raises(redis.exceptions.NoPermissionError):
+        app.execute_command(*command.split())
+
+
+def no_secrets(error: BaseException) -> str:
+    """The sentence of an error, after making sure that nothing along its causes holds a password."""
+    cause: BaseException | None = error
+    while cause is not None:
+        assert "hunter" not in str(cause) + repr(cause)
+        cause = cause.__cause__
+    return str(error)
+
+
+def test_a_redis_that_is_away_is_named_without_its_password() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    producer = Producer(f"redis://app:hunter2@127.0.0.1:{port}/0")
+    assert "hunter" not in repr(producer)
+    for call in (
+        producer.version,
+        lambda: producer.enqueue(TALK),
+        lambda: producer.wait("a"),
+        lambda: producer.job("a"),
+    ):
+        with pytest.raises(QueueUnavailable) as caught:
+            call()
+        assert f"cannot reach Redis at redis://127.0.0.1:{port}/0" in no_secrets(caught.value)
+
+
+def test_a_wrong_password_is_said_to_be_wrong(redis_server: RedisServer) -> None:
+    path = urlsplit(redis_server.url).path
+    with Producer(f"unix://:hunter2@{path}") as producer, pytest.raises(QueueUnavailable) as caught:
+        producer.version()
+    assert "refused the user or password" in no_secrets(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://a:hunter/2@h/0", "http://a:hunter2@h", "hunter2", "redis://h:99999/0", "redis://:hunter2@h/name"]
+)
+def test_a_bad_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(TandemError, match="not a Redis URL") as caught:
+        Producer(url)
+    no_secrets(caught.value)
+
+
+def test_missing_rights_are_named(app_url: str, store: redis.Redis) -> None:
+    store.execute_command("ACL", "SETUSER", "app", "-get")
+    with Producer(app_url) as app, pytest.raises(QueueUnavailable, match=r"'get'.*producer\.jobs\.ACL"):
+        app.version()
+
+
+def test_a_full_redis_refuses_and_says_so(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as server, Producer(server.url) as producer:
+        admin = redis.Redis.from_url(server.url)
+        producer.enqueue(TALK, id="a")
+        admin.config_set("maxmemory", "1mb")
+        given = [{"id": f"x{i}", "messages": [TALK[0], {**TALK[1], "content": chr(i % 999 + 99)}]} for i in range(120)]
+        with pytest.raises(QueueUnavailable, match="full"):
+            while producer.enqueue_many(given):
+                given = [{**line, "id": line["id"] + "x"} for line in given]
+        assert admin.llen("rq:queue:feedback") == len(admin.keys("rq:job:*")), "a job is queued whole or not at all"
+        admin.close()
+
+
+def test_redis_url_comes_from_the_environment(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    with Producer() as producer:
+        assert producer.version() == 0
+    monkeypatch.delenv("REDIS_URL")
+    assert repr(Producer()) == "Producer('redis://127.0.0.1:6379/0')"
+
+
+def test_async_calls_do_what_the_others_do(redis_url: str, store: redis.Redis) -> None:
+    async def talk() -> None:
+        async with AsyncProducer(redis_url) as producer:
+            assert (await producer.enqueue(TALK, id="a")).new
+            again = await producer.enqueue(TALK, id="a")
+            assert not again.new
+            with pytest.raises(TandemError, match="status"):
+                _ = again.job
+            store.script_flush()
+            got = await producer.enqueue_many([{"id": "b", "messages": TALK}, {"messages": []}])
+            assert isinstance(got[0], Enqueued) and isinstance(got[1], InvalidTranscript)
+            with pytest.raises(WaitTimeout):
+                await producer.wait("a", timeout=0.05)
+            fail(store, "b", "no")
+            with pytest.raises(TranscriptFailed, match="no"):
+                await producer.wait("b")
+            train(store, "a", 2)
+            assert await producer.status("a") == Status("a", "finished", 2)
+            assert await producer.version() == 2
+
+    asyncio.run(talk())
+
+
+def test_many_async_waits_leave_the_loop_free(redis_url: str, store: redis.Redis) -> None:
+    """More waits than asyncio's default threads; meanwhile the loop queues and answers."""
+
+    async def talk() -> list[int]:
+        async with AsyncProducer(redis_url) as producer:
+            ids = [(await producer.enqueue(TALK)).id for _ in range(60)]
+            waits = asyncio.gather(*(producer.wait(job_id, timeout=60) for job_id in ids))
+            while store.info("clients")["blocked_clients"] < 60:
+                await asyncio.sleep(0.01)
+            assert (await producer.enqueue(TALK)).new
+            for number, job_id in enumerate(ids):
+                train(store, job_id, number)
+            return list(await waits)
+
+    assert asyncio.run(talk()) == list(range(60))
+
+
+def test_results_are_kept_where_rq_keeps_them() -> None:
+    """`wait` reads this stream by name; RQ renaming it must not go unseen."""
+    assert Result.get_key("a") == "rq:results:a"
