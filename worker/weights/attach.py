@@ -23,7 +23,7 @@ from worker.weights.header import Header
 from worker.weights.mapping import FLOAT32_PARAMETERS, Slice
 from worker.weights.memory import opener_for
 from worker.weights.record import RecordArea
-from worker.weights.spot_check import checkpoint_dir, spot_check
+from worker.weights.spot_check import checkpoint_dir, spot_check, untrained_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ class AttachedWeights:
     tensors: dict[str, torch.Tensor]
     """transformers' name -> view, in sorted order of the names; tied embeddings once."""
     frozen: list[str]
-    """What the server holds besides, which training leaves alone."""
+    """What training leaves alone: other parameters of the server, a drafter, other tensors of the checkpoint."""
     model_path: Path
     """The local directory of the model: configuration, tokenizer, checkpoint."""
     server_info: dict[str, Any]
@@ -79,12 +79,12 @@ def attach(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
     header = Header(areas["header"])
     _check_lineage(header, info)
     model_path = checkpoint_dir(info["model"], info["revision"])
+    sources = {piece["name"]: piece["source"] for piece in info["slices"]}
     if info["load_format"] != "dummy" and header.version == 0:
-        spot_check(model_path, tensors, {piece["name"]: piece["source"] for piece in info["slices"]})
+        spot_check(model_path, tensors, sources)
+    frozen = [*info["frozen"], *untrained_names(model_path, sources)]
     kept = {key: value for key, value in info.items() if key not in _CONSUMED}
-    return AttachedWeights(
-        header, RecordArea(areas["record"]), areas["state"], tensors, list(info["frozen"]), model_path, kept
-    )
+    return AttachedWeights(header, RecordArea(areas["record"]), areas["state"], tensors, frozen, model_path, kept)
 
 
 def _check_server(info: dict[str, Any], pid: int) -> None:

@@ -41,6 +41,10 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
         super().__init__(config, vllm_config, device, model)
         self._versions = check_versions("vllm", "torch", "transformers")
         refuse_unshareable(vllm_config, device.type)
+        if device.type == "cpu":
+            from worker.serving.cpu_backend import verify_unpacked
+
+            verify_unpacked(model)
         hf_config, text_config = vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config
         self._mapping = derive(model, text_sources(text_config.to_dict(), has_vision=hf_config is not text_config))
         self._owner = owner_for(device)

@@ -67,6 +67,12 @@ class Header:
         self._put(_VERSION, version)
         self._put(_STATE, _STATE_CODES[CLEAN])
 
+    def abandon(self) -> None:
+        """Take `begin` back: the update was refused before its first write, the version stays."""
+        if self.state != APPLYING:
+            raise HeaderError("no update was begun: abandon() without begin()")
+        self._put(_STATE, _STATE_CODES[CLEAN])
+
     def fields(self) -> dict[str, str | int]:
         """{"lineage": 32 hex digits, "version": int, "state": "CLEAN" | "APPLYING"}, read in one copy."""
         words = self._words.cpu().tolist()

@@ -73,11 +73,12 @@ def derive(model: nn.Module, sources: Sequence[Source]) -> Mapping:
     writes = _record(model, parameters, sources)
     slices = [_slice(source, [w for w in writes if w.source == source.source], parameters) for source in sources]
     padding = [_padding(write, parameters[write.param]) for write in writes if write.source is None]
-    touched = {piece.param for piece in [*slices, *padding]}
+    pieces: list[Slice | Padding] = [*slices, *padding]
+    touched = {piece.param for piece in pieces}
     frozen = [name for name in parameters if name not in touched and name.startswith(FROZEN_PREFIXES)]
     for name, parameter in parameters.items():
         if name not in frozen:
-            _check_coverage(name, parameter.shape[0], [p for p in [*slices, *padding] if p.param == name])
+            _check_coverage(name, parameter.shape[0], [piece for piece in pieces if piece.param == name])
     return Mapping(tuple(sorted(slices, key=lambda s: s.name)), tuple(padding), tuple(frozen))
 
 

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from producer.errors import TandemError
 from worker import torch_setup
@@ -35,7 +32,11 @@ class Source:
 
 def text_sources(text_config: dict[str, Any], has_vision: bool) -> list[Source]:
     """Every parameter of the text model that `text_config` (the plain config, with model_type) describes; tied once."""
-    torch_setup.prepare()
+    torch_setup.prepare()  # before transformers looks at torchvision
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     model_type = text_config.get("model_type", "")
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES.get(model_type, ""), None)
     model_class = getattr(transformers, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")), None)

@@ -34,8 +34,7 @@ class Write:
     source: str | None
     """The tensor copied from, or None for zeros."""
     source_start: int = 0
-    source_shape: tuple[int, ...] = ()
-    """Shape of the copied piece."""
+    """Element of the source that the copied piece starts at."""
 
 
 class Recorder(TorchDispatchMode):
@@ -100,7 +99,7 @@ class Recorder(TorchDispatchMode):
                 f"parameter {param}: the loader permutes or broadcasts {name} into it ({tuple(source.shape)} with"
                 f" strides {source.stride()} into {tuple(target.shape)}); a view cannot undo that"
             )
-        return Write(param, start, target.numel(), name, source.storage_offset(), tuple(source.shape))
+        return Write(param, start, target.numel(), name, int(source.storage_offset()))
 
 
 def _fills_with_zero(func: Any, args: tuple[Any, ...]) -> bool:

@@ -98,7 +98,9 @@ class SharedFileOpener(Opener):
 
 
 def _map(path: str, size: int) -> torch.UntypedStorage:
-    return torch.UntypedStorage.from_file(path, True, size)
+    storage = torch.UntypedStorage.from_file(path, True, size)  # True: writes reach the file
+    assert isinstance(storage, torch.UntypedStorage)
+    return storage
 
 
 def _view(

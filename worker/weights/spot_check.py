@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from worker.weights.errors import AttachError
+from worker.weights.names import checkpoint_name
 
 _PIECE = 64
 """Elements compared at each place of a row."""
@@ -34,6 +35,14 @@ def checkpoint_dir(model: str, revision: str | None) -> Path:
             f"the server's model {model} is neither a directory here nor in the hub's cache ({type(error).__name__}):"
             " run the worker where the server runs, or serve a local directory by its full path"
         ) from None
+
+
+def untrained_names(directory: Path, sources: dict[str, str]) -> list[str]:
+    """Tensors of `directory`'s safetensors that stand for none of `sources`: vision, drafter. Empty without any."""
+    with ExitStack() as stack:
+        stored = _open_files(directory, stack) if any(directory.glob("*.safetensors")) else {}
+        trained = {candidate for name, source in sources.items() for candidate in _candidates(name, source)}
+        return sorted(stored.keys() - trained)
 
 
 def spot_check(directory: Path, tensors: dict[str, torch.Tensor], sources: dict[str, str]) -> None:
@@ -76,9 +85,7 @@ def _open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _candidates(name: str, source: str) -> Iterator[str]:
     """The names a tensor may have on disk: a text checkpoint may keep a vision model's prefix, and vice versa."""
-    yield source
-    yield name
-    yield "model.language_model." + name.removeprefix("model.")
+    yield from dict.fromkeys((source, name, checkpoint_name(name)))
 
 
 def _rows(count: int) -> list[int]:
