@@ -36,7 +36,7 @@ def apply() -> None:
 def dispatch_plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
     """In the place of vLLM's dispatch_cpu_unquantized_gemm: never packs, never removes the weight."""
     if layer.weight.ndim == 2 or layer.weight.is_meta:
-        layer.cpu_linear = torch.nn.functional.linear
+        layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
 
 def verify_unpacked(model: torch.nn.Module) -> None:

@@ -23,6 +23,7 @@ from worker import torch_setup, wire
 from worker.serving.plugin import SERVE_ENV, WEIGHT_ENGINE
 
 PLUGIN = "tandem"
+EXTENSION = "worker.serving.extension.TandemWorkerExtension"
 DEFAULT_GROUPS = (
     "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
 )  # fmt: skip
@@ -49,6 +50,7 @@ REFUSED = {
     "--cpu-offload-gb": "offloaded weights are not where the trainer would write",
     "--offload-group-size": "offloaded weights are not where the trainer would write",
     "--weight-transfer-config": "tandem serve sets it to its own backend",
+    "--worker-extension-cls": "tandem serve sets it to its own class",
 }
 HARMLESS_VALUES = {"--api-server-count": "1", "--cpu-offload-gb": "0", "--offload-group-size": "0"}
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size",
@@ -149,7 +151,7 @@ def parse_flags(options: Sequence[str]) -> dict[str, list[str]]:
 def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu: bool) -> tuple[list[str], list[str]]:
     """`options` with what is needed and not said, and one sentence for every choice made for the user."""
     given = parse_flags(options)
-    added = ["--weight-transfer-config", json.dumps({"backend": WEIGHT_ENGINE})]
+    added = ["--weight-transfer-config", json.dumps({"backend": WEIGHT_ENGINE}), "--worker-extension-cls", EXTENSION]
     notes = []
     if not given.keys() & {"--host", "--uds"}:
         added += ["--host", "127.0.0.1"]

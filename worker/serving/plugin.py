@@ -7,11 +7,17 @@ Must not know: what an update is. Invariant: every function may run many times i
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from worker.serving.state import ServerState
+
+logger = logging.getLogger("vllm.tandem")
 
 SERVE_ENV = "TANDEM_SERVE"
 """Set to 1 by `tandem serve`; the run directory travels in TANDEM_RUN_DIR."""
@@ -56,8 +62,39 @@ class TandemEndpoints:
     name = "tandem"
     required_tasks = ("generate",)
 
+    def __init__(self) -> None:
+        self._state: ServerState | None = None
+
     def attach_router(self, app: FastAPI) -> None:
-        """vLLM's phase A: routes and middleware, before the engine's client is known."""
+        """vLLM's phase A: the route and the middleware, before the engine's client is known.
+
+        The middleware is added here and not by vLLM's --middleware, so that it lies inside vLLM's own: what it refuses
+        has passed authentication and carries the headers of CORS.
+        """
+        if not under_tandem_serve():
+            return
+        from worker.serving.http import VERSION_PATH, WeightVersionMiddleware
+
+        app.add_middleware(WeightVersionMiddleware, state=lambda: self._state)
+        app.add_api_route(VERSION_PATH, self._version, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """vLLM's phase B: the engine runs and has loaded its weights."""
+        """vLLM's phase B, before the first request: the engine runs and its worker serves the weights' header."""
+        if not under_tandem_serve():
+            return
+        from worker import wire
+        from worker.serving.control import Control
+        from worker.serving.state import ServerState
+        from worker.weights.client import read_header
+
+        run_dir = wire.default_run_dir()
+        header = await asyncio.get_running_loop().run_in_executor(None, read_header, run_dir)
+        self._state = ServerState(header["lineage"], header["version"])
+        self._control = Control(engine_client, self._state, run_dir)
+        path = await self._control.start()
+        logger.info("tandem: version %d, control socket %s", header["version"], path)
+
+    async def _version(self) -> dict[str, Any]:
+        """GET /weights/version: version, lineage, state (serving, paused, torn) and the reason if torn."""
+        assert self._state is not None
+        return self._state.plain()

@@ -1,0 +1,268 @@
+"""The control socket in vLLM's API process: one trainer pauses and resumes the server here.
+
+Messages are maps with "op": hello {name}, pause, resume {version}, state; answers are maps, {"error": ...} if refused.
+A pause is a lease on the connection it was asked on: when that ends, the header beside the weights says whether they
+are whole. CLEAN: the server takes the header's version and goes on. APPLYING: it stays paused, torn; every request is
+answered with the reason, also those in flight, until the weights are mended.
+
+Must not know: tensors, transcripts, HTTP. Uses of vLLM's EngineClient are its public methods.
+Invariants: one trainer at a time; requests run only under a CLEAN header; no message, however malformed, does more than
+cost its sender the connection.
+"""
+
+import asyncio
+import atexit
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from producer.errors import TandemError
+from worker import wire
+from worker.serving.state import PAUSED, ServerState
+from worker.weights.client import read_header
+
+logger = logging.getLogger("vllm.tandem")
+"""Below vLLM's logger, so that our lines go where the server's go."""
+
+SOCKET = "control.sock"
+MAX_REQUEST = 4096
+"""Bytes of one request. The longest real one, hello, has under 200."""
+MAX_CONNECTIONS = 32
+MESSAGE_SECONDS = 10.0
+"""From a message's first bytes to its last. Between messages a trainer may be silent for as long as it likes."""
+ENGINE_SECONDS = 120.0
+"""For one call into the engine. A pause waits for the step that is running."""
+
+Reply = dict[str, Any]
+
+
+class ControlError(TandemError):
+    """A request of the trainer that the server refuses."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """One client of the socket; `name` once it said hello as the trainer."""
+
+    pid: int
+    since: float
+    name: str | None = None
+
+    def __str__(self) -> str:
+        at = time.strftime("%H:%M:%S", time.localtime(self.since))
+        return f"trainer {self.name!r} (process {self.pid}, since {at})"
+
+
+class Control:
+    """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on."""
+
+    def __init__(self, engine: Any, state: ServerState, run_dir: Path) -> None:
+        self._engine = engine
+        self._state = state
+        self._run_dir = run_dir
+        self._trainer: Connection | None = None
+        self._connections = 0
+        self._turn = asyncio.Lock()  # one request, or one lost lease, at a time
+        self._background: set[asyncio.Task[None]] = set()
+        self._ops: dict[str, Callable[[Connection, dict[str, Any]], Awaitable[Reply]]] = {
+            "hello": self._hello,
+            "pause": self._pause,
+            "resume": self._resume,
+        }
+
+    async def start(self) -> str:
+        """Bind the socket and answer from now on; the socket's path. WireError when another server has it."""
+        path = wire.socket_path(self._run_dir, SOCKET)
+        # Kept: an event loop may close a server that nobody holds (uvloop does).
+        self._server = await asyncio.start_unix_server(self._serve, sock=wire.bind(path))
+        atexit.register(Path(path).unlink, missing_ok=True)
+        return path
+
+    # One connection
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
+        connection = None
+        try:
+            connection = Connection(_peer_pid(writer), time.time())
+            if self._connections > MAX_CONNECTIONS:
+                raise wire.WireError(f"more than {MAX_CONNECTIONS} connections")
+            while (request := await _receive(reader)) is not None:
+                await _send(writer, await self._answer(connection, request))
+        except wire.WireError as error:
+            await _send(writer, {"error": str(error)})
+        except (ConnectionError, TimeoutError):
+            pass  # the other side has gone, or does not read: the same to us
+        finally:
+            self._connections -= 1
+            if connection is not None and connection is self._trainer:
+                async with self._turn:
+                    await self._let_go(connection)
+            writer.close()
+
+    async def _answer(self, connection: Connection, request: dict[str, Any]) -> Reply:
+        op = request.get("op")
+        if op == "state":
+            return self._plain()
+        if not isinstance(op, str) or op not in self._ops:
+            return {"error": f"unknown op: this server knows {', '.join([*self._ops, 'state'])}"}
+        async with self._turn:
+            try:
+                return await self._ops[op](connection, request)
+            except TandemError as error:
+                return {"error": str(error)}
+            except Exception as error:
+                logger.exception("tandem: %s failed", op)
+                return {"error": f"the server could not {op} ({type(error).__name__}: {error})"}
+
+    # Operations: each runs alone, and its errors go back to the trainer
+
+    async def _hello(self, connection: Connection, request: dict[str, Any]) -> Reply:
+        name = request.get("name")
+        if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
+            raise ControlError("hello: name must be 1 to 100 printable characters")
+        if self._trainer is not None and self._trainer is not connection:
+            raise ControlError(f"{self._trainer} is connected to this server already: stop it first")
+        connection.name = name
+        self._trainer = connection
+        logger.info("tandem: %s connected", connection)
+        return self._plain()
+
+    async def _pause(self, connection: Connection, request: dict[str, Any]) -> Reply:
+        self._check(connection)
+        if self._state.condition == PAUSED:
+            raise ControlError("the server is paused already")
+        started = time.perf_counter()
+        self._state.pause()
+        try:
+            await self._pause_engine()
+        except Exception as error:
+            await asyncio.wait_for(self._engine.resume_generation(), ENGINE_SECONDS)
+            self._state.resume(self._state.version)
+            raise ControlError(f"vLLM did not pause ({type(error).__name__}: {error}); it goes on serving") from error
+        return {"seconds": time.perf_counter() - started}
+
+    async def _resume(self, connection: Connection, request: dict[str, Any]) -> Reply:
+        self._check(connection)
+        version = request.get("version")
+        if type(version) is not int:
+            raise ControlError("resume: version must be an integer")
+        if self._state.condition != PAUSED:
+            raise ControlError("the server is not paused")
+        header = await self._read_header()
+        if (header["state"], header["version"]) != ("CLEAN", version):
+            raise ControlError(
+                f"resume with version {version} refused: the header beside the weights says "
+                f"{header['state']}, version {header['version']}"
+            )
+        await self._go_on(version)
+        return self._plain()
+
+    def _check(self, connection: Connection) -> None:
+        """Only the trainer, and only on whole weights. Mending torn weights will be an operation of its own."""
+        if connection is not self._trainer:
+            raise ControlError("say hello first")
+        if self._state.torn:
+            raise ControlError(f"refused: {self._state.reason}")
+
+    def _plain(self) -> Reply:
+        holder = self._trainer
+        trainer = {"name": holder.name, "pid": holder.pid, "since": holder.since} if holder else None
+        return self._state.plain() | {"trainer": trainer, "in_flight": self._state.in_flight}
+
+    # The end of a connection
+
+    async def _let_go(self, connection: Connection) -> None:
+        """The trainer is gone. If it held the pause, find out what it left, and go on or say why not."""
+        self._trainer = None
+        logger.info("tandem: %s is gone", connection)
+        if self._state.condition != PAUSED:
+            return
+        try:
+            header = await self._read_header()
+            if header["state"] == "CLEAN":
+                await self._go_on(header["version"])
+                logger.warning("tandem: %s was lost in a pause; serving version %d", connection, header["version"])
+                return
+            reason = (
+                f"the weights are torn: {connection} ended while it wrote version {header['version'] + 1}; "
+                "restart the server to load them anew"
+            )
+        except Exception as error:  # nobody is left to hear it but the server's own clients
+            reason = (
+                f"{connection} ended in a pause, and what it left cannot be read ({type(error).__name__}: {error}); "
+                "restart the server"
+            )
+        self._state.tear(reason)
+        logger.error("tandem: %s", reason)
+        task = asyncio.create_task(self._end_requests())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _end_requests(self) -> None:
+        """Abort what is in vLLM, again until none is left: a request may be on its way into the engine."""
+        while self._state.in_flight:
+            try:
+                await asyncio.wait_for(self._engine.pause_generation(mode="abort", clear_cache=False), ENGINE_SECONDS)
+            except Exception:
+                logger.exception("tandem: aborting requests failed")
+            await asyncio.sleep(0.5)
+
+    # The engine and the header
+
+    async def _pause_engine(self) -> None:
+        """Freeze the running requests to be recomputed, drop what was cached of the old weights, idle the device."""
+        async with asyncio.timeout(ENGINE_SECONDS):
+            await self._engine.pause_generation(mode="keep", clear_cache=True)
+            if not await self._engine.is_paused():
+                raise ControlError("it reports that it is running")
+            # 0.26 ignores a failed reset inside pause; with nothing running, resetting again shows it.
+            if await self._engine.reset_prefix_cache() is False:
+                raise ControlError("its prefix cache could not be reset and holds states of the old weights")
+            await self._engine.collective_rpc("tandem_synchronize")
+
+    async def _go_on(self, version: int) -> None:
+        """Resume under `version`, which whoever is answered from here on is told."""
+        self._state.version = version
+        await asyncio.wait_for(self._engine.resume_generation(), ENGINE_SECONDS)
+        self._state.resume(version)
+
+    async def _read_header(self) -> dict[str, Any]:
+        return await asyncio.get_running_loop().run_in_executor(None, read_header, self._run_dir)
+
+
+def _peer_pid(writer: asyncio.StreamWriter) -> int:
+    transport_socket = writer.get_extra_info("socket")
+    with socket.fromfd(transport_socket.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        return wire.check_peer(sock)
+
+
+async def _receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """The next request, or None when the connection ended between requests; WireError for anything malformed."""
+    try:
+        first = await reader.readexactly(1)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    try:
+        async with asyncio.timeout(MESSAGE_SECONDS):
+            length = wire.check_length(first + await reader.readexactly(3))
+            if length > MAX_REQUEST:
+                raise wire.WireError(f"a request of {length} bytes is announced, over the limit of {MAX_REQUEST}")
+            return wire.unpack(await reader.readexactly(length))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        raise wire.WireError("the connection ended in the middle of a request") from None
+    except TimeoutError:
+        raise wire.WireError(f"the rest of the request did not come within {MESSAGE_SECONDS:g} s") from None
+
+
+async def _send(writer: asyncio.StreamWriter, reply: Reply) -> None:
+    """Write `reply`; TimeoutError when the other side does not read."""
+    try:
+        writer.write(wire.pack(reply))
+        await asyncio.wait_for(writer.drain(), MESSAGE_SECONDS)
+    except ConnectionError:
+        pass  # the next read says so

@@ -1,0 +1,51 @@
+"""What the API process knows of the weights: their version, and whether requests may run.
+
+One event loop touches it (vLLM's), so there are no locks. Must not know: vLLM, sockets, HTTP.
+Invariants: serving <-> paused -> torn, and torn stays (mending it comes with checkpoints); the version only moves while
+paused, before requests run again; `running` is set exactly when a request may start or must be told that it cannot.
+"""
+
+import asyncio
+from typing import Any
+
+SERVING, PAUSED, TORN = "serving", "paused", "torn"
+
+
+class ServerState:
+    """Version and condition of the served weights, and the number of requests inside vLLM."""
+
+    def __init__(self, lineage: str, version: int) -> None:
+        self.lineage = lineage
+        self.version = version
+        self.condition = SERVING
+        self.reason: str | None = None
+        self.in_flight = 0
+        self.running = asyncio.Event()
+        self.running.set()
+
+    @property
+    def torn(self) -> bool:
+        """Whether the weights are half-written: no answer may be made with them."""
+        return self.condition == TORN
+
+    def pause(self) -> None:
+        """Requests that arrive from now on wait."""
+        self.condition = PAUSED
+        self.running.clear()
+
+    def resume(self, version: int) -> None:
+        """The weights are whole again and are `version`; the waiting requests go on."""
+        self.version = version
+        self.condition = SERVING
+        self.running.set()
+
+    def tear(self, reason: str) -> None:
+        """The weights are half-written. Waiting requests wake up to be told `reason`."""
+        self.condition = TORN
+        self.reason = reason
+        self.running.set()
+
+    def plain(self) -> dict[str, Any]:
+        """The state in msgpack and JSON types."""
+        state: dict[str, Any] = {"version": self.version, "lineage": self.lineage, "state": self.condition}
+        return state | {"reason": self.reason} if self.reason else state
