@@ -1,0 +1,177 @@
+"""Batched equals separate: on the rows, and on logits and gradients of a real small Qwen3.5."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.batches import Batch, BatchError, make_batches
+from worker.examples import Example, TokenSequence
+
+WIDTHS = (8, 16, 80)
+
+
+def example(id: str, lengths: list[int], weight: float = 1.0, vocabulary: int = 1000) -> Example:
+    """An example of sequences of these lengths; every second token is trained."""
+    generator = torch.Generator().manual_seed(sum(map(ord, id)) + sum(lengths))
+    sequences = []
+    for length in lengths:
+        ids = tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist())
+        sequences.append(TokenSequence(ids, tuple(i % 2 == 1 for i in range(length))))
+    return Example(id, tuple(sequences), weight, {})
+
+
+def real_rows(batches: list[Batch]) -> list[tuple[int, tuple[int, ...], tuple[bool, ...], float]]:
+    rows = []
+    for batch in batches:
+        for r in (batch.examples >= 0).nonzero()[:, 0].tolist():
+            length = int(batch.lengths[r])
+            ids, mask = batch.input_ids[r, :length].tolist(), batch.mask[r, :length].tolist()
+            rows.append((int(batch.examples[r]), tuple(ids), tuple(mask), float(batch.weights[r])))
+    return rows
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(2, 80), min_size=1, max_size=3), max_size=9),
+    budget=st.integers(80, 400),
+)
+def test_every_sequence_once_and_whole(lengths: list[list[int]], budget: int) -> None:
+    examples = [example(f"e{i}", some, weight=1 / (i + 1)) for i, some in enumerate(lengths)]
+    batches = make_batches(examples, pad_id=7, widths=WIDTHS, budget=budget)
+    expected = [
+        (i, sequence.ids, sequence.mask, pytest.approx(one.weight))
+        for i, one in enumerate(examples)
+        for sequence in one.sequences
+    ]
+    # Rows are grouped by width; within a width the order is the examples'.
+    width = {length: next(w for w in WIDTHS if length <= w) for length in range(2, 81)}
+    assert real_rows(batches) == sorted(expected, key=lambda row: width[len(row[1])])
+    for batch in batches:
+        height, wide = batch.input_ids.shape
+        assert wide in WIDTHS and height & (height - 1) == 0 and height * wide <= budget
+        assert batch.input_ids.dtype == batch.examples.dtype == batch.lengths.dtype == torch.int64
+        assert batch.mask.dtype == torch.bool and batch.weights.dtype == torch.float32
+        padding = torch.arange(wide) >= batch.lengths[:, None]
+        assert bool((batch.input_ids[padding] == 7).all()) and not batch.mask[padding].any()
+        empty = batch.examples < 0
+        assert not batch.weights[empty].any() and not batch.lengths[empty].any()
+        assert empty.sum() < max(height / 2, 1)  # never so many that half as many rows would have done
+
+
+def test_refusals() -> None:
+    with pytest.raises(BatchError, match="81 tokens is wider than the widest row, 80"):
+        make_batches([example("a", [81])], pad_id=0, widths=WIDTHS, budget=80)
+    with pytest.raises(BatchError, match="budget of 79"):
+        make_batches([], pad_id=0, widths=WIDTHS, budget=79)
+    with pytest.raises(BatchError, match="a row of each width"):
+        make_batches([], pad_id=0, widths=(), budget=79)
+
+
+# On a real model
+
+LENGTHS = [[9, 70], [66], [3], [80, 13]]  # 66 to 80: the delta net's chunks of 64 tokens are crossed, beside padding
+WEIGHTS = [1.0, 0.5, 0.25, 1.0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from worker.tiny import make_tiny
+
+    folder = make_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # A fresh model's logits hardly depend on its input: larger weights make a leak visible.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+    return model
+
+
+def nll_and_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed negative log-likelihood of each row's trained tokens [B], and all logits [B, T, V]."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    log_p = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # [B, T-1]
+    return -(log_p * mask[:, 1:]).sum(1), logits
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def separately(
+    model: Any, examples: list[Example]
+) -> tuple[dict[tuple[int, ...], torch.Tensor], dict[str, torch.Tensor]]:
+    """The definition: every sequence by itself, unpadded. Logits by ids, and gradients of sum w_i NLL_i."""
+    logits = {}
+    for one in examples:
+        for sequence in one.sequences:
+            nll, logit = nll_and_logits(model, torch.tensor([sequence.ids]), torch.tensor([sequence.mask]))
+            (one.weight * nll.sum()).backward()
+            logits[sequence.ids] = logit[0].detach()
+    return logits, gradients(model)
+
+
+def batched(model: Any, examples: list[Example], widths: tuple[int, ...], pad_id: int) -> tuple[Any, Any]:
+    """The same through make_batches. Padding rows are among the batches, and must have no loss."""
+    logits = {}
+    batches = make_batches(examples, pad_id=pad_id, widths=widths, budget=1024)
+    assert any((batch.examples < 0).any() for batch in batches)
+    for batch in batches:
+        nll, logit = nll_and_logits(model, batch.input_ids, batch.mask)
+        assert not nll[batch.examples < 0].any()
+        (nll * batch.weights).sum().backward()
+        for r in (batch.examples >= 0).nonzero()[:, 0].tolist():
+            length = int(batch.lengths[r])
+            logits[tuple(batch.input_ids[r, :length].tolist())] = logit[r, :length].detach()
+    return logits, gradients(model)
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    return [example(f"e{i}", some, w) for i, (some, w) in enumerate(zip(LENGTHS, WEIGHTS, strict=True))]
+
+
+@pytest.mark.parametrize("widths", [(80,), (16, 128)])
+def test_batched_equals_separate(model: Any, examples: list[Example], widths: tuple[int, ...]) -> None:
+    expected_logits, expected = separately(model, examples)
+    logits, found = batched(model, examples, widths, pad_id=0)
+    assert logits.keys() == expected_logits.keys() and len(logits) == 6
+    for ids in logits:
+        torch.testing.assert_close(logits[ids], expected_logits[ids], rtol=1e-4, atol=1e-5)
+    for name, gradient in found.items():
+        scale = expected[name].abs().max()
+        assert scale > 0, name
+        # The decay's gradients are small differences of large sums, which fp32 adds in another order per shape.
+        decay = name.endswith(("A_log", "dt_bias", "in_proj_a.weight"))
+        assert (gradient - expected[name]).abs().max() <= (1e-3 if decay else 2e-5) * scale, name
+
+
+def test_padding_contributes_nothing(model: Any, examples: list[Example]) -> None:
+    """Whatever token the padding is, rows and columns of it change no bit of logits or gradients of the rest."""
+    logits, found = batched(model, examples, (80,), pad_id=0)
+    other_logits, other = batched(model, examples, (80,), pad_id=999)
+    assert all(torch.equal(logits[ids], other_logits[ids]) for ids in logits)
+    for name in found.keys() - {"model.embed_tokens.weight"}:
+        assert torch.equal(found[name], other[name]), name
+    used = sorted({id for one in examples for sequence in one.sequences for id in sequence.ids})
+    unused = [id for id in range(1024) if id not in used]
+    assert 999 in unused or 0 in unused  # one of the pad tokens is nobody's text: its gradient is the padding's alone
+    for table in (found["model.embed_tokens.weight"], other["model.embed_tokens.weight"]):
+        assert not table[unused].any() and table[used].any()
+
+
+def test_what_a_leak_would_look_like(model: Any) -> None:
+    """The same comparison does see a neighbour in the row: one sequence packed behind another differs."""
+    first, second = example("a", [66]).sequences[0], example("b", [9]).sequences[0]
+    _, alone = nll_and_logits(model, torch.tensor([second.ids]), torch.tensor([second.mask]))
+    packed = torch.tensor([first.ids + second.ids])
+    _, logits = nll_and_logits(model, packed, torch.zeros_like(packed, dtype=torch.bool))
+    assert (logits[0, -9:] - alone[0]).abs().max() > 0.1
