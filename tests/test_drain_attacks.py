@@ -1,0 +1,260 @@
+"""What somebody who can only write to Redis gets: nothing. Each attack fails alone, the good jobs around it train."""
+
+import contextlib
+import functools
+import os
+import pickle
+import resource
+import zlib
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import redis
+from drain_parts import Lines, Weights, start
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rq.exceptions import DeserializationError
+from rq.job import Job
+from rq.registry import FailedJobRegistry
+
+from producer import keys
+from producer.client import Producer
+from producer.errors import TandemError
+from producer.serializer import MsgpackSerializer
+from worker.jobs import FeedbackJob, open_queue
+
+GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
+CANARY = "tandem-attack-canary"
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.path}",))
+
+
+def call(function: Any = keys.FUNCTION, instance: Any = None, args: Any = None, kwargs: Any = None) -> bytes:
+    return msgpack.packb([function, instance, [{"messages": GOOD}] if args is None else args, kwargs or {}])
+
+
+def nested(depth: int, inner: bytes) -> bytes:
+    return b"\x91" * depth + inner
+
+
+@functools.cache
+def bomb() -> bytes:
+    """A quarter of a gigabyte, in a quarter of a megabyte."""
+    return zlib.compress(bytes(2**28))
+
+
+def attacks(canary: str) -> dict[str, dict[str, bytes]]:
+    """Job id -> the fields of its hash."""
+    callback = {"data": zlib.compress(call())}
+    fields = {
+        "os-system": {"data": zlib.compress(call("os.system", args=[f"touch {canary}"]))},
+        "builtins": {"data": zlib.compress(call("builtins.exec", args=[f"open({canary!r}, 'w')"]))},
+        "near-name": {"data": zlib.compress(call("worker.train.__init__"))},
+        "no-function": {"data": zlib.compress(call(None))},
+        "list-function": {"data": zlib.compress(call(["worker.train"]))},
+        "instance": {"data": zlib.compress(call(instance={"a": 1}))},
+        "on-success": callback | {"success_callback_name": b"os.abort"},
+        "on-failure": {"data": b"\xc1"} | {"failure_callback_name": b"os.abort"},
+        "on-stopped": callback | {"stopped_callback_name": b"os.abort"},
+        "webhook": callback | {"webhooks": b'[{"url": "http://127.0.0.1:9/", "job_status": "failed"}]'},
+        "pickle": {"data": zlib.compress(pickle.dumps(Touch(canary)))},
+        "pickled-call": {"data": zlib.compress(pickle.dumps(("worker.train", None, (Touch(canary),), {})))},
+        "pickled-all-over": {"data": pickle.dumps(Touch(canary)), "meta": pickle.dumps(Touch(canary))}
+        | {"result": pickle.dumps(Touch(canary)), "exc_info": pickle.dumps(Touch(canary))},
+        "bomb": {"data": bomb()},
+        "bomb-in-bomb": {"data": zlib.compress(bomb())},
+        "bomb-elsewhere": {"data": b"", "exc_info": bomb()},
+        "larger-than-fetched": {"data": os.urandom(11 * 1024 * 1024)},
+        "many-fields": {f"field{i}": b"x" for i in range(1000)} | {"data": zlib.compress(call())},
+        "no-data": {"status": b"queued"},
+        "empty": {"data": b""},
+        "garbage": {"data": os.urandom(300)},
+        "cut-short": {"data": zlib.compress(call())[:-9]},
+        "deep": {"data": zlib.compress(nested(900, b"\xc0"))},
+        "deeper": {"data": zlib.compress(nested(900_000, b"\xc0"))},
+        "array-of-4-billion": {"data": zlib.compress(b"\xdd\xff\xff\xff\xff")},
+        "arrays-of-a-million": {"data": zlib.compress(b"\xdd\x00\x0f\x42\x40" * 500 + b"\xc0" * 1_100_000)},
+        "map-with-map-keys": {"data": zlib.compress(b"\x81\x80\xc0")},
+        "time-before-time": {"data": zlib.compress(b"\xc7\x0c\xff" + b"\xff" * 12)},
+        "five-parts": {"data": zlib.compress(msgpack.packb([keys.FUNCTION, None, [], {}, 1]))},
+        "keywords": {"data": zlib.compress(call(kwargs={"lr": 1e9}))},
+        "two-transcripts": {"data": zlib.compress(call(args=[{"messages": GOOD}, {"messages": GOOD}]))},
+        "no-map": {"data": zlib.compress(call(args=["text"]))},
+        "own-template": {
+            "data": zlib.compress(call(args=[{"messages": GOOD, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}]))
+        },
+        "another-id": {"data": zlib.compress(call(args=[{"messages": GOOD, "id": "somebody-else"}]))},
+        "no-number": callback | {"timeout": b"abc"},
+        "no-status": callback | {"status": b"zzz"},
+        "no-date": callback | {"created_at": b"yesterday"},
+        "no-text": callback | {"origin": b"\xff\xfe"},
+        "no-json": callback | {"dependency_ids": b"{"},
+        "repeats": callback | {"repeats_left": b"5", "repeat_intervals": b"[0]"},
+    }
+    return fields
+
+
+SURVIVES = {
+    "forever": {"result_ttl": b"-5"},
+    "for-ages": {"result_ttl": b"9" * 18},
+    "not-at-all": {"result_ttl": b"0"},
+} | {
+    "elsewhere": {"origin": b"another-queue"},
+    "pickled-meta": {"meta": pickle.dumps(Touch(CANARY))},
+    "slot": {"rate_limit_key": b"k", "rate_limit_concurrency": b"1"},
+    "ever-again": {"retries_left": b"9" * 15, "retry_intervals": b"[0]"},
+}
+"""Odd, but a transcript: it trains, and nothing odd happens."""
+
+
+def push(connection: redis.Redis, job_id: str | bytes, fields: dict[str, bytes] | None = None) -> None:
+    if fields:
+        connection.hset(f"rq:job:{job_id if isinstance(job_id, str) else job_id.decode()}", mapping=fields)
+    connection.rpush(f"rq:queue:{keys.QUEUE}", job_id)
+
+
+def test_every_attack_fails_alone_between_good_jobs(redis_url: str, tmp_path: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
+    canary = str(tmp_path / CANARY)
+    producer = Producer(redis_url)
+    hostile = attacks(canary)
+    good = []
+    for job_id, fields in hostile.items():
+        good.append(producer.enqueue(GOOD, id=f"before-{job_id}").id)
+        push(connection, job_id, fields)
+    for job_id, fields in SURVIVES.items():
+        push(connection, job_id, {"data": zlib.compress(call())} | fields)
+        good.append(job_id)
+    good.append(producer.enqueue(GOOD, id="last").id)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start(connection, weights, hooks=[lines], max_jobs=32, linger=0).work(burst=True)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert not Path(canary).exists() and not Path(CANARY).exists()
+    assert sorted(weights.trained) == sorted(good)
+    assert set(lines.rejected) == set(hostile)
+    assert grown_kib < 200 * 1024, f"{grown_kib} KiB"
+    failed = FailedJobRegistry(keys.QUEUE, connection=connection)
+    assert sorted(failed.get_job_ids(cleanup=False)) == sorted(hostile)
+    # Nothing ran out of bounds: every reason is one sentence of ours, not a traceback of somebody's code.
+    assert [reason for reason in lines.rejected.values() if "Traceback" in reason] == []
+    assert connection.llen(f"rq:queue:{keys.QUEUE}:intermediate") == 0
+    assert not connection.exists("rq:wip:another-queue", "rq:finished:another-queue")
+    assert connection.ttl("rq:job:for-ages") > 0 and connection.ttl("rq:job:not-at-all") > 0
+
+
+def test_ids_that_are_no_jobs_are_dropped(redis_url: str, tmp_path: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
+    producer = Producer(redis_url)
+    connection.set("rq:job:a-string", "x")
+    for job_id in (b"\xff\xfe", b"", b"a" * 5000, b"a:b", b"gone", b"a-string", b"../../x", b"rq:job:good-0"):
+        push(connection, job_id)
+        producer.enqueue(GOOD, id=f"good-{len(connection.keys('rq:job:good-*'))}")
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    assert weights.trained == [f"good-{i}" for i in range(8)]
+    assert len(lines.notices) == 8 and max(map(len, lines.notices)) < 120
+    assert connection.llen(f"rq:queue:{keys.QUEUE}:intermediate") == 0
+
+
+def test_nothing_in_this_process_unpickles_even_without_a_serializer(redis_url: str, tmp_path: Path) -> None:
+    connection, canary = redis.Redis.from_url(redis_url), str(tmp_path / CANARY)
+    open_queue(connection)
+    evil = pickle.dumps(Touch(canary))
+    connection.hset("rq:job:x", mapping={"data": evil, "meta": evil, "status": "queued"})
+    job = Job.fetch("x", connection=connection)  # RQ's own class, no serializer: as RQ itself does in places
+    with pytest.raises(DeserializationError):
+        _ = job.func_name
+    assert not Path(canary).exists()
+
+
+def test_what_a_person_requeues_is_read_as_carefully_again(redis_url: str, tmp_path: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
+    canary = str(tmp_path / CANARY)
+    hostile = attacks(canary)
+    for job_id, fields in hostile.items():
+        push(connection, job_id, fields)
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    assert weights.trained == []
+    lines.rejected.clear()
+    for job_id in hostile:
+        open_queue(connection).failed_job_registry.requeue(job_id)
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    # Where the transcript was sound, only what was wrong around it is gone: callbacks, webhooks, unreadable fields.
+    assert sorted([*weights.trained, *lines.rejected]) == sorted(hostile)
+    sound = {
+        "on-success",
+        "on-stopped",
+        "webhook",
+        "no-number",
+        "no-status",
+        "no-date",
+        "no-text",
+        "no-json",
+        "repeats",
+    }
+    assert set(weights.trained) <= sound
+    assert not Path(canary).exists()
+
+
+garbage = st.binary(max_size=200) | st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=10)
+    | st.binary(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5) | st.integers(0, 9), inner, max_size=5)
+    ),
+    max_leaves=20,
+).map(lambda value: zlib.compress(msgpack.packb(value)))
+almost = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": st.lists(
+            st.dictionaries(st.sampled_from(["role", "content", "x"]), st.text(max_size=5) | st.none())
+        ),
+        "weight": st.floats() | st.text(max_size=3),
+        "train_on": st.text(max_size=4) | st.lists(st.integers()),
+        "tools": st.none() | st.lists(st.none()),
+    },
+).map(lambda transcript: zlib.compress(call(args=[transcript])))
+FIELDS = ["status", "timeout", "created_at", "retries_left", "result_ttl", "meta", "dependency_ids", "origin", "ttl"]
+
+
+@given(data=garbage | almost, extra=st.dictionaries(st.sampled_from(FIELDS), st.binary(max_size=20), max_size=4))
+def test_whatever_a_hash_holds_reading_it_only_fails_as_it_may(data: bytes, extra: dict[str, bytes]) -> None:
+    job = FeedbackJob("x", connection=redis.Redis(), serializer=MsgpackSerializer)
+    job.restore({name.encode(): value for name, value in extra.items()} | {b"data": data})
+    with contextlib.suppress(TandemError, DeserializationError):
+        assert job.transcript().messages
+    assert job.to_dict()  # and it can be saved again, to be marked as failed
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    payloads=st.lists(st.tuples(garbage, st.dictionaries(st.sampled_from(FIELDS), st.binary(max_size=20))), max_size=12)
+)
+def test_garbage_never_stops_the_good(
+    redis_url: str, tmp_path: Path, payloads: list[tuple[bytes, dict[str, bytes]]]
+) -> None:
+    connection = redis.Redis.from_url(redis_url)
+    connection.flushall()
+    weights, lines, producer = Weights(tmp_path), Lines(), Producer(redis_url)
+    weights.set_header("a" * 32, 0, "CLEAN")
+    (tmp_path / "weights").unlink(missing_ok=True)
+    for i, (data, extra) in enumerate(payloads):
+        push(connection, f"bad-{i}", {"data": data} | extra)
+        producer.enqueue(GOOD, id=f"good-{i}")
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    assert weights.trained == [f"good-{i}" for i in range(len(payloads))]
+    assert connection.llen(f"rq:queue:{keys.QUEUE}:intermediate") == 0
