@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from examples_parts import END, QUESTIONS, TOKENIZER, build, prompt, runs, trained
+from examples_parts import END, QUESTIONS, TOKENIZER, build, builder, prompt, runs, trained
 
+from producer.transcript import Transcript
 from worker.examples import ExampleError
 
 CHAT = [
@@ -94,6 +95,16 @@ def test_a_turn_that_closes_with_another_control_token_before_its_end() -> None:
     chat: list[dict[str, Any]] = [dict(message) for message in CHAT]
     chat[1]["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
     assert trained(build(chat, chatml(assistant))) == ["Hello.<|box_end|><|quad_end|><|im_end|>", "Bye.<|im_end|>"]
+
+
+def test_a_turn_that_ends_otherwise() -> None:
+    """A turn that calls a tool may end with a token of its own: the last one, unless an end is known before it."""
+    close = "{{ '<|box_end|><|quad_end|>' if m.tool_calls else '<|im_end|>' }}\n"
+    template = chatml("{{ '<|im_start|>assistant\\n' + m.content }}" + close)
+    chat = [CHAT[0], CHAT[1] | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, *CHAT[2:]]
+    assert trained(build(chat, template)) == ["Hello.<|box_end|><|quad_end|>", "Bye.<|im_end|>"]
+    maker = builder(template, end_ids=[TOKENIZER.convert_tokens_to_ids("<|box_end|>")])
+    assert trained(maker.build(Transcript(messages=chat), "t")) == ["Hello.<|box_end|>", "Bye.<|im_end|>"]
 
 
 def test_another_end_of_turn_than_the_tokenizers_eos() -> None:
