@@ -7,6 +7,7 @@ What a transcript's last message says decides what happens to it: see `Weights.p
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -136,13 +137,14 @@ def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = Fals
     lock = WorkerLock(connection, options.pop("name", f"test-{os.getpid()}"))
     lock.acquire()
     try:
-        reconcile(
+        for sentence in reconcile(
             connection,
             weights.header,
             weights.record,
             new_lineage=new_lineage,
             adopt=lambda lineage, version: weights.set_header(lineage, version, "CLEAN"),
-        )
+        ):
+            logging.info(sentence)
     except BaseException:
         lock.release()
         raise
@@ -150,8 +152,6 @@ def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = Fals
 
 
 if __name__ == "__main__":
-    import logging
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     weights = Weights(Path(sys.argv[2]), pace=0.02)
     weights.untear()

@@ -83,7 +83,9 @@ def test_workers_killed_at_random_lose_nothing_and_train_nothing_twice(redis_url
     # Redis' ledger and the versions' manifests tell the same story as the weights.
     story = [entry[b"version"] for _, entry in connection.xrange(keys.EVENTS)]
     assert [int(version) for version in story] == list(range(1, weights.header["version"] + 1))
-    assert "put back" in (folder / "log").read_text(), "no kill fell into a batch: the test proved nothing"
+    said = (folder / "log").read_text()
+    assert "put back" in said, "no kill fell before an update: the test proved nothing"
+    assert "in the weights but not in Redis" in said, "no kill fell between weights and Redis: the test proved nothing"
 
 
 def test_a_kill_between_weights_and_redis_is_mended_at_the_next_start(redis_url: str, folder: Path) -> None:
