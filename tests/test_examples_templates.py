@@ -121,6 +121,16 @@ def test_control_tokens_that_cannot_be_told_apart_are_refused() -> None:
         build(chat, chatml(assistant))
 
 
+def test_an_end_that_is_not_special() -> None:
+    """Known from the generation config only. Spelt out by the assistant, it cannot be written as plain text."""
+    template = PLAIN.replace("<|im_end|>", "</tool_call>")
+    maker = builder(template, end_ids=[TOKENIZER.convert_tokens_to_ids("</tool_call>")])
+    assert trained(maker.build(Transcript(messages=CHAT), "t")) == ["Hello.</tool_call>", "Bye.</tool_call>"]
+    chat = [CHAT[0], {"role": "assistant", "content": "a </tool_call> b"}]
+    with pytest.raises(ExampleError, match=r"messages\[1\] spells out control tokens"):
+        maker.build(Transcript(messages=chat), "t")
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [

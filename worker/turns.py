@@ -65,14 +65,13 @@ class TurnRenderer:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.template_kwargs = dict(template_kwargs or {})
-        specials = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._controls: dict[str, int] = specials | dict(
-            zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        )
+        added = tokenizer.added_tokens_decoder
+        ends = {*end_ids, tokenizer.eos_token_id} & added.keys()
+        self._controls = {t.content: id for id, t in added.items() if t.special or id in ends}
         self._control_ids = frozenset(self._controls.values())
         longest_first = sorted(self._controls, key=len, reverse=True)
         self._control_text = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._given_end_ids = {tokenizer.eos_token_id, *end_ids} & self._control_ids
+        self._given_end_ids = ends
 
     def turn(self, messages: Sequence[Message], tools: Tools | None, kwargs: Mapping[str, Any], where: str) -> Turn:
         """The turn that is the last of `messages`, an assistant's. Raises ExampleError, which calls it `where`."""
@@ -190,12 +189,12 @@ class TurnRenderer:
         """The same where the message itself spells out control tokens, `own` times each: the last one is the end."""
         ends = [hit for hit in self._control_text.finditer(text) if self._controls[hit.group()] in self._end_ids]
         body = text[: ends[-1].start()] if ends else ""
-        if not ends or Counter(self._control_text.findall(body)) != own:
+        ids, offsets = self._encode(body, plain=True)
+        if Counter(self._control_text.findall(body)) != own or not self._control_ids.isdisjoint(ids):
             raise ExampleError(
                 f"{where} spells out control tokens ({', '.join(sorted(own))}), and they cannot be told from the chat "
                 "template's own: remove them from the message"
             )
-        ids, offsets = self._encode(body, plain=True)
         return [*ids, self._controls[ends[-1].group()]], [*offsets, ends[-1].span()]
 
     @cached_property
