@@ -6,7 +6,7 @@ and the training side with any queue.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from producer.errors import TandemError
 from producer.transcript import Transcript
@@ -62,13 +62,16 @@ class Update:
         }
 
 
-class Step(Protocol):
+P = TypeVar("P", bound=Prepared)
+
+
+class Step(Protocol[P]):
     """Trains. One successful `run` with a version is one optimizer step, already live in the served weights."""
 
-    def prepare(self, job_id: str, transcript: Transcript) -> Prepared:
+    def prepare(self, job_id: str, transcript: Transcript) -> P:
         """Tokenize one transcript. Any exception fails this transcript alone; it runs under a time limit."""
 
-    def run(self, prepared: Sequence[Prepared]) -> Update:
+    def run(self, prepared: Sequence[P]) -> Update:
         """Train one version. Never interrupted by signals or alarms.
 
         Raises `Torn`, `Unavailable`, or any other exception with no weight touched: the batch is then halved until

@@ -3,8 +3,8 @@
 The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
 vLLM, the header or versions.
 
-Invariants: `backward` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss is
-sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of weight .5 moves the model half as much.
+Invariants: `backward` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss
+is sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of weight .5 counts half.
 """
 
 import math
@@ -19,9 +19,10 @@ from worker.apollo import ApolloMini
 from worker.batches import Batch, make_batches
 from worker.examples import Example
 from worker.faults import point
+from worker.hyperparameters import Hyperparameters
 
-WIDTHS = (128, 256, 512, 1024, 2048, 4096)
-"""The row lengths a forward pass can have, in tokens: few, so that nothing is compiled or tuned during traffic."""
+NARROWEST = 128
+"""The shortest row of a forward pass, in tokens. Rows have few lengths, so that nothing is tuned during traffic."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class Trainer:
         *,
         pad_id: int,
         lr: float,
+        widths: Sequence[int],
         warmup: int = 0,
         budget: int = 4096,
-        widths: Sequence[int] = WIDTHS,
     ) -> None:
-        self.model = model
+        self.body: Any = model.model
+        self.head: Any = model.lm_head
         self.optimizer = optimizer
         self.pad_id = pad_id
         self.lr = lr
@@ -127,9 +129,9 @@ class Trainer:
     def _row_nll(self, batch: Batch) -> torch.Tensor:
         """Summed negative log-likelihood of each row's trained tokens: fp32 [B]."""
         ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)  # [B, T]
-        hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
+        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
         rows, columns = mask.nonzero(as_tuple=True)  # the N trained positions, each predicted from the one before it
-        logits = self.model.lm_head(hidden[rows, columns - 1]).float()  # [N, V]
+        logits = self.head(hidden[rows, columns - 1]).float()  # [N, V]
         nll = F.cross_entropy(logits, ids[rows, columns], reduction="none")  # [N]
         return torch.zeros(ids.shape[0], device=self.device).index_add(0, rows, nll)
 
@@ -139,20 +141,40 @@ class Trainer:
         sums.index_add_(0, batch.examples[real], row_nll.cpu().double()[real])
 
 
-def make_optimizer(
+def widths_up_to(longest: int) -> tuple[int, ...]:
+    """The row lengths, in tokens, that cover sequences of up to `longest`: powers of two from `NARROWEST`."""
+    widths = [NARROWEST]
+    while widths[-1] < longest:
+        widths.append(2 * widths[-1])
+    return tuple(widths)
+
+
+def make_trainer(
+    model: torch.nn.Module,
     parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    tokenizer: Any,
+    h: Hyperparameters,
     *,
-    embeddings: str,
-    state: torch.Tensor | None = None,
-    **options: Any,
-) -> ApolloMini:
-    """The optimizer over all text parameters in sorted order, frozen ones included.
+    state: torch.Tensor | None,
+) -> Trainer:
+    """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
     The order, and with it the layout of `state` and every random draw, depends on the names alone, so it is the same
-    whatever `embeddings` ("apollo" or "frozen") says: frozen parameters simply never have a gradient.
+    whatever `h.embeddings` says: frozen parameters simply never have a gradient.
     """
     named = sorted(parameters, key=lambda item: item[0])
     for name, parameter in named:
         is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        parameter.requires_grad_(not (is_table and embeddings == "frozen"))
-    return ApolloMini(named, state=state, **options)
+        parameter.requires_grad_(not (is_table and h.embeddings == "frozen"))
+    optimizer = ApolloMini(
+        named,
+        lr=h.lr,
+        scale=h.scale_value(),
+        weight_decay=h.weight_decay,
+        rounding=h.rounding,
+        seed=h.seed,
+        state=state,
+    )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked out either way
+    widths = widths_up_to(h.max_length)
+    return Trainer(model, optimizer, pad_id=pad_id, lr=h.lr, warmup=h.warmup, widths=widths)

@@ -1,0 +1,90 @@
+"""What can be chosen about training, with the measured defaults, and the flags that choose it.
+
+Shared by `tandem worker` and `tandem train`, so that both mean the same by the same flag. How the defaults were
+measured is in DESIGN.md. Must not import torch: `tandem --help` reads this.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """One field a flag; see `training_options` for what each means."""
+
+    lr: float = 1e-4
+    scale: str = "auto"
+    warmup: int = 0
+    embeddings: str = "apollo"
+    weight_decay: float = 0.0
+    rounding: str = "stochastic"
+    seed: int = 0
+    max_length: int = 4096
+    overlong: Literal["truncate", "reject"] = "truncate"
+
+    def scale_value(self) -> float | str:
+        """The optimizer's `scale`: a number, or "auto" for min(rows, cols) of each matrix."""
+        return self.scale if self.scale == "auto" else float(self.scale)
+
+
+class Scale(click.ParamType):
+    """A positive number or the word auto."""
+
+    name = "NUMBER|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            if value == "auto" or 0 < float(value) < float("inf"):
+                return str(value)
+        except ValueError:
+            pass
+        self.fail(f"{value!r} is neither a positive number nor auto", param, ctx)
+
+
+def training_options(command: F) -> F:
+    """Click decorator: adds every flag of `Hyperparameters`; the command gets them as keyword arguments."""
+    defaults = Hyperparameters()
+    options = [
+        click.option("--lr", type=click.FloatRange(0, min_open=True), default=defaults.lr, help="Learning rate."),
+        click.option(
+            "--scale",
+            type=Scale(),
+            default=defaults.scale,
+            help="APOLLO's scale (alpha squared); auto is min(rows, cols), so that lr means what it means in AdamW.",
+        ),
+        click.option("--warmup", type=click.IntRange(0), default=defaults.warmup, help="Steps of linear warm-up."),
+        click.option(
+            "--embeddings",
+            type=click.Choice(["apollo", "frozen"]),
+            default=defaults.embeddings,
+            help="Whether embeddings and output head learn.",
+        ),
+        click.option("--weight-decay", type=click.FloatRange(0), default=defaults.weight_decay, help="Decoupled."),
+        click.option(
+            "--rounding",
+            type=click.Choice(["stochastic", "nearest"]),
+            default=defaults.rounding,
+            help="How updates are rounded to bf16; nearest loses most of them.",
+        ),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=defaults.seed, help="Of all random draws."),
+        click.option(
+            "--max-length",
+            type=click.IntRange(16),
+            default=defaults.max_length,
+            help="Longest conversation, in tokens.",
+        ),
+        click.option(
+            "--overlong",
+            type=click.Choice(["truncate", "reject"]),
+            default=defaults.overlong,
+            help="Longer ones: keep the system message and the most recent turns, or fail them.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
