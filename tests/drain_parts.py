@@ -134,7 +134,8 @@ class Lines(Hooks):
 
 def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = False, **options: Any) -> BatchWorker:
     """Lock, reconcile, worker: the order of `tandem worker`."""
-    lock = WorkerLock(connection, options.pop("name", f"test-{os.getpid()}"))
+    name = options.pop("name", f"test-{os.getpid()}")
+    lock = WorkerLock(connection, name)
     lock.acquire()
     try:
         for sentence in reconcile(
@@ -148,7 +149,7 @@ def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = Fals
     except BaseException:
         lock.release()
         raise
-    return BatchWorker(connection, weights, lock=lock, **options)
+    return BatchWorker(connection, weights, name=name, lock=lock, **options)
 
 
 if __name__ == "__main__":

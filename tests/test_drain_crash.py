@@ -160,7 +160,7 @@ def test_a_redis_that_restarts_is_waited_for(server: RedisServer, folder: Path) 
         server.start()
     assert worker.ended() == 0, (folder / "log").read_text()[-3000:]
     said = (folder / "log").read_text()
-    assert "Redis is away" in said or "Redis has not taken version" in said
+    assert "Redis does not serve us" in said or "Redis has not taken version" in said
     assert sorted(weights.trained) == sorted(ids)
     producer = Producer(server.url)
     assert producer.version() == weights.header["version"] and {producer.status(i).state for i in ids} == {"finished"}
@@ -214,3 +214,25 @@ def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_nex
     connection.delete(keys.WORKER_LOCK)  # this process lives on and would count as the holder
     start(connection, weights, hooks=[]).work(burst=True)
     assert weights.trained == ["t0"] and producer.wait("t0", timeout=5) == 1
+
+
+def test_a_full_redis_is_waited_for(redis_url: str, folder: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(folder), Lines()
+    ids = [Producer(redis_url).enqueue(GOOD, id=f"t{i}").id for i in range(6)]
+    worker = start(connection, weights, hooks=[lines], max_jobs=3)
+    run = weights.run
+
+    def fills_up(prepared):  # type: ignore[no-untyped-def]
+        connection.config_set("maxmemory", 1)
+        return run(prepared)
+
+    def on_notice(sentence: str) -> None:
+        lines.notices.append(sentence)
+        connection.config_set("maxmemory", 0)
+
+    weights.run, lines.on_notice = fills_up, on_notice  # type: ignore[method-assign]
+    try:
+        worker.work(burst=True)
+    finally:
+        connection.config_set("maxmemory", 0)
+    assert sorted(weights.trained) == ids and "maxmemory" in lines.notices[0]

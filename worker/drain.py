@@ -40,7 +40,8 @@ WORKER_TTL = 60
 """Seconds after which RQ's tools no longer list a silent worker."""
 STOP_GRACE = 15.0
 """Seconds a stopping worker goes on trying to tell Redis of a version."""
-RETRYABLE = (redis.ConnectionError, redis.TimeoutError)
+RETRYABLE = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError, redis.ReadOnlyError)
+"""Redis errors that are nobody's fault here and end one day: wait and go on."""
 
 
 class CommitPending(TandemError):
@@ -53,6 +54,7 @@ class BatchWorker(SimpleWorker):
     step: what trains. max_jobs, max_tokens, linger (seconds after the first job): whichever fills first ends a batch.
     prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
     hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
+    check: called between batches, about once a second; raises `Unavailable` when no step can run any more.
     """
 
     job_class = FeedbackJob
@@ -61,7 +63,7 @@ class BatchWorker(SimpleWorker):
     def __init__(
         self,
         connection: redis.Redis,
-        step: Step,
+        step: Step[Any],
         *,
         name: str | None = None,
         max_jobs: int = 32,
@@ -71,6 +73,7 @@ class BatchWorker(SimpleWorker):
         heartbeat: float = 10.0,
         hooks: Sequence[Hooks] | None = None,
         lock: WorkerLock | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.queue = open_queue(connection)
         super().__init__(
@@ -84,6 +87,7 @@ class BatchWorker(SimpleWorker):
             log_job_description=False,
         )
         self.step = step
+        self.check = check
         self.hooks: list[Hooks] = list(hooks) if hooks is not None else [LogHooks()]
         self.lock = lock or WorkerLock(connection, self.name)
         settling = threading.RLock()
@@ -131,7 +135,7 @@ class BatchWorker(SimpleWorker):
             self.leave()
 
     def housekeeping(self, burst: bool) -> None:
-        """Between batches: our lock, suspension (`rq suspend`), retries that are due, RQ's maintenance."""
+        """Between batches: whether a step can run at all, our lock, suspension (`rq suspend`), retries that are due, RQ's maintenance."""
         self.pulse.check()
         self.check_for_suspension(burst)
         moves.enqueue_due(self.queue)
@@ -209,7 +213,7 @@ class BatchWorker(SimpleWorker):
 
     def resync(self, error: Exception) -> None:
         """Redis went away between steps. Wait for it, then start from what it knows: our jobs go back to its queue."""
-        self.tell("on_notice", f"Redis is away ({error}); waiting for it")
+        self.tell("on_notice", f"Redis does not serve us ({error}); waiting until it does")
         started, wait = time.monotonic(), 0.1
         while not self._stop_requested:
             time.sleep(wait)
@@ -222,7 +226,8 @@ class BatchWorker(SimpleWorker):
                 count += moves.put_back_taken(self.queue)
             except redis.RedisError:
                 continue
-            self.tell("on_notice", f"Redis is back after {time.monotonic() - started:.1f} s; {count} jobs put back")
+            seconds = time.monotonic() - started
+            self.tell("on_notice", f"Redis serves us again after {seconds:.1f} s; {count} jobs put back")
             return
 
     def put_back_rest(self) -> None:

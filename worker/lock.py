@@ -49,7 +49,8 @@ def _machine() -> str:
         return f"unknown-{socket.gethostname()}-{os.getpid()}"  # equal to no other: never taken over before the TTL
 
 
-def _dead(holder: dict[str, Any]) -> bool:
+def is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this very machine that is no more; False when that cannot be known."""
     return holder.get("machine") == _machine() and _birth(int(holder.get("pid", 0))) != holder.get("birth")
 
 
@@ -75,7 +76,7 @@ class WorkerLock:
                     if found is None:
                         continue
                     holder = parse_holder(found)
-                    if not _dead(holder):
+                    if not is_dead(holder):
                         raise WorkerBusy(
                             f"worker {describe(holder)} is already training queue '{keys.QUEUE}'; stop it first"
                             f" (if its machine is gone, its lock ends {self.ttl} s after its last sign of life)"
