@@ -19,7 +19,7 @@ from worker import torch_setup
 from worker.weights import bind, client
 from worker.weights.client import read_header
 from worker.weights.errors import AttachError
-from worker.weights.header import Header
+from worker.weights.header import CLEAN, Header
 from worker.weights.mapping import FLOAT32_PARAMETERS, Slice
 from worker.weights.memory import opener_for
 from worker.weights.record import RecordArea
@@ -80,7 +80,8 @@ def attach(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
     _check_lineage(header, info)
     model_path = checkpoint_dir(info["model"], info["revision"])
     sources = {piece["name"]: piece["source"] for piece in info["slices"]}
-    if info["load_format"] != "dummy" and header.version == 0:
+    untouched = header.version == 0 and header.state == CLEAN
+    if info["load_format"] != "dummy" and untouched:
         spot_check(model_path, tensors, sources)
     frozen = [*info["frozen"], *untrained_names(model_path, sources)]
     kept = {key: value for key, value in info.items() if key not in _CONSUMED}
