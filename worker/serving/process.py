@@ -3,7 +3,6 @@
 Must not know: weights, Redis. Invariant: no process of the server outlives `stop`, nor this process.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,11 +17,10 @@ from types import TracebackType
 from typing import Self
 
 from producer.errors import TandemError
+from worker.process import die_with_parent
 
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ServerFailed(TandemError):
@@ -48,6 +46,7 @@ class ServerProcess:
         self.model_dir, self.run_dir = Path(model_dir), Path(run_dir)
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.log_path = self.run_dir / "server.log"
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         arguments = [sys.executable, "-P", "-m", "worker.cli", "serve", str(model_dir), "--run-dir", str(run_dir)]
@@ -59,7 +58,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         self.pid = self._process.pid  # `tandem serve` becomes vLLM's API process by exec
         if wait:
@@ -83,8 +82,10 @@ class ServerProcess:
         return self._process.poll() is None
 
     def tail(self, lines: int = 30) -> str:
-        """The last lines of the server's log."""
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+        """The last lines of the server's log, of what was written since this start."""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> int | None:
         """End the server as SIGTERM does, and by force what is left after a while; vLLM's exit code. Idempotent."""
@@ -122,8 +123,3 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """In the child, before exec: be told (SIGTERM) when the parent dies, however it does. Survives exec."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
