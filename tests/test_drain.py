@@ -1,7 +1,10 @@
 """The drain against a real Redis and real RQ; the step is a small real one (tests/drain_parts.py)."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -218,12 +221,9 @@ def test_sigterm_finishes_the_batch_in_hand_and_puts_the_rest_back(
     for i in range(6):
         producer.enqueue(say("stops" if i == 0 else "tokens 60"), id=f"t{i}")
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        worker = start(connection, weights, hooks=[], max_jobs=4, max_tokens=100)
-        assert worker.work() == 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    worker = start(connection, weights, hooks=[], max_jobs=4, max_tokens=100)
+    assert worker.work() == 1
+    assert signal.getsignal(signal.SIGTERM) == before
     assert weights.trained == ["t0", "t1"]
     assert [i.decode() for i in connection.lrange(worker.queue.key, 0, -1)] == ["t2", "t3", "t4", "t5"]
     assert counts(connection) == {"failed": 0, "finished": 2, "started": 0, "queued": 4}
@@ -335,3 +335,50 @@ def test_an_rq_without_what_we_need_is_refused_at_start(
     monkeypatch.delattr(Job, "_handle_success")
     with pytest.raises(TandemError, match=r"lacks Job\._handle_success"):
         open_queue(connection)
+
+
+def test_a_name_of_a_dead_worker_elsewhere_can_be_taken_again(connection: redis.Redis, weights: Weights) -> None:
+    before = Worker([open_queue(connection)], connection=connection, name="the-worker")
+    before.hostname = "a-container-that-is-gone"
+    before.register_birth()
+    start(connection, weights, hooks=[], name="the-worker").work(burst=True)
+
+
+def test_a_hook_that_raises_stops_nothing(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    class Broken(Lines):
+        def on_version(self, line: dict[str, object]) -> None:
+            raise RuntimeError("a dashboard is down")
+
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    start(connection, weights, hooks=[Broken()]).work(burst=True)
+    assert counts(connection)["finished"] == 1
+
+
+def test_an_error_in_the_heartbeat_is_raised_between_steps(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    for i in range(2):
+        Producer(redis_url).enqueue(say("good"), id=f"t{i}")
+    worker = start(connection, weights, hooks=[], max_jobs=1, heartbeat=0.05)
+    run = weights.run
+
+    def robbed(prepared):  # type: ignore[no-untyped-def]
+        connection.set(keys.WORKER_LOCK, '{"name": "robber", "pid": 1}')
+        time.sleep(0.4)
+        return run(prepared)
+
+    weights.run = robbed  # type: ignore[method-assign]
+    with pytest.raises(TandemError, match="'robber'"):
+        worker.work(burst=True)
+    assert weights.trained == ["t0"] and ledger.state(connection).version == 1  # what was trained is committed
+    assert b"robber" in connection.get(keys.WORKER_LOCK)
+
+
+def test_the_benchmark_runs_and_batches_save_round_trips(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "queue.py"
+    command = [sys.executable, str(script), "--jobs", "64", "--rounds", "1", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    found = json.loads((tmp_path / "queue.json").read_text())["results"]
+    trips = {name: row["round_trips_per_job"] for name, row in found.items()}
+    assert trips["RQ SimpleWorker"] > 15 > trips["Tandem, batch 1"] > trips["Tandem, batch 8"]
+    assert trips["Tandem, batch 32"] < 1 and (tmp_path / "queue.png").stat().st_size > 5000

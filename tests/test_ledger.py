@@ -149,6 +149,12 @@ def test_one_jobs_broken_keys_do_not_undo_the_version(connection: redis.Redis) -
     assert ledger.state(connection).version == 1
 
 
+def test_a_ledger_of_a_wrong_type_is_an_error(connection: redis.Redis) -> None:
+    connection.set(keys.LEDGER, "not a hash")
+    with pytest.raises(ledger.LedgerMismatch, match="only in part"):
+        ledger.commit(connection, record(1, "a"))
+
+
 def test_a_version_that_is_no_number_is_named(connection: redis.Redis) -> None:
     connection.set(keys.VERSION, "seven")
     with pytest.raises(ledger.LedgerMismatch, match="holds b'seven'"):

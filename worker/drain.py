@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis
@@ -96,6 +96,7 @@ class BatchWorker(SimpleWorker):
             self, self.queue, step, prepare_limit=prepare_limit, tell=self.tell, settling=settling, **limits
         )
         self.settling = settling
+        self._handlers: dict[signal.Signals, Any] = {}
         self.pulse = Pulse(heartbeat, self.beat)
 
     def work(  # type: ignore[override]
@@ -112,7 +113,7 @@ class BatchWorker(SimpleWorker):
             self.tell("on_notice", said)
         self.versions = 0
         try:
-            if recovered := moves.recover(self.queue):
+            if recovered := moves.recover(self.queue, self.name):
                 self.tell("on_notice", f"put back {recovered} jobs that a dead worker held")
             self.bootstrap(logging_level)
             self._install_signal_handlers()
@@ -122,6 +123,7 @@ class BatchWorker(SimpleWorker):
                 try:
                     self.housekeeping(burst)
                     if self.intake.collect(burst):
+                        self.linger_s = time.monotonic() - self.intake.first
                         self.train(list(self.intake.batch))
                     elif burst and not moves.enqueue_due(self.queue):
                         break
@@ -131,12 +133,17 @@ class BatchWorker(SimpleWorker):
                     self.resync(error)
             self.put_back_rest()
             return self.versions
+        except Unavailable:
+            self.put_back_rest()
+            raise
         finally:
             self.leave()
 
     def housekeeping(self, burst: bool) -> None:
-        """Between batches: whether a step can run at all, our lock, suspension (`rq suspend`), retries that are due, RQ's maintenance."""
+        """Between batches: our lock, the step, suspension (`rq suspend`), retries that are due, RQ's maintenance."""
         self.pulse.check()
+        if self.check is not None:
+            self.check()
         self.check_for_suspension(burst)
         moves.enqueue_due(self.queue)
         if self.should_run_maintenance_tasks:
@@ -148,10 +155,7 @@ class BatchWorker(SimpleWorker):
         started = time.monotonic()
         try:
             update = self.step.run([held.prepared for held in batch])
-        except Unavailable:
-            self.put_back_rest()
-            raise
-        except Torn:
+        except (Torn, Unavailable):
             raise
         except Exception as error:
             if len(batch) == 1:
@@ -170,7 +174,7 @@ class BatchWorker(SimpleWorker):
         if update.version is not None:
             trained = [held for held in batch if held.id in update.results]
             update.manifest.setdefault("step_s", time.monotonic() - started)
-            update.manifest["linger_s"] = started - self.intake.first
+            update.manifest["linger_s"] = self.linger_s
             update.manifest["tokenize_s"] = sum(held.prepare_s for held in trained)
             commit_s = self.commit(trained, update)
             self.versions += 1
@@ -195,6 +199,8 @@ class BatchWorker(SimpleWorker):
                     ledger.commit(self.connection, record, settle, [held.job.dependents_key for held in trained])
                     self.intake.release(trained)
                 break
+            except redis.DataError:
+                raise  # the record cannot be written at all: ours to mend, not Redis'
             except redis.RedisError as error:
                 if wait == 0.1:
                     self.tell("on_notice", f"Redis has not taken version {update.version} ({error}); trying on")
@@ -240,6 +246,7 @@ class BatchWorker(SimpleWorker):
     def leave(self) -> None:
         """The way out. A batch still in hand here was cut off by an error: it stays started, for the next worker."""
         self.pulse.stop()
+        self._restore_signal_handlers()
         try:
             with self.settling:
                 if self.lock.held and self.intake.backlog:
@@ -265,7 +272,13 @@ class BatchWorker(SimpleWorker):
 
     def _install_signal_handlers(self) -> None:
         if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             super()._install_signal_handlers()
+
+    def _restore_signal_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def tell(self, event: str, *details: Any) -> None:
         """Call a hook on every listener; one that raises must not stop the worker."""

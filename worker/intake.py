@@ -39,7 +39,7 @@ class Intake:
         self,
         worker: BaseWorker,
         queue: FeedbackQueue,
-        step: Step,
+        step: Step[Any],
         *,
         max_jobs: int,
         max_tokens: int,

@@ -216,14 +216,15 @@ def put_back_taken(queue: FeedbackQueue) -> int:
     return int(count)
 
 
-def recover(queue: FeedbackQueue) -> int:
-    """Put back everything a dead worker held; only for the holder of the worker lock. Returns how many jobs.
+def recover(queue: FeedbackQueue, name: str) -> int:
+    """Put back everything a dead worker held; only for `name`, the holder of the worker lock. Returns how many jobs.
 
     RQ's own rule decides for jobs that had begun: one retry is spent, and without one left the job fails.
     """
     for worker in SimpleWorker.all(queue=queue):
-        if worker.hostname == socket.gethostname() and not Path(f"/proc/{worker.pid}").exists():
-            worker.register_death()  # or `rq info` shows the dead one for minutes
+        gone = worker.hostname == socket.gethostname() and not Path(f"/proc/{worker.pid}").exists()
+        if gone or worker.name == name:
+            worker.register_death()  # or `rq info` shows the dead one for minutes, and we could not have its name
     registry = StartedJobRegistry(queue=queue, job_class=FeedbackJob, serializer=MsgpackSerializer)
     begun = registry.get_job_count(cleanup=False)
     if begun:

@@ -1,16 +1,14 @@
 """A thread that beats: signs of life go on while the main thread is inside a step for minutes.
 
 Must not know: Redis names, RQ, what a beat does.
-Invariants: at most one beat at a time; an error that means "stop" is kept for the main thread to raise between steps,
-never thrown into it.
+Invariants: at most one beat at a time; an error other than Redis being away ends the beat and is kept for the main thread
+to raise between steps, never thrown into it.
 """
 
 import threading
 from collections.abc import Callable
 
 import redis
-
-from producer.errors import TandemError
 
 
 class Pulse:
@@ -19,7 +17,7 @@ class Pulse:
     def __init__(self, interval: float, beat: Callable[[], None]) -> None:
         self.interval = interval
         self.beat = beat
-        self.error: TandemError | None = None
+        self.error: Exception | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -33,7 +31,7 @@ class Pulse:
                 self.beat()
             except redis.RedisError:
                 continue  # the next beat may get through; leases outlive several
-            except TandemError as error:
+            except Exception as error:
                 self.error = error
                 return
 
