@@ -238,6 +238,22 @@ def test_expansion_is_bounded() -> None:
     assert builder(max_expansion=1).build(Transcript(messages=QUESTIONS, train_on="last"), "t").report["turns"] == 1
 
 
+def test_truncation_does_not_start_where_the_template_refuses_to() -> None:
+    """Qwen takes a user message in <tool_response> for a tool's answer, and wants a question before it."""
+    answer = {"role": "assistant", "content": "Hm. " * 12}
+    dressed = {"role": "user", "content": "<tool_response>\n1\n</tool_response>"}
+    chat = [{"role": "user", "content": "Q"}, answer, dressed, answer, {"role": "user", "content": "R"}, answer]
+    sizes = [builder().build(Transcript(messages=chat[start:], train_on="last"), "t").tokens for start in (0, 4)]
+    example = builder(max_tokens=sizes[0] - 1).build(Transcript(messages=chat), "t")
+    assert example.report["dropped_messages"] == 4 and example.tokens == sizes[1]
+
+
+def test_truncation_does_not_evade_the_bound() -> None:
+    """Dropping ever more would in the end fit the bound too, but silently: the error names what to do instead."""
+    with pytest.raises(ExampleError, match=r"the bound is 1\.5"):
+        builder(max_tokens=150, max_expansion=1.5).build(Transcript(messages=QUESTIONS), "t")
+
+
 def test_example_carries_weight_and_id() -> None:
     example = builder().build(Transcript(messages=QUESTIONS, weight=0.25), "abc")
     assert (example.id, example.weight) == ("abc", 0.25)

@@ -28,6 +28,10 @@ class TooLong(ExampleError):
     """A turn with all that comes before it does not fit into `max_tokens`."""
 
 
+class TooExpansive(ExampleError):
+    """The sequences together are over the bound on what they may cost."""
+
+
 @dataclass(frozen=True)
 class TokenSequence:
     """`mask[i]`: token i is trained, that is, predicted from ids[:i]. The first token never is."""
@@ -134,8 +138,12 @@ class ExampleBuilder:
         for start in users[first:]:
             try:
                 return start, self._sequences(transcript, turns, head, start)
-            except ExampleError as later:
-                error = later if isinstance(later, TooLong) else error
+            except TooLong as later:
+                error = later
+            except TooExpansive:
+                raise
+            except ExampleError:
+                continue  # a template may refuse to start here, say at a tool's answer dressed as a user's
         raise error
 
     def _last_fits(self, transcript: Transcript, turns: list[int], head: int, start: int) -> bool:
@@ -177,7 +185,7 @@ class ExampleBuilder:
 
     def _check_expansion(self, expansion: float) -> None:
         if expansion > self.max_expansion:
-            raise ExampleError(
+            raise TooExpansive(
                 f"the chat template rewrites history, so that this conversation would cost {expansion:.1f} times its "
                 f"length; the bound is {self.max_expansion:g}: train on fewer turns (train_on), or raise the bound"
             )

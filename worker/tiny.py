@@ -213,6 +213,9 @@ def _data(name: str) -> str:
 @click.option("--vision", is_flag=True, help="Add a vision tower of one layer: vLLM 0.26 serves no Qwen3.5 without.")
 def command(directory: Path, template: str, seed: int, vision: bool) -> None:
     """Write a small random Qwen3.5 to DIRECTORY."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     make_tiny(directory, seed=seed, template=template, vision=vision)
     size = sum(file.stat().st_size for file in directory.iterdir())
     click.echo(f"{directory}: Qwen3.5, random weights (seed {seed}), {size / 1e6:.1f} MB")
