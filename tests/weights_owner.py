@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from typing import Any
 
-os.environ["VLLM_PLUGINS"] = ""
+os.environ |= {"VLLM_PLUGINS": "tandem", "TANDEM_SERVE": "1"}  # vLLM inspects models in a process of its own
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 

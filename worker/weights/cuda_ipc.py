@@ -52,7 +52,7 @@ class CudaOwner(Owner):
         return {"kind": "cuda", "device_uuid": _uuid(self._device.index), "torch": torch.__version__}
 
     def describe(self, tensor: torch.Tensor) -> Description:
-        with torch.cuda.device(self._device):
+        with self._on_own_stream():  # the export records an event on the current stream
             shared = tensor.untyped_storage()._share_cuda_()
         if len(shared) != len(_FIELDS):
             raise SharingError(f"torch {torch.__version__} shares CUDA memory in a way this version does not know")
