@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import redis
@@ -38,11 +39,14 @@ def folder(tmp_path: Path) -> Path:
 class Process:
     """A worker process on the small step; its output is kept."""
 
+    running: ClassVar[list["Process"]] = []
+
     def __init__(self, url: str, folder: Path, *options: str) -> None:
         self.log = (folder / "log").open("ab")
         arguments = [sys.executable, str(ROOT / "tests" / "drain_parts.py"), url, str(folder), *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(arguments, stdout=self.log, stderr=self.log, env=environment)
+        Process.running.append(self)
 
     def kill(self) -> None:
         self.process.kill()
@@ -55,6 +59,13 @@ class Process:
         return code
 
 
+@pytest.fixture(autouse=True)
+def no_worker_survives() -> Iterator[None]:
+    yield
+    while Process.running:
+        Process.running.pop().kill()
+
+
 def until(condition, timeout: float = 60.0) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + timeout
     while not condition():
@@ -64,7 +75,7 @@ def until(condition, timeout: float = 60.0) -> None:  # type: ignore[no-untyped-
 
 def test_workers_killed_at_random_lose_nothing_and_train_nothing_twice(redis_url: str, folder: Path) -> None:
     connection, producer = redis.Redis.from_url(redis_url), Producer(redis_url)
-    ids = [producer.enqueue(GOOD, id=f"t{i}").id for i in range(160)]
+    ids = [producer.enqueue(GOOD, id=f"t{i}").id for i in range(400)]  # 12 kills cannot be enough to train them all
     dice, kills, weights = random.Random(7), 0, Weights(folder)
     while kills < 12:
         worker = Process(redis_url, folder)
