@@ -4,13 +4,13 @@ Bitwise repeatable for a fixed number of threads. Must not know: streams, files,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from worker.apollo import formulas, philox
-from worker.apollo.errors import NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradient
 from worker.apollo.layout import APOLLO, StateArea
 from worker.apollo.slots import Options, Slot, Totals
 
@@ -35,23 +35,28 @@ class CpuBackend:
         self._elements = 0
 
     def begin(self, draw: int) -> None:
+        self.prepare(draw)
+
+    def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
+        raise ApolloError("capture() records a CUDA graph: the parameters are on a CPU")
+
+    def prepare(self, draw: int) -> None:
         if draw != self._drawn:
             self._drawn, self._projections = draw, {}
         self._update_squares = self._weight_squares = 0.0
         self._elements = 0
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        pairs = [(slot, slot.matrix(gradient, "the gradient")) for slot, gradient in pairs]
         measured = [self._measure(slot, gradient) for slot, gradient in pairs]
         for (slot, _), (_, g_norm) in zip(pairs, measured, strict=True):
             if not math.isfinite(g_norm):
                 raise NonFiniteGradient(slot.name)
-        for (slot, gradient), (r, g_norm) in zip(pairs, measured, strict=True):
+        for (slot, gradient), (r, g_norm) in zip(pairs, measured, strict=True):  # g_norm 0: nothing changes
             if slot.algorithm != APOLLO:
                 self._adamw(slot, gradient)
             elif g_norm > 0:
                 self._apollo(slot, gradient, r, g_norm)
-            else:
-                self._count(slot)
 
     def finish(self) -> None:
         self.area.step_count.add_(1)
@@ -147,10 +152,3 @@ class CpuBackend:
         else:
             bits = philox.rounding_bits(self.options.seed, self._t, slot.id, first, slot.cols)
         return bits.view(count, slot.cols)
-
-    def _count(self, slot: Slot) -> None:
-        """A zero gradient: nothing changes; the weights still count in the weights' RMS."""
-        for rows in _chunks(slot.rows, slot.cols):
-            weight = slot.matrix(slot.parameter, "the weight")[rows]
-            self._weight_squares += float(torch.linalg.vector_norm(weight.float())) ** 2
-        self._elements += slot.rows * slot.cols

@@ -7,7 +7,6 @@ Invariants: everything that outlives a step is in the state area or follows from
 non-finite gradient changes nothing. One matrix's result does not depend on which others are updated with it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,36 +15,8 @@ import torch
 from torch import Tensor
 
 from worker.apollo.errors import ApolloError, NonFiniteGradient
-from worker.apollo.layout import ADAMW, APOLLO, Layout, StateArea, algorithm_for
-from worker.apollo.slots import DTYPES, Backend, Options, Place, Projection, Slot, Totals, matrix_shape
-
-_PER_PARAMETER = ("ids", "places")
-"""Group keys that hold one entry a parameter."""
-
-
-class LastUpdate:
-    """How large the last step was. Nothing is computed, and no device waited for, until it is read."""
-
-    def __init__(self, read: Callable[[], Totals]) -> None:
-        self._read = read
-        self._totals: Totals | None = None
-
-    def _value(self) -> Totals:
-        if self._totals is None:
-            self._totals = self._read()
-        return self._totals
-
-    @property
-    def update_rms(self) -> float:
-        """RMS of the step's change over all elements that had a gradient, before rounding and decay."""
-        totals = self._value()
-        return math.sqrt(totals.update_squares / max(totals.elements, 1))
-
-    @property
-    def weight_rms(self) -> float:
-        """RMS of the same elements' weights before the step."""
-        totals = self._value()
-        return math.sqrt(totals.weight_squares / max(totals.elements, 1))
+from worker.apollo.layout import Layout, StateArea
+from worker.apollo.slots import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
 
 
 class ApolloMini(torch.optim.Optimizer):
@@ -100,7 +71,7 @@ class ApolloMini(torch.optim.Optimizer):
         self._slots: list[Slot] = []
         super().__init__(params, defaults)
         self.projection_gap = projection_gap
-        self._slots = _make_slots(self.param_groups)
+        self._slots = make_slots(self.param_groups)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
         device = self._device()
         layout = Layout.of([s.parameter.shape for s in self._slots], [s.algorithm for s in self._slots])
@@ -136,17 +107,32 @@ class ApolloMini(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         given = grads if grads is not None else [slot.parameter.grad for slot in self._slots]
-        pairs = [
-            (slot, slot.matrix(g, "the gradient")) for slot, g in zip(self._slots, given, strict=True) if g is not None
-        ]
+        pairs = [(slot, gradient) for slot, gradient in zip(self._slots, given, strict=True) if gradient is not None]
         self.begin()
         try:
             self._backend.update(pairs)
         except BaseException:
-            self._open = False
+            self.abandon()
             raise
         self.finish()
         return loss
+
+    def capture(self) -> Callable[[], None]:
+        """CUDA: a burst over the gradients that are there now, as one CUDA graph; calling the result is a step.
+
+        The gradients' memory is the graph's input from then on: fill it in place. Needs one `step()` with the same
+        gradients before, which compiles the kernels.
+        """
+        pairs = [(slot, slot.parameter.grad) for slot in self._slots if slot.parameter.grad is not None]
+        replay = self._backend.capture(pairs)
+
+        def step() -> None:
+            self._backend.prepare(self._steps // self.projection_gap)
+            replay()
+            self._steps += 1
+            self.last_update = LastUpdate(self._backend.totals)
+
+        return step
 
     def begin(self) -> None:
         """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`."""
@@ -155,22 +141,25 @@ class ApolloMini(torch.optim.Optimizer):
         self._backend.begin(self._steps // self.projection_gap)
         self._open = True
 
-    @torch.no_grad()
     def update(self, parameter: Tensor, grad: Tensor | None = None) -> None:
         """Streaming: apply `grad` (default: the parameter's own) now; the caller may free it as soon as this returns.
 
         Same result, bit for bit, as a burst. A non-finite gradient leaves its own matrix alone; the ones applied before
         it stay applied. Raises like `step`.
         """
-        slot = self._by_tensor.get(id(parameter))
-        if slot is None:
-            raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
-        if not self._open:
-            raise ApolloError(f"update() of {slot.name} outside begin() and finish()")
         gradient = grad if grad is not None else parameter.grad
         if gradient is None:
-            raise ApolloError(f"{slot.name} has no gradient to apply")
-        self._backend.update([(slot, slot.matrix(gradient, "the gradient"))])
+            raise ApolloError("update() was given a parameter without a gradient")
+        self.update_many([(parameter, gradient)])
+
+    @torch.no_grad()
+    def update_many(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Streaming, several (parameter, gradient) at a time: the same result with fewer launches."""
+        if not self._open:
+            raise ApolloError("update() outside begin() and finish()")
+        if any(id(parameter) not in self._by_tensor for parameter, _ in pairs):
+            raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
+        self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
 
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
@@ -186,21 +175,31 @@ class ApolloMini(torch.optim.Optimizer):
         self._open = False
 
     @contextmanager
-    def streaming(self) -> Iterator[None]:
-        """Inside, one `backward` is one step: each gradient is applied and freed once it is accumulated."""
+    def streaming(self, bucket_bytes: int = 1 << 28) -> Iterator[None]:
+        """Inside, one `backward` is one step: gradients are applied and freed as they come.
 
-        def apply_and_free(parameter: Tensor) -> None:
-            self.update(parameter)
+        Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
+        applies each at once.
+        """
+        bucket: list[tuple[Tensor, Tensor]] = []
+
+        def flush() -> None:
+            self.update_many(bucket)
+            bucket.clear()
+
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            bucket.append((parameter, parameter.grad))
             parameter.grad = None
+            if sum(gradient.nbytes for _, gradient in bucket) >= bucket_bytes:
+                flush()
 
         self.begin()
-        hooks = [
-            slot.parameter.register_post_accumulate_grad_hook(apply_and_free)
-            for slot in self._slots
-            if slot.parameter.requires_grad
-        ]
+        trained = [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
         try:
             yield
+            flush()
         except BaseException:
             self.abandon()
             raise
@@ -247,7 +246,7 @@ class ApolloMini(torch.optim.Optimizer):
         run = state_dict["run"]
         self.projection_gap = run["projection_gap"]
         self._options = Options(run["seed"], run["stochastic"], self._options.projection)
-        self._slots = _make_slots(self.param_groups)
+        self._slots = make_slots(self.param_groups)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
         self._backend = self._make_backend(self.area.memory.device)
         self._steps = int(self.area.step_count)
@@ -276,37 +275,3 @@ class ApolloMini(torch.optim.Optimizer):
 
             return CudaBackend(self._slots, self.area, self._options)
         raise ApolloError(f"ApolloMini runs on cpu and cuda, not on {device.type}")
-
-
-def _make_slots(groups: Sequence[dict[str, Any]]) -> list[Slot]:
-    """One slot a parameter, in the order given. Raises `ApolloError` naming what does not fit."""
-    names = [name for group in groups for name in group.get("param_names", ())]
-    rank = {name: i for i, name in enumerate(sorted(names))}
-    slots: list[Slot] = []
-    for group in groups:
-        for key in _PER_PARAMETER:
-            if group.get(key) is not None and len(group[key]) != len(group["params"]):
-                raise ApolloError(f'a parameter group\'s "{key}" must have one entry for each of its parameters')
-        for i, parameter in enumerate(group["params"]):
-            index = len(slots)
-            name = group["param_names"][i] if "param_names" in group else f"parameter {index}"
-            slots.append(_make_slot(index, name, i, parameter, group, rank.get(name, index)))
-    return slots
-
-
-def _make_slot(index: int, name: str, i: int, parameter: Tensor, group: dict[str, Any], rank: int) -> Slot:
-    algorithm = group.get("algorithm") or algorithm_for(parameter.shape)
-    if algorithm not in (APOLLO, ADAMW):
-        raise ApolloError(f'a parameter group\'s "algorithm" is "apollo" or "adamw", not {algorithm!r}')
-    if algorithm == APOLLO and parameter.dim() != 2:
-        raise ApolloError(f'{name} has {parameter.dim()} dimensions: "apollo" is for matrices')
-    if parameter.dtype not in DTYPES or parameter.numel() == 0:
-        raise ApolloError(
-            f"{name} is {parameter.dtype} of shape {list(parameter.shape)}: only bfloat16 and float32, not empty"
-        )
-    rows, cols = matrix_shape(parameter.shape)
-    id = group["ids"][i] if group.get("ids") is not None else rank
-    place = Place(*group["places"][i]) if group.get("places") is not None else Place(0, 0, cols)
-    slot = Slot(index, name, parameter, group, id, algorithm, rows, cols, place)
-    slot.matrix(parameter, "the weight")  # refuses strides it cannot follow
-    return slot

@@ -16,11 +16,15 @@ from torch import Tensor
 from worker.apollo import philox
 from worker.apollo.errors import ApolloError
 from worker.apollo.formulas import root_scale
+from worker.apollo.layout import ADAMW, APOLLO, algorithm_for
 
 Projection = Callable[[int, tuple[int, int], int], Tensor]
 """(index of the parameter, shape of P, number of the draw) -> fp32 tensor of that shape."""
 
 DTYPES = (torch.bfloat16, torch.float32)
+
+_PER_PARAMETER = ("ids", "places")
+"""Group keys that hold one entry a parameter."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,42 @@ class Totals:
     elements: int
 
 
+class LastUpdate:
+    """How large the last step was. Nothing is computed, and no device waited for, until it is read."""
+
+    def __init__(self, read: Callable[[], Totals]) -> None:
+        self._read = read
+        self._totals: Totals | None = None
+
+    def _value(self) -> Totals:
+        if self._totals is None:
+            self._totals = self._read()
+        return self._totals
+
+    @property
+    def update_rms(self) -> float:
+        """RMS of the step's change over all elements that had a gradient, before rounding and decay."""
+        totals = self._value()
+        return math.sqrt(totals.update_squares / max(totals.elements, 1))
+
+    @property
+    def weight_rms(self) -> float:
+        """RMS of the same elements' weights before the step."""
+        totals = self._value()
+        return math.sqrt(totals.weight_squares / max(totals.elements, 1))
+
+
 class Backend(Protocol):
     """One device's implementation of a step. `begin`, any number of `update`s of different slots, `finish`."""
 
     def begin(self, draw: int) -> None:
         """Start step t = step count + 1 with projections of redraw `draw`."""
+
+    def prepare(self, draw: int) -> None:
+        """The host's part of `begin`, before a captured step."""
+
+    def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
+        """A step over these gradients as something that can be replayed."""
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         """Apply these gradients, or, if one is not finite, report it and change nothing."""
@@ -116,3 +151,37 @@ class Backend(Protocol):
 
     def totals(self) -> Totals:
         """Of the last finished step. Waits for the device."""
+
+
+def make_slots(groups: Sequence[dict[str, Any]]) -> list[Slot]:
+    """One slot a parameter, in the order given. Raises `ApolloError` naming what does not fit."""
+    names = [name for group in groups for name in group.get("param_names", ())]
+    rank = {name: i for i, name in enumerate(sorted(names))}
+    slots: list[Slot] = []
+    for group in groups:
+        for key in _PER_PARAMETER:
+            if group.get(key) is not None and len(group[key]) != len(group["params"]):
+                raise ApolloError(f'a parameter group\'s "{key}" must have one entry for each of its parameters')
+        for i, parameter in enumerate(group["params"]):
+            index = len(slots)
+            name = group["param_names"][i] if "param_names" in group else f"parameter {index}"
+            slots.append(_make_slot(index, name, i, parameter, group, rank.get(name, index)))
+    return slots
+
+
+def _make_slot(index: int, name: str, i: int, parameter: Tensor, group: dict[str, Any], rank: int) -> Slot:
+    algorithm = group.get("algorithm") or algorithm_for(parameter.shape)
+    if algorithm not in (APOLLO, ADAMW):
+        raise ApolloError(f'a parameter group\'s "algorithm" is "apollo" or "adamw", not {algorithm!r}')
+    if algorithm == APOLLO and parameter.dim() != 2:
+        raise ApolloError(f'{name} has {parameter.dim()} dimensions: "apollo" is for matrices')
+    if parameter.dtype not in DTYPES or parameter.numel() == 0:
+        raise ApolloError(
+            f"{name} is {parameter.dtype} of shape {list(parameter.shape)}: only bfloat16 and float32, not empty"
+        )
+    rows, cols = matrix_shape(parameter.shape)
+    id = group["ids"][i] if group.get("ids") is not None else rank
+    place = Place(*group["places"][i]) if group.get("places") is not None else Place(0, 0, cols)
+    slot = Slot(index, name, parameter, group, id, algorithm, rows, cols, place)
+    slot.matrix(parameter, "the weight")  # refuses strides it cannot follow
+    return slot
