@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from worker import wire
 from worker.serving import launch
 from worker.serving.process import ServerFailed, ServerProcess
 
@@ -142,6 +143,14 @@ def test_a_run_directory_has_one_server(tmp_path: Path) -> None:
     (descriptor,) = [fd for fd in os.listdir("/proc/self/fd") if _points_to(fd, run_dir / "server.lock")]
     os.close(int(descriptor))
     assert len(os.listdir("/proc/self/fd")) == descriptor_before
+
+
+def test_a_process_left_over_from_a_killed_server_is_named(tmp_path: Path) -> None:
+    run_dir = wire.prepare_run_dir(tmp_path / "run")
+    with wire.bind(str(run_dir / "weights.sock")):
+        result = serve("model", run_dir=run_dir)
+    assert result.returncode == 1
+    assert f"process {os.getpid()}, left over from a killed server, still holds {run_dir}/weights.sock" in result.stderr
 
 
 def _points_to(descriptor: str, path: Path) -> bool:

@@ -15,7 +15,7 @@ import atexit
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Control:
         path = wire.socket_path(self._run_dir, SOCKET)
         # Kept: an event loop may close a server that nobody holds (uvloop does).
         self._server = await asyncio.start_unix_server(self._serve, sock=wire.bind(path))
+        self._spawn(self._watch())
         atexit.register(Path(path).unlink, missing_ok=True)
         return path
 
@@ -199,9 +200,7 @@ class Control:
             )
         self._state.tear(reason)
         logger.error("tandem: %s", reason)
-        task = asyncio.create_task(self._end_requests())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._spawn(self._end_requests())
 
     async def _end_requests(self) -> None:
         """Abort what is in vLLM, again until none is left: a request may be on its way into the engine."""
@@ -211,6 +210,17 @@ class Control:
             except Exception:
                 logger.exception("tandem: aborting requests failed")
             await asyncio.sleep(0.5)
+
+    async def _watch(self) -> None:
+        """Nobody may wait for the end of a pause once the engine is gone: vLLM's shutdown waits for requests."""
+        while not self._engine.errored:
+            await asyncio.sleep(1.0)
+        self._state.tear("the server is shutting down: its engine has ended")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)  # an event loop holds its tasks weakly
+        task.add_done_callback(self._background.discard)
 
     # The engine and the header
 

@@ -199,6 +199,18 @@ def lock(run_dir: Path, model: str) -> None:
     os.pwrite(descriptor, f"process {os.getpid()} serving {model}".encode(), 0)
     # Held through exec until vLLM's API process ends; the processes vLLM spawns do not inherit it.
     os.set_inheritable(descriptor, True)
+    _refuse_leftovers(run_dir)
+
+
+def _refuse_leftovers(run_dir: Path) -> None:
+    """vLLM's engine outlives an API process that was killed with SIGKILL, and its worker holds the weights' socket."""
+    for name in ("weights.sock", "control.sock"):
+        try:
+            with wire.connect(wire.socket_path(run_dir, name), timeout=2.0) as sock:
+                pid, _ = wire.peer(sock)
+        except wire.WireError:
+            continue
+        raise LaunchError(f"process {pid}, left over from a killed server, still holds {run_dir / name}: kill {pid}")
 
 
 def _kv_cache_said(given: Mapping[str, list[str]], environment: Mapping[str, str]) -> bool:

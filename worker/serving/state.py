@@ -25,7 +25,7 @@ class ServerState:
 
     @property
     def torn(self) -> bool:
-        """Whether the weights are half-written: no answer may be made with them."""
+        """Whether no answer can be made: the weights are half-written, or the engine has ended."""
         return self.condition == TORN
 
     def pause(self) -> None:
@@ -40,7 +40,7 @@ class ServerState:
         self.running.set()
 
     def tear(self, reason: str) -> None:
-        """The weights are half-written. Waiting requests wake up to be told `reason`."""
+        """No answer can be made any more. Waiting requests wake up to be told `reason`."""
         self.condition = TORN
         self.reason = reason
         self.running.set()
