@@ -288,6 +288,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--enable-lora": ({"enable_lora": True}, {}),
     "--load-format pt": ({"load_format": "pt"}, {}),
     "--enable-sleep-mode": ({}, {"model_config.enable_sleep_mode": True}),
+    "--compilation-config with max_autotune": (
+        {"compilation_config": {"inductor_compile_config": {"max_autotune": True}}, "enforce_eager": False},
+        {},
+    ),
     "--cpu-offload-gb 1": ({"cpu_offload_gb": 1}, {}),
     "--offload-group-size 4": ({"offload_group_size": 4}, {}),
 }
@@ -312,6 +316,11 @@ def test_allocators_that_cuda_ipc_cannot_share_are_refused(owner: Owner, variabl
         message = owner.ask(config=plain, device="cuda", environment={variable: setting})
         assert message is not None and f"{variable}={setting}" in message
     assert owner.ask(config=plain, device="cuda", environment={variable: "expandable_segments:False"}) is None
+
+
+def test_freezing_compiled_weights_is_refused(owner: Owner) -> None:
+    message = owner.ask(config={"model": str(owner.models["text"])}, environment={"TORCHINDUCTOR_FREEZING": "1"})
+    assert message is not None and "TORCHINDUCTOR_FREEZING=1" in message
 
 
 def test_a_plain_configuration_is_accepted(owner: Owner) -> None:

@@ -28,6 +28,7 @@ class RefusedFlag(TandemError):
 def refuse_unshareable(vllm_config: Any, device_type: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raise `RefusedFlag` naming every flag of `vllm_config` (a vLLM VllmConfig) that stands in the way."""
     reasons = [*_parallel(vllm_config.parallel_config), *_model(vllm_config), *_memory(vllm_config)]
+    reasons += _compiler(vllm_config.compilation_config.inductor_compile_config, device_type, environment)
     if device_type == "cuda":
         reasons += _allocator(environment)
     if reasons:
@@ -64,6 +65,15 @@ def _memory(config: Any) -> Iterator[str]:
         yield f"--cpu-offload-gb {offload.uva.cpu_offload_gb} keeps weights outside the GPU: use 0"
     if offload.prefetch.offload_group_size > 0:
         yield f"--offload-group-size {offload.prefetch.offload_group_size} keeps weights outside the GPU: use 0"
+
+
+def _compiler(options: Mapping[str, Any], device_type: str, environment: Mapping[str, str]) -> Iterator[str]:
+    """Inductor's freezing folds weights into compiled code; vLLM's CPU runner turns it on with max_autotune."""
+    for option in ("freezing", "max_autotune") if device_type == "cpu" else ("freezing",):
+        if options.get(option):
+            yield f"--compilation-config with {option} folds the weights into compiled code: leave {option} out"
+    if environment.get("TORCHINDUCTOR_FREEZING", "0") == "1":
+        yield "TORCHINDUCTOR_FREEZING=1 folds the weights into compiled code: unset it"
 
 
 def _allocator(environment: Mapping[str, str]) -> Iterator[str]:

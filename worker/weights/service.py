@@ -21,6 +21,9 @@ from worker.weights.client import SOCKET
 
 logger = logging.getLogger(__name__)
 
+_IDLE = 60.0
+"""Seconds after which a silent connection is closed, so that none holds its thread for ever."""
+
 Answer = Callable[[], dict[str, Any]]
 
 
@@ -52,6 +55,7 @@ class WeightService:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
+            connection.settimeout(_IDLE)
             try:
                 wire.check_peer(connection)
                 while (request := wire.receive(connection)) is not None:
