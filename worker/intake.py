@@ -28,6 +28,10 @@ IDLE_POLL = 1.0
 """Seconds a wait for the first job may last before signals, retries and maintenance are looked at."""
 
 
+LOOKS = 8
+"""How often the queue is looked at while a batch lingers."""
+
+
 class Intake:
     """Collects batches for `worker`: at most `max_jobs`, at most `max_tokens` (a larger transcript goes alone), at most
     `linger` seconds after the first job.
@@ -88,7 +92,10 @@ class Intake:
             left = self.first + self.linger - time.monotonic() if self.batch else IDLE_POLL
             if len(self.batch) >= self.max_jobs or tokens >= self.max_tokens or left <= 0 or self.stop:
                 return bool(self.batch)
-            came = self.fetch(self.max_jobs - len(self.batch), 0.0 if burst else min(left, IDLE_POLL))
+            if self.batch and not burst:
+                # Redis ends a blocking read up to 100 ms late: to linger exactly, look again a few times.
+                time.sleep(min(left, self.linger / LOOKS))
+            came = self.fetch(self.max_jobs - len(self.batch), 0.0 if burst or self.batch else IDLE_POLL)
             if not came and (burst or not self.batch):
                 return bool(self.batch)
 

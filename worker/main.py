@@ -92,7 +92,14 @@ def command(
             ):
                 log.info(sentence)
             worker = BatchWorker(
-                connection, step, name=name, max_jobs=max_jobs, max_tokens=max_tokens, linger=linger, lock=lock
+                connection,
+                step,
+                name=name,
+                max_jobs=max_jobs,
+                max_tokens=max_tokens,
+                linger=linger,
+                lock=lock,
+                check=step.check,
             )
             worker.work(burst=burst)
     finally:

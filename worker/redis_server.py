@@ -18,6 +18,7 @@ from urllib.parse import quote
 import redis
 
 from producer.errors import TandemError
+from worker.process import die_with_parent
 
 SETTINGS = {
     "appendonly": "yes",
@@ -77,7 +78,12 @@ class RedisServer:
         log = (self.folder / "redis.log").open("ab")
         with log:
             self._process = subprocess.Popen(
-                [find_binary(), str(conf)], stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+                [find_binary(), str(conf)],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         client = redis.Redis.from_url(self.url)
         deadline = time.monotonic() + timeout

@@ -48,6 +48,15 @@ class SharedUpdate:
         self.builder = builder
         self.base = base
 
+    def check(self) -> None:
+        """Raises `Unavailable` when the server has gone."""
+        try:
+            self.control.state()
+        except TandemError as error:
+            raise Unavailable(
+                f"{error}. What it had learnt is lost with it: a worker on a new server needs --new-lineage"
+            ) from error
+
     def prepare(self, job_id: str, transcript: Transcript) -> Example:
         """Tokenize one transcript; raises `ExampleError` naming what is wrong with it."""
         return self.builder.build(transcript, job_id)
