@@ -214,6 +214,26 @@ def test_rq_sees_a_worker_and_running_jobs_during_a_step(
     assert Worker.all(connection=connection) == []
 
 
+def test_rqs_own_commands_work(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    for i in range(6):
+        Producer(redis_url).enqueue(say("unpreparable" if i == 2 else "good"), id=f"t{i}")
+    seen: list[str] = []
+    run, rq = weights.run, [sys.executable, "-m", "rq.cli"]
+
+    def look(prepared):  # type: ignore[no-untyped-def]
+        command = [*rq, "info", "--raw", "-u", redis_url]
+        seen.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return run(prepared)
+
+    weights.run = look  # type: ignore[method-assign]
+    drain(connection, weights, max_jobs=4, name="w")
+    assert "queue feedback 2, 3 executing, 0 finished, 1 failed" in seen[0] and "busy feedback" in seen[0]
+    assert "queue feedback 0, 2 executing, 3 finished, 1 failed" in seen[1]
+    requeue = ["requeue", "--all", "--queue", keys.QUEUE, "-S", "producer.serializer.MsgpackSerializer"]
+    subprocess.run([*rq, *requeue, "-u", redis_url], check=True, capture_output=True)
+    assert open_queue(connection).job_ids == ["t2"] and counts(connection)["failed"] == 0
+
+
 def test_sigterm_finishes_the_batch_in_hand_and_puts_the_rest_back(
     redis_url: str, connection: redis.Redis, weights: Weights
 ) -> None:
