@@ -4,87 +4,29 @@ The owner (weights_owner.py) is vLLM's model code in a process of its own, witho
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from weights_parts import Owner, padded_model
 
+from producer.errors import TandemError
 from worker import torch_setup, wire
 from worker.tiny import make_tiny
 from worker.weights import bind
 from worker.weights.attach import AttachedWeights, AttachError, attach, read_header
 from worker.weights.client import ask
+from worker.weights.service import WeightService
 from worker.weights.spot_check import spot_check
 
 KINDS = ("text", "vision", "tied", "padded")
-
-
-class Owner:
-    """The owner process and its models, by kind."""
-
-    def __init__(self, models: dict[str, Path], base: Path) -> None:
-        self.models = models
-        self.run_dirs = {kind: base / f"run-{kind}" for kind in models}
-        arguments = [str(path) for kind in models for path in (models[kind], self.run_dirs[kind])]
-        command = [sys.executable, str(Path(__file__).with_name("weights_owner.py")), *arguments]
-        self.log = base / "owner.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=Path(__file__).parents[1],
-            )
-        assert self._line() == "ready"
-
-    def ask(self, **request: Any) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._line()
-
-    def index(self, kind: str) -> int:
-        return list(self.models).index(kind)
-
-    def _line(self) -> Any:
-        assert self.process.stdout is not None
-        while line := self.process.stdout.readline():
-            if line.startswith(('"', "{", "n", "t")) or line.strip().isdigit():
-                return json.loads(line)
-        raise AssertionError(f"the owner died:\n{self.log.read_text()[-4000:]}")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-
-
-def padded_model(source: Path, target: Path) -> Path:
-    """`source` with a vocabulary of 1000, which vLLM pads to 1024 rows."""
-    target.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (target / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(source / "model.safetensors")
-    cut = {
-        n: t[:1000].clone() if n.endswith(("embed_tokens.weight", "lm_head.weight")) else t for n, t in tensors.items()
-    }
-    save_file(cut, target / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +79,12 @@ def test_what_is_frozen_and_what_is_padding(owner: Owner) -> None:
     assert text.frozen == [] and text.server_info["padding"] == []
     assert vision.frozen and all(name.startswith(("visual.", "model.visual.")) for name in vision.frozen)
     assert vision.tensors.keys() == text.tensors.keys()
-    padding = attach(owner.run_dirs["padded"]).server_info["padding"]
-    assert sorted(padding) == [["lm_head.weight", 1000, 24], ["model.embed_tokens.weight", 1000, 24]]
+    padded = attach(owner.run_dirs["padded"])
+    assert padded.frozen == ["mtp.fc.weight"]
+    assert sorted(padded.server_info["padding"]) == [
+        ["lm_head.weight", 1000, 24],
+        ["model.embed_tokens.weight", 1000, 24],
+    ]
     assert "lm_head.weight" not in attach(owner.run_dirs["tied"]).tensors
 
 
@@ -268,6 +214,51 @@ def test_garbage_on_the_socket_leaves_it_answering(owner: Owner, garbage: bytes)
             while sock.recv(4096):
                 pass
     assert read_header(owner.run_dirs["text"])["state"] == "CLEAN"
+
+
+Change = Callable[[dict[str, Any]], object]
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def piece(info: dict[str, Any], name: str) -> dict[str, Any]:
+    """The slice of tensor `name` in a server's description."""
+    return next(found for found in info["slices"] if found["name"] == name)
+
+
+UNFIT: dict[str, tuple[Change, str]] = {
+    "old vLLM": (lambda i: i["versions"].update(vllm="0.25.3"), r"vLLM 0\.25\.3; supported are 0\.26"),
+    "new vLLM": (lambda i: i["versions"].update(vllm="0.34.0"), r"vLLM 0\.34\.0; supported are 0\.26"),
+    "other PID namespace": (lambda i: i.update(pid=1), "PID namespace"),
+    "fp16": (lambda i: i.update(dtype="float16"), "--dtype bfloat16"),
+    "rows twice": (lambda i: piece(i, UP).update(start=0), "gate_up_proj.weight: row 0 belongs to two tensors"),
+    "beyond the end": (lambda i: piece(i, UP).update(start=400), f"does not hold {UP}"),
+    "named twice": (lambda i: piece(i, UP.replace("up", "gate")).update(name=UP), f"{UP} is mapped twice"),
+    "not shared": (lambda i: i["parameters"].pop("model.norm.weight"), "model.norm.weight: the server shares no"),
+    "not mapped": (lambda i: i["slices"].remove(piece(i, UP)), f"no weights for {UP}"),
+    "A_log in bf16": (lambda i: i["parameters"]["model.layers.0.linear_attn.A_log"].update(dtype="bfloat16"),
+                      "linear_attn.A_log is torch.bfloat16, not torch.float32"),
+    "swapped": (lambda i: (piece(i, UP).update(start=0), piece(i, UP.replace("up", "gate")).update(start=384)),
+                "gate_proj.weight .*differs from"),
+    "another lineage": (lambda i: i.update(lineage="0" * 32), "of lineage"),
+    "another memory": (lambda i: i["memory"].update(kind="rdma"), "'rdma'"),
+    "memory gone": (lambda i: i["memory"].update(path="/proc/1/fd/none"), "same machine"),
+    "memory of another size": (lambda i: i["memory"].update(bytes=5), "not its memory"),
+    "model elsewhere": (lambda i: i.update(model="nobody/nothing"), "nobody/nothing is neither a directory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_server_that_does_not_fit_is_refused(owner: Owner, tmp_path: Path, case: str) -> None:
+    """Attaching to the real memory by a description in which one thing is wrong."""
+    change, message = UNFIT[case]
+    info = ask(owner.run_dirs["text"], "describe")[0] | {"pid": os.getpid()}
+    change(info)
+    service = WeightService(tmp_path, {"describe": lambda: info})
+    try:
+        with pytest.raises(TandemError, match=message):
+            attach(tmp_path).build_model()
+    finally:
+        service.close()
 
 
 def test_memory_is_not_reachable_by_name(owner: Owner) -> None:

@@ -13,7 +13,7 @@ from worker.weights.client import ask, read_header
 from worker.weights.header import Header
 from worker.weights.memory import SharingError, opener_for
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 OWNER = """
 import sys

@@ -18,6 +18,8 @@ from worker.weights import bind
 from worker.weights.attach import AttachedWeights, attach, read_header
 from worker.weights.client import ask
 
+pytestmark = pytest.mark.server
+
 IDS = [i * 37 % 1000 for i in range(1, 41)]
 AGREEMENT = 0.08
 """Nats, mean over the tokens: vLLM's and transformers' kernels differ by .033 here, the mildest swap by .18."""
