@@ -8,10 +8,15 @@ import pytest
 import redis
 
 from worker.redis_server import RedisServer
+from worker.serving.process import ServerProcess
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # server, trainer and tests share few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+SERVER_OPTIONS = ["--max-model-len", "2048", "--max-num-seqs", "8"]
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +43,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real vLLM serving the tiny model, for tests that leave it as they found it."""
+    with ServerProcess(tiny_model, tmp_path_factory.mktemp("run"), extra=SERVER_OPTIONS) as running:
+        yield running

@@ -6,6 +6,7 @@ Redis.
 """
 
 import random
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def load_examples(path: str, builder: ExampleBuilder) -> list[Example]:
             problems.append(f"line {line}: {transcript}")
             continue
         try:
-            examples.append(builder.build(transcript, transcript.id or f"line-{line}"))
+            examples.append(builder.build(transcript, transcript.id or uuid.uuid4().hex))
         except ExampleError as error:
             problems.append(f"line {line}: {error}")
     if problems:

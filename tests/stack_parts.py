@@ -1,0 +1,125 @@
+"""What the end-to-end tests share: a real Redis, a real vLLM and real `tandem worker` processes on one folder."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from producer import Producer, keys
+from worker.process import die_with_parent
+from worker.redis_server import RedisServer
+from worker.serving.process import ServerProcess
+
+LEARNING = ["--lr", "3e-4", "--max-length", "2048"]
+
+
+class Stack:
+    """Redis, server and workers; `server` may be replaced by a test that killed it."""
+
+    def __init__(self, folder: Path, model: Path, options: list[str]) -> None:
+        self.folder, self.model, self.options = folder, model, options
+        self.store = RedisServer(folder / "redis").start()
+        self.redis = redis.Redis.from_url(self.store.url)
+        self.producer = Producer(self.store.url)
+        self.workers: list[subprocess.Popen[str]] = []
+        self.server = self.start_server()
+
+    def start_server(self) -> ServerProcess:
+        self.server = ServerProcess(self.model, self.folder / "run", extra=self.options)
+        return self.server
+
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.kill()
+        self.server.stop()
+        self.store.stop()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.server.run_dir)}
+
+    def tandem(self, *arguments: str, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
+        """One command, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "worker.cli", *arguments],
+            env=self.environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    def worker(self, *options: str, fault: str | None = None) -> "subprocess.Popen[str]":
+        """A `tandem worker` in the background; its output in the log that `said` reads."""
+        environment = self.environment | ({"TANDEM_FAULT": fault} if fault else {})
+        log = (self.folder / f"worker-{len(self.workers)}.log").open("w")
+        with log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker.cli", "worker", *LEARNING, *options],
+                env=environment, stdout=log, stderr=log, text=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        self.workers.append(process)
+        return process
+
+    def said(self, process: "subprocess.Popen[str]") -> str:
+        return (self.folder / f"worker-{self.workers.index(process)}.log").read_text()
+
+    def wait_for(self, process: "subprocess.Popen[str]", text: str, timeout: float = 120) -> None:
+        """Until the worker has said `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.said(process):
+            assert process.poll() is None, f"the worker ended without saying {text!r}:\n{self.said(process)}"
+            assert time.monotonic() < deadline, f"the worker never said {text!r}:\n{self.said(process)}"
+            time.sleep(0.1)
+
+    def ledger(self) -> dict[str, int]:
+        return {key.decode(): int(value) for key, value in self.redis.hgetall(keys.LEDGER).items()}
+
+    def trained_by_version(self) -> dict[int, list[str]]:
+        """Version -> ids, as the manifests say: an id in two of them was trained twice."""
+        versions = range(1, self.producer.version() + 1)
+        return {v: json.loads(self.redis.hget(keys.manifest(v), "jobs") or "[]") for v in versions}
+
+    def complete(self, question: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+        """(status, body, headers) of a chat completion."""
+        messages = [{"role": "user", "content": question}]
+        return self.post("/v1/chat/completions", {"messages": messages, "max_tokens": 4, "temperature": 0})
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+        request = urllib.request.Request(
+            self.server.url + path,
+            json.dumps({"model": str(self.model)} | body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, json.load(reply), lowered(reply.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error), lowered(error.headers)
+
+    def weights_version(self) -> dict[str, Any]:
+        with urllib.request.urlopen(self.server.url + "/weights/version", timeout=30) as reply:
+            answer: dict[str, Any] = json.load(reply)
+            return answer
+
+
+def lowered(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def transcripts(prefix: str, count: int) -> list[dict[str, Any]]:
+    """Short conversations with ids of their own."""
+    return [
+        {
+            "id": f"{prefix}-{i}",
+            "messages": [
+                {"role": "user", "content": f"What is the number of {prefix} {i}?"},
+                {"role": "assistant", "content": f"Its number is {i * 7}."},
+            ],
+        }
+        for i in range(count)
+    ]

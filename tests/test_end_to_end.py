@@ -1,0 +1,167 @@
+"""The main job with every part real, and what crashes leave behind. The tests run in order on one stack.
+
+Redis, vLLM, `tandem worker` and `tandem enqueue` are processes of their own; what is asserted is read back from Redis
+and over HTTP, as a user would.
+"""
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rq.job import Job, JobStatus
+from stack_parts import Stack, transcripts
+from transformers import AutoTokenizer
+
+from producer import keys
+from producer.jsonl import read_transcripts
+from producer.serializer import MsgpackSerializer
+from worker.examples import ExampleBuilder
+
+TRANSCRIPTS = Path(__file__).parent / "data" / "transcripts.jsonl"
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, ["--max-model-len", "2048", "--max-num-seqs", "8"])
+    yield running
+    running.close()
+
+
+def served_nll(stack: Stack) -> float:
+    """The server's own mean negative log-likelihood of the answers in TRANSCRIPTS, in nats, asked over HTTP."""
+    builder = ExampleBuilder(AutoTokenizer.from_pretrained(stack.model), max_tokens=2048)
+    total, count = 0.0, 0
+    for _, transcript in read_transcripts(str(TRANSCRIPTS)):
+        for sequence in builder.build(transcript, transcript.id).sequences:
+            body = {"prompt": list(sequence.ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+            status, answer, _ = stack.post("/v1/completions", body)
+            assert status == 200, answer
+            scored = answer["choices"][0]["prompt_logprobs"]
+            for token, trained, entry in zip(sequence.ids, sequence.mask, scored, strict=True):
+                if trained:
+                    total -= entry[str(token)]["logprob"]
+                    count += 1
+    return total / count
+
+
+def shared_and_private(pid: int, pattern: str) -> tuple[int, int]:
+    """(mapped, private) bytes of the memory areas of process `pid` whose file name matches, from smaps."""
+    mapped = private = 0
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = pattern in line
+        elif inside and (field := re.match(r"^(Rss|Private_Anonymous|Anonymous): +(\d+) kB", line)):
+            if field[1] == "Rss":
+                mapped += int(field[2]) * 1024
+            else:
+                private += int(field[2]) * 1024
+    return mapped, private
+
+
+def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack) -> None:
+    server_pid, before = stack.server.pid, served_nll(stack)
+    sent = stack.tandem("enqueue", str(TRANSCRIPTS))
+    assert sent.returncode == 0 and "queued 20" in sent.stdout, sent.stderr
+
+    worker = stack.worker("--max-jobs", "4")
+    stack.wait_for(worker, "version 5")
+    mapped, private = shared_and_private(worker.pid, "/memfd:")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 0, stack.said(worker)
+
+    ledger = stack.ledger()
+    assert len(ledger) == 20 and set(ledger.values()) == set(range(1, stack.producer.version() + 1))
+    for id, version in ledger.items():
+        job = Job.fetch(id, connection=stack.redis, serializer=MsgpackSerializer)
+        assert job.get_status() == JobStatus.FINISHED and job.return_value()["version"] == version
+    assert served_nll(stack) < before - 0.3, "the server itself must have learnt the answers"
+    assert stack.server.pid == server_pid and stack.server.alive()
+    assert stack.weights_version()["version"] == stack.producer.version()
+    assert stack.complete("Hello?")[2]["x-weight-version"] == str(stack.producer.version())
+    weights = (stack.model / "model.safetensors").stat().st_size
+    assert mapped >= weights and private == 0, "the trainer maps the server's weights and has no copy of its own"
+
+    again = stack.tandem("enqueue", str(TRANSCRIPTS))
+    assert "already known 20" in again.stdout, "months later, too: the ledger knows them"
+
+
+def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
+    first = stack.worker("--name", "the-first")
+    stack.wait_for(first, "worker ready")
+    second = stack.tandem("worker", "--name", "the-second")
+    assert second.returncode == 1 and "the-first" in second.stderr
+    first.send_signal(signal.SIGKILL)  # at rest
+    first.wait()
+    assert stack.complete("Are you there?")[0] == 200
+    assert stack.weights_version()["state"] == "serving"
+
+
+@pytest.mark.parametrize("point", ["backward", "paused", "applied", "resumed", "committed"])
+def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(stack: Stack, point: str) -> None:
+    before = stack.producer.version()
+    sent = transcripts(point, 5)
+    stack.producer.enqueue_many(sent)
+    victim = stack.worker("--max-jobs", "3", fault=f"{point}:1")
+    assert victim.wait(120) == -signal.SIGKILL, stack.said(victim)
+    assert stack.complete("Are you there?")[0] == 200, "a dead trainer must never leave the server frozen"
+
+    done = stack.tandem("worker", "--burst", "--max-jobs", "3", "--lr", "3e-4")
+    assert done.returncode == 0, done.stderr
+    ledger = stack.ledger()
+    assert {item["id"] for item in sent} <= set(ledger), "lost"
+    by_version = stack.trained_by_version()
+    trained = [id for ids in by_version.values() for id in ids]
+    assert sorted(trained) == sorted(set(trained)) == sorted(ledger), "trained twice, or not at all"
+    assert all(ledger[id] == version for version, ids in by_version.items() for id in ids)
+    versions = stack.producer.version() - before
+    assert versions == 2, "five transcripts, three a batch: two steps, whatever was interrupted"
+    assert stack.weights_version()["version"] == stack.producer.version()
+
+
+def test_attached_training_without_redis_is_taken_over(stack: Stack, tmp_path: Path) -> None:
+    before = stack.producer.version()
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("attached", 6)))
+    plot = tmp_path / "loss.png"
+    run = stack.tandem("train", str(file), "--attach", "--batch", "2", "--plot", str(plot))
+    assert run.returncode == 0, run.stderr
+    assert stack.weights_version()["version"] == before + 3 and plot.stat().st_size > 1000
+    assert stack.producer.version() == before, "Redis was not asked"
+    follow = stack.tandem("worker", "--burst")
+    assert follow.returncode == 0, follow.stderr
+    assert stack.producer.version() == before + 3
+
+
+def test_a_restarted_server_is_refused_until_told(stack: Stack) -> None:
+    known = stack.producer.version()
+    worker = stack.worker()
+    stack.wait_for(worker, "worker ready")
+    stack.server.stop()
+    assert worker.wait(60) == 1
+    assert "gone" in stack.said(worker) or "down" in stack.said(worker), stack.said(worker)
+
+    stack.start_server()
+    refused = stack.tandem("worker", "--burst")
+    assert refused.returncode == 1 and "--new-lineage" in refused.stderr, refused.stderr
+    stack.producer.enqueue_many(transcripts("reborn", 2))
+    told = stack.tandem("worker", "--burst", "--new-lineage")
+    assert told.returncode == 0, told.stderr
+    assert stack.producer.version() == known + 2 == stack.weights_version()["version"]
+    kinds = [stack.redis.hget(keys.manifest(v), "kind") for v in (known + 1, known + 2)]
+    assert kinds == [b"lineage", b"update"]
+
+
+def test_torn_weights_are_never_served(stack: Stack) -> None:
+    """Last: the server of this module is beyond repair afterwards."""
+    stack.producer.enqueue_many(transcripts("torn", 2))
+    victim = stack.worker(fault="applying")
+    assert victim.wait(120) == -signal.SIGKILL, stack.said(victim)
+    status, body, _ = stack.complete("Are you whole?")
+    assert status == 503 and "APPLYING" in json.dumps(body), body
+    refused = stack.tandem("worker", "--burst")
+    assert refused.returncode == 1 and "torn" in refused.stderr, refused.stderr
+    assert not {"torn-0", "torn-1"} & set(stack.ledger())
