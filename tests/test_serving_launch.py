@@ -29,6 +29,7 @@ from worker.serving.process import ServerFailed, ServerProcess
         (["--data-parallel-size", "2"], "--data-parallel-size"),
         (["--data-parallel-rank", "0"], "--data-parallel-rank"),
         (["--cpu-offload-gb", "4"], "--cpu-offload-gb"),
+        (["--offload-group-size", "1"], "--offload-group-size"),
         (["--weight-transfer-config.backend", "nccl"], "--weight-transfer-config.backend"),
         (["--worker-extension-cls", "mine.Extension"], "--worker-extension-cls"),
     ],
@@ -42,7 +43,7 @@ def test_options_that_break_sharing_are_refused_by_name(options: list[str], flag
     "options",
     [
         ["-tp", "1"],
-        ["--api-server-count=1", "--cpu-offload-gb", "0"],
+        ["--api-server-count=1", "--cpu-offload-gb", "0", "--offload-group-size=0"],
         ["--port", "8000", "--max-model-len", "512", "--served-model-name", "a", "b"],
         ["--seed", "-1"],
     ],
@@ -74,7 +75,7 @@ def test_what_the_user_said_is_not_said_again() -> None:
     assert options.count("--host") == 1
     assert "--enforce-eager" in options
     assert not any("127.0.0.1" in note or "KV cache" in note for note in notes)
-    options, _ = launch.with_defaults(["--dtype=float32", "-cc", "{}"], {}, on_cpu=True)
+    options, _ = launch.with_defaults(["--dtype=float32", "-O3"], {}, on_cpu=True)
     assert "--enforce-eager" not in options
     assert options.count("--dtype=float32") + options.count("--dtype") == 1
 
@@ -99,6 +100,9 @@ def test_the_environment_keeps_the_users_plugins_and_adds_ours() -> None:
     environment = launch.build_environment({"A": "b"}, Path("/run/x"), [], on_cpu=True)
     assert (environment["A"], environment["TANDEM_RUN_DIR"], environment["TANDEM_SERVE"]) == ("b", "/run/x", "1")
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "VLLM_TARGET_DEVICE" not in launch.build_environment(
+        {"VLLM_TARGET_DEVICE": "cpu"}, Path("/"), [], on_cpu=True
+    )
     said = launch.build_environment({}, Path("/run/x"), ["--kv-cache-memory-bytes", "5G"], on_cpu=True)
     assert "VLLM_CPU_KVCACHE_SPACE" not in said
 

@@ -31,28 +31,31 @@ DEFAULT_GROUPS = (
 
 _ONE_RANK = "one GPU serves and trains; more ranks are not built yet"
 _ONE_API = "the control socket and the versions in answers need exactly one API process"
-REFUSED = {
-    "--api-server-count": _ONE_API,
-    "--headless": _ONE_API,
-    "--grpc": _ONE_API,
-    "--grpc-port": _ONE_API,
-    "--enable-sleep-mode": "its allocator moves the weights, and memory from it cannot be shared",
-    "--quantization": "quantized weights cannot be trained in place",
-    "--tensor-parallel-size": _ONE_RANK,
-    "--pipeline-parallel-size": _ONE_RANK,
-    "--data-parallel-size": _ONE_RANK,
-    "--nnodes": _ONE_RANK,
-    "--data-parallel-rank": _ONE_RANK,
-    "--data-parallel-start-rank": _ONE_RANK,
-    "--data-parallel-external-lb": _ONE_RANK,
-    "--data-parallel-hybrid-lb": _ONE_RANK,
-    "--enable-elastic-ep": _ONE_RANK,
-    "--cpu-offload-gb": "offloaded weights are not where the trainer would write",
-    "--offload-group-size": "offloaded weights are not where the trainer would write",
-    "--weight-transfer-config": "tandem serve sets it to its own backend",
-    "--worker-extension-cls": "tandem serve sets it to its own class",
+_OFFLOADED = "offloaded weights are not where the trainer would write"
+REFUSED: dict[str, tuple[str, str | None]] = {
+    "--api-server-count": (_ONE_API, "1"),
+    "--headless": (_ONE_API, None),
+    "--grpc": (_ONE_API, None),
+    "--grpc-port": (_ONE_API, None),
+    "--enable-sleep-mode": ("its allocator moves the weights, and memory from it cannot be shared", None),
+    "--quantization": ("quantized weights cannot be trained in place", None),
+    "--tensor-parallel-size": (_ONE_RANK, "1"),
+    "--pipeline-parallel-size": (_ONE_RANK, "1"),
+    "--data-parallel-size": (_ONE_RANK, "1"),
+    "--nnodes": (_ONE_RANK, "1"),
+    "--data-parallel-rank": (_ONE_RANK, None),
+    "--data-parallel-start-rank": (_ONE_RANK, None),
+    "--data-parallel-external-lb": (_ONE_RANK, None),
+    "--data-parallel-hybrid-lb": (_ONE_RANK, None),
+    "--data-parallel-multi-port-external-lb": (_ONE_RANK, None),
+    "--enable-elastic-ep": (_ONE_RANK, None),
+    "--cpu-offload-gb": (_OFFLOADED, "0"),
+    "--offload-group-size": (_OFFLOADED, "0"),
+    "--weight-transfer-config": ("tandem serve sets it to its own backend", None),
+    "--worker-extension-cls": ("tandem serve sets it to its own class", None),
 }
-HARMLESS_VALUES = {"--api-server-count": "1", "--cpu-offload-gb": "0", "--offload-group-size": "0"}
+"""Flag -> why not, and the value that does no harm. What vLLM makes of configuration files and abbreviations is checked
+again beside the weights (worker/weights/refusals.py)."""
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size",
          "-q": "--quantization", "-n": "--nnodes", "-asc": "--api-server-count"}  # fmt: skip
 
@@ -61,7 +64,7 @@ class LaunchError(TandemError):
     """The server cannot be started like this."""
 
 
-@click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]})
+@click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 @click.argument("model")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the sockets lie; default $TANDEM_RUN_DIR.")
@@ -117,9 +120,9 @@ def check_options(options: Sequence[str], environment: Mapping[str, str]) -> Non
     """Raise LaunchError naming the first option or variable that breaks sharing or control."""
     given = parse_flags(options)
     for flag, values in given.items():
-        reason = REFUSED.get(flag) or next((REFUSED[known] for known in REFUSED if flag.startswith(known + ".")), None)
-        harmless = "1" if flag.endswith("-size") else HARMLESS_VALUES.get(flag)
-        if reason and not (values and all(value == harmless for value in values)):
+        # --some-config.field is vLLM's way to write one field of --some-config.
+        reason, harmless = REFUSED.get(flag.partition(".")[0], (None, None))
+        if reason and (not values or any(value != harmless for value in values)):
             raise LaunchError(f"{flag} cannot be used with tandem serve: {reason}")
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise LaunchError(f"VLLM_USE_RUST_FRONTEND cannot be used with tandem serve: {_ONE_API}. Unset it")
@@ -158,7 +161,8 @@ def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu
         notes.append("binding 127.0.0.1 only; --host 0.0.0.0 serves the network")
     if on_cpu and "--dtype" not in given:
         added += ["--dtype", "bfloat16"]
-    if on_cpu and not given.keys() & {"--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O", "-cc"}:
+    compilation = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "--optimization-level", "-O")
+    if on_cpu and not any(flag.startswith(compilation) for flag in given):
         added.append("--enforce-eager")
         notes.append("no compilation on the CPU (--no-enforce-eager compiles)")
     if on_cpu and not _kv_cache_said(given, environment):
@@ -172,6 +176,9 @@ def build_environment(
     """The environment of vLLM's processes: our mark, the run directory, the plugins, the CPU's KV cache."""
     result = {**environment, SERVE_ENV: "1", "TANDEM_RUN_DIR": str(run_dir)}
     result["VLLM_PLUGINS"] = ",".join(allowed_plugins(environment.get("VLLM_PLUGINS")))
+    if on_cpu:
+        # vLLM would skip platform plugins, ours among them, and a CPU build finds its platform without it.
+        result.pop("VLLM_TARGET_DEVICE", None)
     if on_cpu and not _kv_cache_said(parse_flags(options), environment):
         result["VLLM_CPU_KVCACHE_SPACE"] = "1"
     return result

