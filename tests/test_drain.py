@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 from drain_parts import Lines, Weights, start
+from redis.client import Pipeline
 from rq import Queue, Retry, Worker
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
@@ -22,6 +23,7 @@ from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 from worker import ledger
 from worker.jobs import FeedbackJob, open_queue
+from worker.merge import merge
 from worker.step import Torn, Unavailable
 
 
@@ -392,6 +394,46 @@ def test_an_error_in_the_heartbeat_is_raised_between_steps(
         worker.work(burst=True)
     assert weights.trained == ["t0"] and ledger.state(connection).version == 1  # what was trained is committed
     assert b"robber" in connection.get(keys.WORKER_LOCK)
+
+
+def test_merged_commands_do_what_the_single_ones_did(connection: redis.Redis) -> None:
+    def queue(pipe: Pipeline) -> None:
+        for i in range(3):
+            pipe.hset(f"h{i}", mapping={"a": i})
+            pipe.hset(f"h{i}", "b", i)
+            pipe.hset("shared", "last", i)
+            pipe.zadd("z", {f"m{i}": i})
+            pipe.zadd("flagged", {f"m{i}": i}, xx=True)
+            pipe.sadd("s", i)
+            pipe.zrem("old", f"m{i}")
+            pipe.srem("olds", i)
+            pipe.delete(f"gone{i}")
+            pipe.expire("z", 1000 + i)
+            pipe.lrem("l", 1, f"m{i}")
+
+    def prepared() -> Pipeline:
+        connection.flushall()
+        connection.zadd("old", {f"m{i}": i for i in range(4)})
+        connection.sadd("olds", *range(4))
+        connection.rpush("l", "m0", "m1", "m1", "m2")
+        connection.mset({f"gone{i}": 1 for i in range(4)})
+        pipe = connection.pipeline()
+        queue(pipe)
+        return pipe
+
+    def state() -> dict[bytes, object]:
+        dumps = {key: connection.dump(key) for key in connection.keys("*")}
+        sets = {key: connection.smembers(key) for key in (b"s", b"olds")}
+        return dumps | sets | {b"ttl": connection.ttl("z")}
+
+    prepared().execute()
+    single = state()
+    pipe = prepared()
+    before = len(pipe.command_stack)
+    merge(pipe)
+    assert len(pipe.command_stack) == before - 3 - 2 * 7
+    pipe.execute()
+    assert state() == single
 
 
 def test_the_benchmark_runs_and_batches_save_round_trips(tmp_path: Path) -> None:

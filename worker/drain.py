@@ -29,6 +29,7 @@ from worker.hooks import Hooks, LogHooks, logger
 from worker.intake import Intake
 from worker.jobs import FeedbackJob, FeedbackQueue, open_queue
 from worker.lock import WorkerLock
+from worker.merge import merge
 from worker.moves import Held
 from worker.pulse import Pulse
 from worker.step import Prepared, Step, Torn, Unavailable, Update
@@ -188,8 +189,10 @@ class BatchWorker(SimpleWorker):
         """Tell Redis, however long it takes: no batch may follow before. Returns the seconds it took."""
 
         def settle(pipe: Pipeline) -> None:
+            first = len(pipe.command_stack)
             for held in trained:
                 moves.finish(self.queue, held.job, held.execution, update.results[held.id], pipe)
+            merge(pipe, first)
             moves.count_finished(self, len(trained), update.manifest["step_s"], pipe)
 
         record, started, asked, wait = update.record(), time.monotonic(), 0.0, 0.1

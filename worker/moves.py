@@ -27,6 +27,7 @@ from producer import keys
 from producer.serializer import MsgpackSerializer
 from producer.transcript import MAX_ID
 from worker.jobs import MAX_HASH, FeedbackJob, FeedbackQueue
+from worker.merge import merge
 
 LEASE = 180
 """Seconds a begun job stays ours without a heartbeat."""
@@ -124,6 +125,7 @@ def begin(worker: BaseWorker, queue: FeedbackQueue, batch: Iterable[Held]) -> No
             pipe.persist(held.job.key)
             pipe.lrem(queue.intermediate_queue_key, 1, held.id)
         worker.set_state("busy", pipeline=pipe)
+        merge(pipe)
         pipe.execute()
     for held in batch:
         assert held.execution is not None
