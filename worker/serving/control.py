@@ -195,8 +195,8 @@ class Control:
             )
         except Exception as error:  # nobody is left to hear it but the server's own clients
             reason = (
-                f"{connection} ended in a pause, and what it left cannot be read ({type(error).__name__}: {error}); "
-                "restart the server"
+                f"{connection} ended in a pause, and the server could not go on ({type(error).__name__}: {error}); "
+                "restart it"
             )
         self._state.tear(reason)
         logger.error("tandem: %s", reason)
