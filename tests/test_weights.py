@@ -269,6 +269,11 @@ def test_memory_is_not_reachable_by_name(owner: Owner) -> None:
         file.truncate(0)
 
 
+def test_vllm_s_own_ways_of_sending_weights_are_refused(owner: Owner) -> None:
+    said = owner.ask(transfer=0)
+    assert len(said) == 6 and all("shared and trained in place" in answer for answer in said)
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--dtype float32": ({"dtype": "float32"}, {}),
     "--tensor-parallel-size 2": ({}, {"parallel_config.tensor_parallel_size": 2}),

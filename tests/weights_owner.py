@@ -3,7 +3,8 @@
 usage: python weights_owner.py MODEL_DIR RUN_DIR [MODEL_DIR RUN_DIR ...]
 
 Answers one JSON line per request, until EOF: {"check": i} -> what exporting changed; {"read": [i, param]} -> crc of
-its bytes; {"fill": [i, param, value]}; {"config": {EngineArgs}, "set": {dotted: value}} -> what the refusal says.
+its bytes; {"fill": [i, param, value]}; {"config": {EngineArgs}, "set": {dotted: value}} -> what the refusal says;
+{"transfer": i} -> what vLLM's own ways of sending weights are told.
 """
 
 import json
@@ -27,6 +28,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.model_loader import get_model  # noqa: E402
 
+from producer.errors import TandemError  # noqa: E402
 from worker.serving import cpu_backend  # noqa: E402
 from worker.weights.export import TandemWeightEngine  # noqa: E402
 from worker.weights.refusals import RefusedFlag, refuse_unshareable  # noqa: E402
@@ -60,6 +62,25 @@ def export(model_dir: str, run_dir: str) -> tuple[Any, dict[str, Any]]:
     return engine, report
 
 
+def refusals_to_receive(engine: TandemWeightEngine) -> list[str]:
+    """What each of vLLM's own ways of sending weights to a server is told."""
+    ways = [
+        lambda: engine.parse_init_info({}),
+        lambda: engine.init_transfer_engine(None),
+        engine.start_weight_update,
+        lambda: engine.update_weights({}),
+        lambda: engine.receive_weights(None),
+        engine.finish_weight_update,
+    ]
+    said = []
+    for way in ways:
+        try:
+            said.append(f"accepted: {way()}")
+        except TandemError as error:
+            said.append(str(error))
+    return said
+
+
 def answer(request: dict[str, Any], exported: list[tuple[Any, dict[str, Any]]]) -> Any:
     if "check" in request:
         return exported[request["check"]][1]
@@ -72,6 +93,8 @@ def answer(request: dict[str, Any], exported: list[tuple[Any, dict[str, Any]]]) 
         with torch.no_grad():
             exported[index][0].model.get_parameter(name).fill_(value)
         return True
+    if "transfer" in request:
+        return refusals_to_receive(exported[request["transfer"]][0])
     config = make_config(**request["config"])
     for path, value in request.get("set", {}).items():
         owner = config

@@ -42,7 +42,7 @@ class Owner:
     def _line(self) -> Any:
         assert self.process.stdout is not None
         while line := self.process.stdout.readline():
-            if line.startswith(('"', "{", "n", "t")) or line.strip().isdigit():
+            if line.startswith(('"', "{", "[", "null", "true")) or line.strip().isdigit():
                 return json.loads(line)
         raise AssertionError(f"the owner died:\n{self.log.read_text()[-4000:]}")
 

@@ -14,7 +14,6 @@ import uuid
 from typing import Any, NoReturn
 
 import torch
-import transformers
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from producer.errors import TandemError
@@ -39,6 +38,7 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
+        self._shared = model  # the base class lets others point self.model elsewhere
         self._versions = check_versions("vllm", "torch", "transformers")
         refuse_unshareable(vllm_config, device.type)
         if device.type == "cpu":
@@ -63,15 +63,15 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
     def _describe(self) -> dict[str, Any]:
         """Everything a trainer needs to attach, in msgpack types. On CUDA the handles are good for one process."""
         mapping, model = self._mapping, self.vllm_config.model_config
-        parameters = unique_parameters(self._default_model)
+        parameters = unique_parameters(self._shared)
         mapped = {piece.param for piece in mapping.slices}
         return {
             **self._read_header(),
             "pid": os.getpid(),
-            "versions": self._versions | {"transformers": transformers.__version__},
+            "versions": self._versions,
             "model": model.model,
             "revision": model.revision,
-            "model_class": type(self._default_model).__name__,
+            "model_class": type(self._shared).__name__,
             "dtype": "bfloat16",
             "load_format": str(self.vllm_config.load_config.load_format),
             "max_model_len": model.max_model_len,
