@@ -89,7 +89,7 @@ def relative(ours: Tensor, wanted: Tensor, start: Tensor) -> float:
     return float((ours.double() - wanted).norm() / (wanted - start.double()).norm())
 
 
-def check_golden(device: str, front: bool, decay: float, scale: float = 16.0, lr: float = 1e-3) -> None:
+def check_golden(device: str, front: bool, decay: float, scale: float = 16.0, lr: float = 1e-2) -> None:
     weights, gradients = start_weights(SHAPES), given_gradients(SHAPES, STEPS)
     ours = run(
         weights, gradients, device, lr=lr, scale=scale, scale_front=front, weight_decay=decay, projection_gap=GAP,

@@ -170,6 +170,12 @@ def test_a_refused_step_is_reported_by_its_numbers() -> None:
     optimizer.step(grads=[torch.full((8, 8), math.nan, device=DEVICE)])
     with pytest.raises(NonFiniteGradient, match="w"):
         _ = optimizer.last_update.update_rms
+    assert optimizer.step_count == 0
+    optimizer.step(grads=[torch.full((8, 8), math.nan, device=DEVICE)])
+    with pytest.raises(NonFiniteGradient, match="w"):
+        for _ in range(1000):  # told at the latest by the redraw, without being asked
+            optimizer.step(grads=[torch.ones(8, 8, device=DEVICE)])
+    assert optimizer.step_count == int(optimizer.area.step_count) < 200
 
 
 def large_case(count: int = 3) -> tuple[list[torch.nn.Parameter], list[list[Tensor]]]:

@@ -22,8 +22,8 @@ from worker.apollo.slots import Options, Slot, Totals
 from worker.apollo.tables import SMALL, TALL, UNIT, Known, Run, Tiling, build, cut, is_aligned, merge
 
 TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-LANES = 1024
-"""Width of the small reductions."""
+LANES = 4096
+"""Width of the small reductions: a program's loads at a time."""
 
 assert kernels.NORM_EPS.value == formulas.NORM_EPS
 assert kernels.LIMITER_FLOOR.value == formulas.LIMITER_FLOOR
@@ -108,7 +108,7 @@ class CudaBackend:
             self._total(first, last, kernels.TILE, kernels.TILES, self.partial_squares, self.statistics[0])
         for first, last in spans:
             kernels.judge[(1,)](
-                self.parameters, first, last - first, self.statistics, self.control, BLOCK=LANES, num_warps=4
+                self.parameters, first, last - first, self.statistics, self.control, BLOCK=LANES, num_warps=8
             )
         for first, last in merge([run for run in runs if run[2].shape != SMALL]):
             self._factors(first, last)
@@ -256,7 +256,7 @@ class CudaBackend:
         self, first: int, last: int, start: tl.constexpr, count: tl.constexpr, partials: Tensor, totals: Tensor
     ) -> None:
         kernels.total[(last - first,)](
-            self.parameters, first, partials, totals, START=start, COUNT=count, BLOCK=LANES, num_warps=4
+            self.parameters, first, partials, totals, START=start, COUNT=count, BLOCK=LANES, num_warps=8
         )
 
     def _factors(self, first: int, last: int) -> None:
@@ -267,7 +267,7 @@ class CudaBackend:
         )  # fmt: skip
         kernels.matrix_factor[(last - first,)](
             self.parameters, first, len(self.tables.slots), self.knobs, self.roots, self.area.step_count,
-            self.area.previous, self.statistics, self.partial_norms, self.control, BLOCK=64, num_warps=1,
+            self.area.previous, self.statistics, self.partial_norms, self.control, BLOCK=256, num_warps=2,
         )  # fmt: skip
 
     def _write(self, run: Run) -> None:

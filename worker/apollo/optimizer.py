@@ -9,7 +9,7 @@ non-finite gradient changes nothing. One matrix's result does not depend on whic
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from worker.apollo.errors import ApolloError, NonFiniteGradient
 from worker.apollo.layout import Layout, StateArea
 from worker.apollo.slots import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
+
+T = TypeVar("T")
 
 
 class ApolloMini(torch.optim.Optimizer):
@@ -127,10 +129,10 @@ class ApolloMini(torch.optim.Optimizer):
         replay = self._backend.capture(pairs)
 
         def step() -> None:
-            self._backend.prepare(self._steps // self.projection_gap)
+            self._told(lambda: self._backend.prepare(self._steps // self.projection_gap))
             replay()
             self._steps += 1
-            self.last_update = LastUpdate(self._backend.totals)
+            self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
 
         return step
 
@@ -138,7 +140,7 @@ class ApolloMini(torch.optim.Optimizer):
         """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`."""
         if self._open:
             raise ApolloError("the optimizer's previous step was neither finished nor abandoned")
-        self._backend.begin(self._steps // self.projection_gap)
+        self._told(lambda: self._backend.begin(self._steps // self.projection_gap))
         self._open = True
 
     def update(self, parameter: Tensor, grad: Tensor | None = None) -> None:
@@ -168,7 +170,7 @@ class ApolloMini(torch.optim.Optimizer):
         self._backend.finish()
         self._open = False
         self._steps += 1
-        self.last_update = LastUpdate(self._backend.totals)
+        self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
 
     def abandon(self) -> None:
         """Close a step that failed half-way: the step count stays, and so do the matrices already applied."""
@@ -210,8 +212,12 @@ class ApolloMini(torch.optim.Optimizer):
 
     def check(self) -> None:
         """Raise `NonFiniteGradient` if a step was refused and nobody was told yet; waits for the device."""
+        self._told(self._backend.check)
+
+    def _told(self, ask: Callable[[], T]) -> T:
+        """`ask()`, which may report a refused step: then the steps launched are not the steps taken."""
         try:
-            self._backend.check()
+            return ask()
         except NonFiniteGradient:
             self._steps = int(self.area.step_count)
             raise

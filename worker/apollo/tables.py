@@ -22,13 +22,16 @@ UNIT = 8
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile shapes, in elements, and warps a program. They decide the order of sums: part of the result's last bits."""
+    """Tile shapes, in elements, and warps a program, as measured best on an H200 for Qwen3.5-27B.
+
+    All but `out` decide the order of sums, and so the last bits of a result.
+    """
 
     tall: tuple[int, int] = (16, 512)
     """Rows a program and columns at a time."""
-    wide: tuple[int, int, int] = (512, 8, 512)
+    wide: tuple[int, int, int] = (512, 16, 512)
     """Rows a program, rows at a time, columns."""
-    out: tuple[int, int, int] = (64, 16, 512)
+    out: tuple[int, int, int] = (64, 8, 256)
     """The same in pass 2; no result depends on it."""
     small: int = 1024
     """Elements a program for AdamW."""
