@@ -16,6 +16,7 @@ from redis.client import Pipeline
 from rq import Queue, Retry, Worker
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.suspension import resume, suspend
 
 from producer import keys
 from producer.client import Producer
@@ -234,6 +235,16 @@ def test_rqs_own_commands_work(redis_url: str, connection: redis.Redis, weights:
     requeue = ["requeue", "--all", "--queue", keys.QUEUE, "-S", "producer.serializer.MsgpackSerializer"]
     subprocess.run([*rq, *requeue, "-u", redis_url], check=True, capture_output=True)
     assert open_queue(connection).job_ids == ["t2"] and counts(connection)["failed"] == 0
+
+
+def test_rq_suspend_holds_the_worker_back(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    suspend(connection)
+    drain(connection, weights)
+    assert weights.trained == [] and counts(connection)["queued"] == 1
+    resume(connection)
+    drain(connection, weights)
+    assert weights.trained == ["t0"]
 
 
 def test_sigterm_finishes_the_batch_in_hand_and_puts_the_rest_back(

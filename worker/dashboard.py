@@ -10,6 +10,8 @@ import html
 import ipaddress
 import json
 import logging
+import socket
+from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,13 +28,13 @@ from producer.jobs import safe_url
 CONFIG = "worker.dashboard_config"
 
 
-def make_app(redis_url: str, bind: str = "127.0.0.1") -> Flask:
-    """The dashboard as a Flask application on the Redis at `redis_url`, to be served at `bind`."""
+def make_app(redis_url: str, names: Collection[str] = ()) -> Flask:
+    """The dashboard as a Flask application on the Redis at `redis_url`; names: further host names it answers to."""
     app: Flask = make_flask_app(CONFIG, None, None, "")
     app.config["RQ_DASHBOARD_REDIS_URL"] = (redis_url,)
     setup_rq_connection(app)
     app.config["RQ_DASHBOARD_REDIS_URL"] = _Masked((redis_url,))
-    app.before_request(lambda: refuse_strangers(bind))
+    app.before_request(lambda: refuse_strangers({"localhost", socket.gethostname(), *names}))
     app.after_request(escape_job)
     app.register_error_handler(redis.RedisError, redis_trouble)
     return app
@@ -45,11 +47,11 @@ class _Masked(tuple[str, ...]):
         return iter([safe_url(url) for url in super().__iter__()])
 
 
-def refuse_strangers(bind: str) -> None:
+def refuse_strangers(names: Collection[str]) -> None:
     """403 for what another site's page asks for, under its own name (DNS rebinding) or ours (a form, an image)."""
     host = urlsplit(f"//{request.host}").hostname or ""
-    if _is_loopback(bind) and not (host == "localhost" or _is_loopback(host)):
-        abort(403, "this dashboard answers to 127.0.0.1 and localhost only")
+    if host not in names and not _is_address(host):
+        abort(403, f"this dashboard does not answer to the name {host}: start it with --allow {host}")
     navigates = request.method == "GET" and request.headers.get("Sec-Fetch-Mode") == "navigate"
     changes = request.method != "GET" or request.path.startswith("/requeue/")
     if request.headers.get("Sec-Fetch-Site") == "cross-site" and (changes or not navigates):
@@ -59,9 +61,9 @@ def refuse_strangers(bind: str) -> None:
         abort(403, "refused: the request comes from another site")
 
 
-def _is_loopback(host: str) -> bool:
+def _is_address(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
 
@@ -92,17 +94,18 @@ def redis_trouble(error: redis.RedisError) -> tuple[str, int]:
 
 @click.command()
 @click.option("--redis", "redis_url", envvar="REDIS_URL", default="redis://127.0.0.1:6379/0", help="Redis URL.")
-@click.option("--bind", default="127.0.0.1", help="Address to listen on. There are no passwords: keep it to yourself.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on. There are no passwords: keep it to yourself.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9181, help="Port; 0 takes a free one.")
-def command(redis_url: str, bind: str, port: int) -> None:
+@click.option("--allow", multiple=True, metavar="NAME", help="A further host name to answer to, besides addresses.")
+def command(redis_url: str, host: str, port: int, allow: tuple[str, ...]) -> None:
     """Run rq-dashboard: queues, jobs, workers, results, and requeueing what failed."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     try:
-        server = make_server(bind, port, make_app(redis_url, bind), threaded=True)
+        server = make_server(host, port, make_app(redis_url, allow), threaded=True)
     except (OSError, SystemExit) as error:
-        raise TandemError(f"cannot listen on {bind}:{port} ({error}): choose another --port") from None
-    click.echo(f"dashboard of {safe_url(redis_url)} on http://{bind}:{server.server_port}/ (ends with Ctrl+C)")
-    if not _is_loopback(bind):
+        raise TandemError(f"cannot listen on {host}:{port} ({error}): choose another --port") from None
+    click.echo(f"dashboard of {safe_url(redis_url)} on http://{host}:{server.server_port}/ (ends with Ctrl+C)")
+    if not host.startswith("127.") and host not in ("localhost", "::1"):
         click.echo("warning: everybody who reaches this address can requeue and delete jobs", err=True)
     try:
         server.serve_forever()

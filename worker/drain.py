@@ -39,6 +39,8 @@ __all__ += ["Update"]
 
 WORKER_TTL = 60
 """Seconds after which RQ's tools no longer list a silent worker."""
+REDIS_SECONDS = 15
+"""How long Redis may take to answer, unless the connection allows more."""
 STOP_GRACE = 15.0
 """Seconds a stopping worker goes on trying to tell Redis of a version."""
 RETRYABLE = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError, redis.ReadOnlyError)
@@ -60,6 +62,7 @@ class BatchWorker(SimpleWorker):
 
     job_class = FeedbackJob
     queue_class = FeedbackQueue
+    connection_timeout = REDIS_SECONDS  # type: ignore[assignment]
 
     def __init__(
         self,
