@@ -20,12 +20,11 @@ from transformers import AutoTokenizer
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import torch_setup
 from worker.drain import BatchWorker
-from worker.examples import ExampleBuilder
 from worker.hyperparameters import Hyperparameters, training_options
 from worker.lock import WorkerLock
 from worker.reconcile import reconcile
 from worker.serving.client import ServerControl
-from worker.trainer import make_trainer
+from worker.trainer import make_builder, make_trainer
 from worker.update import SharedUpdate
 from worker.weights.attach import attach
 from worker.wire import default_run_dir
@@ -41,7 +40,7 @@ def attach_step(run_dir: Path, name: str, h: Hyperparameters) -> Iterator[Shared
         weights = attach(run_dir)
         model = weights.build_model()
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
-        builder = ExampleBuilder(tokenizer, max_tokens=h.max_length, overlong=h.overlong)
+        builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
         trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=weights.state)
         yield SharedUpdate(weights, control, trainer, builder)
 

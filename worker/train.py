@@ -82,11 +82,11 @@ def run_steps(batches: Sequence[list[Example]], step: Callable[[list[Example]], 
 def train_directory(file: str, model_dir: Path, out: Path, h: Hyperparameters, *, count: int, batch: int) -> History:
     """Fine-tune the model in `model_dir` on `file` and write the result to the new directory `out`."""
     from worker import checkpoint
-    from worker.trainer import make_trainer
+    from worker.trainer import make_builder, make_trainer
 
     checkpoint.check_target(model_dir, out)
     model, tokenizer = checkpoint.load(model_dir)
-    builder = ExampleBuilder(tokenizer, max_tokens=h.max_length, overlong=h.overlong)
+    builder = make_builder(tokenizer, model_dir, h)
     trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None)
 
     def step(examples: list[Example]) -> float:

@@ -10,14 +10,16 @@ is sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
 from worker.batches import Batch, make_batches
-from worker.examples import Example
+from worker.examples import Example, ExampleBuilder
 from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 
@@ -147,6 +149,27 @@ def widths_up_to(longest: int) -> tuple[int, ...]:
     while widths[-1] < longest:
         widths.append(2 * widths[-1])
     return tuple(widths)
+
+
+def make_builder(
+    tokenizer: Any,
+    model_dir: Path,
+    h: Hyperparameters,
+    chat_template: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> ExampleBuilder:
+    """The examples of the model in `model_dir`, rendered as its server does: see `ServerControl.rendering`."""
+    ends: Any = ()
+    if (model_dir / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id or ()
+    return ExampleBuilder(
+        tokenizer,
+        max_tokens=h.max_length,
+        overlong=h.overlong,
+        chat_template=chat_template,
+        template_kwargs=template_kwargs,
+        end_ids=[ends] if isinstance(ends, int) else ends,
+    )
 
 
 def make_trainer(

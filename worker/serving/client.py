@@ -30,15 +30,19 @@ class ServerControl:
         self._run_dir = Path(run_dir)
         self._name = name
         self._socket: Any = None
+        self.rendering: dict[str, Any] = {}
+        """After `connect`: {"chat_template": text or None, "template_kwargs": map}, as the server was started."""
 
     def connect(self) -> dict[str, Any]:
-        """Become the server's one trainer; its state (see `state`).
+        """Become the server's one trainer; its state (see `state`). Fills `rendering`.
 
         WireError when no server listens or it is another user's; ServerError when it has a trainer already.
         """
         self._socket = wire.connect(wire.socket_path(self._run_dir, SOCKET), CONNECT_SECONDS)
         try:
-            return self._ask({"op": "hello", "name": self._name})
+            answer = self._ask({"op": "hello", "name": self._name})
+            self.rendering = answer.pop("rendering")
+            return answer
         except TandemError:
             self.close()
             raise

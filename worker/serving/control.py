@@ -60,10 +60,11 @@ class Connection:
 class Control:
     """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on."""
 
-    def __init__(self, engine: Any, state: ServerState, run_dir: Path) -> None:
+    def __init__(self, engine: Any, state: ServerState, run_dir: Path, rendering: dict[str, Any]) -> None:
         self._engine = engine
         self._state = state
         self._run_dir = run_dir
+        self._rendering = rendering
         self._trainer: Connection | None = None
         self._connections = 0
         self._turn = asyncio.Lock()  # one request, or one lost lease, at a time
@@ -131,7 +132,7 @@ class Control:
         connection.name = name
         self._trainer = connection
         logger.info("tandem: %s connected", connection)
-        return self._plain()
+        return self._plain() | {"rendering": self._rendering}
 
     async def _pause(self, connection: Connection, request: dict[str, Any]) -> Reply:
         self._check(connection)

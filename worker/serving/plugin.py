@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,18 @@ def register() -> None:
     _registered = True
 
 
+def rendering(args: Any) -> dict[str, Any]:
+    """How this server turns messages into prompts besides what the model's directory says, for the trainer.
+
+    {"chat_template": its text, or None for the tokenizer's own; "template_kwargs": default arguments of the template}.
+    `args` are vLLM's parsed options, --chat-template (a file or the text itself) and --default-chat-template-kwargs.
+    """
+    template = args.chat_template
+    if template is not None and "\n" not in str(template) and Path(template).is_file():
+        template = Path(template).read_text(encoding="utf-8")
+    return {"chat_template": template, "template_kwargs": args.default_chat_template_kwargs or {}}
+
+
 class TandemEndpoints:
     """`vllm.endpoint_plugins`: GET /weights/version, the versions in answers, and the control socket."""
 
@@ -90,7 +103,7 @@ class TandemEndpoints:
         run_dir = wire.default_run_dir()
         header = await asyncio.get_running_loop().run_in_executor(None, read_header, run_dir)
         self._state = ServerState(header["lineage"], header["version"])
-        self._control = Control(engine_client, self._state, run_dir)
+        self._control = Control(engine_client, self._state, run_dir, rendering(args))
         path = await self._control.start()
         logger.info("tandem: version %d, control socket %s", header["version"], path)
 
