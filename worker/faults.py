@@ -7,10 +7,13 @@ production, `point` is one dictionary look-up. Must not know: what the points ar
 import os
 import signal
 
-POINTS = ("backward", "paused", "applying", "swept", "applied", "resumed", "committed")
-"""In the order in which an update passes them: gradients half computed; server paused, header still CLEAN; header
-APPLYING, before the first write; header APPLYING, after the last write; header CLEAN with the new version, server still
-paused; server running, Redis not yet told; Redis told."""
+UPDATE_POINTS = ("backward", "journaled", "paused", "applying", "swept", "applied", "resumed", "committed")
+"""In the order in which an update passes them: gradients half computed; the batch in the journal; server paused, header
+still CLEAN; header APPLYING, before the first write; header APPLYING, after the last write; header CLEAN with the new
+version, server still paused; server running, Redis not yet told; Redis told."""
+RECOVERY_POINTS = ("restoring", "restored")
+"""While weights are made again: header APPLYING, nothing restored; restored and replayed, header still APPLYING."""
+POINTS = UPDATE_POINTS + RECOVERY_POINTS
 
 _armed: dict[str, int] = {}
 
