@@ -16,11 +16,11 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from chaos_audit import Verdict, audit  # noqa: E402
-from chaos_campaign import OPTIONS, Campaign, kills_by_kind  # noqa: E402
-from chaos_processes import Cluster  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
+from chaos_audit import Verdict, audit
+from chaos_campaign import OPTIONS, Campaign, kills_by_kind
+from chaos_processes import Cluster
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 console = Console()
 

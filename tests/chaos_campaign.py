@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from chaos_processes import Cluster, Forked, TimedOut, until
@@ -24,6 +23,7 @@ from worker.faults import POINTS
 MAX_JOBS = 4
 """Transcripts a version: small, so that there are many versions to be killed in."""
 OPTIONS = ("--max-jobs", str(MAX_JOBS), "--linger", "0.02")
+WORDS = ("red", "green", "blue", "one", "two", "three", "night", "day", "sun", "moon", "up", "down")
 QUEUE = f"rq:queue:{keys.QUEUE}"
 
 
@@ -59,10 +59,10 @@ def plan(seed: int, kills: int) -> list[Kill]:
 
 def transcript(index: int) -> dict[str, Any]:
     """Transcript `index`: one to three turns whose words follow from the index."""
-    dice, words = random.Random(index), "red green blue one two three night day sun moon up down".split()
+    dice = random.Random(index)
 
     def say(role: str) -> dict[str, str]:
-        return {"role": role, "content": " ".join(dice.choices(words, k=dice.randint(2, 12)))}
+        return {"role": role, "content": " ".join(dice.choices(WORDS, k=dice.randint(2, 12)))}
 
     turns = [say(role) for _ in range(dice.randint(1, 3)) for role in ("user", "assistant")]
     return {"id": f"t{index}", "messages": turns, "weight": dice.choice((1.0, 1.0, 0.5))}

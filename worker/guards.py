@@ -1,0 +1,111 @@
+"""Outliers: what lies far above the recent losses or gradient norms is not trained but set aside, for a person to see.
+
+    guards = Guards(k=8.0)
+    guards.remember(manifests)                     # at start: earlier versions, oldest first
+    gradients = trainer.backward(examples, limit=guards.loss_limit())
+    reason = guards.norm_refusal(norm)             # burst only: None, or why this batch must not be applied
+    manifest |= guards.accept(gradients.nll, norm) # the version is live
+
+Must not know: torch, Redis, the weights.
+Invariants: nothing is refused before `minimum` values are known; what was refused never enters the history, so that a
+flood of outliers cannot make itself normal; the history follows from the manifests alone, so a restart changes nothing.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from producer.errors import TandemError
+
+LOSSES, NORM = "losses", "gradient_norm"
+"""What a manifest keeps for the next start: each transcript's loss in nats a token, and the gradient's L2 norm."""
+SPREAD = 0.05
+"""The least spread, as a part of the median: a history of equal values must not refuse the first that differs."""
+
+
+class GradientOutlier(TandemError):
+    """The gradient of a whole batch is too large; nothing was written. The drain tries its halves."""
+
+
+class History:
+    """The last `window` values, and the bound that follows: median + k * 1.4826 * MAD (a normal spread's sigma)."""
+
+    def __init__(self, *, k: float, minimum: int, window: int) -> None:
+        self.k, self.minimum = k, minimum
+        self.values: deque[float] = deque(maxlen=window)
+
+    def add(self, values: Iterable[float]) -> None:
+        """Remember finite values."""
+        self.values.extend(value for value in values if math.isfinite(value))
+
+    def bound(self) -> float:
+        """The largest value that is no outlier; infinite while too few are known, or with k = 0."""
+        if not self.k or len(self.values) < self.minimum:
+            return math.inf
+        median = statistics.median(self.values)
+        deviation = statistics.median(abs(value - median) for value in self.values)
+        return median + self.k * max(1.4826 * deviation, SPREAD * abs(median))
+
+
+class Guards:
+    """Loss outliers one transcript at a time, gradient outliers one batch at a time.
+
+    k: how many robust standard deviations above the median are too many; 0 refuses nothing. minimum: transcripts
+    (losses) and versions (norms, a quarter of it) that must be known first. window: transcripts remembered.
+    """
+
+    def __init__(self, k: float = 8.0, *, minimum: int = 64, window: int = 1024) -> None:
+        if k < 0 or minimum < 4 or window < minimum:
+            raise TandemError("outliers: k must be at least 0, minimum at least 4, window at least minimum")
+        self.losses = History(k=k, minimum=minimum, window=window)
+        self.norms = History(k=k, minimum=minimum // 4, window=window // 4)
+        self.refused = 0
+        """Transcripts and batches refused since the start."""
+
+    def remember(self, manifests: Iterable[Mapping[str, Any]]) -> None:
+        """Learn from earlier versions' manifests, oldest first, as the journal has them or as Redis has them (text)."""
+        for manifest in manifests:
+            self.losses.add(_numbers(manifest.get(LOSSES, [])))
+            self.norms.add(_numbers([manifest[NORM]] if NORM in manifest else []))
+
+    def loss_limit(self) -> float:
+        """The highest mean loss, in nats per trained token, that a transcript may have to be trained."""
+        return self.losses.bound()
+
+    def loss_reason(self, loss: float) -> str:
+        """Why a transcript above `loss_limit` was set aside."""
+        self.refused += 1
+        return (
+            f"its loss of {loss:.3f} nats a token lies above {self.loss_limit():.3f}, far beyond that of the last"
+            f" {len(self.losses.values)} transcripts: set aside, requeue it to try again (--outliers 0 trains anything)"
+        )
+
+    def norm_refusal(self, norm: float) -> str | None:
+        """Why a batch with a gradient of L2 norm `norm` must not be applied; None if it may."""
+        bound = self.norms.bound()
+        if norm <= bound:
+            return None
+        self.refused += 1
+        return (
+            f"its gradient's norm of {norm:.4g} lies above {bound:.4g}, far beyond that of the last"
+            f" {len(self.norms.values)} versions: set aside, requeue it to try again (--outliers 0 trains anything)"
+        )
+
+    def accept(self, nll: Mapping[str, float], norm: float | None = None) -> dict[str, Any]:
+        """These were trained: remember them. Returns what the version's manifest must keep of it."""
+        losses = [round(value, 4) for value in nll.values()]
+        kept: dict[str, Any] = {LOSSES: losses} | ({NORM: norm} if norm is not None else {})
+        self.remember([kept])
+        return kept
+
+
+def _numbers(values: Any) -> list[float]:
+    """`values`, or the JSON that Redis keeps of them; nothing for what is neither."""
+    try:
+        found = json.loads(values) if isinstance(values, str) else list(values)
+        return [float(value) for value in found]
+    except (TypeError, ValueError):
+        return []
