@@ -12,6 +12,9 @@ VERSION = "weights:version"
 LEDGER = "weights:ledger"
 """Hash: transcript id -> version that contains it. It is never trimmed: it is what makes training exactly-once."""
 
+DROPPED = "weights:dropped"
+"""Hash: transcript id -> version that was made without it. It stays in the ledger too, so that it never comes back."""
+
 EVENTS = "weights:events"
 """Stream: one entry a version."""
 

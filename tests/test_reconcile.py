@@ -65,7 +65,7 @@ def test_what_can_be_settled_is(
             LedgerState(7, A),
             "batch",
             False,
-            "torn.*not there yet.*--new-lineage",
+            "torn.*not restored.*--new-lineage",
         ),
         (header(7, state="APPLYING"), record(8), LedgerState(7, A), "batch", True, "torn"),
         (header(7, state="?"), None, LedgerState(7, A), "batch", False, "torn"),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from producer.errors import TandemError
 from worker import torch_setup
+from worker.state_dir import sync
 
 
 def text_name(checkpoint_name: str) -> str:
@@ -50,26 +51,36 @@ def load(source: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
 
 def save(model: Any, source: Path, out: Path) -> None:
     """Write `model`'s parameters in the layout of `source` to the new directory `out`."""
-    trained = dict(model.named_parameters())
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        written: set[str] = set()
-        for file in sorted(source.iterdir()):
-            if file.suffix == ".safetensors":
-                written |= _rewrite(file, folder / file.name, trained)
-            elif file.is_file():
-                shutil.copyfile(file, folder / file.name)
-        if missing := set(trained) - written:
-            raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
-        for file in folder.iterdir():
-            _fsync(file)
-        _fsync(folder)
+        write_layout(dict(model.named_parameters()), source, folder)
         folder.chmod(0o755)
-        folder.rename(out)
-        _fsync(out.parent)
+        publish(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def write_layout(trained: dict[str, torch.Tensor], source: Path, folder: Path) -> None:
+    """Write every file of `source` into `folder`, with `trained` (text name -> tensor) in place of its old values."""
+    written: set[str] = set()
+    for file in sorted(source.iterdir()):
+        if file.suffix == ".safetensors":
+            written |= _rewrite(file, folder / file.name, trained)
+        elif file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    if missing := set(trained) - written:
+        raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Make the finished `folder` durable under its name `out`: fsync all of it, rename, fsync the parent."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))
+    folder.rename(out)
+    sync(out.parent)
 
 
 def _rewrite(source: Path, target: Path, trained: dict[str, torch.Tensor]) -> set[str]:
@@ -89,11 +100,3 @@ def _rewrite(source: Path, target: Path, trained: dict[str, torch.Tensor]) -> se
             replaced.add(text_name(name))
     save_file(tensors, target, metadata=metadata)
     return replaced
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -53,6 +53,11 @@ def versions(connection: redis.Redis, ids: Sequence[str]) -> dict[str, int]:
     return {job_id: int(version) for job_id, version in zip(ids, found, strict=True) if version is not None}
 
 
+def everyone(connection: redis.Redis) -> dict[str, int]:
+    """The whole ledger: transcript id -> version."""
+    return {name.decode(): int(version) for name, version in connection.hscan_iter(keys.LEDGER, count=10_000)}
+
+
 def commit(
     connection: redis.Redis,
     record: dict[str, Any],
@@ -111,17 +116,26 @@ def write(record: dict[str, Any], pipeline: Pipeline | None = None, connection: 
             write(record, pipeline=pipe)
             pipe.execute()
         return
-    version, lineage, jobs = record["version"], record["lineage"], list(record["jobs"])
-    manifest = {"kind": "batch", "at": utc()} | record["manifest"]
-    manifest |= {"version": version, "lineage": lineage, "jobs": jobs}
+    version, jobs = record["version"], list(record["jobs"])
+    manifest = write_manifest(record, pipeline)
     head: dict[Any, Any] = {name: flat(manifest[name]) for name in _HEADLINE if manifest.get(name) is not None}
     head["jobs"] = len(jobs)
     pipeline.set(keys.VERSION, version)
-    pipeline.hset(keys.manifest(version), mapping={name: flat(value) for name, value in manifest.items()})
     if jobs:
         pipeline.hset(keys.LEDGER, mapping=dict.fromkeys(jobs, version))
+    if dropped := manifest.get("dropped"):
+        pipeline.hset(keys.DROPPED, mapping=dict.fromkeys(dropped, version))
     pipeline.xadd(keys.EVENTS, head, maxlen=EVENTS_KEPT, approximate=True)
     pipeline.hset(keys.STATE, mapping=head)
+
+
+def write_manifest(record: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]:
+    """Only the manifest of `record`, queued on `pipeline`; returns it."""
+    manifest: dict[str, Any] = {"kind": "batch", "at": utc()} | record["manifest"]
+    manifest |= {"version": record["version"], "lineage": record["lineage"], "jobs": list(record["jobs"])}
+    mapping: dict[Any, Any] = {name: flat(value) for name, value in manifest.items()}
+    pipeline.hset(keys.manifest(record["version"]), mapping=mapping)
+    return manifest
 
 
 _HEADLINE = (

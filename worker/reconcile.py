@@ -43,8 +43,7 @@ def decide(
     if header["state"] != "CLEAN":
         raise Irreconcilable(
             f"the weights are torn: a worker died while writing version {version + 1} (header {header['state']},"
-            f" lineage {lineage}). Checkpoints and recovery are not there yet, so these weights cannot be mended:"
-            f" {RESTART}"
+            f" lineage {lineage}), and they were not restored: {RESTART}"
         )
     facts = f"the server's weights are at version {version} of lineage {lineage}, Redis is at version {known.version}"
     if known.lineage == lineage or (known.lineage is None and known.version == 0):
@@ -119,7 +118,7 @@ def reconcile(
         ledger.introduce(connection, header["lineage"])
     elif decision.action == "commit":
         assert record is not None
-        ledger.commit(connection, record, (settle or _settle_with_rq(connection))(record["results"]))
+        ledger.commit(connection, record, (settle or settle_with_rq(connection))(record["results"]))
         count = len(record["jobs"])
         said.append(f"committed version {decision.version} and its {count} jobs; none will be trained again")
     elif decision.action == "lineage":
@@ -131,7 +130,8 @@ def reconcile(
     return said
 
 
-def _settle_with_rq(connection: redis.Redis) -> Callable[[dict[str, Any]], Callable[[Pipeline], None]]:
+def settle_with_rq(connection: redis.Redis) -> Callable[[dict[str, Any]], Callable[[Pipeline], None]]:
+    """How a batch is settled that a dead worker trained: results -> what finishes its jobs on a pipeline."""
     from worker import jobs, moves
 
     queue = jobs.open_queue(connection)

@@ -10,16 +10,22 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
-from worker.examples import Example, ExampleBuilder, ExampleError
+from producer.transcript import Transcript
+from worker.examples import Example, ExampleError
 from worker.hyperparameters import Hyperparameters, training_options
 from worker.wire import default_run_dir
+
+if TYPE_CHECKING:
+    from worker.replay import Ready
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,15 +46,15 @@ class History:
         figure.savefig(path, dpi=120)
 
 
-def load_examples(path: str, builder: ExampleBuilder) -> list[Example]:
-    """Every line of a JSONL file as an example; one error names all lines that cannot be trained."""
+def load_examples(path: str, build: Callable[[Transcript, str], T]) -> list[T]:
+    """Every line of a JSONL file as `build` makes it; one error names all lines that cannot be trained."""
     examples, problems = [], []
     for line, transcript in read_transcripts(path):
         if isinstance(transcript, Exception):
             problems.append(f"line {line}: {transcript}")
             continue
         try:
-            examples.append(builder.build(transcript, transcript.id or uuid.uuid4().hex))
+            examples.append(build(transcript, transcript.id or uuid.uuid4().hex))
         except ExampleError as error:
             problems.append(f"line {line}: {error}")
     if problems:
@@ -58,7 +64,7 @@ def load_examples(path: str, builder: ExampleBuilder) -> list[Example]:
     return examples
 
 
-def epochs(examples: Sequence[Example], *, count: int, batch: int, seed: int) -> Iterator[list[Example]]:
+def epochs(examples: Sequence[T], *, count: int, batch: int, seed: int) -> Iterator[list[T]]:
     """Micro-batches of `batch` examples, each epoch in an order of its own that depends on `seed` alone."""
     order, generator = list(range(len(examples))), random.Random(seed)
     for _ in range(count):
@@ -67,7 +73,7 @@ def epochs(examples: Sequence[Example], *, count: int, batch: int, seed: int) ->
             yield [examples[i] for i in order[start : start + batch]]
 
 
-def run_steps(batches: Sequence[list[Example]], step: Callable[[list[Example]], float]) -> History:
+def run_steps(batches: Sequence[list[T]], step: Callable[[list[T]], float]) -> History:
     """Call `step` on each batch under a progress bar; its answer is the batch's loss."""
     history = History()
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
@@ -96,26 +102,28 @@ def train_directory(file: str, model_dir: Path, out: Path, h: Hyperparameters, *
         trainer.apply()
         return gradients.loss
 
-    examples = load_examples(file, builder)
+    examples = load_examples(file, builder.build)
     history = run_steps(list(epochs(examples, count=count, batch=batch, seed=h.seed)), step)
     checkpoint.save(model, model_dir, out)
     return history
 
 
-def train_attached(file: str, run_dir: Path, h: Hyperparameters, *, count: int, batch: int) -> History:
+def train_attached(
+    file: str, run_dir: Path, h: Hyperparameters, *, count: int, batch: int, state_dir: Path | None = None
+) -> History:
     """Fine-tune the weights that the server of `run_dir` is serving."""
     from worker.main import attach_step
 
-    with attach_step(run_dir, "tandem train", h) as shared:
+    with attach_step(run_dir, "tandem train", h, state_dir=state_dir) as shared:
         shared.base = shared.weights.header.version
 
-        def step(examples: list[Example]) -> float:
+        def step(examples: list[Ready]) -> float:
             update = shared.run(examples)
             if update.rejected:
                 raise TandemError(f"the loss of {', '.join(update.rejected)} is not finite: lower --lr, or drop them")
             return float(update.manifest["loss"])
 
-        examples = load_examples(file, shared.builder)
+        examples = load_examples(file, lambda transcript, id: shared.prepare(id, transcript))
         return run_steps(list(epochs(examples, count=count, batch=batch, seed=h.seed)), step)
 
 
@@ -125,6 +133,7 @@ def train_attached(file: str, run_dir: Path, h: Hyperparameters, *, count: int, 
 @click.option("--out", type=click.Path(path_type=Path), help="New directory for the result (with --model).")
 @click.option("--attach", is_flag=True, help="Train the weights of the running server instead.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory (with --attach).")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's journal (with --attach).")
 @click.option("--epochs", "count", type=click.IntRange(1), default=1, help="Passes over the file.")
 @click.option("--batch", type=click.IntRange(1), default=8, help="Transcripts a step.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Where the loss curve goes (default: loss.png in OUT).")
@@ -135,6 +144,7 @@ def command(
     out: Path | None,
     attach: bool,
     run_dir: Path | None,
+    state_dir: Path | None,
     count: int,
     batch: int,
     plot: Path | None,
@@ -145,7 +155,7 @@ def command(
     if attach:
         if model_dir or out:
             raise TandemError("--attach trains the running server: leave out --model and --out")
-        history = train_attached(file, run_dir or default_run_dir(), h, count=count, batch=batch)
+        history = train_attached(file, run_dir or default_run_dir(), h, count=count, batch=batch, state_dir=state_dir)
         plot = plot or Path("loss.png")
     else:
         if not (model_dir and out):

@@ -105,6 +105,12 @@ class Trainer:
         update = self.optimizer.last_update
         return {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
 
+    def skip(self) -> None:
+        """One optimizer step that changes no weight: its number is used up, as by a batch that was emptied."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.begin()
+        self.optimizer.finish()
+
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         """Mean NLL per trained token by example id, without gradients."""

@@ -1,13 +1,14 @@
 """The update protocol: a micro-batch becomes one version of the weights that are being served.
 
-    gradients (server serving) -> pause -> record -> APPLYING -> optimizer sweep -> CLEAN, version + 1 -> resume
+    gradients (server serving) -> journal -> pause -> record -> APPLYING -> sweep -> CLEAN, version + 1 -> resume
 
-Knows the trainer, the header beside the weights and the server's control socket. Must not know Redis or RQ: the drain
-commits the `Update` that comes back.
+Knows the trainer, the header beside the weights, the keeper of the journal and the server's control socket. Must not
+know Redis or RQ: the drain commits the `Update` that comes back.
 
-Invariants: the record of a version is complete before the header says APPLYING, so a restarted worker that finds CLEAN
-and that version can commit it. The header says APPLYING from before the first write until after the last. Whatever is
-raised before the first write leaves the header CLEAN, the version unchanged and the server running.
+Invariants: a version is in the journal, on disk, before the server is paused for it; its record is complete before the
+header says APPLYING, so a restarted worker that finds CLEAN and that version can commit it. The header says APPLYING
+from before the first write until after the last. Whatever is raised before the first write leaves the header CLEAN,
+the version unchanged and the server running.
 """
 
 import time
@@ -18,8 +19,12 @@ from typing import Any
 from producer.errors import TandemError
 from producer.transcript import Transcript
 from worker.apollo import NonFiniteGradient
-from worker.examples import Example, ExampleBuilder
+from worker.examples import ExampleBuilder
 from worker.faults import point
+from worker.hyperparameters import Hyperparameters
+from worker.journal import JournalError
+from worker.keeper import Keeper
+from worker.replay import Ready, make_ready
 from worker.serving.client import ServerControl
 from worker.step import Torn, Unavailable, Update
 from worker.trainer import Gradients, Trainer
@@ -39,6 +44,8 @@ class SharedUpdate:
         control: ServerControl,
         trainer: Trainer,
         builder: ExampleBuilder,
+        keeper: Keeper,
+        h: Hyperparameters,
         *,
         base: int | None = None,
     ) -> None:
@@ -46,6 +53,8 @@ class SharedUpdate:
         self.control = control
         self.trainer = trainer
         self.builder = builder
+        self.keeper = keeper
+        self.h = h
         self.base = base
 
     def check(self) -> None:
@@ -54,29 +63,34 @@ class SharedUpdate:
             self.control.state()
         except TandemError as error:
             raise Unavailable(
-                f"{error}. What it had learnt is lost with it: a worker on a new server needs --new-lineage"
+                f"{error}. Start it again, then the worker: it brings the server back to what it had learnt"
             ) from error
 
-    def prepare(self, job_id: str, transcript: Transcript) -> Example:
+    def prepare(self, job_id: str, transcript: Transcript) -> Ready:
         """Tokenize one transcript; raises `ExampleError` naming what is wrong with it."""
-        return self.builder.build(transcript, job_id)
+        return make_ready(transcript, self.builder.build(transcript, job_id))
 
-    def run(self, prepared: Sequence[Example]) -> Update:
+    def run(self, prepared: Sequence[Ready]) -> Update:
         """Train one version on `prepared`. Raises `Torn`, `Unavailable`, or anything else with no weight touched."""
         header = self.weights.header
         started = time.monotonic()
-        gradients = self.trainer.backward(prepared)
+        gradients = self.trainer.backward([ready.example for ready in prepared])
         computed = time.monotonic()
         if not gradients.nll:
             return Update(version=None, lineage=header.lineage, rejected=gradients.rejected)
         update = self._plan(prepared, gradients)
         update.manifest["gradients_s"] = computed - started
+        try:
+            self.keeper.before(update, prepared, self.h, self.trainer.optimizer.step_count)
+        except JournalError as error:
+            raise Unavailable(str(error)) from error
         self._apply(update)
+        self.keeper.after(update)
         return update
 
-    def _plan(self, prepared: Sequence[Example], gradients: Gradients) -> Update:
+    def _plan(self, prepared: Sequence[Ready], gradients: Gradients) -> Update:
         version = self.weights.header.version + 1
-        trained = [example for example in prepared if example.id in gradients.nll]
+        trained = [ready.example for ready in prepared if ready.id in gradients.nll]
         manifest: dict[str, Any] = {
             "kind": "update",
             "base": version - 1 if self.base is None else self.base,
@@ -97,6 +111,7 @@ class SharedUpdate:
         try:
             self.control.pause()
         except TandemError as error:
+            self.keeper.void(update.version)
             raise Unavailable(f"the server could not be paused: {error}") from error
         paused = time.monotonic()
         point("paused")
@@ -108,7 +123,8 @@ class SharedUpdate:
         except Torn:
             raise
         except BaseException:
-            self._resume(before)  # nothing was written
+            self.keeper.void(update.version)  # nothing was written
+            self._resume(before)
             raise
         header.finish(update.version)
         point("applied")

@@ -3,7 +3,7 @@
 Messages are maps with "op": hello {name}, pause, resume {version}, state; answers are maps, {"error": ...} if refused.
 A pause is a lease on the connection it was asked on: when that ends, the header beside the weights says whether they
 are whole. CLEAN: the server takes the header's version and goes on. APPLYING: it stays paused, torn; every request is
-answered with the reason, also those in flight, until the weights are mended.
+answered with the reason, also those in flight, until a trainer has mended the weights: it pauses, writes them, resumes.
 
 Must not know: tensors, transcripts, HTTP. Uses of vLLM's EngineClient are its public methods.
 Invariants: one trainer at a time; requests run only under a CLEAN header; no message, however malformed, does more than
@@ -136,9 +136,16 @@ class Control:
 
     async def _pause(self, connection: Connection, request: dict[str, Any]) -> Reply:
         self._check(connection)
-        if self._state.condition == PAUSED:
+        if self._state.condition == PAUSED or self._state.mending:
             raise ControlError("the server is paused already")
         started = time.perf_counter()
+        if self._state.torn:  # requests go on being refused, and nothing of them may be left inside
+            async with asyncio.timeout(ENGINE_SECONDS):
+                while self._state.in_flight:
+                    await asyncio.sleep(0.1)
+            await self._pause_engine()
+            self._state.mending = True
+            return {"seconds": time.perf_counter() - started}
         self._state.pause()
         try:
             await self._pause_engine()
@@ -153,7 +160,7 @@ class Control:
         version = request.get("version")
         if type(version) is not int:
             raise ControlError("resume: version must be an integer")
-        if self._state.condition != PAUSED:
+        if self._state.condition != PAUSED and not self._state.mending:
             raise ControlError("the server is not paused")
         header = await self._read_header()
         if (header["state"], header["version"]) != ("CLEAN", version):
@@ -161,14 +168,14 @@ class Control:
                 f"resume with version {version} refused: the header beside the weights says "
                 f"{header['state']}, version {header['version']}"
             )
-        await self._go_on(version)
+        await self._go_on(header)
         return self._plain()
 
     def _check(self, connection: Connection) -> None:
-        """Only the trainer, and only on whole weights. Mending torn weights will be an operation of its own."""
+        """Only the trainer, which may also mend torn weights, as long as there is an engine to serve them."""
         if connection is not self._trainer:
             raise ControlError("say hello first")
-        if self._state.torn:
+        if self._state.ended:
             raise ControlError(f"refused: {self._state.reason}")
 
     def _plain(self) -> Reply:
@@ -182,17 +189,18 @@ class Control:
         """The trainer is gone. If it held the pause, find out what it left, and go on or say why not."""
         self._trainer = None
         logger.info("tandem: %s is gone", connection)
-        if self._state.condition != PAUSED:
+        if self._state.ended or not (self._state.condition == PAUSED or self._state.mending):
             return
+        self._state.mending = False
         try:
             header = await self._read_header()
             if header["state"] == "CLEAN":
-                await self._go_on(header["version"])
+                await self._go_on(header)
                 logger.warning("tandem: %s was lost in a pause; serving version %d", connection, header["version"])
                 return
             reason = (
                 f"the weights are torn: {connection} ended while it wrote version {header['version'] + 1}; "
-                "restart the server to load them anew"
+                "start `tandem worker` again: it restores them"
             )
         except Exception as error:  # nobody is left to hear it but the server's own clients
             reason = (
@@ -216,6 +224,7 @@ class Control:
         """Nobody may wait for the end of a pause once the engine is gone: vLLM's shutdown waits for requests."""
         while not self._engine.errored:
             await asyncio.sleep(1.0)
+        self._state.ended = True
         self._state.tear("the server is shutting down: its engine has ended")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -236,11 +245,11 @@ class Control:
                 raise ControlError("its prefix cache could not be reset and holds states of the old weights")
             await self._engine.collective_rpc("tandem_synchronize")
 
-    async def _go_on(self, version: int) -> None:
-        """Resume under `version`, which whoever is answered from here on is told."""
-        self._state.version = version
+    async def _go_on(self, header: dict[str, Any]) -> None:
+        """Resume under the header's version, which whoever is answered from here on is told."""
+        self._state.version, self._state.lineage = header["version"], header["lineage"]
         await asyncio.wait_for(self._engine.resume_generation(), ENGINE_SECONDS)
-        self._state.resume(version)
+        self._state.resume(header["version"])
 
     async def _read_header(self) -> dict[str, Any]:
         return await asyncio.get_running_loop().run_in_executor(None, read_header, self._run_dir)

@@ -1,8 +1,9 @@
 """What the API process knows of the weights: their version, and whether requests may run.
 
 One event loop touches it (vLLM's), so there are no locks. Must not know: vLLM, sockets, HTTP.
-Invariants: serving <-> paused -> torn, and torn stays (mending it comes with checkpoints); the version only moves while
-paused, before requests run again; `running` is set exactly when a request may start or must be told that it cannot.
+Invariants: serving <-> paused -> torn -> serving, the last once a trainer has mended the weights, and never when the
+engine has ended; the version only moves while paused or torn, before requests run again;
+`running` is set exactly when a request may start or must be told that it cannot.
 """
 
 import asyncio
@@ -19,6 +20,10 @@ class ServerState:
         self.version = version
         self.condition = SERVING
         self.reason: str | None = None
+        self.ended = False
+        """The engine is gone: torn for good."""
+        self.mending = False
+        """A trainer has asked for the pause of a torn server, to write whole weights."""
         self.in_flight = 0
         self.running = asyncio.Event()
         self.running.set()
@@ -37,6 +42,8 @@ class ServerState:
         """The weights are whole again and are `version`; the waiting requests go on."""
         self.version = version
         self.condition = SERVING
+        self.reason = None
+        self.mending = False
         self.running.set()
 
     def tear(self, reason: str) -> None:

@@ -1,0 +1,188 @@
+"""What it takes to train a journaled batch again and get the same weights: its tokens, its order, its circumstances.
+
+Must not know: Redis, vLLM, sockets, where records are kept.
+Invariants: a batch that is trained again goes through the same trainer as the first time, from the very tokens of the
+first time; every random draw follows from the seed and the optimizer's step. On a CPU, with the threads and the torch
+of the record, the weights are the same bit for bit; `differences` names what is not as it was.
+"""
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from producer.errors import TandemError
+from producer.transcript import Transcript
+from worker.examples import Example, TokenSequence
+from worker.hyperparameters import Hyperparameters
+from worker.trainer import Gradients, Trainer
+
+
+class ReplayError(TandemError):
+    """A journaled batch cannot be trained again."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A transcript that is ready to train: what the drain holds, and what the journal keeps."""
+
+    example: Example
+    transcript: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.example.id
+
+    @property
+    def tokens(self) -> int:
+        return self.example.tokens
+
+
+def make_ready(transcript: Transcript, example: Example) -> Ready:
+    """Pair an example with the plain map it came from (without the application's own meta)."""
+    return Ready(example, transcript.to_dict(meta=False))
+
+
+def pack_batch(ready: Iterable[Ready]) -> list[dict[str, Any]]:
+    """The batch as it goes into the journal: transcripts, and their tokens and masks as bytes, in order."""
+    return [
+        {
+            "id": item.id,
+            "transcript": item.transcript,
+            "weight": item.example.weight,
+            "sequences": [
+                [np.asarray(s.ids, "<u4").tobytes(), np.packbits(np.asarray(s.mask, bool)).tobytes()]
+                for s in item.example.sequences
+            ],
+        }
+        for item in ready
+    ]
+
+
+def unpack_batch(record: Mapping[str, Any], dropped: frozenset[str]) -> list[Example]:
+    """The examples of a journaled batch, without those of `dropped`. Raises `ReplayError`."""
+    if record["batch"] is None:
+        raise ReplayError(
+            f"version {record['version']} cannot be trained again: its transcripts have expired (--keep-transcripts)"
+        )
+    return [
+        Example(item["id"], tuple(_sequence(*s) for s in item["sequences"]), item["weight"], {})
+        for item in record["batch"]
+        if item["id"] not in dropped
+    ]
+
+
+def _sequence(ids: bytes, mask: bytes) -> TokenSequence:
+    tokens = np.frombuffer(ids, "<u4")
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(tokens))
+    return TokenSequence(tuple(tokens.tolist()), tuple(bits.astype(bool).tolist()))
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """The circumstances that a bitwise repetition needs, as the journal keeps them."""
+    return {
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has changed since the record, but for threads, which a replay sets as they were."""
+    names = [name for name in now if name != "threads" and then.get(name) != now[name]]
+    return [f"{name} was {then.get(name)} and is {now[name]}" for name in names]
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Have torch choose algorithms that repeat, where that costs nothing: on a CPU."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+Make = Callable[[Hyperparameters], Trainer]
+"""Makes the trainer on the live weights; a new one takes over the step count from the state beside them."""
+
+
+def replay(
+    steps: Sequence[tuple[dict[str, Any], frozenset[str]]], make_trainer: Make, device: torch.device
+) -> list[str]:
+    """Train journaled batches again, in order: (record, ids to leave out); says what was not as the first time.
+
+    The weights and the optimizer's state must be those before the first of them. Raises whatever training raises, with
+    the weights between two versions.
+    """
+    said: list[str] = []
+    changed = sorted({line for record, _ in steps for line in differences(record["facts"], facts(device))})
+    if changed:
+        said.append(f"replay may not repeat every bit: {'; '.join(changed)}")
+    trainer, made_for = None, None
+    for record, dropped in steps:
+        if trainer is None or record["h"] != made_for:
+            trainer, made_for = make_trainer(hyperparameters(record["h"])), record["h"]
+        if trainer.optimizer.step_count != record["step"]:
+            raise ReplayError(
+                f"version {record['version']} was step {record['step']} of the optimizer, which stands at"
+                f" {trainer.optimizer.step_count}: the journal and the checkpoint do not belong together"
+            )
+        examples = unpack_batch(record, dropped)
+        with _threads(record["facts"]["threads"]):
+            gradients = trainer.backward(examples) if examples else None
+            if gradients is None or not gradients.nll:
+                trainer.skip()
+            else:
+                trainer.apply()
+        if gradients is not None and len(examples) == len(record["batch"]) and not dropped:
+            said += _compare(record, gradients)
+    return said
+
+
+def hyperparameters(plain: Mapping[str, Any]) -> Hyperparameters:
+    """From the journal; names that this version of Tandem does not have are an error."""
+    try:
+        return Hyperparameters(**plain)
+    except TypeError as error:
+        raise ReplayError(f"the journal's hyper-parameters are of another version of Tandem ({error})") from None
+
+
+def plain_hyperparameters(h: Hyperparameters) -> dict[str, Any]:
+    """For the journal."""
+    return asdict(h)
+
+
+def _compare(record: Mapping[str, Any], gradients: Gradients) -> list[str]:
+    then = record["manifest"]["loss"]
+    if gradients.loss == then:
+        return []
+    return [f"version {record['version']} was repeated with loss {gradients.loss!r}, not {then!r}"]
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Sixteen hex digits of all weights, in the order of their names: equal digests are equal weights, bit for bit.
+
+    Reads every byte once (about a second a GB on a CPU); on CUDA they are copied to the host for it.
+    """
+    result = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        whole: Any = tensors[name].detach().cpu().contiguous()
+        result.update(whole.reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
