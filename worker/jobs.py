@@ -132,6 +132,8 @@ class FeedbackJob(Job):
             self.defect = f"the job's fields in Redis cannot be read ({type(error).__name__})"
             self.meta = {}
             super().restore({b"data": b"", b"status": b"queued", b"created_at": fields.get("created_at", b"")[:0]})
+        if not isinstance(self.meta, dict):
+            self.meta = {}  # any other value breaks RQ wherever it saves the job
         self.data = data
         self.retries_left = None if self.retries_left is None else max(0, min(self.retries_left, MAX_RETRIES))
         self.result_ttl = _bounded_ttl(self.result_ttl)
