@@ -16,7 +16,8 @@ from chaos_campaign import transcript
 from chaos_processes import Cluster, Forked, StandIn
 
 from producer import keys
-from worker import ledger
+from worker import journal_file, ledger
+from worker.journal import VERSION_KINDS
 
 
 @dataclass
@@ -40,6 +41,7 @@ def audit(cluster: Cluster, transcripts: int) -> Verdict:
     expected = {"lineage": known.lineage, "version": known.version, "state": "CLEAN"}
     verdict.equal("the header beside the weights", header, expected)
     live, replayed = _digests(cluster, batches)
+    _check_journal(cluster.folder / "state" / "journal", batches, verdict)
     verdict.figures["weights"] = live["weights"][:16]
     verdict.equal("the weights, against an undisturbed run of the same batches", live["weights"], replayed["weights"])
     verdict.equal("the optimizer's state, against the same", live["state"], replayed["state"])
@@ -70,9 +72,24 @@ def _check_books(connection: redis.Redis, transcripts: int, verdict: Verdict) ->
     verdict.equal("versions in the event stream", told, list(range(1, version + 1)))
     statuses = Counter(connection.hget(f"rq:job:{job_id}", "status") for job_id in ids)
     verdict.equal("states of the jobs", dict(statuses), {b"finished": transcripts})
-    lineages = [v for v, manifest in manifests.items() if manifest.get("kind") == "lineage"]
-    verdict.figures["lineages"] = len(lineages) + 1
-    return [jobs[v] for v in range(max(lineages, default=0) + 1, version + 1)]
+    kinds = Counter(manifest.get("kind") for manifest in manifests.values())
+    verdict.equal("kinds of versions", dict(kinds), {"update": version})
+    return list(jobs.values())
+
+
+def _check_journal(folder: Path, batches: list[list[str]], verdict: Verdict) -> None:
+    """The versions that the journal still has (checkpoints let go of the oldest) are the manifests' batches."""
+    found: dict[int, list[str]] = {}
+    for file in sorted(folder.glob("*.journal")):
+        for _, record in journal_file.scan(file, last=False).records:
+            if record["kind"] == "void":
+                found.pop(record["version"], None)
+            elif record["kind"] in VERSION_KINDS:
+                found[record["version"]] = list(record.get("ids", []))
+    verdict.figures["versions in the journal"] = len(found)
+    verdict.equal("the newest version in the journal", max(found, default=0), len(batches))
+    differ = [version for version, ids in found.items() if version and ids != batches[version - 1]]
+    verdict.equal("versions that the journal has otherwise", differ, [])
 
 
 # The weights
@@ -128,7 +145,7 @@ def _replay(run_dir: str, batches: list[list[str]], answer: str) -> None:
     torch.set_num_threads(1)
     options = dict(zip(LEARNING[::2], LEARNING[1::2], strict=True))
     h = Hyperparameters(lr=float(options["--lr"]), max_length=int(options["--max-length"]))
-    with attach_step(Path(run_dir), "undisturbed", h) as step:
+    with attach_step(Path(run_dir), "undisturbed", h, state_dir=Path(run_dir) / "state") as step:
         for batch in batches:
             maps = [transcript(int(job_id[1:])) for job_id in batch]
             update = step.run([step.prepare(item["id"], Transcript.from_dict(item)) for item in maps])

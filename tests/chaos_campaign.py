@@ -18,19 +18,20 @@ from chaos_processes import Cluster, Forked, TimedOut, until
 from producer import Producer, keys
 from producer.errors import TandemError
 from worker import ledger
-from worker.faults import POINTS
+from worker.faults import RECOVERY_POINTS, UPDATE_POINTS
 
 MAX_JOBS = 4
 """Transcripts a version: small, so that there are many versions to be killed in."""
-OPTIONS = ("--max-jobs", str(MAX_JOBS), "--linger", "0.02")
+OPTIONS = ("--max-jobs", str(MAX_JOBS), "--linger", "0.02", "--checkpoint-every", "16")
 WORDS = ("red", "green", "blue", "one", "two", "three", "night", "day", "sun", "moon", "up", "down")
 QUEUE = f"rq:queue:{keys.QUEUE}"
 
 
 @dataclass(frozen=True)
 class Kill:
-    """what: worker | server | redis, or two of them with +. point: where the worker dies (on its pass number `count`);
-    without one, `delay` seconds after the worker started ("worker") or was ready. pause: how long Redis stays away."""
+    """what: worker | server | redis, or two of them with +. point: where the worker dies (on its pass number `count`;
+    before a point of the recovery another dies in an update, so that there is something to recover); without one,
+    `delay` seconds after the worker started ("worker") or was ready. pause: how long Redis stays away."""
 
     what: str
     point: str | None = None
@@ -46,11 +47,13 @@ def plan(seed: int, kills: int) -> list[Kill]:
     """Which kills, in which order: seven in ten at the named points, each of these equally often."""
     dice = random.Random(seed)
     timed = ["worker"] * 5 + ["redis"] * 2 + ["server"] * 2 + ["redis+worker", "server+worker"]
-    at_points = [POINTS[i % len(POINTS)] for i in range(kills * 7 // 10)]
+    points = UPDATE_POINTS + RECOVERY_POINTS
+    at_points = [points[i % len(points)] for i in range(kills * 7 // 10)]
     planned = []
     for i, point in enumerate(at_points):
-        what = "worker+server" if i % 10 == 9 else "worker"
-        planned.append(Kill(what, point, count=dice.choice((1, 1, 2, 3))))
+        what = "worker+server" if i // len(points) % 4 == 3 else "worker"
+        count = 1 if point in RECOVERY_POINTS else dice.choice((1, 1, 2, 3))
+        planned.append(Kill(what, point, count))
     for i in range(kills - len(planned)):
         planned.append(Kill(timed[i % len(timed)], delay=dice.uniform(0, 1.5), pause=dice.uniform(0, 0.6)))
     dice.shuffle(planned)
@@ -139,6 +142,8 @@ class Campaign:
     def _execute(self, kill: Kill) -> None:
         cluster = self.cluster
         if kill.point:
+            if kill.point in RECOVERY_POINTS:
+                self._ended(self.start(fault="swept"))
             worker = self.start(fault=f"{kill.point}:{kill.count}")
             code = self._ended(worker)
             self.notes["killed at its point" if code == -9 else f"point not reached, exit code {code}"] += 1
@@ -163,42 +168,30 @@ class Campaign:
             self._goes_on(worker)
 
     def start(self, fault: str | None = None) -> Forked:
-        """A fresh worker on whole weights; the one that runs is killed."""
+        """A fresh worker, on a fresh server if there is none; the worker that runs is killed. Nothing else is done for
+        it: whatever was left behind, it has to mend itself."""
         self.cluster.kill_worker()
         self.cluster.ensure_server()
-        return self.cluster.start_worker(*self._recovery(), fault=fault)
+        header = self.cluster.header()
+        if header is not None and header["state"] != "CLEAN":
+            self.notes["found torn weights"] += 1
+        elif header is not None and header["version"] == 0 and ledger.state(self.cluster.redis).version:
+            self.notes["found a server that had lost what it learnt"] += 1
+        return self.cluster.start_worker(fault=fault)
 
     def running(self) -> Forked:
         """A worker that drains: the one that runs, or a fresh one."""
         worker = self.cluster.worker
         if worker is None or not worker.alive():
             worker = self.start()
-        until(lambda: "worker ready" in worker.said() or not worker.alive(), "the worker to be ready")
-        if not worker.alive():
-            self.refused(worker)
-            return self.running()
+        until(lambda: "worker ready" in worker.said() or not worker.alive(), "the worker to be ready", timeout=300)
+        self._check_alive(worker)
         return worker
 
-    def _recovery(self) -> tuple[str, ...]:
-        """What the next worker has to be told. The one place that knows what recovery cannot do yet: torn weights mean
-        a new server, and a new server a new lineage."""
-        header = self.cluster.header()
-        if header is not None and header["state"] != "CLEAN":
-            self.notes["torn, server restarted"] += 1
-            self.cluster.kill_server()
-            self.cluster.ensure_server()
-            header = self.cluster.header()
-        assert header is not None
-        known = ledger.state(self.cluster.redis)
-        if known.version and known.lineage != header["lineage"]:
-            self.notes["new lineage"] += 1
-            return ("--new-lineage",)
-        return ()
-
-    def refused(self, worker: Forked) -> None:
-        """The worker ended without having been killed, which must have a reason that a person could act on."""
-        self.notes[f"refused: {self._clear_error(worker, worker.ended())[:160]}"] += 1
-        self.cluster.kill_server()
+    def _check_alive(self, worker: Forked) -> None:
+        """No worker may refuse to go on in a campaign: all that is broken here can be mended."""
+        if not worker.alive():
+            raise AssertionError(f"a worker ended with code {worker.ended()} by itself:\n{worker.said()[-3000:]}")
 
     def _clear_error(self, worker: Forked, code: int) -> str:
         """The one line that a worker has to end with when nobody killed it."""
@@ -211,11 +204,11 @@ class Campaign:
     def _ended(self, worker: Forked) -> int:
         """The end of a worker that must end; one whose point is not reached (an empty queue) is killed."""
         try:
-            code = worker.ended(60)
+            code = worker.ended(300)
         except TimedOut:
             worker.kill()
             code = -9
-            self.notes["killed after 60 s"] += 1
+            self.notes["never reached its point, killed after 300 s"] += 1
         if code != -9:
             self._clear_error(worker, code)
         return code
@@ -228,25 +221,20 @@ class Campaign:
             return ledger.state(self.cluster.redis).version > version or not self._queued() or not worker.alive()
 
         until(on, "the worker to go on after Redis came back")
-        if worker.alive():
-            self.notes["worker went on after Redis came back"] += 1
-        else:
-            self.refused(worker)
+        self._check_alive(worker)
+        self.notes["worker went on after Redis came back"] += 1
 
     # The end
 
     def _drain(self) -> None:
         """Train what is left. Transcripts that failed because their worker died too often are requeued, and counted."""
         for _ in range(20):
-            worker = self.start("")
-            until(lambda w=worker: self._idle() or not w.alive(), "the queue to be drained", timeout=600)
-            if not worker.alive():
-                self.refused(worker)
-                continue
-            if not self._requeue():
-                self.cluster.kill_worker()
-                return
+            worker = self.start()
+            until(lambda w=worker: self._idle() or not w.alive(), "the queue to be drained", timeout=1200)
+            self._check_alive(worker)
             self.cluster.kill_worker()
+            if not self._requeue():
+                return
         raise AssertionError("the queue is not drained after 20 workers")
 
     def _idle(self) -> bool:

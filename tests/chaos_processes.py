@@ -178,7 +178,7 @@ class Cluster:
         assert self.worker is None or not self.worker.alive(), "one worker at a time"
         self.starts += 1
         environment = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.run_dir), "TANDEM_FAULT": fault or ""}
-        arguments = (*LEARNING, *self.options, *more)
+        arguments = (*LEARNING, "--state-dir", str(self.folder / "state"), *self.options, *more)
         self.worker = Forked(run_worker, arguments, environment, self.folder / "worker.log")
         return self.worker
 
