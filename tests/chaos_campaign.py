@@ -46,7 +46,7 @@ class Kill:
 def plan(seed: int, kills: int) -> list[Kill]:
     """Which kills, in which order: seven in ten at the named points, each of these equally often."""
     dice = random.Random(seed)
-    timed = ["worker"] * 5 + ["redis"] * 2 + ["server"] * 2 + ["redis+worker", "server+worker"]
+    timed = ["worker", "server", "redis", "worker", "redis+worker", "worker", "server+worker"]
     points = UPDATE_POINTS + RECOVERY_POINTS
     at_points = [points[i % len(points)] for i in range(kills * 7 // 10)]
     planned = []
