@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import torch
 from chaos_processes import Forked, run_stand_in, until
 from stack_parts import transcripts
 
@@ -94,7 +95,7 @@ class Site:
     def everything(self) -> tuple[str, int]:
         """Digest of weights and optimizer's state, and the step count."""
         weights = attach(self.run_dir)
-        step = int(weights.state[:64].view(__import__("torch").int64)[1])
+        step = int(weights.state[:64].view(torch.int64)[1])
         return replay.digest(weights.tensors | {"state": weights.state}), step
 
     def header(self) -> dict[str, Any]:
@@ -102,6 +103,10 @@ class Site:
 
     def served(self) -> dict[str, Any]:
         return server_state(self.run_dir)
+
+    def is_torn(self) -> None:
+        """The server has noticed that its trainer died, and what it left."""
+        until(lambda: self.served()["state"] == "torn", "the server is torn")
 
     def ledger(self) -> dict[str, int]:
         return {key.decode(): int(value) for key, value in self.redis.hgetall(keys.LEDGER).items()}

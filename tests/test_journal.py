@@ -131,7 +131,7 @@ def test_texts_expire_and_the_rest_of_the_record_stays(tmp_path: Path) -> None:
 
 def test_another_models_journal_is_refused(tmp_path: Path) -> None:
     filled(tmp_path, 1).close()
-    with pytest.raises(JournalError, match="of another model.*--state-dir"):
+    with pytest.raises(JournalError, match=r"of another model.*--state-dir"):
         Journal(tmp_path, "c" * 32)
 
 

@@ -111,7 +111,8 @@ class Keeper:
             log.warning(error)
 
     def adopt(self, version: int, lineage: str, imported: dict[str, int], parent: int | None = None) -> None:
-        """The weights enter the journal as they are; imported: who is known to be in them, id -> version."""
+        """The weights enter the journal as they are. parent: the version they are equal to; where that is not known,
+        `imported` must be the whole ledger up to here, id -> version."""
         manifest = {"kind": "lineage", "previous_version": (self.latest() or (0, ""))[0]}
         record = {"version": version, "lineage": lineage, "parent": parent, "manifest": manifest}
         self.journal.append({"kind": "lineage", **record, "imported": imported})
@@ -170,7 +171,9 @@ class Keeper:
             except SnapshotError as error:
                 problem = f" ({error})"
                 continue
-            if missing := set(range(base + 1, version + 1)) - self.journal.entries.keys():
+            whole = [e.version for e in self.entries(0, version) if e.kind == "lineage" and e.parent is None]
+            first = max([base, *whole])
+            if missing := set(range(first + 1, version + 1)) - self.journal.entries.keys():
                 raise SnapshotError(
                     f"nobody knows any more who was trained in version {min(missing)}: neither a sound checkpoint nor"
                     f" the journal has it{problem}"

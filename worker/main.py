@@ -177,10 +177,7 @@ def agree(connection: redis.Redis, step: SharedUpdate, *, new_lineage: bool = Fa
         new_lineage=new_lineage,
         adopt=partial(take_over, step.keeper, step.control),
     )
-    if step.keeper.latest() is None and header.version:
-        note = take_note(step.keeper, imported=ledger.everyone(connection))
-    else:
-        note = take_note(step.keeper)
+    note = take_note(step.keeper, lambda: ledger.everyone(connection))
     for sentence in [*said, *([note] if note else [])]:
         log.info(sentence)
 

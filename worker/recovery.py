@@ -8,6 +8,7 @@ Invariants: `decide` is pure; nobody is trained here who was not in the journal;
 what is refused leaves everything as it was.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -193,13 +194,13 @@ def _fill(connection: redis.Redis, keeper: Keeper, version: int, lineage: str, k
     )
 
 
-def take_note(keeper: Keeper, *, imported: dict[str, int] | None = None) -> str | None:
+def take_note(keeper: Keeper, everyone: Callable[[], dict[str, int]]) -> str | None:
     """Last at a start: weights that the state directory does not know (its first start, another's training) enter it,
-    with a checkpoint, since nobody could make them again. imported: the ledger as Redis has it."""
+    with a checkpoint, since nobody could make them again. everyone: the whole ledger, as Redis has it."""
     header = keeper.weights.header
     version, lineage = header.version, header.lineage
     if keeper.latest() != (version, lineage):
-        keeper.adopt(version, lineage, imported or {})
+        keeper.adopt(version, lineage, everyone() if version else {})
     entry = keeper.journal.entries.get(version)
     alone = entry is not None and entry.kind == "lineage" and entry.parent is None
     return keeper.checkpoint() if alone else None
@@ -209,7 +210,10 @@ def take_over(keeper: Keeper, control: ServerControl, lineage: str, version: int
     """The weights as they are go on as `version` of `lineage`: in the journal, the header and what clients are told."""
     header = keeper.weights.header
     if keeper.latest() != (version, lineage):
-        keeper.adopt(version, lineage, {}, parent=0 if header.version == 0 else None)
+        known = (keeper.latest() or (0, ""))[0]
+        fresh = header.version == 0
+        ledger_so_far = {} if fresh else keeper.trained(known).ledger
+        keeper.adopt(version, lineage, ledger_so_far, parent=0 if fresh else None)
     control.pause()
     header.adopt(lineage, version)
     control.resume(version)

@@ -116,6 +116,11 @@ def train_attached(
 
     with attach_step(run_dir, "tandem train", h, state_dir=state_dir) as shared:
         shared.base = shared.weights.header.version
+        if shared.base and shared.keeper.latest() != (shared.base, shared.weights.header.lineage):
+            raise TandemError(
+                "the state directory does not know these weights: run `tandem worker --burst` once, which takes note of"
+                " them, or name the right directory with --state-dir"
+            )
 
         def step(examples: list[Ready]) -> float:
             update = shared.run(examples)
