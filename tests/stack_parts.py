@@ -44,7 +44,8 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.server.run_dir)}
+        own = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.server.run_dir)}
+        return os.environ | own | {"TANDEM_STATE_DIR": str(self.folder / "state")}
 
     def tandem(self, *arguments: str, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
         """One command, to its end."""

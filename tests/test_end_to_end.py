@@ -136,8 +136,9 @@ def test_attached_training_without_redis_is_taken_over(stack: Stack, tmp_path: P
     assert stack.producer.version() == before + 3
 
 
-def test_a_restarted_server_is_refused_until_told(stack: Stack) -> None:
-    known = stack.producer.version()
+def test_a_restarted_server_is_brought_back_to_what_it_had_learnt(stack: Stack) -> None:
+    known, before = stack.producer.version(), served_nll(stack)
+    lineage = stack.weights_version()["lineage"]
     worker = stack.worker()
     stack.wait_for(worker, "worker ready")
     stack.server.stop()
@@ -145,23 +146,63 @@ def test_a_restarted_server_is_refused_until_told(stack: Stack) -> None:
     assert "gone" in stack.said(worker) or "down" in stack.said(worker), stack.said(worker)
 
     stack.start_server()
-    refused = stack.tandem("worker", "--burst")
-    assert refused.returncode == 1 and "--new-lineage" in refused.stderr, refused.stderr
+    assert stack.weights_version()["version"] == 0 and served_nll(stack) > before + 0.3
+    back = stack.tandem("worker", "--burst")
+    assert back.returncode == 0 and f"version {known} of lineage {lineage} is live" in back.stderr, back.stderr
+    assert "bit for bit what they were" in back.stderr
+    live = stack.weights_version()
+    assert (live["version"], live["lineage"], live["state"]) == (known, lineage, "serving")
+    assert served_nll(stack) == before, "not one bit of an answer is another"
+    assert stack.complete("Hello?")[2]["x-weight-version"] == str(known)
+
+
+def test_rollback_in_the_live_server(stack: Stack) -> None:
+    known, before = stack.producer.version(), served_nll(stack)
+    stack.producer.enqueue_many(transcripts("poison", 3))
+    assert stack.tandem("worker", "--burst", "--lr", "3e-3").returncode == 0
+    assert served_nll(stack) != before
+    dropped = [word for i in range(3) for word in ("--drop", f"poison-{i}")]
+    done = stack.tandem("rollback", str(known + 1), *dropped)
+    assert done.returncode == 0, done.stderr
+    assert stack.weights_version()["version"] == stack.producer.version() == known + 2
+    assert served_nll(stack) == before, "an emptied batch changes nothing"
+    assert "rollback" in stack.tandem("log").stdout
+
+
+def test_torn_weights_are_never_served_and_the_next_worker_mends_them(stack: Stack) -> None:
+    before = stack.producer.version()
+    stack.producer.enqueue_many(transcripts("torn", 2))
+    victim = stack.worker(fault="applying")
+    assert victim.wait(120) == -signal.SIGKILL, stack.said(victim)
+    status, body, _ = stack.complete("Are you whole?")
+    assert status == 503 and "tandem worker" in json.dumps(body), body
+    mended = stack.tandem("worker", "--burst")
+    assert mended.returncode == 0 and "torn" in mended.stderr, mended.stderr
+    assert {"torn-0", "torn-1"} <= set(stack.ledger())
+    status, _, headers = stack.complete("Are you whole?")
+    assert status == 200 and headers["x-weight-version"] == str(before + 1)
+    assert stack.weights_version()["state"] == "serving"
+
+
+def test_a_checkpoint_is_served_like_any_model(stack: Stack) -> None:
+    version, before = stack.producer.version(), served_nll(stack)
+    stack.server.stop()
+    saved = stack.folder / "state" / "checkpoints" / str(version)
+    source, stack.model = stack.model, saved
+    try:
+        stack.start_server()
+        assert abs(served_nll(stack) - before) < 1e-3, "its A_log is rounded to the source's bf16, nothing else is"
+    finally:
+        stack.model = source
+
+
+def test_a_restarted_server_goes_on_without_what_it_had_learnt_when_told(stack: Stack) -> None:
+    known = stack.producer.version()
+    stack.server.stop()
+    stack.start_server()
     stack.producer.enqueue_many(transcripts("reborn", 2))
     told = stack.tandem("worker", "--burst", "--new-lineage")
     assert told.returncode == 0, told.stderr
     assert stack.producer.version() == known + 2 == stack.weights_version()["version"]
     kinds = [stack.redis.hget(keys.manifest(v), "kind") for v in (known + 1, known + 2)]
     assert kinds == [b"lineage", b"update"]
-
-
-def test_torn_weights_are_never_served(stack: Stack) -> None:
-    """Last: the server of this module is beyond repair afterwards."""
-    stack.producer.enqueue_many(transcripts("torn", 2))
-    victim = stack.worker(fault="applying")
-    assert victim.wait(120) == -signal.SIGKILL, stack.said(victim)
-    status, body, _ = stack.complete("Are you whole?")
-    assert status == 503 and "APPLYING" in json.dumps(body), body
-    refused = stack.tandem("worker", "--burst")
-    assert refused.returncode == 1 and "torn" in refused.stderr, refused.stderr
-    assert not {"torn-0", "torn-1"} & set(stack.ledger())

@@ -233,10 +233,17 @@ def test_a_torn_server_says_so_to_everyone(tiny_model: Path, tmp_path: Path) -> 
 
         trainer = ServerControl(server.run_dir, "next")
         assert trainer.connect()["state"] == "torn"
-        with pytest.raises(ServerError, match="torn"):
-            trainer.pause()
-        with pytest.raises(ServerError, match="torn"):
+        with pytest.raises(ServerError, match="not paused"):
             trainer.resume(0)
+        trainer.pause()
+        assert completion(server, 2)[0] == 503, "refused until the weights are whole"
+        with pytest.raises(ServerError, match="APPLYING, version 0"):
+            trainer.resume(0)
+        attach(server.run_dir).header.finish(1)  # as a trainer that has restored them
+        trainer.resume(1)
+        status, headers, _ = completion(server, 2)
+        assert (status, headers["x-weight-version"]) == (200, "1")
+        assert server_state(server.run_dir).get("reason") is None
         server.stop()
         with pytest.raises(ServerGone, match=r"start it again|gone"):
             trainer.state()

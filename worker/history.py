@@ -50,7 +50,7 @@ def versions_from_journal(folder: Path, count: int) -> list[dict[str, Any]]:
             elif kind in ("update", "rollback", "lineage"):
                 shown = {"version": version, "kind": kind, "lineage": record["lineage"]}
                 found[version] = dict(record.get("manifest", {})) | shown | {"jobs": record.get("ids", [])}
-    return [found[version] for version in sorted(found, reverse=True)[:count]]
+    return [found[version] for version in sorted(found, reverse=True) if version][:count]
 
 
 def checkpoints(folder: Path) -> dict[int, str]:

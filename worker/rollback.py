@@ -21,6 +21,7 @@ import redis
 from producer.errors import TandemError
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import ledger
+from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 from worker.lock import WorkerLock
 from worker.requeue import requeue as requeue_ids
@@ -59,6 +60,7 @@ def roll_back(
     record = {"kind": "rollback", "version": version, "lineage": lineage, "parent": target, "dropped": list(drop)}
     settle = requeue_ids(connection, keeper.journal, again)
     keeper.journal.append(record | {"ids": [], "manifest": manifest})
+    point("journaled")
     try:
         step.control.pause()
     except BaseException:

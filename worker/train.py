@@ -5,6 +5,8 @@ server (`--attach`, the update protocol without Redis; the next `tandem worker` 
 Redis.
 """
 
+from __future__ import annotations
+
 import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
