@@ -6,6 +6,7 @@ not accounted for.
 """
 
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -19,7 +20,8 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import hypothesis
-from fuzz_targets import Watch, targets
+from fuzz_bytes import Watch
+from fuzz_targets import targets
 from hypothesis import HealthCheck, Phase, given, settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,6 +66,7 @@ def run(target: Any, cases: int, seed: int, progress: Progress) -> Counter[str]:
 def main(cases: int, seed: int, report: Path | None) -> None:
     """See the module."""
     console.print(f"seed {seed}, {cases} cases")
+    logging.disable(logging.ERROR)  # each refusal is logged, as it should be
     columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     figures: dict[str, Any] = {"seed": seed}
     with tempfile.TemporaryDirectory() as name, RedisServer(Path(name) / "redis") as server:

@@ -35,7 +35,7 @@ class Verdict:
 def audit(cluster: Cluster, transcripts: int) -> Verdict:
     """All checks; the server must run and no worker."""
     verdict = Verdict()
-    batches = _check_books(cluster.redis, transcripts, verdict)
+    batches = check_books(cluster.redis, transcripts, verdict)
     header = cluster.header()
     known = ledger.state(cluster.redis)
     expected = {"lineage": known.lineage, "version": known.version, "state": "CLEAN"}
@@ -49,7 +49,7 @@ def audit(cluster: Cluster, transcripts: int) -> Verdict:
     return verdict
 
 
-def _check_books(connection: redis.Redis, transcripts: int, verdict: Verdict) -> list[list[str]]:
+def check_books(connection: redis.Redis, transcripts: int, verdict: Verdict) -> list[list[str]]:
     """Ledger, manifests, events and jobs against each other; the batches that are in the weights, in their order."""
     ids = {f"t{index}" for index in range(transcripts)}
     raw: dict[bytes, bytes] = connection.hgetall(keys.LEDGER)  # type: ignore[assignment]
@@ -99,13 +99,18 @@ Digest = dict[str, Any]
 
 def _digests(cluster: Cluster, batches: list[list[str]]) -> tuple[Digest, Digest]:
     """Of the weights that are live, and of those that `batches` make of a fresh stand-in."""
-    live = _in_process(_digest_of, (str(cluster.run_dir),), cluster.folder / "digest-live.json")
+    live = live_digest(cluster)
     quiet = cluster.folder / "quiet"
     server = StandIn(cluster.model, quiet, cluster.folder / "quiet.log")
     try:
         return live, _in_process(_replay, (str(quiet), batches), cluster.folder / "digest-quiet.json")
     finally:
         server.kill()
+
+
+def live_digest(cluster: Cluster) -> Digest:
+    """Of the weights that the cluster's server has now."""
+    return _in_process(_digest_of, (str(cluster.run_dir),), cluster.folder / "digest-live.json")
 
 
 def _in_process(function: Any, arguments: tuple[Any, ...], answer: Path) -> Digest:

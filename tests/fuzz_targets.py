@@ -1,17 +1,12 @@
-"""What the fuzz tests throw at every door that bytes come in by: queue, sockets, shared records, header.
+"""What the fuzz tests throw at every door that bytes come in by: queue, sockets, shared memory, journal.
 
 A target makes cases (a hypothesis strategy) and takes one (`take`), on the real part; it returns what became of it, one
 word a piece, so that every case is accounted for. Whatever else happens, an exception that is none of ours, a hang, a
 process or an unpickling started (`Watch`), is a failure.
 """
 
-import asyncio
 import contextlib
 import pickle
-import socket
-import struct
-import sys
-import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -22,78 +17,24 @@ import msgpack
 import redis
 import torch
 from drain_parts import Lines, Weights, start
+from fuzz_bytes import Evil, packed, plain
+from fuzz_sockets import Answers, ControlSocket, Sockets, WeightsSocket
 from hypothesis import strategies as st
 from rq.exceptions import DeserializationError
 from rq.registry import FailedJobRegistry
-from stand_in import Engine
 
 from producer import Producer, keys
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
-from worker import wire
+from worker import journal_file
 from worker.jobs import FeedbackJob
-from worker.serving.client import server_state
-from worker.serving.control import Control
-from worker.serving.state import ServerState
-from worker.weights.client import read_header
+from worker.journal import FORMAT, Journal, JournalError
 from worker.weights.header import HEADER_BYTES, Header, HeaderError
 from worker.weights.record import RecordArea, RecordError
-from worker.weights.service import WeightService
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 FIELDS = ["status", "timeout", "created_at", "retries_left", "result_ttl", "meta", "dependency_ids", "origin", "ttl"]
 FIELDS += ["success_callback_name", "webhooks", "repeats_left", "retry_intervals", "rate_limit_key", "exc_info"]
-
-
-class Evil:
-    """Unpickled, it would call a shell; `Watch` sees that it was looked up at all."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        import os
-
-        return (os.system, ("true",))
-
-
-class Watch:
-    """Sees every process started and every class looked up by pickle in this process, between `with` and its end."""
-
-    EVENTS = frozenset(
-        {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pickle.find_class"}
-    )
-    _hooked = False
-    _seen: list[str] | None = None
-
-    def __enter__(self) -> list[str]:
-        if not Watch._hooked:  # a hook cannot be taken away again
-            sys.addaudithook(Watch._hook)
-            Watch._hooked = True
-        Watch._seen = []
-        return Watch._seen
-
-    def __exit__(self, *_: object) -> None:
-        Watch._seen = None
-
-    @staticmethod
-    def _hook(event: str, arguments: Any) -> None:
-        if Watch._seen is not None and event in Watch.EVENTS:
-            Watch._seen.append(event)
-
-
-# Bytes
-
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=10)
-    | st.binary(max_size=10) | st.sampled_from(["worker.train", "os.system", "state", "hello", "pause", "resume"]),
-    lambda inner: (
-        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5) | st.integers(0, 9), inner, max_size=5)
-    ),
-    max_leaves=20,
-)  # fmt: skip
-nasty = st.sampled_from([
-    b"\xdd\xff\xff\xff\xff", b"\xc7\x0c\xff" + b"\xff" * 12, b"\x91" * 900 + b"\xc0", b"\x91" * 5000 + b"\xc0",
-    b"\xdf\x00\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x81\x80\xc0", b"\xc1", pickle.dumps(Evil()),
-])  # fmt: skip
-packed = st.binary(max_size=200) | plain.map(msgpack.packb) | nasty
 
 
 # The queue
@@ -114,7 +55,25 @@ almost = st.fixed_dictionaries(
         "id": plain,
     },
 ).map(call)
-payload = st.one_of(packed, almost, plain.map(call)).flatmap(
+
+
+def changed(data: bytes) -> st.SearchStrategy[bytes]:
+    """`data` with a few bytes changed, and perhaps cut."""
+    place = st.integers(0, len(data) - 1)
+    return st.builds(
+        _change, st.just(data), st.lists(st.tuples(place, st.integers(0, 255)), max_size=3), place | st.none()
+    )
+
+
+def _change(data: bytes, changes: list[tuple[int, int]], end: int | None) -> bytes:
+    kept = bytearray(data)
+    for place, value in changes:
+        kept[place] = value
+    return bytes(kept[:end])
+
+
+valid = call({"messages": GOOD, "weight": 0.5, "train_on": "last"})
+payload = st.one_of(packed, almost, changed(valid), st.just(valid), plain.map(call)).flatmap(
     lambda data: st.sampled_from([data, zlib.compress(data), zlib.compress(zlib.compress(data))])
 )
 extras = st.dictionaries(st.sampled_from(FIELDS), st.binary(max_size=20) | st.just(pickle.dumps(Evil())), max_size=4)
@@ -176,112 +135,6 @@ class QueueDrain:
         return Counter(counts | {"dropped": dropped, "canceled": canceled})
 
 
-# Sockets
-
-messages = plain.map(lambda value: {"op": value}) | st.dictionaries(st.text(max_size=5), plain, max_size=4)
-requests = st.one_of(
-    messages,
-    st.sampled_from([{"op": op} for op in ("describe", "header", "state", "pause", "hello", "resume")]),
-    st.builds(lambda name: {"op": "hello", "name": name}, plain | st.text(max_size=120)),
-    st.builds(lambda version: {"op": "resume", "version": version}, plain | st.integers(0, 2)),
-)
-framed = st.one_of(requests.map(msgpack.packb), packed).map(lambda body: struct.pack(">I", len(body)) + body)
-stream = st.lists(framed | st.binary(max_size=20) | st.just(b"\xff\xff\xff\xff"), max_size=6).map(b"".join)
-
-
-def converse(path: str, data: bytes) -> list[dict[str, Any]]:
-    """Send `data`, close our half, read the answers until the other side ends; every answer must be a map."""
-    answers = []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(30)  # a hang, which fails
-        sock.connect(path)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-        try:
-            while (answer := wire.receive(sock)) is not None:
-                answers.append(answer)
-        except wire.WireError as error:
-            assert "reset" in str(error), error  # closed with our bytes unread: nothing was answered
-    return answers
-
-
-class Sockets:
-    """Both sockets of a server, as the stand-in has them, in this process."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = wire.prepare_run_dir(run_dir)
-        self.header = Header(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
-        self.header.adopt("b" * 32, 0)
-        self.engine = Engine()
-        self.service = WeightService(self.run_dir, {"describe": self.header.fields, "header": self.header.fields})
-        started = threading.Event()
-        threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True).start()
-        assert started.wait(30)
-
-    async def _serve(self, started: threading.Event) -> None:
-        state = ServerState("b" * 32, 0)
-        self.control = Control(self.engine, state, self.run_dir, {"chat_template": None, "template_kwargs": {}})
-        await self.control.start()
-        started.set()
-        await asyncio.Event().wait()
-
-
-class WeightsSocket:
-    """Bytes on weights.sock."""
-
-    name, size = "streams on weights.sock", 1
-    cases = stream
-
-    def __init__(self, sockets: Sockets) -> None:
-        self.sockets = sockets
-
-    def take(self, case: bytes) -> Counter[str]:
-        answers = converse(str(self.sockets.run_dir / "weights.sock"), case)
-        assert read_header(self.sockets.run_dir) == self.sockets.header.fields()
-        return Counter(["refused" if not answers or "error" in answers[-1] else "answered"])
-
-
-class ControlSocket:
-    """Bytes on control.sock; afterwards the server serves, whatever was asked of it."""
-
-    name, size = "streams on control.sock", 1
-    cases = stream
-
-    def __init__(self, sockets: Sockets) -> None:
-        self.sockets = sockets
-
-    def take(self, case: bytes) -> Counter[str]:
-        answers = converse(str(self.sockets.run_dir / "control.sock"), case)
-        for _ in range(500):  # a lost lease is settled just after the connection has ended
-            state = server_state(self.sockets.run_dir)
-            if state["trainer"] is None and state["state"] == "serving":
-                break
-        assert state["state"] == "serving" and state["trainer"] is None, state
-        assert not self.sockets.engine.paused
-        return Counter(["refused" if not answers or "error" in answers[-1] else "answered"])
-
-
-class Answers:
-    """Bytes that come back from a server, as a trainer reads them."""
-
-    name, size = "answers read", 1
-    cases = stream
-
-    def take(self, case: bytes) -> Counter[str]:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.settimeout(30)
-            theirs.sendall(case)
-            theirs.close()
-            try:
-                while wire.receive(ours) is not None:
-                    pass
-            except wire.WireError:
-                return Counter(["refused"])
-        return Counter(["answered"])
-
-
 # Shared memory
 
 flips = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=12)
@@ -337,9 +190,75 @@ class HeaderBytes:
         return Counter(["read"])
 
 
+class JournalFile:
+    """A file of the journal that was changed or cut: its first records as written, or a clear refusal."""
+
+    name, size = "journal files", 1
+    cases = st.tuples(
+        st.lists(plain, min_size=1, max_size=5), flips, st.integers(0, 1 << 12) | st.none(), st.booleans()
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "00000001.journal"
+
+    def take(self, case: tuple[list[Any], list[tuple[int, int]], int | None, bool]) -> Counter[str]:
+        values, changes, end, last = case
+        records = [{"kind": "x", "value": value} for value in values]
+        data = bytearray(b"".join(map(journal_file.pack, records)))
+        for place, value in changes:
+            data[place % len(data)] = value
+        whole = bytes(data[: end if end is None else end % len(data)])
+        self.file.write_bytes(whole)
+        try:
+            found = journal_file.scan(self.file, last=last)
+        except JournalError:
+            return Counter(["refused"])
+        assert [msgpack.packb(r) for _, r in found.records] == [msgpack.packb(r) for r in records[: len(found.records)]]
+        assert found.end + found.torn == len(whole) and (last or not found.torn)
+        assert [journal_file.read(self.file, at) for at, _ in found.records] or not found.records
+        return Counter(["torn tail" if found.torn else "whole"])
+
+
+class JournalRecords:
+    """A journal of sound records that mean nothing, or nearly what ours mean: opened, or clearly refused."""
+
+    name, size = "journals of odd records", 1
+    kinds = st.sampled_from(["update", "rollback", "lineage", "done", "void", "segment", "other"])
+    sound = st.fixed_dictionaries(
+        {
+            "kind": kinds, "version": st.integers(1, 9), "lineage": st.just("a" * 32), "parent": st.just(0),
+            "time": st.just(1.0), "batch": st.just([]), "ids": st.just(["t1"]), "manifest": st.just({"loss": 1.0}),
+            "dropped": st.just([]), "format": st.just(FORMAT), "source": st.just("s"),
+        }
+    )  # fmt: skip
+    names = st.sampled_from(["version", "lineage", "parent", "time", "batch", "ids", "manifest", "dropped", "format"])
+    odd = st.builds(lambda record, name, value: record | {name: value}, sound, names, plain)
+    cases = st.lists(
+        sound | odd | st.dictionaries(names, plain).map(lambda record: {"kind": "update"} | record), max_size=5
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def take(self, case: list[dict[str, Any]]) -> Counter[str]:
+        for old in self.folder.iterdir():
+            old.unlink()
+        first = {"kind": "segment", "format": FORMAT, "source": "s", "time": 0.0}
+        (self.folder / "00000001.journal").write_bytes(b"".join(map(journal_file.pack, [first, *case])))
+        try:
+            journal = Journal(self.folder, "s")
+        except JournalError:
+            return Counter(["refused"])
+        with contextlib.closing(journal):
+            for version in journal.entries:
+                assert journal.read(version)["version"] == version
+        return Counter(["opened"])
+
+
 def targets(url: str, folder: Path) -> Iterator[Any]:
     """One of each, on a real Redis at `url` (emptied again and again)."""
     sockets = Sockets(folder / "run")
-    (folder / "weights").mkdir()
+    for name in ("weights", "file", "journal"):
+        (folder / name).mkdir()
     yield from (QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets))
-    yield from (Answers(), Record(), HeaderBytes())
+    yield from (Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal"))

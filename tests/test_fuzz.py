@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fuzz_targets import Evil, Watch, targets
+from fuzz_bytes import Evil, Watch
+from fuzz_targets import targets
 from hypothesis import HealthCheck, given, settings
 
 from worker.redis_server import RedisServer
 
 NAMES = ("QueueRead", "QueueDrain", "WeightsSocket", "ControlSocket", "Answers", "Record", "HeaderBytes")
+NAMES += ("JournalFile", "JournalRecords")
 
 
 @pytest.fixture(scope="module")

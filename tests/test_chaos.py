@@ -1,0 +1,130 @@
+"""A short campaign of `benchmarks/chaos.py`: kills of worker, server and Redis, broken off once and gone on with.
+
+The seed is fixed and named in every failure; the long campaigns are run by hand, their figures are in DESIGN.md.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos_audit import Verdict, audit, check_books, live_digest
+from chaos_campaign import OPTIONS, Campaign, plan, transcript
+from chaos_processes import Cluster
+from stand_in import LAYOUT
+
+from producer import Transcript, keys
+from worker import faults
+from worker.serving.process import ServerProcess
+from worker.weights.attach import attach
+from worker.weights.client import ask
+
+SEED, KILLS, TRANSCRIPTS = 11, 10, 40
+
+
+class BrokenOff(Exception):
+    """Somebody stopped the campaign."""
+
+
+@pytest.fixture(scope="module")
+def survived(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Campaign, Verdict]]:
+    """The cluster after all kills, the campaign, and the audit's verdict."""
+    folder = tmp_path_factory.mktemp("chaos")
+    settings: dict[str, Any] = {"seed": SEED, "kills": KILLS, "transcripts": TRANSCRIPTS}
+
+    def break_off(done: int, what: str) -> None:
+        if done == KILLS // 2:
+            raise BrokenOff
+
+    first = Cluster(folder, tiny_model, options=OPTIONS)
+    try:
+        with pytest.raises(BrokenOff):
+            Campaign(first, **settings).run(break_off)
+    finally:
+        first.close()
+    cluster = Cluster(folder, tiny_model, options=OPTIONS)
+    try:
+        campaign = Campaign(cluster, **settings)
+        assert campaign.done == KILLS // 2
+        campaign.run()
+        yield cluster, campaign, audit(cluster, TRANSCRIPTS)
+    finally:
+        cluster.close()
+
+
+@pytest.mark.timeout(600)
+def test_nothing_lost_nothing_twice_nothing_torn(survived: tuple[Cluster, Campaign, Verdict]) -> None:
+    _, campaign, verdict = survived
+    assert verdict.problems == [], f"seed {SEED}: {verdict.problems}"
+    assert verdict.figures["lost"] == verdict.figures["trained twice"] == 0
+    notes = [json.loads(line)["notes"] for line in (campaign.cluster.folder / "kills.jsonl").read_text().splitlines()]
+    assert len(notes) == KILLS
+    met = set(notes[KILLS // 2 - 1]) | set(notes[-1])
+    assert {"killed at its point", "found torn weights"} <= met, "nothing was torn: the campaign proved little"
+    assert not any("never reached" in note for note in met)
+
+
+def test_the_audit_notices(survived: tuple[Cluster, Campaign, Verdict]) -> None:
+    """Last: what it looks at is changed here."""
+    cluster, _, _ = survived
+    store = cluster.redis
+    jobs = json.loads(store.hget(keys.manifest(1), "jobs"))
+    for change, told in [
+        (lambda: store.hdel(keys.LEDGER, "t3"), "not in the ledger"),
+        (lambda: store.hset(keys.LEDGER, "t3", 10**6), "no manifest agrees"),
+        (lambda: store.hset(keys.manifest(2), "jobs", json.dumps(jobs)), "two manifests"),
+        (lambda: store.xadd(keys.EVENTS, {"version": 1, "kind": "update"}), "event stream"),
+        (lambda: store.hset("rq:job:t5", "status", "queued"), "states of the jobs"),
+    ]:
+        change()
+        verdict = Verdict()
+        check_books(store, TRANSCRIPTS, verdict)
+        assert any(told in problem for problem in verdict.problems), told
+    before = live_digest(cluster)
+    next(iter(attach(cluster.run_dir).tensors.values())).view(-1)[7] += 1
+    changed = live_digest(cluster)
+    assert before["weights"] != changed["weights"] and before["state"] == changed["state"]
+
+
+def test_the_plan_follows_from_the_seed_and_passes_every_point() -> None:
+    assert plan(1, 200) == plan(1, 200) != plan(2, 200)
+    points = Counter(kill.point for kill in plan(3, 200) if kill.point)
+    assert set(points) == set(faults.POINTS) and max(points.values()) - min(points.values()) <= 1
+    whats = Counter(kill.what for kill in plan(3, 200))
+    assert set(whats) == {"worker", "server", "redis", "redis+worker", "server+worker", "worker+server"}
+    assert min(whats.values()) >= 5
+    kinds = {kill.what for kill in plan(3, 20)}
+    assert {"worker", "server", "redis"} <= kinds
+
+
+def test_transcripts_are_sound_and_follow_from_their_number() -> None:
+    for number in range(50):
+        assert transcript(number) == transcript(number)
+        assert Transcript.from_dict(transcript(number)).id == f"t{number}"
+    assert len({json.dumps(transcript(number)) for number in range(50)}) == 50
+
+
+def test_every_point_is_passed_somewhere_and_no_other_is() -> None:
+    sources = [path.read_text() for path in Path(faults.__file__).parent.rglob("*.py")]
+    placed = {name for source in sources for name in re.findall(r"^ +point\(\"(\w+)\"\)", source, re.MULTILINE)}
+    assert placed == set(faults.POINTS)
+
+
+@pytest.mark.parametrize("setting", ["nowhere", "paused:0", "paused:x", "paused:-1", ":1"])
+def test_a_fault_that_cannot_be_is_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match="TANDEM_FAULT"):
+        faults.arm(setting)
+    faults.arm(None)
+    faults.point("paused")  # disarmed: this process lives on
+
+
+def test_the_stand_in_has_the_layout_of_a_real_server(server: ServerProcess) -> None:
+    described, _ = ask(server.run_dir, "describe", 60)
+    layout = json.loads(LAYOUT.read_text())
+    shapes = {n: {"shape": p["shape"], "dtype": p["dtype"]} for n, p in described["parameters"].items()}
+    assert shapes == layout["parameters"]
+    for name in ("slices", "padding", "frozen", "model_class"):
+        assert described[name] == layout[name], name
