@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def test_outliers_in_the_history_hardly_move_the_bound(outliers: int) -> None:
 
 def test_a_restart_remembers_from_manifests_as_the_journal_and_as_redis_have_them() -> None:
     first, dice = Guards(minimum=8, window=64), random.Random(1)
-    manifests = [first.accept({f"t{i}": dice.gauss(3, 1) for i in range(4)}, dice.gauss(9, 1)) for _ in range(12)]
+    losses = [{f"t{i}": dice.gauss(3, 1) for i in range(4)} for _ in range(12)]
+    manifests = [Guards.measures(nll, dice.gauss(9, 1)) for nll in losses]
+    first.remember(manifests)
     from_journal, from_redis = Guards(minimum=8, window=64), Guards(minimum=8, window=64)
     from_journal.remember(manifests)
     from_redis.remember({name: str(ledger.flat(value)) for name, value in kept.items()} for kept in manifests)
@@ -95,7 +98,7 @@ def test_a_strange_transcript_is_an_outlier_to_a_model_that_learnt_others(
     trainer, builder = room
     guards = Guards(k=8, minimum=32)
     known = trainer.score([builder.build(conversation(1000 + i), f"k{i}") for i in range(32)])
-    guards.accept(known)
+    guards.remember([Guards.measures(known)])
     strange = builder.build(conversation(1, words=("qzx", "0x7f", "}{][", "ÿþ", "%%@", "WvWv")), "strange")
     usual = builder.build(conversation(2000), "usual")
     losses = trainer.score([usual, strange])
@@ -114,8 +117,7 @@ def test_gradient_norm_is_that_of_all_gradients_together(room: tuple[Trainer, Ex
     assert expected > 0 and gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(before, weights_of(trainer))
     guards = Guards(minimum=16)
-    for _ in range(4):
-        guards.accept({}, expected)
+    guards.remember([Guards.measures({}, expected)] * 4)
     assert guards.norm_refusal(1.2 * expected) is None and "norm" in str(guards.norm_refusal(50 * expected))
     trainer.optimizer.zero_grad(set_to_none=True)
 
@@ -257,6 +259,10 @@ def test_a_worker_on_hold_can_be_stopped(connection: redis.Redis) -> None:
 # Rehearsal
 
 
+def renamed(example: Example, id: str) -> Example:
+    return replace(example, id=id)
+
+
 def some(names: range, builder: ExampleBuilder) -> list[Example]:
     return [builder.build(conversation(i), f"t{i}") for i in names]
 
@@ -264,12 +270,12 @@ def some(names: range, builder: ExampleBuilder) -> list[Example]:
 def test_what_is_rehearsed_repeats_is_marked_and_is_never_of_the_batch(room: tuple[Trainer, ExampleBuilder]) -> None:
     trainer, builder = room
     old, new = some(range(20), builder), some(range(15, 25), builder)
-    first, second = Rehearsal(0.5, seed=4), Rehearsal(0.5, seed=4)
+    first, second = Rehearsal(0.5, renamed, seed=4), Rehearsal(0.5, renamed, seed=4)
     for rehearsal in (first, second):
         rehearsal.add(old)
     picked = first.pick(7, new)
     assert picked == second.pick(7, new) and len(picked) == 5
-    assert first.pick(8, new) != picked != Rehearsal(0.5, seed=5).pick(7, new)
+    assert first.pick(8, new) != picked != Rehearsal(0.5, renamed, seed=5).pick(7, new)
     assert {e.id for e in picked} <= {PREFIX + f"t{i}" for i in range(15)}
     assert Rehearsal.record([*new, *picked]) == {"rehearsed": [e.id.removeprefix(PREFIX) for e in picked]}
     assert Rehearsal.record(new) == {}
@@ -283,13 +289,13 @@ def test_what_is_rehearsed_repeats_is_marked_and_is_never_of_the_batch(room: tup
 def test_the_share_holds_on_average_and_the_sample_stays_uniform(room: tuple[Trainer, ExampleBuilder]) -> None:
     _, builder = room
     old = some(range(200), builder)
-    rehearsal = Rehearsal(0.3, capacity=50, seed=1)
+    rehearsal = Rehearsal(0.3, renamed, capacity=50, seed=1)
     rehearsal.add(old)
     assert len(rehearsal.known) == 50 == len({e.id for e in rehearsal.known})
     late = sum(int(e.id[1:]) >= 100 for e in rehearsal.known)
     assert 12 <= late <= 38, "about half of a uniform sample is from the later half"
     counts = [len(rehearsal.pick(version, old[:1])) for version in range(1000)]
     assert set(counts) == {0, 1} and 240 <= sum(counts) <= 360
-    assert Rehearsal(0.0).pick(1, old) == [] == Rehearsal(1.0).pick(1, old)
+    assert Rehearsal(0.0, renamed).pick(1, old) == [] == Rehearsal(1.0, renamed).pick(1, old)
     with pytest.raises(TandemError, match="rehearse"):
-        Rehearsal(-0.1)
+        Rehearsal(-0.1, renamed)

@@ -1,10 +1,11 @@
 """Outliers: what lies far above the recent losses or gradient norms is not trained but set aside, for a person to see.
 
     guards = Guards(k=8.0)
-    guards.remember(manifests)                     # at start: earlier versions, oldest first
-    gradients = trainer.backward(examples, limit=guards.loss_limit())
-    reason = guards.norm_refusal(norm)             # burst only: None, or why this batch must not be applied
-    manifest |= guards.accept(gradients.nll, norm) # the version is live
+    guards.remember(manifests)                  # at start: earlier versions, oldest first
+    trainer.backward(examples, guards)          # refuses above guards.loss_limit(), before backward
+    reason = guards.norm_refusal(norm)          # burst only: None, or why this batch must not be applied
+    manifest |= guards.measures(nll, norm)      # before it is journaled
+    guards.remember([manifest])                 # the version is live
 
 Must not know: torch, Redis, the weights.
 Invariants: nothing is refused before `minimum` values are known; what was refused never enters the history, so that a
@@ -94,12 +95,11 @@ class Guards:
             f" {len(self.norms.values)} versions: set aside, requeue it to try again (--outliers 0 trains anything)"
         )
 
-    def accept(self, nll: Mapping[str, float], norm: float | None = None) -> dict[str, Any]:
-        """These were trained: remember them. Returns what the version's manifest must keep of it."""
-        losses = [round(value, 4) for value in nll.values()]
-        kept: dict[str, Any] = {LOSSES: losses} | ({NORM: norm} if norm is not None else {})
-        self.remember([kept])
-        return kept
+    @staticmethod
+    def measures(nll: Mapping[str, float], norm: float | None = None) -> dict[str, Any]:
+        """What a version's manifest must keep for `remember`."""
+        kept: dict[str, Any] = {LOSSES: [round(value, 4) for value in nll.values()]}
+        return kept | ({NORM: norm} if norm is not None else {})
 
 
 def _numbers(values: Any) -> list[float]:
