@@ -25,6 +25,7 @@ from rq.worker import SimpleWorker
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 from worker import ledger, moves
+from worker.faults import point
 from worker.hooks import Hooks, LogHooks, logger
 from worker.intake import Intake
 from worker.jobs import FeedbackJob, FeedbackQueue, open_queue
@@ -204,6 +205,7 @@ class BatchWorker(SimpleWorker):
                 with self.settling:
                     ledger.commit(self.connection, record, settle, [held.job.dependents_key for held in trained])
                     self.intake.release(trained)
+                point("committed")
                 break
             except redis.DataError:
                 raise  # the record cannot be written at all: ours to mend, not Redis'

@@ -1,26 +1,31 @@
 """Named points at which a test can kill this process, to prove what a crash there leaves behind.
 
 `TANDEM_FAULT=NAME` (or `NAME:K` for the K-th pass) makes `point(NAME)` a kill -9 of ourselves. Unset, as in
-production, `point` is one dictionary look-up.
+production, `point` is one dictionary look-up. Must not know: what the points are part of.
 """
 
 import os
 import signal
 
-POINTS = ("backward", "paused", "applying", "applied", "resumed", "committed")
+POINTS = ("backward", "paused", "applying", "swept", "applied", "resumed", "committed")
 """In the order in which an update passes them: gradients half computed; server paused, header still CLEAN; header
-APPLYING, before the first write; header CLEAN with the new version, server still paused; server running, Redis not yet
-told; Redis told."""
+APPLYING, before the first write; header APPLYING, after the last write; header CLEAN with the new version, server still
+paused; server running, Redis not yet told; Redis told."""
 
 _armed: dict[str, int] = {}
 
 
-def _arm() -> None:
-    if setting := os.environ.get("TANDEM_FAULT"):
-        name, _, count = setting.partition(":")
-        if name not in POINTS:
-            raise ValueError(f"TANDEM_FAULT={setting}: unknown point, choose one of {', '.join(POINTS)}")
-        _armed[name] = int(count or 1)
+def arm(setting: str | None) -> None:
+    """Obey `setting` ("NAME" or "NAME:K") from now on, and nothing else; None or empty disarms every point."""
+    _armed.clear()
+    if not setting:
+        return
+    name, _, count = setting.partition(":")
+    if name not in POINTS:
+        raise ValueError(f"TANDEM_FAULT={setting}: unknown point, choose one of {', '.join(POINTS)}")
+    if count and not (count.isdigit() and int(count)):
+        raise ValueError(f"TANDEM_FAULT={setting}: {count!r} is no count, write {name}:1 for the first pass")
+    _armed[name] = int(count or 1)
 
 
 def point(name: str) -> None:
@@ -31,4 +36,4 @@ def point(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-_arm()
+arm(os.environ.get("TANDEM_FAULT"))

@@ -100,6 +100,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         self.optimizer.step()
+        point("swept")
         self.optimizer.zero_grad(set_to_none=True)
         update = self.optimizer.last_update
         return {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
