@@ -166,9 +166,7 @@ def measure(jobs: int, rounds: int) -> dict[str, dict[str, float]]:
             "jobs_per_s": statistics.median(rates[name]),
             "lowest": min(rates[name]),
             "highest": max(rates[name]),
-            "times_simple_worker": statistics.median(
-                ours / theirs for ours, theirs in zip(rates[name], base, strict=True)
-            ),
+            "times_simple_worker": ratio(name),
             "worker_cpu_ms_per_job": statistics.median(cpu[name]),
             "round_trips_per_job": statistics.median(trips[name]),
         }
