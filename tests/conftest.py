@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 import torch
+from hypothesis import settings
 
 from worker.redis_server import RedisServer
 from worker.serving.process import ServerProcess
@@ -16,6 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
+
+settings.register_profile("untimed", deadline=None)  # these machines are noisy: no test may fail for being slow
+settings.load_profile("untimed")
 
 GPU = torch.cuda.is_available()
 SERVER_OPTIONS = ["--max-model-len", "2048", "--max-num-seqs", "8"]
