@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import redis
+import torch
+from hypothesis import settings
 
 from worker.redis_server import RedisServer
 from worker.serving.process import ServerProcess
@@ -16,7 +18,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
+settings.register_profile("untimed", deadline=None)  # these machines are noisy: no test may fail for being slow
+settings.load_profile("untimed")
+
+GPU = torch.cuda.is_available()
 SERVER_OPTIONS = ["--max-model-len", "2048", "--max-num-seqs", "8"]
+if GPU:  # vLLM 0.26 serves the text model of a multi-modal checkpoint only, and needs to be told which kernels to use
+    SERVER_OPTIONS += ["--language-model-only", "--gdn-prefill-backend", "triton", "--gpu-memory-utilization", "0.3"]
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +49,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from worker.tiny import make_tiny
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny(folder)
+    make_tiny(folder, vision=GPU)
     return folder
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,18 @@ class Stack:
     def said(self, process: "subprocess.Popen[str]") -> str:
         return (self.folder / f"worker-{self.workers.index(process)}.log").read_text()
 
-    def wait_for(self, process: "subprocess.Popen[str]", text: str, timeout: float = 120) -> None:
+    def wait_for(self, process: "subprocess.Popen[str]", text: str) -> None:
         """Until the worker has said `text`."""
+        self.wait_until(process, lambda: text in self.said(process), f"say {text!r}")
+
+    def wait_until(
+        self, process: "subprocess.Popen[str]", done: Callable[[], bool], what: str, timeout: float = 240
+    ) -> None:
+        """Until `done()`; an error, with all that the worker said, when it ends before or takes `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while text not in self.said(process):
-            assert process.poll() is None, f"the worker ended without saying {text!r}:\n{self.said(process)}"
-            assert time.monotonic() < deadline, f"the worker never said {text!r}:\n{self.said(process)}"
+        while not done():
+            assert process.poll() is None, f"the worker ended before it could {what}:\n{self.said(process)}"
+            assert time.monotonic() < deadline, f"the worker did not {what}:\n{self.said(process)}"
             time.sleep(0.1)
 
     def ledger(self) -> dict[str, int]:

@@ -224,7 +224,7 @@ almost = st.fixed_dictionaries(
             st.dictionaries(st.sampled_from(["role", "content", "x"]), st.text(max_size=5) | st.none())
         ),
         "weight": st.floats() | st.text(max_size=3),
-        "train_on": st.text(max_size=4) | st.lists(st.integers()),
+        "train_on": st.text(max_size=4) | st.lists(st.integers(-(2**63), 2**64 - 1)),
         "tools": st.none() | st.lists(st.none()),
     },
 ).map(lambda transcript: zlib.compress(call(args=[transcript])))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import GPU, SERVER_OPTIONS
 from rq.job import Job, JobStatus
 from stack_parts import Stack, transcripts
 from transformers import AutoTokenizer
@@ -25,7 +26,7 @@ TRANSCRIPTS = Path(__file__).parent / "data" / "transcripts.jsonl"
 
 @pytest.fixture(scope="module")
 def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, ["--max-model-len", "2048", "--max-num-seqs", "8"])
+    running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, SERVER_OPTIONS)
     yield running
     running.close()
 
@@ -68,10 +69,10 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
     assert sent.returncode == 0 and "queued 20" in sent.stdout, sent.stderr
 
     worker = stack.worker("--max-jobs", "4")
-    stack.wait_for(worker, "version 5")
+    stack.wait_until(worker, lambda: len(stack.ledger()) == 20, "train all twenty")
     mapped, private = shared_and_private(worker.pid, "/memfd:")
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 0, stack.said(worker)
+    assert worker.wait(120) == 0, stack.said(worker)
 
     ledger = stack.ledger()
     assert len(ledger) == 20 and set(ledger.values()) == set(range(1, stack.producer.version() + 1))
@@ -83,7 +84,8 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
     assert stack.weights_version()["version"] == stack.producer.version()
     assert stack.complete("Hello?")[2]["x-weight-version"] == str(stack.producer.version())
     weights = (stack.model / "model.safetensors").stat().st_size
-    assert mapped >= weights and private == 0, "the trainer maps the server's weights and has no copy of its own"
+    if not GPU:  # on a GPU they are in no process' memory map
+        assert mapped >= weights and private == 0, "the trainer maps the server's weights and has no copy of its own"
 
     again = stack.tandem("enqueue", str(TRANSCRIPTS))
     assert "already known 20" in again.stdout, "months later, too: the ledger knows them"

@@ -58,6 +58,8 @@ def test_other_options_pass(options: list[str]) -> None:
     [
         ("VLLM_USE_RUST_FRONTEND", "1", True),
         ("VLLM_USE_RUST_FRONTEND", "0", False),
+        ("VLLM_SERVER_DEV_MODE", "1", True),
+        ("VLLM_SERVER_DEV_MODE", "0", False),
         ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True", True),
         ("PYTORCH_ALLOC_CONF", "expandable_segments:true", True),
         ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", False),

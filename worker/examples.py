@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from producer.messages import says_something
 from producer.transcript import Transcript
 from worker.turns import ExampleError, Turn, TurnRenderer
 
@@ -198,12 +199,7 @@ def _trained_turns(transcript: Transcript) -> list[int]:
     turns = [i for i, message in enumerate(transcript.messages) if message["role"] == "assistant"]
     if transcript.train_on == "last":
         return turns[-1:]
-    return [i for i in turns if _says_something(transcript.messages[i])]
-
-
-def _says_something(message: dict[str, Any]) -> bool:
-    texts = (message["content"], message.get("reasoning_content", ""))
-    return bool(message.get("tool_calls")) or any(text.strip() for text in texts)
+    return [i for i in turns if says_something(transcript.messages[i])]
 
 
 def _sequence(ids: list[int], mask: list[bool]) -> TokenSequence:

@@ -59,6 +59,7 @@ class Trainer:
         warmup: int = 0,
         budget: int = 4096,
     ) -> None:
+        self.model: Any = model
         self.body: Any = model.model
         self.head: Any = model.lm_head
         self.optimizer = optimizer

@@ -80,6 +80,7 @@ class SharedUpdate:
             return Update(version=None, lineage=header.lineage, rejected=gradients.rejected)
         update = self._plan(prepared, gradients)
         update.manifest["gradients_s"] = computed - started
+        self.trainer.optimizer.prepare()  # new projections, where they are due: not while the server stands still
         try:
             self.keeper.before(update, prepared, self.h, self.trainer.optimizer.step_count)
         except JournalError as error:

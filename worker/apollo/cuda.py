@@ -79,6 +79,8 @@ class CudaBackend:
 
     def prepare(self, draw: int) -> None:
         """What the host decides: the projections and the hyper-parameters. Reports a refused step it has heard of."""
+        if self.pinned and torch.cuda.current_device() != self.device.index:
+            raise ApolloError(f"the parameters are on {self.device}: make it current with torch.cuda.set_device")
         if draw != self._drawn or int(self.told[kernels.UNTOLD.value]):
             self.check()
         if draw != self._drawn:
@@ -95,7 +97,7 @@ class CudaBackend:
         self.statistics.zero_()
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
-        if self._copies or not self._known.matches(pairs):
+        if not self._known.matches(pairs):
             self._runs = self._bind(pairs)
         self.sweep(self._runs)
 
@@ -203,7 +205,7 @@ class CudaBackend:
             for position in changed:
                 for column, value in enumerate(entries[position]):
                     self.bindings[position, column].fill_(value)
-        self._known = Known(pairs)
+        self._known = Known(() if self._copies else pairs)  # a copy has to be made again
         return cut({position: (self.tables.kinds[position], dtype) for position, dtype in dtypes.items()})
 
     def _weight(self, position: int, slot: Slot) -> tuple[int, int]:

@@ -129,12 +129,18 @@ class ApolloMini(torch.optim.Optimizer):
         replay = self._backend.capture(pairs)
 
         def step() -> None:
-            self._told(lambda: self._backend.prepare(self._steps // self.projection_gap))
+            self.prepare()
             replay()
             self._steps += 1
             self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
 
         return step
+
+    def prepare(self) -> None:
+        """Do ahead what the next step would do first: on CUDA, once in `projection_gap` steps, draw new projections on
+        the CPU, a fraction of a second for a large model. Optional; call it before pausing a server for the step.
+        """
+        self._told(lambda: self._backend.prepare(self._steps // self.projection_gap))
 
     def begin(self) -> None:
         """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`."""

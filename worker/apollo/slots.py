@@ -135,7 +135,7 @@ class Backend(Protocol):
         """Start step t = step count + 1 with projections of redraw `draw`."""
 
     def prepare(self, draw: int) -> None:
-        """The host's part of `begin`, before a captured step."""
+        """The host's part of `begin`; harmless if done twice."""
 
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
         """A step over these gradients as something that can be replayed."""

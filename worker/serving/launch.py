@@ -126,6 +126,11 @@ def check_options(options: Sequence[str], environment: Mapping[str, str]) -> Non
             raise LaunchError(f"{flag} cannot be used with tandem serve: {reason}")
     if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise LaunchError(f"VLLM_USE_RUST_FRONTEND cannot be used with tandem serve: {_ONE_API}. Unset it")
+    if environment.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
+        raise LaunchError(
+            "VLLM_SERVER_DEV_MODE cannot be used with tandem serve: it lets any HTTP client resume the server while an"
+            " update is being written. Unset it"
+        )
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         setting = environment.get(variable, "").replace(" ", "").lower()
         if "expandable_segments:true" in setting:

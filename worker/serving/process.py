@@ -62,7 +62,11 @@ class ServerProcess:
             )
         self.pid = self._process.pid  # `tandem serve` becomes vLLM's API process by exec
         if wait:
-            self.wait_ready()
+            try:
+                self.wait_ready()
+            except BaseException:  # no `with` has been entered yet that would stop it
+                self.stop()
+                raise
 
     def wait_ready(self, timeout: float = START_SECONDS) -> None:
         """Return once /health answers 200. ServerFailed when the process ends first, or after `timeout` seconds."""

@@ -65,7 +65,7 @@ def _rebuild_rotary(model: nn.Module, device: torch.device) -> None:
     for module in list(model.modules()):
         for key, child in list(module.named_children()):
             if key.endswith("rotary_emb"):
-                setattr(module, key, type(child)(child.config, device=device))
+                setattr(module, key, type(child)(child.config).to(device))
 
 
 def _refuse_meta(model: nn.Module) -> None:

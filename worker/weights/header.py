@@ -46,7 +46,7 @@ class Header:
         self._put(_LINEAGE_LOW, _signed(value & (2**64 - 1)))
         self._put(_VERSION, version)
         self._put(0, _MAGIC)
-        self._put(_STATE, _STATE_CODES[CLEAN])
+        self._settle()
 
     def begin(self) -> None:
         """Say that an update is being applied. `HeaderError` if one already is: the weights are torn."""
@@ -65,13 +65,13 @@ class Header:
         if version < int(fields["version"]):
             raise HeaderError(f"version {version} lies before {fields['version']}")
         self._put(_VERSION, version)
-        self._put(_STATE, _STATE_CODES[CLEAN])
+        self._settle()
 
     def abandon(self) -> None:
         """Take `begin` back: the update was refused before its first write, the version stays."""
         if self.state != APPLYING:
             raise HeaderError("no update was begun: abandon() without begin()")
-        self._put(_STATE, _STATE_CODES[CLEAN])
+        self._settle()
 
     def fields(self) -> dict[str, str | int]:
         """{"lineage": 32 hex digits, "version": int, "state": "CLEAN" | "APPLYING"}, read in one copy."""
@@ -97,6 +97,11 @@ class Header:
     def state(self) -> str:
         """CLEAN, or APPLYING while an update is being written (and for ever, if its trainer died)."""
         return str(self.fields()["state"])
+
+    def _settle(self) -> None:
+        """CLEAN, and wait until it is written: other processes read the header on streams of their own."""
+        self._put(_STATE, _STATE_CODES[CLEAN])
+        self.fields()
 
     def _put(self, word: int, value: int) -> None:
         self._words[word].fill_(value)

@@ -1,0 +1,147 @@
+"""`tandem train` on a directory, and the trainer's own promises: weighting, what is left out, warm-up."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from stack_parts import transcripts
+from transformers import AutoTokenizer
+
+from producer.transcript import Transcript
+from worker import checkpoint, torch_setup
+from worker.examples import Example
+from worker.hyperparameters import Hyperparameters
+from worker.tiny import make_tiny
+from worker.train import command
+from worker.trainer import Trainer, make_builder, make_trainer
+
+H = Hyperparameters(lr=1e-3, max_length=256)
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_model: Path) -> list[Example]:
+    torch_setup.prepare()
+    builder = make_builder(AutoTokenizer.from_pretrained(tiny_model), tiny_model, H)
+    return [builder.build(Transcript.from_dict(item), item["id"]) for item in transcripts("train", 4)]
+
+
+def fresh(model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32) -> Trainer:
+    model, tokenizer = checkpoint.load(model_dir, dtype)
+    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None)
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_trained_directory_has_the_source_s_layout_and_other_values(tmp_path: Path, vision: bool) -> None:
+    source, out = make_tiny(tmp_path / "source", vision=vision), tmp_path / "out"
+    file = write(tmp_path / "lines.jsonl", transcripts("file", 4))
+    arguments = [str(file), "--model", str(source), "--out", str(out), "--epochs", "3", "--batch", "2", "--lr", "1e-3"]
+    result = CliRunner().invoke(command, [*arguments, "--max-length", "256"])
+    assert result.exit_code == 0, result.output
+    assert "6 steps" in result.output and (out / "loss.png").stat().st_size > 1000
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert before.keys() == after.keys()
+    assert all(before[n].dtype == after[n].dtype and before[n].shape == after[n].shape for n in before)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("mlp.up_proj" in name for name in changed) and any("embed_tokens" in name for name in changed)
+    assert not any("visual" in name for name in changed)
+    checkpoint.load(out)  # transformers takes it
+    assert {f.name for f in source.iterdir()} | {"loss.png"} == {f.name for f in out.iterdir()}
+
+
+def test_what_cannot_be_trained_or_written_is_said_before_any_work(tmp_path: Path, tiny_model: Path) -> None:
+    good = transcripts("file", 1)
+    file = write(tmp_path / "lines.jsonl", [*good, {"messages": []}])
+
+    def error(*arguments: str) -> str:
+        return str(CliRunner().invoke(command, list(arguments)).exception)
+
+    out = str(tmp_path / "out")
+    assert "line 2" in error(str(file), "--model", str(tiny_model), "--out", out)
+    assert "--model" in error(str(file), "--model", str(tmp_path), "--out", out)
+    assert "exists" in error(str(file), "--model", str(tiny_model), "--out", str(tmp_path))
+    assert "--attach" in error(str(file))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weight_scales_the_gradient_and_not_the_count(tiny_model: Path, examples: list[Example]) -> None:
+    trainer = fresh(tiny_model)
+    whole = trainer.backward(examples[:1])
+    full = gradients(trainer)
+    halved = trainer.backward([dataclasses.replace(examples[0], weight=0.5)])
+    half = gradients(trainer)
+    assert halved.loss == pytest.approx(whole.loss / 2, rel=1e-6)
+    assert all(torch.allclose(half[name], full[name] / 2, rtol=1e-4, atol=1e-9) for name in full)
+
+
+def test_loss_of_a_batch_is_the_mean_over_all_trained_tokens(tiny_model: Path, examples: list[Example]) -> None:
+    trainer = fresh(tiny_model)
+    together = trainer.backward(examples)
+    alone = [trainer.backward([example]) for example in examples]
+    total = sum(one.trained_tokens for one in alone)
+    assert together.trained_tokens == total
+    assert together.loss == pytest.approx(sum(one.loss * one.trained_tokens for one in alone) / total, rel=1e-5)
+
+
+def test_an_example_whose_loss_is_not_finite_is_left_out(tiny_model: Path, examples: list[Example]) -> None:
+    """A poisoned embedding row: only the example that holds that token is hit."""
+    trainer = fresh(tiny_model)
+    own = [set().union(*(s.ids for s in example.sequences)) for example in examples[:2]]
+    token = next(iter(own[1] - own[0]))
+    embedding = trainer.model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[token] = math.nan
+    found = trainer.backward(examples[:2])
+    assert list(found.rejected) == [examples[1].id] and list(found.nll) == [examples[0].id]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(trainer).values())
+
+
+def test_warm_up_rises_with_the_optimizer_s_own_count(tiny_model: Path, examples: list[Example]) -> None:
+    trainer = fresh(tiny_model, dataclasses.replace(H, warmup=4))
+    rates = []
+    for _ in range(6):
+        trainer.backward(examples[:1])
+        rates.append(trainer.apply()["lr"])
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_frozen_embeddings_stay_and_the_rest_learns(tiny_model: Path, examples: list[Example]) -> None:
+    trainer = fresh(tiny_model, dataclasses.replace(H, embeddings="frozen"))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.backward(examples)
+    trainer.apply()
+    same = {name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])}
+    assert same == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_stochastic_rounding_follows_fp32_where_nearest_does_not(tiny_model: Path, examples: list[Example]) -> None:
+    """Twelve small steps: what each kind of weights has learnt of what fp32 weights learn."""
+    learnt = {}
+    for name, dtype, rounding in (
+        ("fp32", torch.float32, "nearest"),
+        ("stochastic", torch.bfloat16, "stochastic"),
+        ("nearest", torch.bfloat16, "nearest"),
+    ):
+        trainer = fresh(tiny_model, dataclasses.replace(H, lr=1e-5, rounding=rounding), dtype)
+        first = trainer.backward(examples).loss
+        for _ in range(12):
+            trainer.apply()
+            last = trainer.backward(examples).loss
+        learnt[name] = first - last
+    assert learnt["fp32"] > 0
+    assert learnt["stochastic"] > 0.7 * learnt["fp32"]
+    assert learnt["nearest"] < 0.6 * learnt["fp32"], learnt
