@@ -73,10 +73,18 @@ def _change(data: bytes, changes: list[tuple[int, int]], end: int | None) -> byt
 
 
 valid = call({"messages": GOOD, "weight": 0.5, "train_on": "last"})
-payload = st.one_of(packed, almost, changed(valid), st.just(valid), plain.map(call)).flatmap(
+breaks = call(
+    {"messages": [GOOD[0], GOOD[1] | {"content": "breaks prepare"}]}
+)  # an error of ours, retried if it may be
+payload = st.one_of(packed, almost, changed(valid), st.sampled_from([valid, breaks]), plain.map(call)).flatmap(
     lambda data: st.sampled_from([data, zlib.compress(data), zlib.compress(zlib.compress(data))])
 )
-extras = st.dictionaries(st.sampled_from(FIELDS), st.binary(max_size=20) | st.just(pickle.dumps(Evil())), max_size=4)
+odd = st.sampled_from(
+    [b"9", b"-1", b"[]", b"{}", b"[9]", b'["x"]', b"[1e300]", b"[[0]]", b"null", b"NaN", b'"x"', b"[NaN]"]
+)
+extras = st.dictionaries(
+    st.sampled_from(FIELDS), st.binary(max_size=20) | odd | st.just(pickle.dumps(Evil())), max_size=4
+)
 
 
 class QueueRead:

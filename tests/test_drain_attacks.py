@@ -99,6 +99,11 @@ def attacks(canary: str) -> dict[str, dict[str, bytes]]:
         "no-date": callback | {"created_at": b"yesterday"},
         "no-text": callback | {"origin": b"\xff\xfe"},
         "no-json": callback | {"dependency_ids": b"{"},
+        "dependencies-no-list": callback | {"dependency_ids": b"9"},
+        "dependencies-no-ids": callback | {"dependency_ids": b"[9]"},
+        "retries-no-list": callback | {"retries_left": b"2", "retry_intervals": b"5"},
+        "retries-no-seconds": callback | {"retries_left": b"2", "retry_intervals": b'["x"]'},
+        "retries-in-no-time": callback | {"retries_left": b"2", "retry_intervals": b"[1e300]"},
         "repeats": callback | {"repeats_left": b"5", "repeat_intervals": b"[0]"},
     }
     return fields

@@ -141,8 +141,7 @@ class FeedbackJob(Job):
             self.defect = f"the job's fields in Redis cannot be read ({type(error).__name__})"
             self.meta = {}
             super().restore({b"data": b"", b"status": b"queued"})
-        if not isinstance(self.meta, dict):
-            self.meta = {}  # any other value breaks RQ wherever it saves the job
+        self._tame()
         self.data = data
         self.retries_left = None if self.retries_left is None else max(0, min(self.retries_left, MAX_RETRIES))
         self.result_ttl = _bounded_ttl(self.result_ttl)
@@ -151,6 +150,19 @@ class FeedbackJob(Job):
         if self.repeats_left:
             self.defect = self.defect or "the job is to be repeated; a transcript is trained once"
         self._stored = True
+
+    def _tame(self) -> None:
+        """What RQ reads as JSON or msgpack may be of any type, and RQ goes on to use it unseen: a wrong one would end
+        the worker when the job is saved or retried."""
+        if not isinstance(self.meta, dict):
+            self.meta = {}
+        ids, intervals = self._dependency_ids, self.retry_intervals
+        if not (isinstance(ids, list) and all(isinstance(job_id, str) for job_id in ids)):
+            self._dependency_ids = []
+            self.defect = self.defect or "the job's dependency_ids in Redis are no list of ids"
+        if intervals is not None and not (isinstance(intervals, list) and intervals and all(map(_seconds, intervals))):
+            self.retry_intervals = None
+            self.defect = self.defect or "the job's retry_intervals in Redis are no list of seconds"
 
     def to_dict(self, include_meta: bool = True, include_result: bool = True) -> dict[str, Any]:
         """As RQ's, without what is in Redis already and never changes: the payload is most of the job."""
@@ -200,6 +212,10 @@ def _inflate(raw: bytes) -> tuple[bytes, str | None]:
     if len(data) > MAX_DATA:
         return b"", f"the job's payload decompresses to more than {MAX_DATA} bytes"
     return data, None
+
+
+def _seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MAX_TTL
 
 
 def _bounded_ttl(ttl: int | None) -> int | None:
