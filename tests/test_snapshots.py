@@ -141,7 +141,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     snapshots = Snapshots(small_disk, tiny_model)
     snapshots.write(1, "b" * 32, tensors, state, WHO)
-    with pytest.raises(SnapshotError, match=r"GB are needed in .* are free.*--state-dir"):
+    with pytest.raises(SnapshotError, match=r"MB are needed in .* are free.*--state-dir"):
         snapshots.write(2, "b" * 32, tensors, state, WHO)
     assert [path.name for path in small_disk.iterdir()] == ["1"]
     snapshots.check(1)

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("worker.train", "Train on FILE.jsonl without a queue."),
     "tiny": ("worker.tiny", "Write a tiny Qwen3.5 to try things with."),
     "rollback": ("worker.rollback", "Go back to an older version, with transcripts left out if asked."),
+    "resume": ("worker.hold", "Let training go on that was put on hold."),
     "log": ("worker.history", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.status", "Say in one line how server, worker and queue are."),
     "dashboard": ("worker.dashboard", "Run rq-dashboard on 127.0.0.1."),

@@ -17,6 +17,7 @@ from worker import replay
 from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 from worker.journal import Entry, Journal, JournalError
+from worker.policy import Policy
 from worker.replay import Make, Ready
 from worker.snapshots import SnapshotError, Snapshots, Trained
 from worker.state_dir import StateDir
@@ -29,20 +30,6 @@ log = logging.getLogger("tandem")
 
 class CannotRebuild(TandemError):
     """A version cannot be made again from what the state directory holds."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What is kept. every: versions between checkpoints; minutes: time between them (whichever comes first); keep: how
-    many; history: how many versions back a rollback can go; transcripts_hours: how long texts stay in the journal once
-    a checkpoint covers them (None: as long as the history)."""
-
-    every: int = 50
-    minutes: float = 30.0
-    keep: int = 3
-    history: int = 100
-    transcripts_hours: float | None = None
-    at_stop: bool = True
 
 
 @dataclass
@@ -65,11 +52,13 @@ class Keeper:
         self.notices = [*self.journal.notices, *self.snapshots.notices]
         self.device = weights.state.device
         self._since = time.monotonic()
+        self._tried = 0
 
     # -- an update, as it goes on ---------------------------------------------------------------------------------
 
     def before(self, update: Update, batch: Sequence[Ready], h: Hyperparameters, step: int) -> None:
-        """Journal `update`, about to be applied as the optimizer's step after `step`. Raises `JournalError`."""
+        """Journal `update`, about to be applied as the optimizer's step after `step`. batch: all that its gradients
+        come from, in order. Raises `JournalError`."""
         record = {
             "kind": "update",
             "version": update.version,
@@ -77,7 +66,7 @@ class Keeper:
             "parent": self.weights.header.version,
             "step": step,
             "ids": list(update.results),
-            "batch": replay.pack_batch(item for item in batch if item.id in update.results),
+            "batch": replay.pack_batch(batch),
             "rejected": update.rejected,
             "manifest": update.manifest,
             "results": update.results,
@@ -122,14 +111,18 @@ class Keeper:
     def checkpoint_if_due(self) -> str | None:
         """Write one when the policy says so; what was done or what went wrong, for the log."""
         version = self.weights.header.version
-        done = max([0, *self.snapshots.versions()])
+        done = max([0, self._tried, *self.snapshots.versions()])
         minutes = (time.monotonic() - self._since) / 60
         if version <= done or (version - done < self.policy.every and minutes < self.policy.minutes):
             return None
+        return self.try_checkpoint()
+
+    def try_checkpoint(self) -> str | None:
+        """`checkpoint`, or why there is none, for the log: the journal still has everything."""
+        self._tried, self._since = self.weights.header.version, time.monotonic()  # not before every batch again
         try:
             return self.checkpoint()
         except TandemError as error:
-            self._since = time.monotonic()  # not before every batch again
             return str(error)
 
     def checkpoint(self) -> str | None:

@@ -8,10 +8,11 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import redis
@@ -19,16 +20,23 @@ import torch
 from transformers import AutoTokenizer
 
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
-from worker import ledger, torch_setup
+from worker import hold, ledger, torch_setup
 from worker.drain import BatchWorker
+from worker.guard_options import GuardSettings, canary_hooks, guard_options, settings_of
+from worker.guards import Guards
+from worker.hooks import Hooks, LogHooks
 from worker.hyperparameters import Hyperparameters, training_options
-from worker.keeper import Keeper, Policy
+from worker.keeper import Keeper
 from worker.lock import WorkerLock
+from worker.policy import Policy, policy_of, state_options
 from worker.reconcile import reconcile
 from worker.recovery import mend_redis, mend_weights, take_note, take_over
-from worker.replay import make_deterministic
+from worker.rehearsal import Rehearsal
+from worker.replay import make_deterministic, rename, unpack_ready
+from worker.rollback import roll_back
 from worker.serving.client import ServerControl
 from worker.state_dir import StateDir, default_state_dir
+from worker.step import Unavailable
 from worker.trainer import make_builder, make_trainer
 from worker.update import SharedUpdate
 from worker.weights.attach import attach
@@ -36,7 +44,12 @@ from worker.wire import default_run_dir
 
 log = logging.getLogger("tandem")
 
-F = TypeVar("F", bound=Callable[..., Any])
+REDIS_SECONDS = 60.0
+"""How long a step waits for a Redis that is away before it gives its jobs back."""
+
+
+class RedisBehind(Unavailable):
+    """Redis does not know a version that is in the weights."""
 
 
 @contextlib.contextmanager
@@ -71,36 +84,6 @@ def attach_step(
         yield SharedUpdate(weights, control, make(h), builder, keeper, h)
 
 
-def state_options(command: F) -> F:
-    """Click decorator: the flags of `Policy`, and where the state lies; `policy_of` reads them."""
-    defaults = Policy()
-    options = [
-        click.option("--state-dir", type=click.Path(path_type=Path), help="For journal and checkpoints."),
-        click.option("--checkpoint-every", type=click.IntRange(1), default=defaults.every, help="In versions."),
-        click.option("--checkpoint-minutes", type=click.FloatRange(0), default=defaults.minutes, help="Or in time."),
-        click.option("--keep-checkpoints", type=click.IntRange(2), default=defaults.keep, help="How many; 2 or more."),
-        click.option("--history", type=click.IntRange(0), default=defaults.history, help="Versions to roll back to."),
-        click.option(
-            "--keep-transcripts",
-            type=click.FloatRange(0),
-            metavar="HOURS",
-            help="Texts older than this leave the journal once a checkpoint covers them (default: with their file).",
-        ),
-        click.option(
-            "--checkpoint-at-stop/--no-checkpoint-at-stop", default=defaults.at_stop, help="One more on the way out."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def policy_of(options: dict[str, Any]) -> Policy:
-    """Takes its flags out of a command's options."""
-    names = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "history", "keep_transcripts")
-    return Policy(*(options.pop(name) for name in (*names, "checkpoint_at_stop")))
-
-
 @click.command()
 @click.option("--redis", "redis_url", metavar="URL", help="Default: $REDIS_URL, else redis://127.0.0.1:6379/0.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
@@ -112,6 +95,7 @@ def policy_of(options: dict[str, Any]) -> Policy:
 @click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
 @state_options
+@guard_options
 @training_options
 def command(
     redis_url: str | None,
@@ -137,7 +121,7 @@ def command(
     lock = WorkerLock(connection, name)
     if taken_over := lock.acquire():
         log.info(taken_over)
-    policy = policy_of(options)
+    policy, guards = policy_of(options), settings_of(options)
     try:
         with attach_step(
             run_dir or default_run_dir(),
@@ -149,21 +133,81 @@ def command(
             new_lineage=new_lineage,
         ) as step:
             agree(connection, step, new_lineage=new_lineage)
-            worker = BatchWorker(
-                connection,
-                step,
-                name=name,
-                max_jobs=max_jobs,
-                max_tokens=max_tokens,
-                linger=linger,
-                lock=lock,
-                check=partial(between_batches, step),
-            )
-            worker.work(burst=burst)
-            if policy.at_stop and (said := step.keeper.checkpoint()):
+            step.confirm = partial(confirm, connection, step)
+            hooks = [LogHooks(), *watch(connection, step, guards)]
+            limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+            drain(connection, step, lock, burst=burst, hooks=hooks, **limits)
+            if policy.at_stop and (said := step.keeper.try_checkpoint()):
                 log.info(said)
     finally:
         lock.release()
+
+
+def drain(
+    connection: redis.Redis, step: SharedUpdate, lock: WorkerLock, *, burst: bool, hooks: Sequence[Hooks], **limits: Any
+) -> None:
+    """Work until told to stop. A Redis that comes back with less than the weights have is mended in between, once a
+    version."""
+    mended = -1
+    while True:
+        worker = BatchWorker(connection, step, hooks=hooks, lock=lock, **limits)
+        worker.check = partial(between_batches, connection, step, worker, burst)
+        try:
+            worker.work(burst=burst)
+            return
+        except (ledger.LedgerMismatch, RedisBehind) as error:
+            if (version := step.weights.header.version) == mended:
+                raise
+            mended = version
+            log.warning("%s; it gets them from the journal", error)
+            if said := lock.acquire():
+                log.info(said)
+            agree(connection, step)
+
+
+def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWorker, burst: bool) -> None:
+    """Raises `Unavailable` when the server has gone; waits while training is held; writes a checkpoint when due."""
+    step.check()
+    hold.wait(connection, burst=burst, stopping=lambda: bool(worker._stop_requested), tell=log.warning)
+    if said := step.keeper.checkpoint_if_due():
+        log.info(said)
+
+
+def confirm(connection: redis.Redis, step: SharedUpdate) -> None:
+    """Before a step: Redis stands where the weights do. It may have come back from an old copy with jobs that are
+    trained already. Waits for a Redis that is away; raises `RedisBehind`, or `Unavailable` after `REDIS_SECONDS`."""
+    deadline = time.monotonic() + REDIS_SECONDS
+    while True:
+        try:
+            known = ledger.state(connection)
+            break
+        except redis.RedisError as error:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"Redis has not answered for {REDIS_SECONDS:g} s ({error})") from error
+            time.sleep(0.2)
+    header = step.weights.header.fields()
+    if (known.version, known.lineage) != (header["version"], header["lineage"]):
+        raise RedisBehind(f"Redis is at version {known.version}, the weights are at {header['version']}")
+
+
+def watch(connection: redis.Redis, step: SharedUpdate, settings: GuardSettings) -> Sequence[Hooks]:
+    """Give the step its guards, with the memory of the journal; returns the canary's hooks."""
+    entries = [step.keeper.journal.entries[version] for version in sorted(step.keeper.journal.entries)]
+    step.guards = Guards(settings.outliers)
+    step.guards.remember(entry.manifest for entry in entries)
+    if settings.rehearse:
+        step.rehearsal = Rehearsal(settings.rehearse, rename, seed=step.h.seed)
+        dropped = frozenset(id for entry in entries for id in entry.dropped)
+        for entry in entries:
+            if entry.kind == "update" and not entry.expired:
+                step.rehearsal.add(unpack_ready(step.keeper.journal.read(entry.version), dropped))
+
+    def go_back(version: int) -> int:
+        for line in roll_back(connection, step, version, reason="the canary set's loss"):
+            log.info(line)
+        return step.weights.header.version
+
+    return canary_hooks(settings, step.builder, lambda examples: step.trainer.score(examples), connection, go_back)
 
 
 def agree(connection: redis.Redis, step: SharedUpdate, *, new_lineage: bool = False) -> None:
@@ -180,13 +224,6 @@ def agree(connection: redis.Redis, step: SharedUpdate, *, new_lineage: bool = Fa
     note = take_note(step.keeper, lambda: ledger.everyone(connection))
     for sentence in [*said, *([note] if note else [])]:
         log.info(sentence)
-
-
-def between_batches(step: SharedUpdate) -> None:
-    """Raises `Unavailable` when the server has gone; writes a checkpoint when one is due."""
-    step.check()
-    if said := step.keeper.checkpoint_if_due():
-        log.info(said)
 
 
 if __name__ == "__main__":

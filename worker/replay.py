@@ -6,6 +6,7 @@ first time; every random draw follows from the seed and the optimizer's step. On
 of the record, the weights are the same bit for bit; `differences` names what is not as it was.
 """
 
+import dataclasses
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from producer.errors import TandemError
 from producer.transcript import Transcript
 from worker.examples import Example, TokenSequence
 from worker.hyperparameters import Hyperparameters
+from worker.rehearsal import PREFIX
 from worker.trainer import Gradients, Trainer
 
 
@@ -42,6 +44,17 @@ class Ready:
     @property
     def tokens(self) -> int:
         return self.example.tokens
+
+
+def rename(ready: Ready, id: str) -> Ready:
+    """The same under another id: a rehearsed transcript."""
+    return Ready(dataclasses.replace(ready.example, id=id), ready.transcript)
+
+
+def unpack_ready(record: Mapping[str, Any], dropped: frozenset[str]) -> list[Ready]:
+    """As `unpack_batch`, with the transcripts."""
+    texts = {item["id"]: item["transcript"] for item in record["batch"] or []}
+    return [Ready(example, texts[example.id]) for example in unpack_batch(record, dropped)]
 
 
 def make_ready(transcript: Transcript, example: Example) -> Ready:
@@ -74,7 +87,7 @@ def unpack_batch(record: Mapping[str, Any], dropped: frozenset[str]) -> list[Exa
     return [
         Example(item["id"], tuple(_sequence(*s) for s in item["sequences"]), item["weight"], {})
         for item in record["batch"]
-        if item["id"] not in dropped
+        if item["id"].removeprefix(PREFIX) not in dropped
     ]
 
 

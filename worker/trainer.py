@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,19 @@ from worker.examples import Example, ExampleBuilder
 from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 
+NOT_FINITE = "its loss is not finite under the present weights"
 NARROWEST = 128
 """The shortest row of a forward pass, in tokens. Rows have few lengths, so that nothing is tuned during traffic."""
+
+
+class Limit(Protocol):
+    """What says which losses are outliers: `worker.guards.Guards`."""
+
+    def loss_limit(self) -> float:
+        """The highest mean loss, in nats per trained token, that is trained."""
+
+    def loss_reason(self, loss: float) -> str:
+        """Why a transcript above it was set aside."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,15 @@ class Trainer:
         self.widths = tuple(widths)
         self.device = next(model.parameters()).device
 
-    def backward(self, examples: Sequence[Example]) -> Gradients:
-        """Compute the gradients of `examples`; those whose loss is not finite are left out and reported."""
+    def backward(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
+        """Compute the gradients of `examples`; those whose loss is not finite, or beyond `limit`, are left out and
+        reported."""
+        most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
         while kept := [example for example in examples if example.id not in rejected]:
             self.optimizer.zero_grad(set_to_none=True)
-            nll = self._accumulate(kept)
-            bad = {id for id, value in nll.items() if not math.isfinite(value)}
+            nll = self._accumulate(kept, most)
+            bad = {id for id, value in nll.items() if not value <= most or math.isinf(value)}
             if not bad:
                 counts = {example.id: example.trained_tokens for example in kept}
                 total = sum(counts.values())
@@ -88,7 +101,9 @@ class Trainer:
                     nll=nll,
                     rejected=rejected,
                 )
-            rejected |= {id: "its loss is not finite under the present weights" for id in bad}
+            for id in bad:
+                beyond = limit is not None and math.isfinite(nll[id])
+                rejected[id] = limit.loss_reason(nll[id]) if beyond and limit is not None else NOT_FINITE
         self.optimizer.zero_grad(set_to_none=True)
         return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
 
@@ -106,6 +121,10 @@ class Trainer:
         update = self.optimizer.last_update
         return {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
 
+    def parameters(self) -> list[torch.Tensor]:
+        """All that the optimizer may change."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def skip(self) -> None:
         """One optimizer step that changes no weight: its number is used up, as by a batch that was emptied."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,14 +139,16 @@ class Trainer:
             self._add_by_example(sums, batch, self._row_nll(batch))
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
 
-    def _accumulate(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Forward and backward over every batch; stops before backward of a batch with a non-finite row."""
-        total = sum(example.trained_tokens for example in examples)
+    def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
+        """Forward and backward over every batch; stops before backward of one by which a loss is not finite or over
+        `most`, in nats per trained token (what is not computed yet could only add to it)."""
+        counts = [example.trained_tokens for example in examples]
+        total, bounds = sum(counts), torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
         for batch in self._batches(examples):
             row_nll = self._row_nll(batch)  # [B]
             self._add_by_example(sums, batch, row_nll.detach())
-            if not torch.isfinite(sums).all():
+            if not (torch.isfinite(sums) & (sums <= bounds)).all():
                 break
             ((row_nll * batch.weights.to(row_nll.device)).sum() / total).backward()
             point("backward")

@@ -12,7 +12,7 @@ the version unchanged and the server running.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,14 +21,18 @@ from producer.transcript import Transcript
 from worker.apollo import NonFiniteGradient
 from worker.examples import ExampleBuilder
 from worker.faults import point
+from worker.gradients import gradient_norm
+from worker.guards import GradientOutlier, Guards
 from worker.hyperparameters import Hyperparameters
 from worker.journal import JournalError
 from worker.keeper import Keeper
+from worker.rehearsal import Rehearsal
 from worker.replay import Ready, make_ready
 from worker.serving.client import ServerControl
 from worker.step import Torn, Unavailable, Update
 from worker.trainer import Gradients, Trainer
 from worker.weights.attach import AttachedWeights
+from worker.weights.header import CLEAN
 
 
 class SharedUpdate:
@@ -48,6 +52,8 @@ class SharedUpdate:
         h: Hyperparameters,
         *,
         base: int | None = None,
+        guards: Guards | None = None,
+        rehearsal: Rehearsal[Ready] | None = None,
     ) -> None:
         self.weights = weights
         self.control = control
@@ -56,6 +62,10 @@ class SharedUpdate:
         self.keeper = keeper
         self.h = h
         self.base = base
+        self.guards = guards
+        self.rehearsal = rehearsal
+        self.confirm: Callable[[], None] = lambda: None
+        """Called before each step; raises `Unavailable` when no version may be made now."""
 
     def check(self) -> None:
         """Raises `Unavailable` when the server has gone."""
@@ -73,19 +83,35 @@ class SharedUpdate:
     def run(self, prepared: Sequence[Ready]) -> Update:
         """Train one version on `prepared`. Raises `Torn`, `Unavailable`, or anything else with no weight touched."""
         header = self.weights.header
+        if header.state != CLEAN:
+            raise Torn("the weights are torn: start the worker again, which restores them")
+        self.confirm()
         started = time.monotonic()
-        gradients = self.trainer.backward([ready.example for ready in prepared])
-        computed = time.monotonic()
-        if not gradients.nll:
-            return Update(version=None, lineage=header.lineage, rejected=gradients.rejected)
+        batch = [*prepared, *(self.rehearsal.pick(header.version + 1, prepared) if self.rehearsal else [])]
+        gradients = self.trainer.backward([ready.example for ready in batch], self.guards)
         update = self._plan(prepared, gradients)
-        update.manifest["gradients_s"] = computed - started
+        if not update.results:
+            return Update(version=None, lineage=header.lineage, rejected=update.rejected)
+        norm = gradient_norm(self.trainer.parameters()) if self.guards is not None else None
+        if self.guards is not None and norm is not None and (reason := self.guards.norm_refusal(norm)):
+            if len(prepared) > 1:
+                raise GradientOutlier(reason)
+            return Update(version=None, lineage=header.lineage, rejected={ready.id: reason for ready in prepared})
+        update.manifest["gradients_s"] = time.monotonic() - started
         self.trainer.optimizer.prepare()  # new projections, where they are due: not while the server stands still
+        trained = [ready for ready in batch if ready.id in gradients.nll]
+        update.manifest |= Rehearsal.record(trained)
+        if self.guards is not None:
+            update.manifest |= Guards.measures({id: gradients.nll[id] for id in update.results}, norm)
         try:
-            self.keeper.before(update, prepared, self.h, self.trainer.optimizer.step_count)
+            self.keeper.before(update, trained, self.h, self.trainer.optimizer.step_count)
         except JournalError as error:
             raise Unavailable(str(error)) from error
         self._apply(update)
+        if self.rehearsal is not None:
+            self.rehearsal.add(trained)
+        if self.guards is not None:
+            self.guards.remember([update.manifest])
         self.keeper.after(update)
         return update
 
@@ -102,7 +128,8 @@ class SharedUpdate:
             "loss": gradients.loss,
         }
         results = {e.id: {"version": version, "loss": gradients.nll[e.id], **e.report} for e in trained}
-        return Update(version, self.weights.header.lineage, manifest, results, gradients.rejected)
+        rejected = {e.id: gradients.rejected[e.id] for e in prepared if e.id in gradients.rejected}
+        return Update(version, self.weights.header.lineage, manifest, results, rejected)
 
     def _apply(self, update: Update) -> None:
         """Pause, sweep, resume; fills the manifest's measurements."""
