@@ -5,16 +5,19 @@ What is expected is what an undisturbed run of the same batches gave, bit for bi
 included.
 """
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos_processes import until
 from durable_parts import LEARNING, QUIET, Site, transcripts
 
 from producer import keys
 from worker.journal import Journal
+from worker.replay import unpack_batch
 from worker.snapshots import fingerprint
 
 
@@ -161,6 +164,52 @@ def test_a_redis_that_lost_its_last_writes_gets_them_from_the_journal(taught: Si
     assert "versions 3 to 4 were in the weights but not in Redis: committed from the journal, with 4 jobs" in said
     assert taught.agree() == 4 and taught.ledger() == before
     assert taught.redis.llen("rq:queue:feedback") == 0
+
+
+def test_a_redis_that_falls_back_while_the_worker_runs_is_told_before_the_next_step(site: Site) -> None:
+    worker = site.start("worker", "--max-jobs", "2", *LEARNING, *QUIET)
+    site.send("x", 8)
+    until(lambda: site.producer.version() == 4, "four versions")
+    before, ids = site.ledger(), [f"x-{i}" for i in range(4, 8)]
+    with site.redis.pipeline() as pipe:
+        pipe.set(keys.VERSION, 2)
+        pipe.hdel(keys.LEDGER, *ids)
+        pipe.delete(keys.manifest(3), keys.manifest(4), *[f"rq:job:{id}" for id in ids])
+        pipe.execute()
+    site.send("x", 8)
+    site.send("y", 2)
+    until(lambda: "y-1" in site.ledger(), "the worker goes on")
+    assert "it gets them from the journal" in worker.said() and worker.alive()
+    assert {id: version for id, version in site.ledger().items() if id[0] == "x"} == before
+    assert site.agree() == 5 and sorted(site.trained()) == sorted([*before, "y-0", "y-1"])
+    worker.kill()
+
+
+def test_rehearsed_transcripts_are_replayed_and_dropped_with_their_first_training(taught: Site) -> None:
+    taught.send("y", 4)
+    taught.work("--rehearse", "1", *QUIET)
+    rehearsed = [json.loads(taught.manifest(version)["rehearsed"]) for version in (5, 6)]
+    assert len(rehearsed[0]) == len(rehearsed[1]) == 2
+    before = taught.everything()
+    taught.restart_server()
+    taught.work(*QUIET)
+    assert taught.agree() == 6 and taught.everything() == before
+    record = Journal(taught.state / "journal", fingerprint(taught.model)).read(5)
+    left = [example.id for example in unpack_batch(record, frozenset(rehearsed[0][:1]))]
+    assert left == ["y-0", "y-1", f"rehearsed:{rehearsed[0][1]}"]
+
+
+def test_a_failed_canary_goes_back_to_the_last_version_that_passed(taught: Site, tmp_path: Path) -> None:
+    canary = tmp_path / "canary.jsonl"
+    canary.write_text(json.dumps(transcripts("canary", 1)[0]) + "\n")
+    watch = ["--canary", str(canary), "--canary-every", "1", "--auto-rollback"]
+    taught.send("y", 2)
+    taught.work(*watch, "--canary-bound", "1000", *QUIET)
+    good = taught.digest()
+    taught.send("z", 4)
+    said = taught.work(*watch, "--canary-bound", "0.001", *QUIET, code=1)
+    assert "version 7 is version 5 again" in said and "on hold" in said
+    assert taught.agree() == 7 and taught.digest() == good and "z-2" not in taught.ledger()
 
 
 def test_the_ledger_in_a_checkpoint_outlives_journal_and_redis(taught: Site) -> None:

@@ -182,8 +182,9 @@ class Snapshots:
         free = free_bytes(self.folder)
         if free < needed * 1.05:
             raise SnapshotError(
-                f"no checkpoint was written: {needed / 1e6:,.1f} MB are needed in {self.folder} and {free / 1e6:,.1f} MB"
-                " are free; the older ones and the journal are untouched. Make room, or name another --state-dir"
+                f"no checkpoint was written: {needed / 1e6:,.1f} MB are needed in {self.folder} and"
+                f" {free / 1e6:,.1f} MB are free; the older ones and the journal are untouched. Make room, or name another"
+                " --state-dir"
             )
 
 
