@@ -60,6 +60,7 @@ def main() -> int:
                 ServerProcess(model, folder / "run", extra=["--served-model-name", "tiny", "--max-model-len", "1024"])
             )
         environment = os.environ | {"REDIS_URL": store.url, "TANDEM_RUN_DIR": str(server.run_dir)}
+        environment |= {"TANDEM_STATE_DIR": str(folder / "state")}
         worker = stack.enter_context(child("worker", folder, environment, ["--max-jobs", str(BATCH), *LEARNING]))
         say(f"serving at [bold]{server.url}[/] (vLLM, pid {server.pid}); worker pid {worker.pid}\n")
 

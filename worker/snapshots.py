@@ -183,8 +183,8 @@ class Snapshots:
         if free < needed * 1.05:
             raise SnapshotError(
                 f"no checkpoint was written: {needed / 1e6:,.1f} MB are needed in {self.folder} and"
-                f" {free / 1e6:,.1f} MB are free; the older ones and the journal are untouched. Make room, or name another"
-                " --state-dir"
+                f" {free / 1e6:,.1f} MB are free; the older ones and the journal are untouched. Make room, or name"
+                " another --state-dir"
             )
 
 
