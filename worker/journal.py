@@ -84,6 +84,10 @@ class Journal:
 
     def rotate(self) -> None:
         """Begin a new file, so that the ones before can go once checkpoints cover them."""
+        try:
+            os.fsync(self._file.fileno())  # a closed file has no tail that could be torn
+        except OSError as error:
+            raise self._refusal(error) from None
         self._file.close()
         self._begin_file(int(self._path.stem) + 1)
 
