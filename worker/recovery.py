@@ -24,6 +24,7 @@ from worker.ledger import LedgerState
 from worker.reconcile import RESTART, settle_with_rq
 from worker.requeue import requeue
 from worker.serving.client import ServerControl
+from worker.signals import deferred
 from worker.weights.header import CLEAN
 
 CHUNK = 10_000
@@ -214,6 +215,7 @@ def take_over(keeper: Keeper, control: ServerControl, lineage: str, version: int
         fresh = header.version == 0
         ledger_so_far = {} if fresh else keeper.trained(known).ledger
         keeper.adopt(version, lineage, ledger_so_far, parent=0 if fresh else None)
-    control.pause()
-    header.adopt(lineage, version)
-    control.resume(version)
+    with deferred():
+        control.pause()
+        header.adopt(lineage, version)
+        control.resume(version)

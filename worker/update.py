@@ -29,6 +29,7 @@ from worker.keeper import Keeper
 from worker.rehearsal import Rehearsal
 from worker.replay import Ready, make_ready
 from worker.serving.client import ServerControl
+from worker.signals import deferred
 from worker.step import Torn, Unavailable, Update
 from worker.trainer import Gradients, Trainer
 from worker.weights.attach import AttachedWeights
@@ -98,7 +99,7 @@ class SharedUpdate:
                 raise GradientOutlier(reason)
             return Update(version=None, lineage=header.lineage, rejected={ready.id: reason for ready in prepared})
         update.manifest["gradients_s"] = time.monotonic() - started
-        self.trainer.optimizer.prepare()  # new projections, where they are due: not while the server stands still
+        self.trainer.optimizer.prepare()  # a GPU's new projections, where due: not under the pause
         trained = [ready for ready in batch if ready.id in gradients.nll]
         update.manifest |= Rehearsal.record(trained)
         if self.guards is not None:
@@ -107,7 +108,8 @@ class SharedUpdate:
             self.keeper.before(update, trained, self.h, self.trainer.optimizer.step_count)
         except JournalError as error:
             raise Unavailable(str(error)) from error
-        self._apply(update)
+        with deferred():
+            self._apply(update)
         if self.rehearsal is not None:
             self.rehearsal.add(trained)
         if self.guards is not None:
