@@ -72,6 +72,8 @@ class Weights:
             raise TandemError("this transcript cannot be prepared")
         if says == "breaks prepare":
             raise RuntimeError("tokenizer bug")
+        if says.startswith("quoted while preparing"):
+            raise KeyError(says)
         if says == "hangs prepare":
             time.sleep(60)
         tokens = int(says.split()[1]) if says.startswith("tokens ") else 10
@@ -82,6 +84,11 @@ class Weights:
         self.batches.append([ready.id for ready in prepared])
         if "breaks the step" in says:
             raise RuntimeError("one of these breaks the step")
+        for text in sorted(says):
+            if text.startswith("quoted while training"):
+                raise UnicodeEncodeError("ascii", text, 0, 1, f"cannot encode {text}")
+        if "refused on purpose" in says:
+            raise TandemError("the step refuses this batch")
         if "server gone" in says:
             raise Unavailable("the server is gone")
         header = self.header
@@ -91,6 +98,7 @@ class Weights:
             return Update(None, header["lineage"], rejected=rejected)
         version = header["version"] + 1
         manifest = {"tokens": sum(ready.tokens for ready in good), "loss": 1.5}
+        manifest |= {"update_rms": 2e-6, "weight_rms": 0.02}
         results = {ready.id: {"version": version} for ready in good}
         update = Update(version, header["lineage"], manifest, results, rejected)
         self._replace("record", json.dumps(update.record()))

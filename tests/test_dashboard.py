@@ -165,3 +165,10 @@ def test_a_port_in_use_is_said_so(site: str, redis_url: str) -> None:
     command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", redis_url, "--port", port]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 1 and "choose another --port" in ended.stderr
+
+
+def test_a_url_that_cannot_be_read_is_refused_without_its_password() -> None:
+    command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", "redis://:hunter2/x@h", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 1 and "not a Redis URL" in ended.stderr
+    assert "hunter2" not in ended.stderr + ended.stdout

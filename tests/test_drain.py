@@ -23,6 +23,7 @@ from producer.client import Producer
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 from worker import ledger
+from worker.hooks import told
 from worker.jobs import FeedbackJob, open_queue
 from worker.merge import merge
 from worker.step import Torn, Unavailable
@@ -127,8 +128,8 @@ def test_poison_fails_alone_and_the_good_around_it_are_trained(
     reasons = {name: job(connection, name.replace(" ", "-")).latest_result().exc_string for name in bad}
     assert reasons["unpreparable"] == "TandemError: this transcript cannot be prepared"
     assert reasons["not finite"] == "loss is not finite"
-    assert "RuntimeError: one of these breaks the step" in reasons["breaks the step"]
-    assert "RuntimeError: tokenizer bug" in reasons["breaks prepare"]
+    assert "drain_parts.py" in reasons["breaks the step"] and "\nRuntimeError (message w" in reasons["breaks the step"]
+    assert "in prepare" in reasons["breaks prepare"] and "\nRuntimeError (message w" in reasons["breaks prepare"]
     assert "took more than 1 s" in reasons["hangs prepare"]
 
 
@@ -297,6 +298,43 @@ def test_a_server_that_is_gone_costs_no_job_a_retry(redis_url: str, connection: 
     assert job(connection, "t0").retries_left == keys.MAX_RETRIES
 
 
+def test_a_trainer_that_breaks_on_everything_does_not_empty_the_queue(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    for i in range(20):
+        Producer(redis_url).enqueue(say("good"), id=f"t{i}")
+    run = weights.run
+
+    def dead(prepared):  # type: ignore[no-untyped-def]
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    weights.run = dead  # type: ignore[method-assign]
+    with pytest.raises(Unavailable, match=r"broke on 3 transcripts in a row.*RuntimeError.*t0, t1, t2"):
+        drain(connection, weights, max_jobs=8)
+    assert counts(connection) == {"failed": 0, "finished": 0, "started": 0, "queued": 20}
+    left = [job(connection, f"t{i}").retries_left for i in range(20)]
+    assert left == [keys.MAX_RETRIES - 1] * 3 + [keys.MAX_RETRIES] * 17
+    weights.run = run  # type: ignore[method-assign]
+    drain(connection, weights, max_jobs=8)
+    assert sorted(weights.trained) == sorted(f"t{i}" for i in range(20))
+
+
+def test_transcripts_at_fault_with_good_ones_between_do_not_stop_the_worker(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    for i in range(12):
+        Producer(redis_url).enqueue(say("breaks the step" if i % 2 else "good"), id=f"t{i}")
+        Producer(redis_url).enqueue(say("refused on purpose"), id=f"r{i}")
+    retries = {"retries_left": 0}
+    for i in range(12):
+        connection.hset(f"rq:job:t{i}", mapping=retries)
+        connection.hset(f"rq:job:r{i}", mapping=retries)
+    lines = drain(connection, weights)
+    assert weights.trained == [f"t{i}" for i in range(0, 12, 2)]
+    assert lines.rejected["r0"] == "TandemError: the step refuses this batch"
+    assert counts(connection)["failed"] == 18
+
+
 def test_a_second_worker_is_refused_and_told_who_is_first(connection: redis.Redis, weights: Weights) -> None:
     first = start(connection, weights, hooks=[], name="the-first")
     with pytest.raises(TandemError, match=rf"'the-first' \(pid {os.getpid()} on "):
@@ -356,6 +394,84 @@ def test_texts_never_reach_logs_titles_or_descriptions(
         fields = connection.hgetall(f"rq:job:{job_id}")
         assert fields[b"description"].decode() == f"transcript {job_id}"
     assert secret not in job(connection, "b").latest_result().exc_string
+
+
+@pytest.mark.parametrize("when", ["preparing", "training"])
+def test_an_error_that_quotes_a_transcript_is_kept_without_its_message(
+    redis_url: str, connection: redis.Redis, weights: Weights, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    secret = "the patient said something private"
+    producer = Producer(redis_url)
+    for i in range(2):
+        producer.enqueue(say(f"quoted while {when}: {secret}"), id=f"bad{i}")
+        producer.enqueue(say("good"), id=f"good{i}")
+    caplog.set_level(10)
+    start(connection, weights).work(burst=True, logging_level="DEBUG")
+    assert sorted(weights.trained) == ["good0", "good1"]
+    kind = "KeyError" if when == "preparing" else "UnicodeEncodeError"
+    assert f"job bad0 failed: {kind} (message withheld" in caplog.text and secret not in caplog.text
+    for result in job(connection, "bad0").results():
+        assert secret not in result.exc_string and "drain_parts.py" in result.exc_string and kind in result.exc_string
+    assert producer.status("bad0").reason.startswith(kind)
+
+
+def test_an_error_from_another_keeps_both_places_and_no_message() -> None:
+    try:
+        try:
+            {}["private"]
+        except KeyError as error:
+            raise ValueError("private") from error
+    except ValueError as error:
+        text = told(error)
+    assert text.count("test_drain.py") == 2 and text.index("\nKeyError") < text.index("\nValueError")
+    assert text.count("private") == 2  # in the two lines of code
+    assert told(TandemError("says what to do")) == "TandemError: says what to do"
+
+
+def test_update_over_weights_is_in_the_manifest_and_the_log(
+    redis_url: str, connection: redis.Redis, weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    caplog.set_level(20)
+    start(connection, weights).work(burst=True)
+    assert float(ledger.manifest(connection, 1)["update_ratio"]) == pytest.approx(1e-4)
+    assert " · update/weight 1.0e-04 · " in caplog.text
+
+
+def test_the_lock_is_given_back_even_if_the_jobs_in_hand_cannot_be(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    for i in range(3):
+        Producer(redis_url).enqueue(say("tokens 60"), id=f"t{i}")
+
+    def breaks(prepared):  # type: ignore[no-untyped-def]
+        connection.set(f"rq:queue:{keys.QUEUE}", "no list any more")
+        raise Torn("broke off")
+
+    weights.run = breaks  # type: ignore[method-assign]
+    with pytest.raises(Torn):
+        drain(connection, weights, max_tokens=100)
+    assert not connection.exists(keys.WORKER_LOCK)
+
+
+def test_what_is_wrong_with_a_job_does_not_cost_the_lock(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    run = weights.run
+
+    def breaks_keys(prepared):  # type: ignore[no-untyped-def]
+        connection.set("rq:executions:t0", "no set of executions any more")
+        connection.expire(keys.WORKER_LOCK, 30)
+        for _ in range(500):
+            if connection.ttl(keys.WORKER_LOCK) > 40:
+                return run(prepared)
+            time.sleep(0.02)
+        raise AssertionError("the lock was not renewed")
+
+    weights.run = breaks_keys  # type: ignore[method-assign]
+    drain(connection, weights, heartbeat=0.1)
+    assert weights.trained == ["t0"] and counts(connection)["finished"] == 1
 
 
 def test_an_rq_without_what_we_need_is_refused_at_start(

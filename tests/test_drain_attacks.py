@@ -23,6 +23,7 @@ from producer import keys
 from producer.client import Producer
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
+from worker import ledger
 from worker.jobs import FeedbackJob, open_queue
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
@@ -104,6 +105,13 @@ def attacks(canary: str) -> dict[str, dict[str, bytes]]:
         "retries-no-list": callback | {"retries_left": b"2", "retry_intervals": b"5"},
         "retries-no-seconds": callback | {"retries_left": b"2", "retry_intervals": b'["x"]'},
         "retries-in-no-time": callback | {"retries_left": b"2", "retry_intervals": b"[1e300]"},
+        "intervals-text": callback | {"retries_left": b"3", "retry_intervals": b'["a"]'},
+        "intervals-huge": callback | {"retries_left": b"3", "retry_intervals": b"[1e300]"},
+        "intervals-map": callback | {"retries_left": b"3", "retry_intervals": b"{}"},
+        "intervals-many": callback | {"retries_left": b"3", "retry_intervals": str([1] * 1000).encode()},
+        "depends-on-5": callback | {"dependency_ids": b"5"},
+        "depends-on-map": callback | {"dependency_ids": b'{"a": 1}'},
+        "depends-on-no-text": callback | {"dependency_ids": b'["\\ud800"]'},
         "repeats": callback | {"repeats_left": b"5", "repeat_intervals": b"[0]"},
     }
     return fields
@@ -114,6 +122,7 @@ SURVIVES = {
     "for-ages": {"result_ttl": b"9" * 18},
     "not-at-all": {"result_ttl": b"0"},
 } | {
+    "gone-at-once": {"ttl": b"-5"},
     "elsewhere": {"origin": b"another-queue"},
     "pickled-meta": {"meta": pickle.dumps(Touch(CANARY))},
     "slot": {"rate_limit_key": b"k", "rate_limit_concurrency": b"1"},
@@ -205,9 +214,110 @@ def test_what_a_person_requeues_is_read_as_carefully_again(redis_url: str, tmp_p
         "no-text",
         "no-json",
         "repeats",
+        *("intervals-text", "intervals-huge", "intervals-map", "intervals-many"),
+        *("depends-on-5", "depends-on-map", "depends-on-no-text"),
     }
     assert set(weights.trained) <= sound
     assert not Path(canary).exists()
+
+
+def test_keys_of_a_wrong_type_beside_a_job_stop_nobody_else(redis_url: str, tmp_path: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
+    producer = Producer(redis_url)
+    ids = ["executions", "results", "dependents", "odd-dependent", "slot", "known", "good"]
+    for job_id in ids:
+        producer.enqueue(GOOD, id=job_id)
+    for key in ("rq:executions:executions", "rq:results:results", "rq:job:dependents:dependents", "rq:results:known"):
+        connection.set(key, "of a wrong type")
+    connection.hset("rq:job:slot", mapping={"rate_limit_key": "k", "rate_limit_concurrency": 1})
+    connection.set("rq:rl:k:allowed", "of a wrong type")
+    connection.sadd("rq:job:odd-dependent:dependents", "dependent")
+    connection.hset("rq:job:dependent", mapping={"data": zlib.compress(call()), "status": "deferred"})
+    connection.hset(keys.LEDGER, "known", 0)
+    start(connection, weights, hooks=[lines], linger=0, heartbeat=0.1).work(burst=True)
+    assert sorted(weights.trained) == sorted(set(ids) - {"executions", "known"})
+    assert lines.rejected == {
+        "executions": "Redis key rq:executions:executions is of a wrong type: delete it, then requeue the job"
+    }
+    said = "\n".join(lines.notices)
+    for words in (
+        "job known could not be given its result",
+        "job slot: its rate-limit slot was not",
+        "job dependents:",
+    ):
+        assert words in said, said
+    assert "job odd-dependent: the jobs that depend on it stay deferred" in said
+    assert not connection.exists(keys.WORKER_LOCK)
+    connection.delete("rq:executions:executions")
+    open_queue(connection).failed_job_registry.requeue("executions")
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    assert "executions" in weights.trained
+
+
+def test_what_a_dead_worker_held_cannot_stop_every_start(redis_url: str, tmp_path: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
+    dead = {
+        "intervals": {"retries_left": "3", "retry_intervals": '["a"]'},
+        "more-intervals": {"retries_left": "3", "retry_intervals": "[1e300]"},
+        "no-date": {"retries_left": "3", "created_at": "yesterday"},
+        "dependents": {"retries_left": "0"},
+        "slot": {"retries_left": "0", "rate_limit_key": "k", "rate_limit_concurrency": "1"},
+        "executions": {"retries_left": "3"},
+    }
+    for job_id, fields in dead.items():
+        connection.hset(f"rq:job:{job_id}", mapping={"data": zlib.compress(call()), "status": "started", **fields})
+    for key in ("rq:job:a-string", "rq:job:dependents:dependents", "rq:rl:k:allowed", "rq:executions:executions"):
+        connection.set(key, "of a wrong type")
+    odd = ["a-string:e", "no-execution", b"\xff\xfe", "gone:e", "a:b:c", ""]
+    connection.zadd(f"rq:wip:{keys.QUEUE}", {entry: 1 for entry in [*odd, *(f"{job_id}:e" for job_id in dead)]})
+    Producer(redis_url).enqueue(GOOD, id="good")
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    assert weights.trained == ["good"]
+    assert set(lines.rejected) == {"intervals", "more-intervals", "executions"}
+    failed = FailedJobRegistry(keys.QUEUE, connection=connection).get_job_ids(cleanup=False)
+    assert sorted(failed) == sorted(dead)
+    assert sum("no such job" in notice for notice in lines.notices) == len(odd)
+    assert connection.zcard(f"rq:wip:{keys.QUEUE}") == 0
+
+
+def test_a_recorded_version_is_settled_whatever_became_of_its_jobs(redis_url: str, tmp_path: Path) -> None:
+    connection, weights = redis.Redis.from_url(redis_url), Weights(tmp_path)
+    producer = Producer(redis_url)
+    ids = [producer.enqueue(GOOD, id=job_id).id for job_id in ("good", "becomes-a-string", "gone", "depends")]
+    worker = start(connection, weights, hooks=[])
+    run = weights.run
+
+    class Killed(BaseException):
+        pass
+
+    def dies(prepared: Any) -> None:
+        run(prepared)
+        connection.set("rq:job:becomes-a-string", "x")
+        connection.delete("rq:job:gone")
+        connection.hset("rq:job:depends", "dependency_ids", "5")
+        connection.zadd(f"rq:wip:{keys.QUEUE}", {b"\xff": 1})
+        raise Killed
+
+    weights.run = dies  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed):
+        worker.work(burst=True)
+    weights.run = run  # type: ignore[method-assign]
+    start(connection, weights, hooks=[]).work(burst=True)
+    assert weights.trained == ids and producer.version() == 1
+    assert ledger.versions(connection, ids) == dict.fromkeys(ids, 1)
+
+
+def test_retries_that_are_due_and_maintenance_meet_broken_keys(redis_url: str, tmp_path: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
+    connection.set("rq:job:a-string", "x")
+    push(connection, "due", {"data": zlib.compress(call()), "ttl": b"9" * 18, "status": b"scheduled"})
+    connection.delete(f"rq:queue:{keys.QUEUE}")
+    connection.zadd(f"rq:scheduled:{keys.QUEUE}", {"a-string": 1, b"\xff": 1, "gone": 1, "due": 1})
+    connection.sadd("rq:rl-keys", "k")
+    connection.set("rq:rl:k", "of a wrong type")
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    assert weights.trained == ["due"]
+    assert any("maintenance broke off" in notice for notice in lines.notices)
 
 
 garbage = st.binary(max_size=200) | st.recursive(
@@ -234,21 +344,39 @@ almost = st.fixed_dictionaries(
     },
 ).map(lambda transcript: zlib.compress(call(args=[transcript])))
 FIELDS = ["status", "timeout", "created_at", "retries_left", "result_ttl", "meta", "dependency_ids", "origin", "ttl"]
+FIELDS += ["retry_intervals", "repeat_intervals", "group_id", "rate_limit_key", "rate_limit_concurrency"]
+odd = st.binary(max_size=20) | st.sampled_from(
+    [
+        b"5",
+        b"-1",
+        b"{}",
+        b"[]",
+        b"[1e300]",
+        b'["a"]',
+        b'{"a": 1}',
+        b'["\\ud800"]',
+        b"null",
+        b"NaN",
+        b"[null]",
+        b"9" * 18,
+    ]
+)
 
 
-@given(data=garbage | almost, extra=st.dictionaries(st.sampled_from(FIELDS), st.binary(max_size=20), max_size=4))
+@given(data=garbage | almost, extra=st.dictionaries(st.sampled_from(FIELDS), odd, max_size=4))
 def test_whatever_a_hash_holds_reading_it_only_fails_as_it_may(data: bytes, extra: dict[str, bytes]) -> None:
     job = FeedbackJob("x", connection=redis.Redis(), serializer=MsgpackSerializer)
     job.restore({name.encode(): value for name, value in extra.items()} | {b"data": data})
     with contextlib.suppress(TandemError, DeserializationError):
         assert job.transcript().messages
-    assert job.to_dict()  # and it can be saved again, to be marked as failed
+    encoder = job.connection.get_encoder()
+    fields = job.to_dict()  # and it can be saved again, to be marked as failed
+    assert fields and all(isinstance(encoder.encode(value), bytes) for value in fields.values())
+    assert not job.retries_left or job.get_retry_interval() >= 0
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    payloads=st.lists(st.tuples(garbage, st.dictionaries(st.sampled_from(FIELDS), st.binary(max_size=20))), max_size=12)
-)
+@given(payloads=st.lists(st.tuples(garbage, st.dictionaries(st.sampled_from(FIELDS), odd)), max_size=12))
 def test_garbage_never_stops_the_good(
     redis_url: str, tmp_path: Path, payloads: list[tuple[bytes, dict[str, bytes]]]
 ) -> None:

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import redis
 from drain_parts import Lines, Weights, start
+from rq.utils import now
 
 from producer import keys
 from producer.client import Producer
@@ -247,3 +248,64 @@ def test_a_full_redis_is_waited_for(redis_url: str, folder: Path) -> None:
     finally:
         connection.config_set("maxmemory", 0)
     assert sorted(weights.trained) == ids and "maxmemory" in lines.notices[0]
+
+
+def gets_well(lines: Lines, mend: Callable[[], object]) -> None:
+    """The first notice is somebody's sign to mend Redis."""
+
+    def on_notice(sentence: str) -> None:
+        lines.notices.append(sentence)
+        mend()
+
+    lines.on_notice = on_notice  # type: ignore[method-assign]
+
+
+def test_a_redis_full_before_jobs_are_taken_is_waited_for(server: RedisServer, folder: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(server.url), Weights(folder), Lines()
+    ids = [Producer(server.url).enqueue(GOOD, id=f"t{i}").id for i in range(3)]
+    lines.on_start = lambda: connection.config_set("maxmemory", 1)  # type: ignore[method-assign]
+    gets_well(lines, lambda: connection.config_set("maxmemory", 0))
+    worker = start(connection, weights, hooks=[lines], heartbeat=60)
+    worker.last_cleaned_at = now()  # no maintenance first: it is the script that takes jobs that meets the full Redis
+    worker.work(burst=True)
+    assert weights.trained == ids and "maxmemory" in lines.notices[0]
+
+
+def test_a_redis_whose_disk_is_full_is_waited_for(server: RedisServer, folder: Path, tmp_path: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(server.url), Weights(folder), Lines()
+    ids = [Producer(server.url).enqueue(GOOD, id=f"t{i}").id for i in range(3)]
+
+    def snapshots_fail() -> None:
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        connection.config_set("dir", str(gone))
+        connection.config_set("save", "3600 1")
+        gone.rmdir()
+        connection.bgsave()
+        until(lambda: connection.info("persistence")["rdb_last_bgsave_status"] == "err")
+
+    lines.on_start = snapshots_fail  # type: ignore[method-assign]
+    gets_well(lines, lambda: connection.config_set("stop-writes-on-bgsave-error", "no"))
+    start(connection, weights, hooks=[lines], heartbeat=60).work(burst=True)
+    assert weights.trained == ids and "MISCONF" in lines.notices[0] and "HSET" not in lines.notices[0]
+
+
+def test_a_redis_lost_right_after_a_commit_costs_neither_count_nor_hook(server: RedisServer, folder: Path) -> None:
+    connection, weights, lines = redis.Redis.from_url(server.url), Weights(folder), Lines()
+    producer = Producer(server.url)
+    producer.enqueue([*GOOD[:1], {"role": "assistant", "content": "not finite"}], id="refused")
+    producer.enqueue(GOOD, id="t0")
+    worker = start(connection, weights, hooks=[lines], heartbeat=60)
+    release = worker.intake.release
+
+    def loses_redis(settled):  # type: ignore[no-untyped-def]
+        release(settled)
+        if [held.id for held in settled] == ["t0"]:
+            server.stop()
+
+    worker.intake.release = loses_redis  # type: ignore[method-assign]
+    gets_well(lines, lambda: server.start())
+    assert worker.work(burst=True) == 1
+    assert [line["version"] for line in lines.versions] == [1]
+    assert weights.trained == ["t0"] and weights.batches == [["refused", "t0"]]
+    assert producer.status("refused").state == "failed" and "of version 1 was not released" in lines.notices[0]

@@ -45,6 +45,7 @@ def test_what_was_trained_is_reported(redis_url: str, tmp_path: Path) -> None:
     assert found["queue"] == {"queued": 1, "started": 0, "failed": 0, "finished": 2, "scheduled": 0, "deferred": 0}
     update = found["last_update"]
     assert (update["jobs"], update["tokens"], update["loss"]) == (2, 20, 1.5)
+    assert update["update_ratio"] == pytest.approx(1e-4) and "update_ratio 0.0001" in run(redis_url, tmp_path)[1]
     assert 0 <= update["age_s"] < 60 and update["commit_s"] > 0 and update["step_s"] >= 0
     assert (
         "version 1, " in run(redis_url, tmp_path)[1]
@@ -78,7 +79,15 @@ def test_a_worker_is_seen_while_it_works_and_when_it_died(redis_url: str, tmp_pa
     lock.release()
 
 
-@pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0", "unix://:hunter2@/nowhere/redis.sock", "nonsense"])
+BROKEN = [
+    "redis://:hunter2/x@h",
+    "redis://:hunter2@h:port/0",
+    "redis://127.0.0.1:1/0?socket_timeout=hunter2",
+    "nonsense",
+]
+
+
+@pytest.mark.parametrize("url", ["redis://:hunter2@127.0.0.1:1/0", "unix://:hunter2@/nowhere/redis.sock", *BROKEN])
 def test_a_redis_that_is_down_is_said_to_be_without_its_password(url: str, tmp_path: Path) -> None:
     code, text = run(url, tmp_path)
     assert code == 1 and text.startswith("Redis unreachable · server unreachable") and "hunter2" not in text

@@ -23,13 +23,14 @@ from rq_dashboard.web import setup_rq_connection
 from werkzeug.serving import make_server
 
 from producer.errors import TandemError
-from producer.jobs import safe_url
+from producer.jobs import DEFAULT_URL, connect, resolve_url, safe_url
 
 CONFIG = "worker.dashboard_config"
 
 
 def make_app(redis_url: str, names: Collection[str] = ()) -> Flask:
     """The dashboard as a Flask application on the Redis at `redis_url`; names: further host names it answers to."""
+    connect(redis_url, redis.Redis.from_url).close()  # a bad URL is refused here: rq-dashboard's own error may quote it
     app: Flask = make_flask_app(CONFIG, None, None, "")
     app.config["RQ_DASHBOARD_REDIS_URL"] = (redis_url,)
     setup_rq_connection(app)
@@ -93,13 +94,14 @@ def redis_trouble(error: redis.RedisError) -> tuple[str, int]:
 
 
 @click.command()
-@click.option("--redis", "redis_url", envvar="REDIS_URL", default="redis://127.0.0.1:6379/0", help="Redis URL.")
+@click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
 @click.option("--host", default="127.0.0.1", help="Address to listen on. There are no passwords: keep it to yourself.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9181, help="Port; 0 takes a free one.")
 @click.option("--allow", multiple=True, metavar="NAME", help="A further host name to answer to, besides addresses.")
-def command(redis_url: str, host: str, port: int, allow: tuple[str, ...]) -> None:
+def command(redis_url: str | None, host: str, port: int, allow: tuple[str, ...]) -> None:
     """Run rq-dashboard: queues, jobs, workers, results, and requeueing what failed."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    redis_url = resolve_url(redis_url)
     try:
         server = make_server(host, port, make_app(redis_url, allow), threaded=True)
     except (OSError, SystemExit) as error:

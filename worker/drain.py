@@ -12,7 +12,6 @@ Invariants:
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +25,11 @@ from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 from worker import ledger, moves
 from worker.faults import point
-from worker.hooks import Hooks, LogHooks, logger
+from worker.hooks import Hooks, LogHooks, logger, told
 from worker.intake import Intake
 from worker.jobs import FeedbackJob, FeedbackQueue, open_queue
 from worker.lock import WorkerLock
-from worker.merge import merge
+from worker.merge import merge, own_words, retryable
 from worker.moves import Held
 from worker.pulse import Pulse
 from worker.step import Prepared, Step, Torn, Unavailable, Update
@@ -44,8 +43,8 @@ REDIS_SECONDS = 15
 """How long Redis may take to answer, unless the connection allows more."""
 STOP_GRACE = 15.0
 """Seconds a stopping worker goes on trying to tell Redis of a version."""
-RETRYABLE = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError, redis.ReadOnlyError)
-"""Redis errors that are nobody's fault here and end one day: wait and go on."""
+SICK_AFTER = 3
+"""Transcripts on which a step may break one after the other, each alone, before it is the step that is to blame."""
 
 
 class CommitPending(TandemError):
@@ -117,9 +116,13 @@ class BatchWorker(SimpleWorker):
         elif said := self.lock.acquire():
             self.tell("on_notice", said)
         self.versions = 0
+        self.broken_on: list[str] = []
         try:
-            if recovered := moves.recover(self.queue, self.name):
-                self.tell("on_notice", f"put back {recovered} jobs that a dead worker held")
+            recovered, wrong = moves.recover(self.queue, self.name)
+            if recovered:
+                wrong.append(f"put back {recovered} jobs that a dead worker held")
+            for sentence in wrong:
+                self.tell("on_notice", sentence)
             self.bootstrap(logging_level)
             self._install_signal_handlers()
             self.pulse.start()
@@ -134,7 +137,9 @@ class BatchWorker(SimpleWorker):
                         break
                 except StopRequested:  # suspended in burst mode
                     break
-                except RETRYABLE as error:
+                except redis.RedisError as error:
+                    if not retryable(error):
+                        raise
                     self.resync(error)
             self.put_back_rest()
             return self.versions
@@ -152,7 +157,8 @@ class BatchWorker(SimpleWorker):
         self.check_for_suspension(burst)
         moves.enqueue_due(self.queue)
         if self.should_run_maintenance_tasks:
-            moves.clean(self.queue)
+            if said := moves.clean(self.queue):
+                self.tell("on_notice", said)
             self.last_cleaned_at = now()  # type: ignore[assignment]
 
     def train(self, batch: list[Held]) -> None:
@@ -164,13 +170,27 @@ class BatchWorker(SimpleWorker):
             raise
         except Exception as error:
             if len(batch) == 1:
-                self.intake.reject(batch[0], traceback.format_exc(), permanent=False)
+                self.intake.reject(batch[0], told(error), permanent=False)
+                self.suspect(batch[0], error)
                 return
-            self.tell("on_split", len(batch), f"{type(error).__name__}: {str(error)[:200]}")
+            self.tell("on_split", len(batch), told(error).splitlines()[-1][:200])
             self.train(batch[: len(batch) // 2])
             self.train(batch[len(batch) // 2 :])
             return
         self.settle(batch, update, started)
+
+    def suspect(self, held: Held, error: Exception) -> None:
+        """The step broke on `held` alone. When it does so on one transcript after the other with nothing trained in
+        between, it is not the transcripts: a dead GPU would fail the whole queue."""
+        if isinstance(error, TandemError) or held.id in self.broken_on:
+            return
+        self.broken_on.append(held.id)
+        if len(self.broken_on) == SICK_AFTER:
+            raise Unavailable(
+                f"training broke on {SICK_AFTER} transcripts in a row, each alone ({type(error).__name__}): the trainer"
+                " is sick rather than they (a GPU error, say). Every other job was put back. Look at the errors of"
+                f" {', '.join(self.broken_on)} in tandem dashboard, then start the worker again"
+            ) from error
 
     def settle(self, batch: list[Held], update: Update, started: float) -> None:
         """Commit the version with the jobs it holds, then fail those the step refused."""
@@ -181,8 +201,12 @@ class BatchWorker(SimpleWorker):
             update.manifest.setdefault("step_s", time.monotonic() - started)
             update.manifest["linger_s"] = self.linger_s
             update.manifest["tokenize_s"] = sum(held.prepare_s for held in trained)
+            moved, weights = (update.manifest.get(name) for name in ("update_rms", "weight_rms"))
+            if moved is not None and weights:
+                update.manifest["update_ratio"] = moved / weights
             commit_s = self.commit(trained, update)
             self.versions += 1
+            self.broken_on.clear()
             line = {"version": update.version, "lineage": update.lineage, "jobs": len(trained), "commit_s": commit_s}
             self.tell("on_version", update.manifest | line)
         for held in batch:
@@ -211,7 +235,9 @@ class BatchWorker(SimpleWorker):
                 raise  # the record cannot be written at all: ours to mend, not Redis'
             except redis.RedisError as error:
                 if wait == 0.1:
-                    self.tell("on_notice", f"Redis has not taken version {update.version} ({error}); trying on")
+                    self.tell(
+                        "on_notice", f"Redis has not taken version {update.version} ({own_words(error)}); trying on"
+                    )
                 if self._stop_requested:
                     asked = asked or time.monotonic()
                     if time.monotonic() - asked > STOP_GRACE:
@@ -222,12 +248,17 @@ class BatchWorker(SimpleWorker):
                 time.sleep(wait)
                 wait = min(wait * 2, 2.0)
         seconds = time.monotonic() - started
-        moves.after_commit(self, self.queue, trained, {"commit_s": seconds, "worker": self.name})
+        try:
+            said = moves.after_commit(self, self.queue, trained, {"commit_s": seconds, "worker": self.name})
+        except redis.RedisError as error:  # the version counts all the same; if Redis is away, the next call will wait
+            said = [f"what waits for the jobs of version {update.version} was not released ({own_words(error)})"]
+        for sentence in said:
+            self.tell("on_notice", sentence)
         return seconds
 
     def resync(self, error: Exception) -> None:
         """Redis went away between steps. Wait for it, then start from what it knows: our jobs go back to its queue."""
-        self.tell("on_notice", f"Redis does not serve us ({error}); waiting until it does")
+        self.tell("on_notice", f"Redis does not serve us ({own_words(error)}); waiting until it does")
         started, wait = time.monotonic(), 0.1
         while not self._stop_requested:
             time.sleep(wait)
@@ -255,21 +286,23 @@ class BatchWorker(SimpleWorker):
         """The way out. A batch still in hand here was cut off by an error: it stays started, for the next worker."""
         self.pulse.stop()
         self._restore_signal_handlers()
-        try:
-            with self.settling:
-                if self.lock.held and self.intake.backlog:
-                    moves.put_back(self, self.queue, list(self.intake.backlog))
-            self.tell("on_stop")
-            self.teardown()
-            self.lock.release()
-        except redis.RedisError as error:
-            self.tell("on_notice", f"Redis could not be told that this worker ends ({error}); the next one tidies up")
+        for last in (self.put_back_backlog, lambda: self.tell("on_stop"), self.teardown, self.lock.release):
+            try:
+                last()
+            except redis.RedisError as error:
+                said = f"Redis could not be told that this worker ends ({own_words(error)}); the next one tidies up"
+                self.tell("on_notice", said)
+
+    def put_back_backlog(self) -> None:
+        with self.settling:
+            if self.lock.held and self.intake.backlog:
+                moves.put_back(self, self.queue, list(self.intake.backlog))
 
     def beat(self) -> None:
         """One sign of life, from the heartbeat's thread: worker, jobs in hand, and the lock."""
+        self.lock.renew()  # first: nothing that is wrong with a job may cost us the lock
         with self.settling:
             moves.heartbeat(self, self.intake.hands, WORKER_TTL + 60)
-        self.lock.renew()
 
     def request_stop(self, signum: int, frame: Any) -> None:
         """SIGTERM and SIGINT: finish the batch in hand, then end. Asking again changes nothing: a step that is cut

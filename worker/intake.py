@@ -8,7 +8,6 @@ order it came; texts never reach logs; the only time limit, SIGALRM, is around p
 import contextlib
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from rq.worker import BaseWorker
 
 from producer.errors import TandemError
 from worker import moves
+from worker.hooks import told
 from worker.jobs import FeedbackQueue
 from worker.moves import Held
 from worker.step import Step, Torn, Unavailable
@@ -120,14 +120,17 @@ class Intake:
         if fresh:
             with self.settling:
                 self.backlog.extend(fresh)  # before they begin: whatever happens now, they are ours to put back
-                moves.begin(self.worker, self.queue, fresh)
+                broken = moves.begin(self.worker, self.queue, fresh)
+            for held in [held for held in fresh if held.id in broken]:
+                reason = f"Redis key {broken[held.id]} is of a wrong type: delete it, then requeue the job"
+                self.reject(held, reason, permanent=True)
         return len(taken) + len(dropped)
 
     def acknowledge(self, held: Held) -> None:
         """A transcript the ledger knows: finished, with the version it went into, and not trained again."""
-        with self.queue.connection.pipeline() as pipe:
-            moves.finish(self.queue, held.job, None, {"version": held.version, "already_trained": True}, pipe)
-            pipe.execute()
+        result = {"version": held.version, "already_trained": True}
+        if broken := moves.acknowledge(self.queue, held, result):
+            self.tell("on_notice", f"job {held.id} could not be given its result: {broken} is of a wrong type")
         self.tell("on_already_trained", held.id, held.version)
 
     def admit(self, held: Held) -> bool:
@@ -145,11 +148,11 @@ class Intake:
         except JobTimeoutException:
             self.reject(held, f"preparing the transcript took more than {self.prepare_limit} s", permanent=True)
         except TandemError as error:
-            self.reject(held, f"{type(error).__name__}: {error}", permanent=True)
+            self.reject(held, told(error), permanent=True)
         except DeserializationError as error:
             self.reject(held, f"the job's payload is not a msgpack call: {error.__cause__}", permanent=True)
-        except Exception:
-            self.reject(held, traceback.format_exc(), permanent=False)
+        except Exception as error:
+            self.reject(held, told(error), permanent=False)
         return False
 
     def time_limit(self) -> contextlib.AbstractContextManager[Any]:

@@ -16,15 +16,15 @@ import redis
 import rq
 import rq.serializers
 from rq.executions import Execution, ExecutionRegistry
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.queue import Queue
-from rq.registry import BaseRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.registry import BaseRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.worker import SimpleWorker
 
 from producer import keys
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
-from producer.transcript import MAX_BYTES, MAX_META_BYTES, Transcript
+from producer.transcript import ID_PATTERN, MAX_BYTES, MAX_META_BYTES, Transcript
 
 MAX_DATA = 2 * MAX_BYTES + MAX_META_BYTES
 """Bytes a job's payload may have once decompressed: what the producer accepts, and some."""
@@ -33,9 +33,13 @@ MAX_HASH = MAX_DATA + 1024 * 1024
 MAX_RETRIES = 16
 """What a job's own count of retries is cut to."""
 MAX_TTL = 10 * 365 * 24 * 3600
+MAX_LIST = 100
+"""Entries a job's list of retry intervals or of dependencies may have."""
 
 PRIVATE_NAMES: list[tuple[Any, str]] = [
     (Job, "_handle_success"),
+    (Job, "_handle_failure"),
+    (Job, "retry"),
     (Job, "_deserialize_data"),
     (Job, "prepare_for_execution"),
     (Job, "restore"),
@@ -48,8 +52,6 @@ PRIVATE_NAMES: list[tuple[Any, str]] = [
     (Execution, "delete"),
     (Execution, "heartbeat"),
     (ExecutionRegistry, "remove"),
-    (StartedJobRegistry, "get_job_and_execution_ids"),
-    (ScheduledJobRegistry, "get_jobs_to_schedule"),
     (SimpleWorker, "handle_job_failure"),
     (SimpleWorker, "check_for_suspension"),
     (SimpleWorker, "register_death"),
@@ -140,29 +142,31 @@ class FeedbackJob(Job):
         except Exception as error:
             self.defect = f"the job's fields in Redis cannot be read ({type(error).__name__})"
             self.meta = {}
-            super().restore({b"data": b"", b"status": b"queued"})
-        self._tame()
+            status = fields.get("status", b"")
+            super().restore({b"data": b"", b"status": status if status in _STATUSES else b"queued"})
         self.data = data
         self.retries_left = None if self.retries_left is None else max(0, min(self.retries_left, MAX_RETRIES))
         self.result_ttl = _bounded_ttl(self.result_ttl)
         self.failure_ttl = _bounded_ttl(self.failure_ttl)
+        self.ttl = _bounded_ttl(self.ttl)
+        self._restore_lists()
         self.origin = self.origin or keys.QUEUE
         if self.repeats_left:
             self.defect = self.defect or "the job is to be repeated; a transcript is trained once"
         self._stored = True
 
-    def _tame(self) -> None:
-        """What RQ reads as JSON or msgpack may be of any type, and RQ goes on to use it unseen: a wrong one would end
-        the worker when the job is saved or retried."""
+    def _restore_lists(self) -> None:
+        """RQ keeps these as any JSON or msgpack value, and counts on them where a job is saved or tried again."""
         if not isinstance(self.meta, dict):
             self.meta = {}
-        ids, intervals = self._dependency_ids, self.retry_intervals
-        if not (isinstance(ids, list) and all(isinstance(job_id, str) for job_id in ids)):
+        intervals, self.retry_intervals = self.retry_intervals, None
+        if intervals is not None and not _is_list(intervals, lambda i: type(i) is int and 0 <= i <= MAX_TTL):
+            self.defect = self.defect or f"the job's retry_intervals are not up to {MAX_LIST} whole seconds"
+        elif intervals:
+            self.retry_intervals = intervals
+        if not _is_list(self._dependency_ids, lambda i: isinstance(i, str) and ID_PATTERN.fullmatch(i)):
             self._dependency_ids = []
-            self.defect = self.defect or "the job's dependency_ids in Redis are no list of ids"
-        if intervals is not None and not (isinstance(intervals, list) and intervals and all(map(_seconds, intervals))):
-            self.retry_intervals = None
-            self.defect = self.defect or "the job's retry_intervals in Redis are no list of seconds"
+            self.defect = self.defect or f"the job's dependency_ids are not up to {MAX_LIST} job ids"
 
     def to_dict(self, include_meta: bool = True, include_result: bool = True) -> dict[str, Any]:
         """As RQ's, without what is in Redis already and never changes: the payload is most of the job."""
@@ -192,6 +196,7 @@ class FeedbackJob(Job):
 
 _UNCHANGING = {"data", "created_at", "group_id", "retry_intervals", "result_ttl", "failure_ttl"}
 _UNCHANGING |= {"success_callback_name", "failure_callback_name", "stopped_callback_name"}  # empty, or a defect
+_STATUSES = {status.value.encode() for status in JobStatus}
 _FORBIDDEN = ["success_callback_name", "failure_callback_name", "stopped_callback_name", "webhooks"]
 _FIELDS = (
     *("data", "created_at", "origin", "worker_name", "enqueued_at", "started_at", "ended_at", "last_heartbeat"),
@@ -214,15 +219,15 @@ def _inflate(raw: bytes) -> tuple[bytes, str | None]:
     return data, None
 
 
-def _seconds(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= MAX_TTL
-
-
 def _bounded_ttl(ttl: int | None) -> int | None:
     """RQ's -1 (forever) stays; 0 and absurd values would break the transaction that settles the whole batch."""
     if ttl is None or ttl == -1:
         return ttl
     return max(60, min(ttl, MAX_TTL))
+
+
+def _is_list(value: Any, fits: Callable[[Any], Any]) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_LIST and all(fits(entry) for entry in value)
 
 
 class FeedbackQueue(Queue):

@@ -8,7 +8,7 @@ when its answer was lost; ids in RQ's intermediate queue are exactly those taken
 
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ from typing import Any
 import redis
 from redis.client import Pipeline
 from rq import worker_registration
-from rq.executions import Execution
+from rq.executions import Execution, ExecutionRegistry
 from rq.job import JobStatus
 from rq.rate_limit import release_slot
-from rq.registry import BaseRegistry, ScheduledJobRegistry, StartedJobRegistry, clean_registries
+from rq.registry import ScheduledJobRegistry, StartedJobRegistry, clean_registries
+from rq.results import Result
 from rq.utils import now
 from rq.worker import BaseWorker, SimpleWorker
 
 from producer import keys
 from producer.serializer import MsgpackSerializer
-from producer.transcript import MAX_ID
+from producer.transcript import ID_PATTERN, MAX_ID
 from worker.jobs import MAX_HASH, FeedbackJob, FeedbackQueue
-from worker.merge import merge
+from worker.merge import execute, merge, retryable
 
 LEASE = 180
 """Seconds a begun job stays ours without a heartbeat."""
@@ -116,8 +117,22 @@ def _take(queue: FeedbackQueue, count: int, first: bytes) -> list[tuple[bytes, b
     return result
 
 
-def begin(worker: BaseWorker, queue: FeedbackQueue, batch: Iterable[Held]) -> None:
-    """Mark jobs as started by `worker`, out of the intermediate queue, in one transaction."""
+def _owned(batch: Iterable[Held]) -> dict[str, str]:
+    """The Redis keys that only one job uses -> that job's id."""
+    found: dict[str, str] = {}
+    for held in batch:
+        executions: str = ExecutionRegistry(held.id, connection=held.job.connection).key
+        found |= dict.fromkeys((held.job.key, executions, Result.get_key(held.id)), held.id)
+        if held.execution:
+            found[held.execution.key] = held.id
+    return found
+
+
+def begin(worker: BaseWorker, queue: FeedbackQueue, batch: Sequence[Held]) -> dict[str, str]:
+    """Mark jobs as started by `worker`, out of the intermediate queue, in one transaction.
+
+    Returns, per job with a key of a wrong type, that key: it has begun like the others, but must be failed.
+    """
     with worker.connection.pipeline() as pipe:
         for held in batch:
             held.execution = Execution.create(held.job, LEASE, pipe, worker_name=worker.name)
@@ -126,10 +141,11 @@ def begin(worker: BaseWorker, queue: FeedbackQueue, batch: Iterable[Held]) -> No
             pipe.lrem(queue.intermediate_queue_key, 1, held.id)
         worker.set_state("busy", pipeline=pipe)
         merge(pipe)
-        pipe.execute()
+        _, broken = execute(pipe, _owned(batch))
     for held in batch:
         assert held.execution is not None
         worker.executions[held.execution.id] = held.execution
+    return broken
 
 
 def finish(queue: FeedbackQueue, job: FeedbackJob, execution: Execution | None, result: Any, pipe: Pipeline) -> None:
@@ -153,27 +169,54 @@ def finish(queue: FeedbackQueue, job: FeedbackJob, execution: Execution | None, 
         pipe.lrem(queue.intermediate_queue_key, 1, job.id)
 
 
+def acknowledge(queue: FeedbackQueue, held: Held, result: Any) -> str | None:
+    """Finish, on its own, a job that was taken and never begun. Returns the key of its that is of a wrong type."""
+    with queue.connection.pipeline() as pipe:
+        finish(queue, held.job, None, result, pipe)
+        return execute(pipe, _owned([held]))[1].get(held.id)
+
+
 def count_finished(worker: BaseWorker, count: int, seconds: float, pipe: Pipeline) -> None:
     """The worker's own statistics, as `rq info` and the dashboard show them."""
     pipe.hincrby(worker.key, "successful_job_count", count)
     pipe.hincrbyfloat(worker.key, "total_working_time", seconds)
 
 
-def after_commit(worker: BaseWorker, queue: FeedbackQueue, batch: list[Held], notes: dict[Any, Any]) -> None:
-    """What follows the transaction that finished jobs: state, then dependents and rate-limit slots, as in RQ."""
+def after_commit(worker: BaseWorker, queue: FeedbackQueue, batch: list[Held], notes: dict[Any, Any]) -> list[str]:
+    """What follows the transaction that finished jobs: state, then dependents and rate-limit slots, as in RQ.
+
+    Returns a sentence per job that could not release what waits for it.
+    """
+    for held in batch:
+        if held.execution:
+            worker.executions.pop(held.execution.id, None)
     with worker.connection.pipeline(transaction=False) as pipe:
         worker.set_state("idle", pipeline=pipe)
         pipe.hset(keys.STATE, mapping=notes)
         for held in batch:
             pipe.exists(held.job.dependents_key)
         dependents = pipe.execute()[2:]
+    said: list[str] = []
     for held, has_dependents in zip(batch, dependents, strict=True):
-        if held.execution:
-            worker.executions.pop(held.execution.id, None)
-        if has_dependents:
-            queue.enqueue_dependents(held.job)
-        if held.job.has_rate_limit:
-            release_slot(held.job)
+        said += _release_others(queue, held.job, dependents=bool(has_dependents))
+    return said
+
+
+def _release_others(queue: FeedbackQueue, job: FeedbackJob, dependents: bool) -> list[str]:
+    """Queue what waits for `job`; what is wrong with other jobs, or with the keys between them, is said, not raised."""
+    said = []
+    for wanted, release, what in (
+        (dependents, queue.enqueue_dependents, "the jobs that depend on it stay deferred"),
+        (job.has_rate_limit, release_slot, "its rate-limit slot was not released"),
+    ):
+        try:
+            if wanted:
+                release(job)  # type: ignore[operator]
+        except Exception as error:
+            if retryable(error):
+                raise
+            said.append(f"job {job.id}: {what} ({type(error).__name__}: what Redis has of them is broken)")
+    return said
 
 
 def forget(queue: FeedbackQueue, held: Held) -> None:
@@ -202,7 +245,7 @@ def put_back(worker: BaseWorker, queue: FeedbackQueue, batch: list[Held]) -> Non
             queue.push_job_id(held.id, pipeline=pipe, at_front=True)
             if held.execution:
                 held.execution.delete(job=held.job, pipeline=pipe)
-        pipe.execute()
+        execute(pipe, _owned(batch))
     for held in batch:
         if held.execution:
             worker.executions.pop(held.execution.id, None)
@@ -218,33 +261,83 @@ def put_back_taken(queue: FeedbackQueue) -> int:
     return int(count)
 
 
-def recover(queue: FeedbackQueue, name: str) -> int:
-    """Put back everything a dead worker held; only for `name`, the holder of the worker lock. Returns how many jobs.
+def recover(queue: FeedbackQueue, name: str) -> tuple[int, list[str]]:
+    """Put back everything a dead worker held; only for `name`, the holder of the worker lock.
 
-    RQ's own rule decides for jobs that had begun: one retry is spent, and without one left the job fails.
+    For jobs that had begun as RQ's StartedJobRegistry.cleanup() does it: one retry is spent, and without one left the
+    job fails. But job by job: one that cannot be read, or whose dependents cannot, must not stop every start.
+    Returns how many jobs, and a sentence per thing that was wrong.
     """
     for worker in SimpleWorker.all(queue=queue):
         gone = worker.hostname == socket.gethostname() and not Path(f"/proc/{worker.pid}").exists()
         if gone or worker.name == name:
             worker.register_death()  # or `rq info` shows the dead one for minutes, and we could not have its name
-    registry = StartedJobRegistry(queue=queue, job_class=FeedbackJob, serializer=MsgpackSerializer)
-    begun = registry.get_job_count(cleanup=False)
-    if begun:
-        registry.cleanup(timestamp=time.time() + 100 * 365 * 24 * 3600)
-    return begun + put_back_taken(queue)
+    registry = _started(queue)
+    begun, said = _begun(registry), []
+    jobs = _fetch(queue, [job_id for _, job_id, _ in begun])
+    for (entry, job_id, execution_id), job in zip(begun, jobs, strict=True):
+        if job is None:
+            queue.connection.zrem(registry.key, entry)
+            said.append(f"dropped {entry[:40]!r} from the started jobs: no such job")
+        else:
+            said += _abandon(queue, job, Execution(execution_id, job_id, queue.connection))
+    return len(begun) + put_back_taken(queue), said
+
+
+def _abandon(queue: FeedbackQueue, job: FeedbackJob, execution: Execution) -> list[str]:
+    """End an execution whose worker died."""
+    held, started = Held(job, execution=execution), job.get_status(refresh=False) == JobStatus.STARTED
+    job.origin = queue.name
+    retry = started and job.should_retry
+    with queue.connection.pipeline() as pipe:
+        execution.delete(job=job, pipeline=pipe)
+        if retry:
+            job.retry(queue, pipe)
+        elif started:
+            job.set_status(JobStatus.FAILED, pipeline=pipe)
+            job._handle_failure("its worker died, and no retry is left", pipe)
+        execute(pipe, _owned([held]))
+    return _release_others(queue, job, dependents=not retry) if started else []
+
+
+def _started(queue: FeedbackQueue) -> StartedJobRegistry:
+    return StartedJobRegistry(queue=queue, job_class=FeedbackJob, serializer=MsgpackSerializer)
+
+
+def _begun(registry: StartedJobRegistry) -> list[tuple[bytes, str, str]]:
+    """Entry, job id and execution id of all that has begun; an entry that is none of RQ's has some id of no job."""
+    entries: Any = registry.connection.zrange(registry.key, 0, -1)
+    return [(entry, *entry.decode(errors="replace").partition(":")[::2]) for entry in entries]
+
+
+def _fetch(queue: FeedbackQueue, ids: Sequence[str]) -> list[FeedbackJob | None]:
+    """As RQ's fetch_many, but a key of a wrong type is no job, rather than an error."""
+    with queue.connection.pipeline(transaction=False) as pipe:
+        for job_id in ids:
+            pipe.hgetall(FeedbackJob.key_for(job_id))
+        answers = pipe.execute(raise_on_error=False)
+    jobs: list[FeedbackJob | None] = []
+    for job_id, fields in zip(ids, answers, strict=True):
+        if isinstance(fields, Exception) and retryable(fields):
+            raise fields
+        job = None
+        if isinstance(fields, dict) and fields and ID_PATTERN.fullmatch(job_id):
+            job = FeedbackJob(job_id, connection=queue.connection, serializer=MsgpackSerializer)
+            job.restore(fields)
+        jobs.append(job)
+    return jobs
 
 
 def settle_recorded(queue: FeedbackQueue, results: dict[str, Any]) -> Callable[[Pipeline], None]:
     """For a batch a dead worker trained: a function that finishes its jobs on a pipeline, wherever they are now."""
-    started = StartedJobRegistry(queue=queue, job_class=FeedbackJob, serializer=MsgpackSerializer)
     executions: dict[str, list[str]] = {}
-    for job_id, execution_id in started.get_job_and_execution_ids(cleanup=False):
+    for _, job_id, execution_id in _begun(_started(queue)):
         executions.setdefault(job_id, []).append(execution_id)
-    jobs = FeedbackJob.fetch_many(list(results), connection=queue.connection, serializer=MsgpackSerializer)
+    jobs = _fetch(queue, list(results))
 
     def settle(pipe: Pipeline) -> None:
         for job in jobs:
-            if not isinstance(job, FeedbackJob):
+            if job is None:
                 continue  # expired or deleted: the ledger alone remembers it
             job.origin = queue.name
             finish(queue, job, None, results[job.id], pipe)
@@ -255,7 +348,7 @@ def settle_recorded(queue: FeedbackQueue, results: dict[str, Any]) -> Callable[[
     return settle
 
 
-def heartbeat(worker: BaseWorker, batch: Iterable[Held], ttl: int) -> None:
+def heartbeat(worker: BaseWorker, batch: Sequence[Held], ttl: int) -> None:
     """Keep worker, jobs and executions alive in Redis for another `ttl` (worker) and `LEASE` (jobs) seconds."""
     with worker.connection.pipeline() as pipe:
         worker.heartbeat(ttl, pipeline=pipe)
@@ -263,7 +356,7 @@ def heartbeat(worker: BaseWorker, batch: Iterable[Held], ttl: int) -> None:
             if held.execution:
                 held.execution.heartbeat(held.job.started_job_registry, LEASE, pipeline=pipe)
                 held.job.heartbeat(now(), LEASE, pipeline=pipe, xx=True)
-        created = pipe.execute()[0]
+        created = execute(pipe, _owned(batch))[0][0]
     if created:  # the worker's hash had expired (Redis was away): say again who we are
         with worker.connection.pipeline() as pipe:
             pipe.hset(worker.key, mapping=worker.serialize())
@@ -275,20 +368,26 @@ def heartbeat(worker: BaseWorker, batch: Iterable[Held], ttl: int) -> None:
 def enqueue_due(queue: FeedbackQueue) -> int:
     """Queue the retries whose time has come, as RQ's forked scheduler would; returns how many."""
     registry = ScheduledJobRegistry(queue=queue, job_class=FeedbackJob, serializer=MsgpackSerializer)
-    ids = registry.get_jobs_to_schedule()
-    if not ids:
+    due: Any = registry.connection.zrangebyscore(registry.key, 0, time.time(), start=0, num=1000)
+    if not due:
         return 0
-    jobs = FeedbackJob.fetch_many(ids, connection=queue.connection, serializer=MsgpackSerializer)
+    jobs = _fetch(queue, [entry.decode(errors="replace") for entry in due])
     with queue.connection.pipeline() as pipe:
-        for job_id, job in zip(ids, jobs, strict=True):
-            BaseRegistry.remove(registry, job_id, pipeline=pipe)
+        pipe.zrem(registry.key, *due)
+        for job in jobs:
             if job is not None:
                 queue._enqueue_job(job, pipeline=pipe, at_front=job.should_enqueue_at_front())
         pipe.execute()
-    return len(ids)
+    return len(due)
 
 
-def clean(queue: FeedbackQueue) -> None:
-    """RQ's periodic maintenance of registries and of workers that are gone."""
-    clean_registries(queue)
-    worker_registration.clean_worker_registry(queue)
+def clean(queue: FeedbackQueue) -> str | None:
+    """RQ's periodic maintenance of registries and of workers that are gone. Returns what it stumbled over."""
+    try:
+        clean_registries(queue)
+        worker_registration.clean_worker_registry(queue)
+    except Exception as error:
+        if retryable(error):
+            raise
+        return f"RQ's maintenance broke off ({type(error).__name__}): a key of another queue or job is broken"
+    return None

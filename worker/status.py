@@ -19,7 +19,7 @@ from rq.worker import SimpleWorker
 
 from producer import keys
 from producer.errors import TandemError
-from producer.jobs import safe_url
+from producer.jobs import DEFAULT_URL, connect, resolve_url, safe_url
 from worker import ledger
 from worker.jobs import open_queue
 from worker.lock import is_dead, parse_holder
@@ -30,20 +30,34 @@ SECONDS = 5.0
 REGISTRIES = {"started": Started, "failed": FailedJobRegistry, "finished": FinishedJobRegistry}
 REGISTRIES |= {"scheduled": ScheduledJobRegistry, "deferred": DeferredJobRegistry}
 NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s", "step_s", "pause_s", "commit_s")
+RATIO = "update_ratio"
+"""RMS of the last update over RMS of the weights; kept in the version's manifest."""
 
 
 def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
     """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems."""
-    status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": True}}
+    status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
     try:
-        connection = redis.Redis.from_url(redis_url, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
-        status |= _from_redis(connection)
-        connection.close()
+        with connect(redis_url, _impatient) as connection:
+            connection.ping()
+            status["redis"]["reachable"] = True
+            status |= _from_redis(connection)
     except (redis.RedisError, TandemError, ValueError) as error:
-        status["redis"] |= {"reachable": not isinstance(error, redis.RedisError | ValueError), "error": str(error)}
+        status["redis"] |= {"reachable": status["redis"]["reachable"] and not _away(error), "error": str(error)}
     status["server"] = _server(run_dir)
     status["problems"] = problems(status)
     return status
+
+
+def _impatient(url: str, **options: Any) -> redis.Redis:
+    client: redis.Redis = redis.Redis.from_url(
+        url, **options | {"socket_timeout": SECONDS, "socket_connect_timeout": SECONDS}
+    )
+    return client
+
+
+def _away(error: Exception) -> bool:
+    return isinstance(error, redis.ConnectionError | redis.TimeoutError)
 
 
 def _from_redis(connection: redis.Redis) -> dict[str, Any]:
@@ -55,6 +69,9 @@ def _from_redis(connection: redis.Redis) -> dict[str, Any]:
     for name, registry in REGISTRIES.items():
         counts[name] = registry(queue=queue).get_job_count(cleanup=False)
     update = {name: float(said[name]) for name in NUMBERS if name in said}
+    ratio: Any = connection.hget(keys.manifest(known.version), RATIO)
+    if ratio is not None:
+        update[RATIO] = float(ratio)
     at = said.get("at") if known.version else None
     return {
         "queue": counts,
@@ -154,12 +171,12 @@ def ago_text(seconds: float) -> str:
 
 
 @click.command()
-@click.option("--redis", "redis_url", envvar="REDIS_URL", default="redis://127.0.0.1:6379/0", help="Redis URL.")
+@click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-def command(redis_url: str, run_dir: Path | None, as_json: bool) -> None:
+def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
     """Say in one line how queue, weights, worker and server are; exit code 1 if something is missing or wrong."""
-    status = gather(redis_url, run_dir or default_run_dir())
+    status = gather(resolve_url(redis_url), run_dir or default_run_dir())
     if as_json:
         click.echo(json.dumps(status, indent=2, default=str))
     else:
