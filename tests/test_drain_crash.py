@@ -17,7 +17,9 @@ from rq.utils import now
 
 from producer import keys
 from producer.client import Producer
-from worker import ledger
+from worker import ledger, moves
+from worker.jobs import open_queue
+from worker.merge import retryable
 from worker.redis_server import RedisServer
 
 ROOT = Path(__file__).parent.parent
@@ -315,3 +317,16 @@ def test_a_redis_lost_right_after_a_commit_costs_neither_count_nor_hook(server: 
     assert [line["version"] for line in lines.versions] == [1]
     assert weights.trained == ["t0"] and weights.batches == [["refused", "t0"]]
     assert producer.status("refused").state == "failed" and "of version 1 was not released" in lines.notices[0]
+
+
+def test_a_script_that_meets_a_full_redis_is_tried_again(server: RedisServer) -> None:
+    connection = redis.Redis.from_url(server.url)
+    Producer(server.url).enqueue(GOOD, id="t0")
+    queue = open_queue(connection)
+    connection.config_set("maxmemory", 1)
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        connection.set("another", "client")
+    with pytest.raises(redis.ResponseError) as caught:
+        moves.take(queue, 1, 0)
+    assert "OOM" in str(caught.value) and retryable(caught.value)
+    assert not retryable(redis.ResponseError("WRONGTYPE Operation against a key"))
