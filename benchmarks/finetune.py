@@ -4,7 +4,7 @@ A tiny Qwen3.5 is first taught on one part of real transcripts in fp32 (so that 
 mean something), then fine-tuned on the other part with APOLLO-Mini, each time from the same start:
 
   rounding   fp32 weights (the reference), bf16 stochastic, bf16 nearest, over several learning rates
-  choices    scale x learning rate x embeddings, in bf16 stochastic, by training and held-out loss
+  choices    scale, embeddings and warm-up x learning rate, in bf16 stochastic, by training and held-out loss
 
     python benchmarks/finetune.py FILE.jsonl [--steps 60] [--out benchmarks/results]
 
@@ -37,6 +37,8 @@ KINDS = (
     ("bf16 stochastic", torch.bfloat16, "stochastic"),
     ("bf16 nearest", torch.bfloat16, "nearest"),
 )
+CHOICES = (("auto", "apollo", 0), ("auto", "frozen", 0), ("4", "apollo", 0), ("auto", "apollo", 20))
+"""scale, embeddings, warm-up steps: each with every rate but the first."""
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 
 
@@ -97,7 +99,7 @@ def main() -> None:
         path = make_tiny(Path(folder) / "tiny")
         tokenizer = AutoTokenizer.from_pretrained(path)
         start = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    examples = load_examples(arguments.file, ExampleBuilder(tokenizer, max_tokens=8 * LENGTH))
+    examples = load_examples(arguments.file, ExampleBuilder(tokenizer, max_tokens=8 * LENGTH).build)
     examples = sorted((e for e in examples if length(e) <= LENGTH), key=length)
     train, held, base = examples[:6:3] + examples[1:6:3], examples[2:6:3], examples[6:]
     pretrain(start, base, tokenizer.pad_token_id or 0, arguments.pretrain_steps)
@@ -107,12 +109,13 @@ def main() -> None:
             h = Hyperparameters(lr=lr, rounding=rounding, max_length=LENGTH)
             report["rounding"].append({"lr": lr, "weights": label}
                                       | finetune(start, dtype, train, held, tokenizer, h, arguments.steps))  # fmt: skip
-    for scale, embeddings in track((("auto", "apollo"), ("auto", "frozen"), ("4", "apollo")), "choices"):
+    for scale, embeddings, warmup in track(CHOICES, "choices"):
         for lr in RATES[1:]:
-            h = Hyperparameters(lr=lr, scale=scale, embeddings=embeddings, max_length=LENGTH)
+            h = Hyperparameters(lr=lr, scale=scale, embeddings=embeddings, warmup=warmup, max_length=LENGTH)
             run = finetune(start, torch.bfloat16, train, held, tokenizer, h, arguments.steps)
             run.pop("losses")
-            report["choices"].append({"lr": lr, "scale": scale, "embeddings": embeddings} | run)
+            chosen = {"lr": lr, "scale": scale, "embeddings": embeddings, "warmup": warmup}
+            report["choices"].append(chosen | run)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "finetune.json").write_text(json.dumps(report, indent=1))
     plot(report, arguments.out / "finetune.png")

@@ -16,24 +16,24 @@ from typing import Any
 import click
 
 from producer.client import Producer
-from producer.jobs import Enqueued, QueueUnavailable
+from producer.jobs import DEFAULT_URL, Enqueued, QueueUnavailable
 from producer.jsonl import Line, blocks, parse_line
 from producer.transcript import Transcript
 
-redis_option = click.option("--redis", "url", metavar="URL", help="Default: $REDIS_URL, else redis://127.0.0.1:6379/0.")
+redis_option = click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
 
 
 @click.command()
 @click.argument("file", type=click.File("rb"))
 @redis_option
-def enqueue(file: BufferedReader, url: str | None) -> None:
+def enqueue(file: BufferedReader, redis_url: str | None) -> None:
     """Queue the transcripts in FILE, one JSON object a line; - is standard input.
 
     Lines that cannot be queued are reported and skipped; the exit code is then 1. Lines whose id is known are not
     queued again, so a file whose lines have ids may be sent twice.
     """
     counts = {"queued": 0, "already known": 0, "rejected": 0}
-    with Producer(url) as producer, _progress(file) as bar:
+    with Producer(redis_url) as producer, _progress(file) as bar:
         for lines, size in blocks(file):
             _send(producer, file.name, lines, counts, bar)
             bar.update(size)
@@ -44,9 +44,9 @@ def enqueue(file: BufferedReader, url: str | None) -> None:
 
 @click.command()
 @redis_option
-def version(url: str | None) -> None:
+def version(redis_url: str | None) -> None:
     """Print the version of the weights that is live (0: none published yet)."""
-    with Producer(url) as producer:
+    with Producer(redis_url) as producer:
         click.echo(producer.version())
 
 

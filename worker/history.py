@@ -13,6 +13,7 @@ from typing import Any
 import click
 import redis
 
+from producer.cli import redis_option
 from producer.errors import TandemError
 from producer.jobs import connect, resolve_url
 from worker import journal_file, ledger
@@ -102,7 +103,7 @@ def _some(ids: list[Any]) -> str:
 @click.option("--mark", type=click.IntRange(1), metavar="VERSION", help="Keep this version's checkpoint for good.")
 @click.option("--name", default="kept", help="What the mark says (with --mark).")
 @click.option("--unmark", type=click.IntRange(1), metavar="VERSION", help="Let it go with the others.")
-@click.option("--redis", "redis_url", metavar="URL", help="Default: $REDIS_URL, else redis://127.0.0.1:6379/0.")
+@redis_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
 def command(

@@ -13,6 +13,7 @@ import click
 import redis
 
 from producer import keys
+from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import ledger
 from worker.step import Unavailable
@@ -82,7 +83,7 @@ def announce(pipe: Any, kind: str, fields: dict[Any, Any]) -> None:
 
 
 @click.command("resume")
-@click.option("--redis", "redis_url", metavar="URL", help="Default: $REDIS_URL, else redis://127.0.0.1:6379/0.")
+@redis_option
 def command(redis_url: str | None) -> None:
     """Let training go on that the canary set, or a person, put on hold."""
     url = resolve_url(redis_url)

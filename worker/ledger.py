@@ -140,7 +140,7 @@ def write_manifest(record: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]
 
 _HEADLINE = (
     *("version", "lineage", "kind", "at", "loss", "tokens", "trained_tokens"),
-    *("linger_s", "tokenize_s", "step_s", "pause_s", "update_rms", "weight_rms"),
+    *("linger_s", "tokenize_s", "step_s", "pause_s", "update_rms", "weight_rms", "update_ratio"),
 )
 """What the event and `weights:state` repeat of the manifest, for those who only watch."""
 

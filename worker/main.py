@@ -19,6 +19,7 @@ import redis
 import torch
 from transformers import AutoTokenizer
 
+from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import hold, ledger, torch_setup
 from worker.drain import BatchWorker
@@ -85,7 +86,7 @@ def attach_step(
 
 
 @click.command()
-@click.option("--redis", "redis_url", metavar="URL", help="Default: $REDIS_URL, else redis://127.0.0.1:6379/0.")
+@redis_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--name", help="This worker's name, in errors and dashboards (default: host and pid).")
 @click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")

@@ -18,6 +18,7 @@ from typing import Any
 import click
 import redis
 
+from producer.cli import redis_option
 from producer.errors import TandemError
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import ledger
@@ -107,7 +108,7 @@ def _summary(version: int, target: int, drop: tuple[str, ...], abandoned: list[A
 @click.option("--drop", multiple=True, metavar="JOB", help="Leave this transcript out, for ever. May be repeated.")
 @click.option("--requeue", is_flag=True, help="Queue again what later versions were trained on, but for --drop.")
 @click.option("--reason", default="", help="For the manifest.")
-@click.option("--redis", "redis_url", metavar="URL", help="Default: $REDIS_URL, else redis://127.0.0.1:6379/0.")
+@redis_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
 def command(
