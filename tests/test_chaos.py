@@ -22,7 +22,7 @@ from worker.serving.process import ServerProcess
 from worker.weights.attach import attach
 from worker.weights.client import ask
 
-SEED, KILLS, TRANSCRIPTS = 11, 10, 40
+SEED, KILLS, TRANSCRIPTS = 11, 10, 160  # more than ten kills can need, so that each finds work
 
 
 class BrokenOff(Exception):

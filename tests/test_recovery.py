@@ -20,6 +20,8 @@ from worker.journal import Journal
 from worker.replay import unpack_batch
 from worker.snapshots import fingerprint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tuple[str, int]]]:

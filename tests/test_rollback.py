@@ -12,6 +12,8 @@ from durable_parts import LEARNING, QUIET, Site, transcripts
 
 from producer import Producer, keys
 
+pytestmark = pytest.mark.slow
+
 VERSIONS = 54
 
 

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Hyperparameters:
     """One field a flag; see `training_options` for what each means."""
 
-    lr: float = 1e-4
+    lr: float = 3e-5
     scale: str = "auto"
     warmup: int = 0
     embeddings: str = "apollo"
