@@ -22,7 +22,7 @@ from worker.faults import RECOVERY_POINTS, UPDATE_POINTS
 
 MAX_JOBS = 4
 """Transcripts a version: small, so that there are many versions to be killed in."""
-OPTIONS = ("--max-jobs", str(MAX_JOBS), "--linger", "0.02", "--checkpoint-every", "16")
+OPTIONS = ("--max-jobs", str(MAX_JOBS), "--linger", "0.02", "--checkpoint-every", "16", "--outliers", "0")
 WORDS = ("red", "green", "blue", "one", "two", "three", "night", "day", "sun", "moon", "up", "down")
 QUEUE = f"rq:queue:{keys.QUEUE}"
 

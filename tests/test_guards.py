@@ -122,6 +122,14 @@ def test_gradient_norm_is_that_of_all_gradients_together(room: tuple[Trainer, Ex
     trainer.optimizer.zero_grad(set_to_none=True)
 
 
+def test_a_small_batch_may_have_a_larger_gradient() -> None:
+    guards, dice = Guards(minimum=16), random.Random(2)
+    guards.remember({"gradient_norm": dice.gauss(4, 0.3), "trained_tokens": 100} for _ in range(40))
+    assert guards.norm_refusal(9.6) is not None and guards.norm_refusal(9.6, 100) is not None
+    assert guards.norm_refusal(9.6, 25) is None, "half the noise of four times the tokens"
+    assert guards.norm_refusal(40.0, 25) is not None and guards.norm_refusal(9.6, 400) is not None
+
+
 def test_bad_settings_are_refused() -> None:
     for settings in ({"k": -1.0}, {"minimum": 3}, {"minimum": 64, "window": 10}):
         with pytest.raises(TandemError, match="outliers"):

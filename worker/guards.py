@@ -3,7 +3,7 @@
     guards = Guards(k=8.0)
     guards.remember(manifests)                  # at start: earlier versions, oldest first
     trainer.backward(examples, guards)          # refuses above guards.loss_limit(), before backward
-    reason = guards.norm_refusal(norm)          # burst only: None, or why this batch must not be applied
+    reason = guards.norm_refusal(norm, tokens)  # burst only: None, or why this batch must not be applied
     manifest |= guards.measures(nll, norm)      # before it is journaled
     guards.remember([manifest])                 # the version is live
 
@@ -23,6 +23,8 @@ from producer.errors import TandemError
 
 LOSSES, NORM = "losses", "gradient_norm"
 """What a manifest keeps for the next start: each transcript's loss in nats a token, and the gradient's L2 norm."""
+TOKENS = "trained_tokens"
+"""What it has in any case."""
 SPREAD = 0.05
 """The least spread, as a part of the median: a history of equal values must not refuse the first that differs."""
 
@@ -63,6 +65,8 @@ class Guards:
             raise TandemError("outliers: k must be at least 0, minimum at least 4, window at least minimum")
         self.losses = History(k=k, minimum=minimum, window=window)
         self.norms = History(k=k, minimum=minimum // 4, window=window // 4)
+        self.tokens: deque[float] = deque(maxlen=window // 4)
+        """Trained tokens of the same versions as the norms."""
         self.refused = 0
         """Transcripts and batches refused since the start."""
 
@@ -71,6 +75,7 @@ class Guards:
         for manifest in manifests:
             self.losses.add(_numbers(manifest.get(LOSSES, [])))
             self.norms.add(_numbers([manifest[NORM]] if NORM in manifest else []))
+            self.tokens.extend(_numbers([manifest[TOKENS]] if TOKENS in manifest else []))
 
     def loss_limit(self) -> float:
         """The highest mean loss, in nats per trained token, that a transcript may have to be trained."""
@@ -84,9 +89,13 @@ class Guards:
             f" {len(self.losses.values)} transcripts: set aside, requeue it to try again (--outliers 0 trains anything)"
         )
 
-    def norm_refusal(self, norm: float) -> str | None:
-        """Why a batch with a gradient of L2 norm `norm` must not be applied; None if it may."""
+    def norm_refusal(self, norm: float, tokens: int | None = None) -> str | None:
+        """Why a batch with a gradient of L2 norm `norm`, over so many trained tokens, must not be applied; None if it
+        may. A batch of fewer tokens than usual averages less noise away: it may have a norm larger by the square root.
+        """
         bound = self.norms.bound()
+        if tokens and self.tokens:
+            bound *= max(1.0, math.sqrt(statistics.median(self.tokens) / tokens))
         if norm <= bound:
             return None
         self.refused += 1

@@ -94,7 +94,11 @@ class SharedUpdate:
         if not update.results:
             return Update(version=None, lineage=header.lineage, rejected=update.rejected)
         norm = gradient_norm(self.trainer.parameters()) if self.guards is not None else None
-        if self.guards is not None and norm is not None and (reason := self.guards.norm_refusal(norm)):
+        if (
+            self.guards is not None
+            and norm is not None
+            and (reason := self.guards.norm_refusal(norm, gradients.trained_tokens))
+        ):
             if len(prepared) > 1:
                 raise GradientOutlier(reason)
             return Update(version=None, lineage=header.lineage, rejected={ready.id: reason for ready in prepared})
