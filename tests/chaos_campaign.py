@@ -18,7 +18,7 @@ from chaos_processes import Cluster, Forked, TimedOut, until
 from producer import Producer, keys
 from producer.errors import TandemError
 from worker import ledger
-from worker.faults import RECOVERY_POINTS, UPDATE_POINTS
+from worker.faults import CHECKPOINT_POINTS, POINTS, RECOVERY_POINTS
 
 MAX_JOBS = 4
 """Transcripts a version: small, so that there are many versions to be killed in."""
@@ -47,11 +47,10 @@ def plan(seed: int, kills: int) -> list[Kill]:
     """Which kills, in which order: seven in ten at the named points, each of these equally often."""
     dice = random.Random(seed)
     timed = ["worker", "server", "redis", "worker", "redis+worker", "worker", "server+worker"]
-    points = UPDATE_POINTS + RECOVERY_POINTS
-    at_points = [points[i % len(points)] for i in range(kills * 7 // 10)]
+    at_points = [POINTS[i % len(POINTS)] for i in range(kills * 7 // 10)]
     planned = []
     for i, point in enumerate(at_points):
-        what = "worker+server" if i // len(points) % 4 == 3 else "worker"
+        what = "worker+server" if i // len(POINTS) % 4 == 3 else "worker"
         count = 1 if point in RECOVERY_POINTS else dice.choice((1, 1, 2, 3))
         planned.append(Kill(what, point, count))
     for i in range(kills - len(planned)):
@@ -144,7 +143,7 @@ class Campaign:
         if kill.point:
             if kill.point in RECOVERY_POINTS:
                 self._ended(self.start(fault="swept"))
-            worker = self.start(fault=f"{kill.point}:{kill.count}")
+            worker = self._doomed(kill.point, kill.count)
             code = self._ended(worker)
             self.notes["killed at its point" if code == -9 else f"point not reached, exit code {code}"] += 1
         elif kill.what == "worker":
@@ -167,7 +166,14 @@ class Campaign:
         if kill.what == "redis":
             self._goes_on(worker)
 
-    def start(self, fault: str | None = None) -> Forked:
+    def _doomed(self, point: str, count: int) -> Forked:
+        """A worker that dies at its pass number `count` of `point`; in a checkpoint, at the first one, after `count`
+        versions at most."""
+        if point in CHECKPOINT_POINTS:
+            return self.start("--checkpoint-every", str(count), fault=point)
+        return self.start(fault=f"{point}:{count}")
+
+    def start(self, *options: str, fault: str | None = None) -> Forked:
         """A fresh worker, on a fresh server if there is none; the worker that runs is killed. Nothing else is done for
         it: whatever was left behind, it has to mend itself."""
         self.cluster.kill_worker()
@@ -177,7 +183,7 @@ class Campaign:
             self.notes["found torn weights"] += 1
         elif header is not None and header["version"] == 0 and ledger.state(self.cluster.redis).version:
             self.notes["found a server that had lost what it learnt"] += 1
-        return self.cluster.start_worker(fault=fault)
+        return self.cluster.start_worker(*options, fault=fault)
 
     def running(self) -> Forked:
         """A worker that drains: the one that runs, or a fresh one."""

@@ -13,7 +13,9 @@ still CLEAN; header APPLYING, before the first write; header APPLYING, after the
 version, server still paused; server running, Redis not yet told; Redis told."""
 RECOVERY_POINTS = ("restoring", "restored")
 """While weights are made again: header APPLYING, nothing restored; restored and replayed, header still APPLYING."""
-POINTS = UPDATE_POINTS + RECOVERY_POINTS
+CHECKPOINT_POINTS = ("checkpointing", "checkpointed")
+"""A checkpoint whole under its temporary name; under its own name, the journal not yet shortened."""
+POINTS = UPDATE_POINTS + RECOVERY_POINTS + CHECKPOINT_POINTS
 
 _armed: dict[str, int] = {}
 

@@ -137,6 +137,7 @@ class Keeper:
         trained = self.trained(version)
         seconds = self.snapshots.write(version, lineage, self.weights.tensors, self.weights.state, trained)
         self._since = time.monotonic()
+        point("checkpointed")
         self.journal.rotate()
         self._let_go()
         return f"checkpoint of version {version} written in {seconds:.1f} s: {self.snapshots.path(version)}"

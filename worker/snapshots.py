@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from producer.errors import TandemError
 from worker import checkpoint, journal_file
+from worker.faults import point
 from worker.state_dir import free_bytes
 
 FORMAT = 1
@@ -104,6 +105,7 @@ class Snapshots:
             meta = {"kind": "checkpoint", "format": FORMAT, "version": version, "lineage": lineage, "files": files}
             meta |= {"time": time.time(), "source": self.fingerprint}
             (folder / _EXTRA / "meta.msgpack").write_bytes(journal_file.pack(meta))
+            point("checkpointing")
             checkpoint.publish(folder, self.folder / str(version))
         except SnapshotError:
             raise
