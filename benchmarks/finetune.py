@@ -68,7 +68,7 @@ def finetune(start: torch.nn.Module, dtype: torch.dtype, train: list[Example], h
     assert isinstance(trainer.optimizer, ApolloMini)
     losses, ratios = [], []
     for _ in range(steps):
-        losses.append(trainer.backward(train).loss)
+        losses.append(trainer.begin(train).loss)
         update = trainer.apply()
         ratios.append(update["update_rms"] / update["weight_rms"])
     return {"losses": losses, "train": _mean(trainer.score(train), train), "held": _mean(trainer.score(held), held),

@@ -45,7 +45,7 @@ def room(tiny_model: Path) -> Iterator[tuple[Trainer, ExampleBuilder]]:
     builder = ExampleBuilder(tokenizer, max_tokens=512)
     trainer = make_trainer(model, model.named_parameters(), tokenizer, Hyperparameters(lr=3e-3), state=None)
     for step in range(30):
-        trainer.backward([builder.build(conversation(8 * step + i), f"warm-{8 * step + i}") for i in range(8)])
+        trainer.begin([builder.build(conversation(8 * step + i), f"warm-{8 * step + i}") for i in range(8)])
         trainer.apply()
     yield trainer, builder
     torch.set_num_threads(threads)
@@ -112,7 +112,7 @@ def test_gradient_norm_is_that_of_all_gradients_together(room: tuple[Trainer, Ex
     trainer.optimizer.zero_grad(set_to_none=True)
     assert gradient_norm(parameters) == 0.0
     before = weights_of(trainer)
-    trainer.backward([builder.build(conversation(5), "five")])
+    trainer.begin([builder.build(conversation(5), "five")])
     expected = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters if p.grad is not None))
     assert expected > 0 and gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(before, weights_of(trainer))
@@ -289,7 +289,7 @@ def test_what_is_rehearsed_repeats_is_marked_and_is_never_of_the_batch(room: tup
     assert Rehearsal.record(new) == {}
     first.add(picked)
     assert len(first.known) == 20, "what was rehearsed is not a new transcript"
-    nll = trainer.backward([*new, *picked]).nll
+    nll = trainer.begin([*new, *picked]).nll
     assert set(nll) == {e.id for e in [*new, *picked]}
     trainer.optimizer.zero_grad(set_to_none=True)
 

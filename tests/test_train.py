@@ -80,9 +80,9 @@ def test_what_cannot_be_trained_or_written_is_said_before_any_work(tmp_path: Pat
 
 def test_weight_scales_the_gradient_and_not_the_count(tiny_model: Path, examples: list[Example]) -> None:
     trainer = fresh(tiny_model)
-    whole = trainer.backward(examples[:1])
+    whole = trainer.begin(examples[:1])
     full = gradients(trainer)
-    halved = trainer.backward([dataclasses.replace(examples[0], weight=0.5)])
+    halved = trainer.begin([dataclasses.replace(examples[0], weight=0.5)])
     half = gradients(trainer)
     assert halved.loss == pytest.approx(whole.loss / 2, rel=1e-6)
     assert all(torch.allclose(half[name], full[name] / 2, rtol=1e-4, atol=1e-9) for name in full)
@@ -90,8 +90,8 @@ def test_weight_scales_the_gradient_and_not_the_count(tiny_model: Path, examples
 
 def test_loss_of_a_batch_is_the_mean_over_all_trained_tokens(tiny_model: Path, examples: list[Example]) -> None:
     trainer = fresh(tiny_model)
-    together = trainer.backward(examples)
-    alone = [trainer.backward([example]) for example in examples]
+    together = trainer.begin(examples)
+    alone = [trainer.begin([example]) for example in examples]
     total = sum(one.trained_tokens for one in alone)
     assert together.trained_tokens == total
     assert together.loss == pytest.approx(sum(one.loss * one.trained_tokens for one in alone) / total, rel=1e-5)
@@ -105,7 +105,7 @@ def test_an_example_whose_loss_is_not_finite_is_left_out(tiny_model: Path, examp
     embedding = trainer.model.get_input_embeddings().weight
     with torch.no_grad():
         embedding[token] = math.nan
-    found = trainer.backward(examples[:2])
+    found = trainer.begin(examples[:2])
     assert list(found.rejected) == [examples[1].id] and list(found.nll) == [examples[0].id]
     assert all(torch.isfinite(gradient).all() for gradient in gradients(trainer).values())
 
@@ -114,7 +114,7 @@ def test_warm_up_rises_with_the_optimizer_s_own_count(tiny_model: Path, examples
     trainer = fresh(tiny_model, dataclasses.replace(H, warmup=4))
     rates = []
     for _ in range(6):
-        trainer.backward(examples[:1])
+        trainer.begin(examples[:1])
         rates.append(trainer.apply()["lr"])
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 
@@ -122,7 +122,7 @@ def test_warm_up_rises_with_the_optimizer_s_own_count(tiny_model: Path, examples
 def test_frozen_embeddings_stay_and_the_rest_learns(tiny_model: Path, examples: list[Example]) -> None:
     trainer = fresh(tiny_model, dataclasses.replace(H, embeddings="frozen"))
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.backward(examples)
+    trainer.begin(examples)
     trainer.apply()
     same = {name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])}
     assert same == {"model.embed_tokens.weight", "lm_head.weight"}
@@ -137,10 +137,10 @@ def test_stochastic_rounding_follows_fp32_where_nearest_does_not(tiny_model: Pat
         ("nearest", torch.bfloat16, "nearest"),
     ):
         trainer = fresh(tiny_model, dataclasses.replace(H, lr=1e-5, rounding=rounding), dtype)
-        first = trainer.backward(examples).loss
+        first = trainer.begin(examples).loss
         for _ in range(12):
             trainer.apply()
-            last = trainer.backward(examples).loss
+            last = trainer.begin(examples).loss
         learnt[name] = first - last
     assert learnt["fp32"] > 0
     assert learnt["stochastic"] > 0.7 * learnt["fp32"]

@@ -2,7 +2,7 @@
 
     guards = Guards(k=8.0)
     guards.remember(manifests)                  # at start: earlier versions, oldest first
-    trainer.backward(examples, guards)          # refuses above guards.loss_limit(), before backward
+    trainer.begin(examples, guards)          # refuses above guards.loss_limit(), before backward
     reason = guards.norm_refusal(norm, tokens)  # burst only: None, or why this batch must not be applied
     manifest |= guards.measures(nll, norm)      # before it is journaled
     guards.remember([manifest])                 # the version is live

@@ -159,7 +159,7 @@ def replay(
             )
         examples = unpack_batch(record, dropped)
         with _threads(record["facts"]["threads"]):
-            gradients = trainer.backward(examples) if examples else None
+            gradients = trainer.begin(examples) if examples else None
             if gradients is None or not gradients.nll:
                 trainer.skip()
             else:

@@ -98,7 +98,7 @@ def train_directory(file: str, model_dir: Path, out: Path, h: Hyperparameters, *
     trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None)
 
     def step(examples: list[Example]) -> float:
-        gradients = trainer.backward(examples)
+        gradients = trainer.begin(examples)
         if gradients.rejected:
             raise TandemError(f"the loss of {', '.join(gradients.rejected)} is not finite: lower --lr, or drop them")
         trainer.apply()

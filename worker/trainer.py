@@ -81,7 +81,7 @@ class Trainer:
         self.widths = tuple(widths)
         self.device = next(model.parameters()).device
 
-    def backward(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
+    def begin(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
         """Compute the gradients of `examples`; those whose loss is not finite, or beyond `limit`, are left out and
         reported."""
         most = limit.loss_limit() if limit is not None else math.inf

@@ -89,7 +89,7 @@ class SharedUpdate:
         self.confirm()
         started = time.monotonic()
         batch = [*prepared, *(self.rehearsal.pick(header.version + 1, prepared) if self.rehearsal else [])]
-        gradients = self.trainer.backward([ready.example for ready in batch], self.guards)
+        gradients = self.trainer.begin([ready.example for ready in batch], self.guards)
         update = self._plan(prepared, gradients)
         if not update.results:
             return Update(version=None, lineage=header.lineage, rejected=update.rejected)
