@@ -1,5 +1,6 @@
 """Batched equals separate: on the rows, and on logits and gradients of a real small Qwen3.5."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.batches import Batch, BatchError, make_batches
+from worker.batches import Batch, BatchError, make_batches, pack
 from worker.examples import Example, TokenSequence
+from worker.trainer import sizes_up_to
 
 WIDTHS = (8, 16, 80)
 
@@ -23,14 +25,39 @@ def example(id: str, lengths: list[int], weight: float = 1.0, vocabulary: int = 
     return Example(id, tuple(sequences), weight, {})
 
 
-def real_rows(batches: list[Batch]) -> list[tuple[int, tuple[int, ...], tuple[bool, ...], float]]:
+Row = tuple[int, tuple[int, ...], tuple[bool, ...], float]
+
+
+def real_rows(batches: list[Batch]) -> list[Row]:
+    """(example, ids, mask, weight) of every sequence, read back from the batches."""
     rows = []
     for batch in batches:
-        for r in (batch.examples >= 0).nonzero()[:, 0].tolist():
-            length = int(batch.lengths[r])
-            ids, mask = batch.input_ids[r, :length].tolist(), batch.mask[r, :length].tolist()
-            rows.append((int(batch.examples[r]), tuple(ids), tuple(mask), float(batch.weights[r])))
+        for start, length in zip(starts(batch), batch.lengths.tolist(), strict=True):
+            inside = (batch.before + 1 >= start) & (batch.before + 1 < start + length)
+            if not inside.any():
+                continue  # padding
+            ids = batch.input_ids.flatten()[start : start + length].tolist()
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[batch.before[inside] + 1 - start] = True
+            assert batch.targets[inside].tolist() == [ids[i] for i in mask.nonzero()[:, 0].tolist()]
+            (owner,), (weight,) = batch.examples[inside].unique().tolist(), batch.weights[inside].unique().tolist()
+            rows.append((owner, tuple(ids), tuple(mask.tolist()), weight))
     return rows
+
+
+def starts(batch: Batch) -> list[int]:
+    """Where each sequence begins in the flat batch."""
+    if batch.packed:
+        return [0, *batch.lengths.cumsum(0)[:-1].tolist()]
+    return [row * batch.input_ids.shape[1] for row in range(len(batch.lengths))]
+
+
+def expected_rows(examples: list[Example]) -> list[Row]:
+    return [
+        (i, sequence.ids, sequence.mask, pytest.approx(one.weight))
+        for i, one in enumerate(examples)
+        for sequence in one.sequences
+    ]
 
 
 @settings(deadline=None)
@@ -41,27 +68,46 @@ def real_rows(batches: list[Batch]) -> list[tuple[int, tuple[int, ...], tuple[bo
 def test_every_sequence_once_and_whole(lengths: list[list[int]], budget: int) -> None:
     examples = [example(f"e{i}", some, weight=1 / (i + 1)) for i, some in enumerate(lengths)]
     batches = make_batches(examples, pad_id=7, widths=WIDTHS, budget=budget)
-    expected = [
-        (i, sequence.ids, sequence.mask, pytest.approx(one.weight))
-        for i, one in enumerate(examples)
-        for sequence in one.sequences
-    ]
     # Rows are grouped by width; within a width the order is the examples'.
     width = {length: next(w for w in WIDTHS if length <= w) for length in range(2, 81)}
-    assert real_rows(batches) == sorted(expected, key=lambda row: width[len(row[1])])
+    assert real_rows(batches) == sorted(expected_rows(examples), key=lambda row: width[len(row[1])])
     for batch in batches:
         height, wide = batch.input_ids.shape
         assert wide in WIDTHS and height & (height - 1) == 0 and height * wide <= budget
-        assert batch.input_ids.dtype == batch.examples.dtype == batch.lengths.dtype == torch.int64
-        assert batch.mask.dtype == torch.bool and batch.weights.dtype == torch.float32
+        assert not batch.packed and len(batch.lengths) == height
         padding = torch.arange(wide) >= batch.lengths[:, None]
-        assert bool((batch.input_ids[padding] == 7).all()) and not batch.mask[padding].any()
-        empty = batch.examples < 0
-        assert not batch.weights[empty].any() and not batch.lengths[empty].any()
+        assert bool((batch.input_ids[padding] == 7).all())
+        empty = batch.lengths == 0
         assert empty.sum() < max(height / 2, 1)  # never so many that half as many rows would have done
 
 
+@settings(deadline=None)
+@given(lengths=st.lists(st.lists(st.integers(2, 2000), min_size=1, max_size=3), min_size=1, max_size=9))
+def test_packed_every_sequence_once_and_whole(lengths: list[list[int]]) -> None:
+    examples = [example(f"e{i}", some, weight=1 / (i + 1)) for i, some in enumerate(lengths)]
+    batches = pack(examples, pad_id=7, sizes=(256, 1024, 2048))
+    assert real_rows(batches) == expected_rows(examples)
+    for batch in batches:
+        assert batch.packed and batch.input_ids.shape in ((1, 256), (1, 1024), (1, 2048))
+        assert int(batch.lengths.sum()) == batch.input_ids.shape[1] and int(batch.lengths.min()) > 0
+        dtypes = {batch.input_ids.dtype, batch.before.dtype, batch.targets.dtype, batch.examples.dtype}
+        assert dtypes == {torch.int64} and batch.weights.dtype == torch.float32
+        used = sum(len(ids) for _, ids, _, _ in real_rows([batch]))
+        assert bool((batch.input_ids[0, used:] == 7).all())
+        assert batch.input_ids.shape[1] == min(size for size in (256, 1024, 2048) if size >= used)
+
+
+@pytest.mark.parametrize("longest", [1, 512, 513, 2048, 4096, 5000, 8192, 100_000])
+def test_sizes_of_packed_rows(longest: int) -> None:
+    sizes = sizes_up_to(longest)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] >= longest
+    assert len(sizes) == 1 or sizes[-2] < longest
+    assert all(size % 512 == 0 for size in sizes) and all(2 * a >= b for a, b in pairwise(sizes))
+
+
 def test_refusals() -> None:
+    with pytest.raises(BatchError, match="2049 tokens is wider than the widest row, 2048"):
+        pack([example("a", [2049])], pad_id=0, sizes=(1024, 2048))
     with pytest.raises(BatchError, match="81 tokens is wider than the widest row, 80"):
         make_batches([example("a", [81])], pad_id=0, widths=WIDTHS, budget=80)
     with pytest.raises(BatchError, match="budget of 79"):
@@ -120,17 +166,18 @@ def separately(
 
 
 def batched(model: Any, examples: list[Example], widths: tuple[int, ...], pad_id: int) -> tuple[Any, Any]:
-    """The same through make_batches. Padding rows are among the batches, and must have no loss."""
+    """The same through make_batches, padding rows included."""
     logits = {}
     batches = make_batches(examples, pad_id=pad_id, widths=widths, budget=1024)
-    assert any((batch.examples < 0).any() for batch in batches)
+    assert any((batch.lengths == 0).any() for batch in batches)
     for batch in batches:
-        nll, logit = nll_and_logits(model, batch.input_ids, batch.mask)
-        assert not nll[batch.examples < 0].any()
+        logit = model(input_ids=batch.input_ids, use_cache=False).logits  # [B, T, V]
+        log_p = logit.flatten(0, 1)[batch.before].log_softmax(-1)  # [N, V]
+        nll = -log_p.gather(1, batch.targets[:, None])[:, 0]  # [N]
         (nll * batch.weights).sum().backward()
-        for r in (batch.examples >= 0).nonzero()[:, 0].tolist():
-            length = int(batch.lengths[r])
-            logits[tuple(batch.input_ids[r, :length].tolist())] = logit[r, :length].detach()
+        for r, length in enumerate(batch.lengths.tolist()):
+            if length:
+                logits[tuple(batch.input_ids[r, :length].tolist())] = logit[r, :length].detach()
     return logits, gradients(model)
 
 

@@ -20,6 +20,7 @@ from worker.hyperparameters import Hyperparameters
 from worker.tiny import make_tiny
 from worker.train import command
 from worker.trainer import Trainer, make_builder, make_trainer
+from worker.warm_up import warm_up
 
 H = Hyperparameters(lr=1e-3, max_length=256)
 
@@ -31,9 +32,11 @@ def examples(tiny_model: Path) -> list[Example]:
     return [builder.build(Transcript.from_dict(item), item["id"]) for item in transcripts("train", 4)]
 
 
-def fresh(model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32) -> Trainer:
+def fresh(
+    model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, streaming: bool = False
+) -> Trainer:
     model, tokenizer = checkpoint.load(model_dir, dtype)
-    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None)
+    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -76,6 +79,63 @@ def test_what_cannot_be_trained_or_written_is_said_before_any_work(tmp_path: Pat
     assert "exists" in error(str(file), "--model", str(tiny_model), "--out", str(tmp_path))
     assert "--attach" in error(str(file))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streaming_is_burst(tiny_model: Path, examples: list[Example], dtype: torch.dtype) -> None:
+    """One forward pass: the same weights and the same state, bit for bit, step after step; no gradient is kept."""
+    burst, streaming = fresh(tiny_model, dtype=dtype), fresh(tiny_model, dtype=dtype, streaming=True)
+    for batch in (examples[:1], examples[1:2], examples[:1]):
+        assert len(burst._batches(batch)) == 1
+        before = {name: p.detach().clone() for name, p in streaming.model.named_parameters()}
+        begun = streaming.begin(batch)
+        assert not gradients(streaming)
+        assert all(torch.equal(p, before[name]) for name, p in streaming.model.named_parameters())
+        assert begun == burst.begin(batch)
+        assert streaming.apply() == pytest.approx(burst.apply())
+        assert not gradients(streaming) and streaming.optimizer.step_count == burst.optimizer.step_count
+    for (name, ours), theirs in zip(streaming.model.named_parameters(), burst.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(streaming.optimizer.area.memory, burst.optimizer.area.memory)
+
+
+def test_streaming_over_several_forward_passes_is_one_step(tiny_model: Path, examples: list[Example]) -> None:
+    burst, streaming = fresh(tiny_model), fresh(tiny_model, streaming=True)
+    for trainer in (burst, streaming):
+        trainer.budget = max(trainer.sizes)
+        assert len(trainer._batches([*examples, *examples])) > 1
+        trainer.begin(examples)
+        trainer.apply()
+        assert trainer.optimizer.step_count == 1
+    for (name, ours), theirs in zip(streaming.model.named_parameters(), burst.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_streaming_leaves_out_what_is_not_finite_before_any_write(tiny_model: Path, examples: list[Example]) -> None:
+    trainer = fresh(tiny_model, streaming=True)
+    own = [set().union(*(s.ids for s in example.sequences)) for example in examples[:2]]
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[next(iter(own[1] - own[0]))] = math.nan
+    assert list(trainer.begin(examples[:2]).rejected) == [examples[1].id]
+    assert list(trainer.begin([examples[1]]).rejected) == [examples[1].id]
+    with pytest.raises(AssertionError, match="without begin"):
+        trainer.apply()
+
+
+def test_warm_up_changes_nothing(tiny_model: Path, examples: list[Example]) -> None:
+    """Not a bit of weights, state or gradients; the next step is the first one."""
+    trainer, other = fresh(tiny_model), fresh(tiny_model)
+    told: list[tuple[int, int, str]] = []
+    report = warm_up(trainer, lambda done, all, what: told.append((done, all, what)))
+    assert [what for _, _, what in told] == ["256 tokens", "128 tokens", "optimizer", "ready"]
+    assert list(report.seconds) == ["256 tokens", "128 tokens", "optimizer"] and "warm-up took" in str(report)
+    assert not gradients(trainer) and trainer.optimizer.step_count == 0
+    for one in (trainer, other):
+        one.begin(examples)
+        one.apply()
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(trainer.optimizer.area.memory, other.optimizer.area.memory)
 
 
 def test_weight_scales_the_gradient_and_not_the_count(tiny_model: Path, examples: list[Example]) -> None:

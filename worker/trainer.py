@@ -1,9 +1,12 @@
 """One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
 
+Two ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Streaming: `begin` is the
+forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
+
 The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
 vLLM, the header or versions.
 
-Invariants: `backward` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss
+Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss
 is sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of weight .5 counts half.
 """
 
@@ -14,14 +17,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
-from worker.batches import Batch, make_batches
+from worker.batches import Batch, BatchError, make_batches, pack
 from worker.examples import Example, ExampleBuilder
 from worker.faults import point
 from worker.hyperparameters import Hyperparameters
+from worker.linear_cross_entropy import linear_cross_entropy
+from worker.model.packing import model_inputs
 
 NOT_FINITE = "its loss is not finite under the present weights"
 NARROWEST = 128
@@ -40,7 +44,7 @@ class Limit(Protocol):
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward pass found; the gradients themselves are in the parameters."""
+    """What `begin` found; the gradients themselves are in the parameters, or in streaming still to come."""
 
     loss: float
     tokens: int
@@ -54,9 +58,10 @@ class Gradients:
 class Trainer:
     """Trains `model`, a transformers causal language model, with `optimizer`.
 
-    `budget` bounds the tokens (padding included) of one forward pass; a micro-batch may take several. `warmup` is the
-    number of steps over which the learning rate rises linearly to `lr`, counted by the optimizer's own step count so
-    that a restarted worker goes on where it was.
+    `sizes` are the lengths, in tokens, of packed rows (`packed`, on a GPU) or of rows of their own; `budget` bounds the
+    tokens (padding included) of one forward pass. A micro-batch may take several; in streaming on a GPU it must not.
+    `warmup` is the number of steps over which the learning rate rises linearly to `lr`, counted by the optimizer's own
+    step count so that a restarted worker goes on where it was.
     """
 
     def __init__(
@@ -66,9 +71,11 @@ class Trainer:
         *,
         pad_id: int,
         lr: float,
-        widths: Sequence[int],
+        sizes: Sequence[int],
         warmup: int = 0,
         budget: int = 4096,
+        packed: bool = False,
+        streaming: bool = False,
     ) -> None:
         self.model: Any = model
         self.body: Any = model.model
@@ -77,17 +84,23 @@ class Trainer:
         self.pad_id = pad_id
         self.lr = lr
         self.warmup = warmup
-        self.budget = max(budget, max(widths))
-        self.widths = tuple(widths)
+        self.sizes = tuple(sizes)
+        self.budget = max(budget, max(sizes))
+        self.packed = packed
+        self.streaming = streaming
         self.device = next(model.parameters()).device
+        self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
 
     def begin(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
-        """Compute the gradients of `examples`; those whose loss is not finite, or beyond `limit`, are left out and
-        reported."""
+        """All of a step that comes before its first write: gradients, or in streaming the forward pass.
+
+        Examples whose loss is not finite, or beyond `limit`, are left out and reported. Raises BatchError for what does
+        not fit.
+        """
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
         while kept := [example for example in examples if example.id not in rejected]:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.forget()
             nll = self._accumulate(kept, most)
             bad = {id for id, value in nll.items() if not value <= most or math.isinf(value)}
             if not bad:
@@ -104,22 +117,31 @@ class Trainer:
             for id in bad:
                 beyond = limit is not None and math.isfinite(nll[id])
                 rejected[id] = limit.loss_reason(nll[id]) if beyond and limit is not None else NOT_FINITE
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
         return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
 
     def apply(self) -> dict[str, float]:
-        """One optimizer step with the gradients that `backward` left; returns the RMS of update and weights.
+        """One optimizer step with what `begin` left; returns the RMS of update and weights.
 
-        Raises what the optimizer raises for a non-finite gradient, before any weight has changed.
+        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever
+        streaming raises leaves weights half-written.
         """
         factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        self.optimizer.step()
+        if self.streaming:
+            self._stream()
+        else:
+            self.optimizer.step()
         point("swept")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
         update = self.optimizer.last_update
         return {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
+
+    def forget(self) -> None:
+        """Let go of what `begin` left: nothing is applied."""
+        self._loss = None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def parameters(self) -> list[torch.Tensor]:
         """All that the optimizer may change."""
@@ -127,49 +149,80 @@ class Trainer:
 
     def skip(self) -> None:
         """One optimizer step that changes no weight: its number is used up, as by a batch that was emptied."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
         self.optimizer.begin()
         self.optimizer.finish()
+
+    def dry_run(self, examples: Sequence[Example]) -> None:
+        """Forward and backward over `examples`; what becomes of the gradients is the caller's."""
+        for batch in self._batches(examples):
+            self._forward(batch, total=1)[0].backward()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         """Mean NLL per trained token by example id, without gradients."""
         sums = torch.zeros(len(examples), dtype=torch.float64)
         for batch in self._batches(examples):
-            self._add_by_example(sums, batch, self._row_nll(batch))
+            self._add(sums, batch, self._forward(batch, total=1)[1])
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
 
     def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
-        """Forward and backward over every batch; stops before backward of one by which a loss is not finite or over
-        `most`, in nats per trained token (what is not computed yet could only add to it)."""
+        """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
+        or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
         counts = [example.trained_tokens for example in examples]
         total, bounds = sum(counts), torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
         for batch in self._batches(examples):
-            row_nll = self._row_nll(batch)  # [B]
-            self._add_by_example(sums, batch, row_nll.detach())
+            loss, nll = self._forward(batch, total)
+            self._add(sums, batch, nll)
             if not (torch.isfinite(sums) & (sums <= bounds)).all():
                 break
-            ((row_nll * batch.weights.to(row_nll.device)).sum() / total).backward()
-            point("backward")
+            if self.streaming:
+                self._loss = loss if self._loss is None else self._loss + loss
+            else:
+                loss.backward()  # type: ignore[no-untyped-call]
+                point("backward")
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
 
-    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
-        return make_batches(list(examples), pad_id=self.pad_id, widths=self.widths, budget=self.budget)
+    def _stream(self) -> None:
+        assert self._loss is not None, "apply() without begin()"
+        loss, self._loss = self._loss, None  # the graph is freed on the way
+        with self.optimizer.streaming():
+            loss.backward()  # type: ignore[no-untyped-call]
 
-    def _row_nll(self, batch: Batch) -> torch.Tensor:
-        """Summed negative log-likelihood of each row's trained tokens: fp32 [B]."""
-        ids, mask = batch.input_ids.to(self.device), batch.mask.to(self.device)  # [B, T]
-        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-        rows, columns = mask.nonzero(as_tuple=True)  # the N trained positions, each predicted from the one before it
-        logits = self.head(hidden[rows, columns - 1]).float()  # [N, V]
-        nll = F.cross_entropy(logits, ids[rows, columns], reduction="none")  # [N]
-        return torch.zeros(ids.shape[0], device=self.device).index_add(0, rows, nll)
+    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
+        if not self.packed:
+            return make_batches(examples, pad_id=self.pad_id, widths=self.sizes, budget=self.budget)
+        batches = pack(examples, pad_id=self.pad_id, sizes=self.sizes)
+        if self.streaming and len(batches) > 1:
+            tokens = sum(example.tokens for example in examples)
+            raise BatchError(
+                f"streaming takes one forward pass a version, of {max(self.sizes)} tokens at most, and these"
+                f" transcripts have {tokens}, with what the chat template repeats: train on fewer turns (train_on),"
+                " raise --max-tokens, or use --apply burst"
+            )
+        return batches
+
+    def _forward(self, batch: Batch, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N]."""
+        hidden = self.body(**model_inputs(batch, self.device), use_cache=False).last_hidden_state  # [B, T, H]
+        before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
+        picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
+        return linear_cross_entropy(picked, self.head.weight, targets, batch.weights.to(self.device) / total)
 
     @staticmethod
-    def _add_by_example(sums: torch.Tensor, batch: Batch, row_nll: torch.Tensor) -> None:
-        real = batch.examples >= 0
-        sums.index_add_(0, batch.examples[real], row_nll.cpu().double()[real])
+    def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
+        """Add each token's nll [N] to its example's place in `sums`, fp64 on the host."""
+        sums.index_add_(0, batch.examples, nll.detach().cpu().double())
+
+
+def sizes_up_to(longest: int) -> tuple[int, ...]:
+    """Lengths of packed rows, in tokens: few, and none more than half empty. Powers of two, from 2,048 on with one more
+    in between."""
+    sizes = [512, 1024, 2048]
+    while sizes[-1] < longest:
+        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+    return tuple(sizes[: next(i for i, size in enumerate(sizes) if size >= longest) + 1])
 
 
 def widths_up_to(longest: int) -> tuple[int, ...]:
@@ -208,11 +261,14 @@ def make_trainer(
     h: Hyperparameters,
     *,
     state: torch.Tensor | None,
+    streaming: bool = False,
+    budget: int | None = None,
 ) -> Trainer:
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
-    The order, and with it the layout of `state` and every random draw, depends on the names alone, so it is the same
-    whatever `h.embeddings` says: frozen parameters simply never have a gradient.
+    budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
+    model must be fused (`worker.model`). The order of parameters, and with it the layout of `state` and every random
+    draw, depends on the names alone, so it is the same whatever `h.embeddings` says: frozen ones never have a gradient.
     """
     named = sorted(parameters, key=lambda item: item[0])
     for name, parameter in named:
@@ -227,6 +283,16 @@ def make_trainer(
         seed=h.seed,
         state=state,
     )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked out either way
-    widths = widths_up_to(h.max_length)
-    return Trainer(model, optimizer, pad_id=pad_id, lr=h.lr, warmup=h.warmup, widths=widths)
+    packed = named[0][1].is_cuda
+    most = max(h.max_length, budget or 8192)
+    return Trainer(
+        model,
+        optimizer,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,  # masked out either way
+        lr=h.lr,
+        warmup=h.warmup,
+        sizes=sizes_up_to(most) if packed else widths_up_to(h.max_length),
+        budget=most if packed else budget or 4096,
+        packed=packed,
+        streaming=streaming,
+    )

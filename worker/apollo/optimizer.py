@@ -17,6 +17,7 @@ from torch import Tensor
 from worker.apollo.errors import ApolloError, NonFiniteGradient
 from worker.apollo.layout import Layout, StateArea
 from worker.apollo.slots import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
+from worker.apollo.tables import Kind, kind_of
 
 T = TypeVar("T")
 
@@ -141,6 +142,25 @@ class ApolloMini(torch.optim.Optimizer):
         the CPU, a fraction of a second for a large model. Optional; call it before pausing a server for the step.
         """
         self._told(lambda: self._backend.prepare(self._steps // self.projection_gap))
+
+    def warm_up(self) -> None:
+        """Compile what a step needs, on tensors of its own: the first step then takes as long as any other.
+
+        The smallest parameter of each kind of launch stands for all of them.
+        """
+        smallest: dict[Kind, Slot] = {}
+        for slot in sorted(self._slots, key=lambda slot: slot.rows * slot.cols, reverse=True):
+            smallest[kind_of(slot)] = slot
+        tensors = [torch.zeros(slot.parameter.shape).to(slot.parameter) for slot in smallest.values()]
+        groups = [
+            {"params": [tensor], "algorithm": slot.algorithm}
+            for slot, tensor in zip(smallest.values(), tensors, strict=True)
+        ]
+        rounding = "stochastic" if self._options.stochastic else "nearest"
+        twin = ApolloMini(groups, lr=0.0, rounding=rounding, seed=self._options.seed)
+        for _ in range(2):  # the second step goes the way of all later ones
+            twin.step(grads=[torch.zeros_like(tensor) for tensor in tensors])
+            twin.last_update.weight_rms  # noqa: B018  (the totals are launches too)
 
     def begin(self) -> None:
         """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`."""
