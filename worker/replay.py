@@ -25,7 +25,6 @@ from worker.hyperparameters import Hyperparameters
 from worker.rehearsal import PREFIX
 from worker.trainer import Gradients, Trainer
 
-
 BURST = "burst"
 """The way of a manifest that names none."""
 
