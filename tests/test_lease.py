@@ -15,7 +15,7 @@ from serving_parts import Background, Victim, completion, events, request, strea
 
 from worker import wire
 from worker.serving.client import ServerControl, ServerError, ServerGone, server_state
-from worker.serving.control import MAX_REQUEST
+from worker.serving.messages import MAX_REQUEST
 from worker.serving.process import ServerProcess
 from worker.weights.attach import attach
 from worker.weights.client import read_header
@@ -167,7 +167,7 @@ MALFORMED = st.one_of(
         st.one_of(
             st.none(), st.integers(-(2**63), 2**64 - 1), st.text(max_size=200), st.binary(max_size=9), st.floats()
         )
-        | st.sampled_from(["resume", "pause", "hello"])
+        | st.sampled_from(["resume", "pause", "hello", "begin_hogwild"])
         | st.lists(st.integers(0, 9), max_size=3),
     ).map(lambda message: wire.pack(message)),
 )

@@ -22,7 +22,9 @@ from transformers import AutoTokenizer
 from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import hold, ledger, torch_setup
+from worker.apply_options import ApplySettings, apply_options, apply_settings_of
 from worker.drain import BatchWorker
+from worker.duty import Duty
 from worker.guard_options import GuardSettings, canary_hooks, guard_options, settings_of
 from worker.guards import Guards
 from worker.hooks import Hooks, LogHooks
@@ -34,6 +36,7 @@ from worker.reconcile import reconcile
 from worker.recovery import mend_redis, mend_weights, take_note, take_over
 from worker.rehearsal import Rehearsal
 from worker.replay import make_deterministic, rename, unpack_ready
+from worker.rest import forget_rest, rest
 from worker.rollback import roll_back
 from worker.serving.client import ServerControl
 from worker.state_dir import StateDir, default_state_dir
@@ -63,6 +66,7 @@ def attach_step(
     policy: Policy = Policy(),  # noqa: B008  (frozen)
     known: ledger.LedgerState | None = None,
     new_lineage: bool = False,
+    settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
 ) -> Iterator[SharedUpdate]:
     """The update protocol on the server of `run_dir`, as its only trainer, from here to the end of the block.
 
@@ -78,11 +82,25 @@ def attach_step(
         model = weights.build_model()
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
-        make = partial(make_trainer, model, list(model.named_parameters()), tokenizer, state=weights.state)
+        # Whatever is trained again, is trained in the way that new versions are.
+        make = partial(
+            make_trainer,
+            model,
+            list(model.named_parameters()),
+            tokenizer,
+            state=weights.state,
+            streaming=streams(settings, weights.state.device),
+        )
         keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, policy)))
         for sentence in mend_weights(keeper, control, known, new_lineage=new_lineage):
             log.info(sentence)
-        yield SharedUpdate(weights, control, make(h), builder, keeper, h)
+        duty = Duty(settings.duty_cycle)
+        yield SharedUpdate(weights, control, make(h), builder, keeper, h, hogwild=settings.hogwild, duty=duty)
+
+
+def streams(settings: ApplySettings, device: torch.device) -> bool:
+    """Whether gradients are applied as they come."""
+    return settings.apply == "streaming"
 
 
 @click.command()
@@ -97,6 +115,7 @@ def attach_step(
 @click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
 @state_options
 @guard_options
+@apply_options
 @training_options
 def command(
     redis_url: str | None,
@@ -115,6 +134,7 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if threads:
         torch.set_num_threads(threads)
+    policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     connection = connect(resolve_url(redis_url), redis.Redis.from_url)
     with redis_errors(safe_url(resolve_url(redis_url))):
@@ -122,7 +142,6 @@ def command(
     lock = WorkerLock(connection, name)
     if taken_over := lock.acquire():
         log.info(taken_over)
-    policy, guards = policy_of(options), settings_of(options)
     try:
         with attach_step(
             run_dir or default_run_dir(),
@@ -132,9 +151,11 @@ def command(
             policy=policy,
             known=ledger.state(connection),
             new_lineage=new_lineage,
+            settings=settings,
         ) as step:
             agree(connection, step, new_lineage=new_lineage)
             step.confirm = partial(confirm, connection, step)
+            forget_rest(connection)
             hooks = [LogHooks(), *watch(connection, step, guards)]
             limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
             drain(connection, step, lock, burst=burst, hooks=hooks, **limits)
@@ -167,11 +188,18 @@ def drain(
 
 
 def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWorker, burst: bool) -> None:
-    """Raises `Unavailable` when the server has gone; waits while training is held; writes a checkpoint when due."""
+    """Raises `Unavailable` when the server has gone; waits while training is held; writes a checkpoint when due; rests
+    as long as the duty cycle asks."""
     step.check()
     hold.wait(connection, burst=burst, stopping=lambda: bool(worker._stop_requested), tell=log.warning)
     if said := step.keeper.checkpoint_if_due():
         log.info(said)
+
+    def stopping() -> bool:
+        nothing_left = burst and not worker.intake.hands and not worker.queue.count
+        return bool(worker._stop_requested) or nothing_left
+
+    rest(connection, step.duty, stopping=stopping, check=step.check)
 
 
 def confirm(connection: redis.Redis, step: SharedUpdate) -> None:

@@ -117,9 +117,9 @@ def mend_weights(
                 raise
             # The journal's last batch was refused the first time too, and its "void" was not written any more.
             keeper.void(version)
+            said.append(f"version {version} has a gradient that is not finite: it is left out")
             version -= 1
-            header.adopt(decision.lineage, version)
-            said.append(f"version {version + 1} has a gradient that is not finite: it is left out")
+            said += keeper.rebuild(keeper.plan(version), decision.lineage, version)  # streaming has written half of it
         if same := keeper.compare(version):
             said.append(f"the weights of version {version} are {same}")
         control.resume(version)

@@ -25,6 +25,9 @@ from worker.hyperparameters import Hyperparameters
 from worker.rehearsal import PREFIX
 from worker.trainer import Gradients, Trainer
 
+BURST = "burst"
+"""The way of a manifest that names none."""
+
 
 class ReplayError(TandemError):
     """A journaled batch cannot be trained again."""
@@ -157,6 +160,8 @@ def replay(
                 f"version {record['version']} was step {record['step']} of the optimizer, which stands at"
                 f" {trainer.optimizer.step_count}: the journal and the checkpoint do not belong together"
             )
+        if device.type == "cpu":  # the order of sums is each way's own; on a GPU it is memory that decides
+            trainer.streaming = record["manifest"].get("way", BURST) != BURST
         examples = unpack_batch(record, dropped)
         with _threads(record["facts"]["threads"]):
             gradients = trainer.begin(examples) if examples else None

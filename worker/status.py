@@ -23,6 +23,7 @@ from producer.jobs import DEFAULT_URL, connect, resolve_url, safe_url
 from worker import ledger
 from worker.jobs import open_queue
 from worker.lock import is_dead, parse_holder
+from worker.rest import PART, seconds_left
 from worker.wire import default_run_dir
 
 SECONDS = 5.0
@@ -30,8 +31,8 @@ SECONDS = 5.0
 REGISTRIES = {"started": Started, "failed": FailedJobRegistry, "finished": FinishedJobRegistry}
 REGISTRIES |= {"scheduled": ScheduledJobRegistry, "deferred": DeferredJobRegistry}
 NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s", "step_s", "pause_s", "commit_s")
-RATIO = "update_ratio"
-"""RMS of the last update over RMS of the weights; kept in the version's manifest."""
+RATIO, WAY = "update_ratio", "way"
+"""RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
 
 def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
@@ -69,17 +70,27 @@ def _from_redis(connection: redis.Redis) -> dict[str, Any]:
     for name, registry in REGISTRIES.items():
         counts[name] = registry(queue=queue).get_job_count(cleanup=False)
     update = {name: float(said[name]) for name in NUMBERS if name in said}
-    ratio: Any = connection.hget(keys.manifest(known.version), RATIO)
-    if ratio is not None:
-        update[RATIO] = float(ratio)
+    manifest = ledger.manifest(connection, known.version)
+    if RATIO in manifest:
+        update[RATIO] = float(manifest[RATIO])
+    how = {WAY: manifest[WAY]} if WAY in manifest else {}
     at = said.get("at") if known.version else None
     return {
         "queue": counts,
         "version": known.version,
         "lineage": known.lineage,
-        "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **update} if at else None,
-        "worker": _worker(connection, queue),
+        "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
+        "worker": _resting(_worker(connection, queue), said),
     }
+
+
+def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
+    """`worker`, with its duty cycle and, where it rests, for how long."""
+    if worker["state"] in ("none", "dead") or PART not in said:
+        return worker
+    left = seconds_left(said)
+    resting = {"state": "resting", "rest_s": left} if left and worker["state"] != "busy" else {}
+    return worker | resting | {PART: said[PART]}
 
 
 def _worker(connection: redis.Redis, queue: Any) -> dict[str, Any]:

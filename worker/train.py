@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
 from producer.transcript import Transcript
+from worker.apply_options import ApplySettings, Way, apply_option
 from worker.examples import Example, ExampleError
 from worker.hyperparameters import Hyperparameters, training_options
 from worker.wire import default_run_dir
@@ -87,7 +88,9 @@ def run_steps(batches: Sequence[list[T]], step: Callable[[list[T]], float]) -> H
     return history
 
 
-def train_directory(file: str, model_dir: Path, out: Path, h: Hyperparameters, *, count: int, batch: int) -> History:
+def train_directory(
+    file: str, model_dir: Path, out: Path, h: Hyperparameters, *, count: int, batch: int, streaming: bool = False
+) -> History:
     """Fine-tune the model in `model_dir` on `file` and write the result to the new directory `out`."""
     from worker import checkpoint
     from worker.trainer import make_builder, make_trainer
@@ -95,7 +98,7 @@ def train_directory(file: str, model_dir: Path, out: Path, h: Hyperparameters, *
     checkpoint.check_target(model_dir, out)
     model, tokenizer = checkpoint.load(model_dir)
     builder = make_builder(tokenizer, model_dir, h)
-    trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None)
+    trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
 
     def step(examples: list[Example]) -> float:
         gradients = trainer.begin(examples)
@@ -111,12 +114,19 @@ def train_directory(file: str, model_dir: Path, out: Path, h: Hyperparameters, *
 
 
 def train_attached(
-    file: str, run_dir: Path, h: Hyperparameters, *, count: int, batch: int, state_dir: Path | None = None
+    file: str,
+    run_dir: Path,
+    h: Hyperparameters,
+    *,
+    count: int,
+    batch: int,
+    state_dir: Path | None = None,
+    settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
 ) -> History:
     """Fine-tune the weights that the server of `run_dir` is serving."""
     from worker.main import attach_step
 
-    with attach_step(run_dir, "tandem train", h, state_dir=state_dir) as shared:
+    with attach_step(run_dir, "tandem train", h, state_dir=state_dir, settings=settings) as shared:
         shared.base = shared.weights.header.version
         if shared.base and shared.keeper.latest() != (shared.base, shared.weights.header.lineage):
             raise TandemError(
@@ -144,6 +154,7 @@ def train_attached(
 @click.option("--epochs", "count", type=click.IntRange(1), default=1, help="Passes over the file.")
 @click.option("--batch", type=click.IntRange(1), default=8, help="Transcripts a step.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Where the loss curve goes (default: loss.png in OUT).")
+@apply_option
 @training_options
 def command(
     file: str,
@@ -155,6 +166,7 @@ def command(
     count: int,
     batch: int,
     plot: Path | None,
+    apply: Way,
     **options: Any,
 ) -> None:
     """Train on FILE.jsonl (- for standard input) without a queue: a model directory, or a running server."""
@@ -162,12 +174,14 @@ def command(
     if attach:
         if model_dir or out:
             raise TandemError("--attach trains the running server: leave out --model and --out")
-        history = train_attached(file, run_dir or default_run_dir(), h, count=count, batch=batch, state_dir=state_dir)
+        where, settings = run_dir or default_run_dir(), ApplySettings(apply)
+        history = train_attached(file, where, h, count=count, batch=batch, state_dir=state_dir, settings=settings)
         plot = plot or Path("loss.png")
     else:
         if not (model_dir and out):
             raise TandemError("say what to train: --model DIR --out NEW, or --attach for the running server")
-        history = train_directory(file, model_dir, out, h, count=count, batch=batch)
+        streaming = apply == "streaming"
+        history = train_directory(file, model_dir, out, h, count=count, batch=batch, streaming=streaming)
         plot = plot or out / "loss.png"
     history.plot(plot)
     click.echo(f"{len(history.losses)} steps, loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}; curve: {plot}")

@@ -1,4 +1,4 @@
-"""The trainer's side of the control socket: pause, resume, and what state the server is in.
+"""The trainer's side of the control socket: pause, hogwild, resume, and what state the server is in.
 
 Every wait has a bound. Must not know: vLLM, torch. Invariant: after an error on the wire the connection is closed,
 which gives the pause back: the server then judges by the header what was left.
@@ -54,12 +54,21 @@ class ServerControl:
         """
         return float(self._ask({"op": "pause"})["seconds"])
 
+    def begin_hogwild(self) -> None:
+        """Tell the server that it will be written to while it serves, from now until a `pause` and a `resume`.
+
+        Should this connection end meanwhile, the server judges by the header as in a pause: torn weights answer nobody.
+        ServerError unless it is serving whole weights.
+        """
+        self._ask({"op": "begin_hogwild"})
+
     def resume(self, version: int) -> None:
         """Let the server go on under `version`. ServerError, and still paused, unless the header is CLEAN and at it."""
         self._ask({"op": "resume", "version": version})
 
     def state(self) -> dict[str, Any]:
-        """{"version", "lineage", "state": serving|paused|torn, "reason"?, "trainer": {"name", "pid", "since"} | None,
+        """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),
+        "reason"?, "trainer": {"name", "pid", "since"} | None,
         "in_flight": requests inside vLLM}"""
         return self._ask({"op": "state"})
 

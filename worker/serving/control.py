@@ -1,19 +1,20 @@
 """The control socket in vLLM's API process: one trainer pauses and resumes the server here.
 
-Messages are maps with "op": hello {name}, pause, resume {version}, state; answers are maps, {"error": ...} if refused.
-A pause is a lease on the connection it was asked on: when that ends, the header beside the weights says whether they
-are whole. CLEAN: the server takes the header's version and goes on. APPLYING: it stays paused, torn; every request is
+Messages are maps with "op": hello {name}, pause, begin_hogwild, resume {version}, state; answers are maps with "error"
+if refused. A pause is a lease on the connection it was asked on: when that ends, the header beside the weights says
+whether they are whole. CLEAN: the server takes the header's version and goes on. APPLYING: it is torn; every request is
 answered with the reason, also those in flight, until a trainer has mended the weights: it pauses, writes them, resumes.
+`begin_hogwild` is the same lease while requests run on what is being written. A pause, which drops what was computed
+meanwhile, and a resume end it.
 
 Must not know: tensors, transcripts, HTTP. Uses of vLLM's EngineClient are its public methods.
-Invariants: one trainer at a time; requests run only under a CLEAN header; no message, however malformed, does more than
-cost its sender the connection.
+Invariants: one trainer at a time; requests run only under a CLEAN header, unless its trainer asked for hogwild; no
+message, however malformed, does more than cost its sender the connection.
 """
 
 import asyncio
 import atexit
 import logging
-import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -22,18 +23,15 @@ from typing import Any
 
 from producer.errors import TandemError
 from worker import wire
-from worker.serving.state import PAUSED, ServerState
+from worker.serving.messages import peer_pid, receive, send
+from worker.serving.state import PAUSED, SERVING, ServerState
 from worker.weights.client import read_header
 
 logger = logging.getLogger("vllm.tandem")
 """Below vLLM's logger, so that our lines go where the server's go."""
 
 SOCKET = "control.sock"
-MAX_REQUEST = 4096
-"""Bytes of one request. The longest real one, hello, has under 200."""
 MAX_CONNECTIONS = 32
-MESSAGE_SECONDS = 10.0
-"""From a message's first bytes to its last. Between messages a trainer may be silent for as long as it likes."""
 ENGINE_SECONDS = 120.0
 """For one call into the engine. A pause waits for the step that is running."""
 
@@ -72,6 +70,7 @@ class Control:
         self._ops: dict[str, Callable[[Connection, dict[str, Any]], Awaitable[Reply]]] = {
             "hello": self._hello,
             "pause": self._pause,
+            "begin_hogwild": self._begin_hogwild,
             "resume": self._resume,
         }
 
@@ -90,13 +89,13 @@ class Control:
         self._connections += 1
         connection = None
         try:
-            connection = Connection(_peer_pid(writer), time.time())
+            connection = Connection(peer_pid(writer), time.time())
             if self._connections > MAX_CONNECTIONS:
                 raise wire.WireError(f"more than {MAX_CONNECTIONS} connections")
-            while (request := await _receive(reader)) is not None:
-                await _send(writer, await self._answer(connection, request))
+            while (request := await receive(reader)) is not None:
+                await send(writer, await self._answer(connection, request))
         except wire.WireError as error:
-            await _send(writer, {"error": str(error)})
+            await send(writer, {"error": str(error)})
         except (ConnectionError, TimeoutError):
             pass  # the other side has gone, or does not read: the same to us
         finally:
@@ -151,9 +150,16 @@ class Control:
             await self._pause_engine()
         except Exception as error:
             await asyncio.wait_for(self._engine.resume_generation(), ENGINE_SECONDS)
-            self._state.resume(self._state.version)
+            self._state.go_on()
             raise ControlError(f"vLLM did not pause ({type(error).__name__}: {error}); it goes on serving") from error
         return {"seconds": time.perf_counter() - started}
+
+    async def _begin_hogwild(self, connection: Connection, request: dict[str, Any]) -> Reply:
+        self._check(connection)
+        if self._state.condition != SERVING or self._state.written:
+            raise ControlError("begin_hogwild: the server is not serving whole weights")
+        self._state.written = True
+        return self._plain()
 
     async def _resume(self, connection: Connection, request: dict[str, Any]) -> Reply:
         self._check(connection)
@@ -186,17 +192,21 @@ class Control:
     # The end of a connection
 
     async def _let_go(self, connection: Connection) -> None:
-        """The trainer is gone. If it held the pause, find out what it left, and go on or say why not."""
+        """The trainer is gone. If it had a lease, find out what it left, and go on or say why not."""
         self._trainer = None
         logger.info("tandem: %s is gone", connection)
-        if self._state.ended or not (self._state.condition == PAUSED or self._state.mending):
+        paused = self._state.condition == PAUSED or self._state.mending
+        if self._state.ended or not (paused or self._state.written):
             return
         self._state.mending = False
         try:
             header = await self._read_header()
             if header["state"] == "CLEAN":
+                if not paused:  # nothing that was computed during the write may stay
+                    self._state.pause()
+                    await self._pause_engine()
                 await self._go_on(header)
-                logger.warning("tandem: %s was lost in a pause; serving version %d", connection, header["version"])
+                logger.warning("tandem: %s was lost in an update; serving version %d", connection, header["version"])
                 return
             reason = (
                 f"the weights are torn: {connection} ended while it wrote version {header['version'] + 1}; "
@@ -204,7 +214,7 @@ class Control:
             )
         except Exception as error:  # nobody is left to hear it but the server's own clients
             reason = (
-                f"{connection} ended in a pause, and the server could not go on ({type(error).__name__}: {error}); "
+                f"{connection} ended in an update, and the server could not go on ({type(error).__name__}: {error}); "
                 "restart it"
             )
         self._state.tear(reason)
@@ -253,36 +263,3 @@ class Control:
 
     async def _read_header(self) -> dict[str, Any]:
         return await asyncio.get_running_loop().run_in_executor(None, read_header, self._run_dir)
-
-
-def _peer_pid(writer: asyncio.StreamWriter) -> int:
-    transport_socket = writer.get_extra_info("socket")
-    with socket.fromfd(transport_socket.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        return wire.check_peer(sock)
-
-
-async def _receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next request, or None when the connection ended between requests; WireError for anything malformed."""
-    try:
-        first = await reader.readexactly(1)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-    try:
-        async with asyncio.timeout(MESSAGE_SECONDS):
-            length = wire.check_length(first + await reader.readexactly(3))
-            if length > MAX_REQUEST:
-                raise wire.WireError(f"a request of {length} bytes is announced, over the limit of {MAX_REQUEST}")
-            return wire.unpack(await reader.readexactly(length))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        raise wire.WireError("the connection ended in the middle of a request") from None
-    except TimeoutError:
-        raise wire.WireError(f"the rest of the request did not come within {MESSAGE_SECONDS:g} s") from None
-
-
-async def _send(writer: asyncio.StreamWriter, reply: Reply) -> None:
-    """Write `reply`; TimeoutError when the other side does not read."""
-    try:
-        writer.write(wire.pack(reply))
-        await asyncio.wait_for(writer.drain(), MESSAGE_SECONDS)
-    except ConnectionError:
-        pass  # the next read says so

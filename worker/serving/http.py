@@ -1,6 +1,7 @@
 """Answers say which version of the weights made them, or why there are none: a pure ASGI middleware.
 
-X-Weight-Version is the version, or `first-last` where weights changed inside the request. A stream's headers leave
+X-Weight-Version is the version, or `first-last` where weights changed inside the request, or were being changed when
+it ended (hogwild). A stream's headers leave
 before its tokens exist: there it is the version at the start, and a closing SSE comment, `: weight-version 3-4`, names
 the span. A request that arrives during a pause waits here, so that it is wholly the new version's. With torn weights
 every request but GET /weights/version and /metrics is answered 503 in OpenAI's error shape.
@@ -95,7 +96,7 @@ class _Answer:
         await self._send(message)
 
     def _span(self) -> str:
-        last = self._state.version
+        last = self._state.newest  # being written under us (hogwild), it may have parts in this answer
         return str(last) if last == self._first else f"{self._first}-{last}"
 
     def _comment(self) -> bytes:

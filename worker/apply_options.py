@@ -1,0 +1,67 @@
+"""How updates are applied, and how much of the time training may take: the flags and what they mean together.
+
+Must not know: how an update is applied. Must not import torch: `tandem --help` reads this.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+import click
+
+from producer.errors import TandemError
+
+F = TypeVar("F", bound=Callable[..., Any])
+Way = Literal["auto", "burst", "streaming"]
+
+
+@dataclass(frozen=True)
+class ApplySettings:
+    """One field a flag; see `apply_options` for what each means."""
+
+    apply: Way = "auto"
+    hogwild: bool = False
+    duty_cycle: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.hogwild and self.apply != "streaming":
+            raise TandemError(
+                f"--hogwild writes weights while gradients are computed: it needs --apply streaming, not {self.apply}"
+            )
+
+
+def apply_option(command: F) -> F:
+    """Click decorator: --apply, for every command that trains or rebuilds a server's weights."""
+    return click.option(
+        "--apply",
+        type=click.Choice(["auto", "burst", "streaming"]),
+        default="auto",
+        help="burst keeps all gradients and writes in one short sweep; streaming applies each as backward makes it, in"
+        " a few GB, the server paused meanwhile; auto: by free memory, burst on a CPU.",
+    )(command)
+
+
+def apply_options(command: F) -> F:
+    """Click decorator: adds every flag of `ApplySettings`; `apply_settings_of` reads them."""
+    options = [
+        apply_option,
+        click.option(
+            "--hogwild",
+            is_flag=True,
+            help="With --apply streaming: the server goes on while it is written to. Answers may mix two versions.",
+        ),
+        click.option(
+            "--duty-cycle",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            help="Most of the time that training may take, as a part; the worker rests for the others.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def apply_settings_of(options: dict[str, Any]) -> ApplySettings:
+    """Takes its flags out of a command's options. Raises TandemError for flags that contradict each other."""
+    return ApplySettings(**{field.name: options.pop(field.name) for field in fields(ApplySettings)})
