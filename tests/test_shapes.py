@@ -42,5 +42,7 @@ def test_the_tokenizer_fits_into_the_model_s_vocabulary(tmp_path: Path, size: st
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     assert len(tokenizer) < config.get_text_config().vocab_size
     assert tokenizer.convert_ids_to_tokens(config.image_token_id) == "<|image_pad|>"
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    turn = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert turn.startswith("<|im_start|>user\nHi<|im_end|>")
