@@ -35,11 +35,15 @@ class Sizes:
     singles: int
     clients: int
     lr: float
+    memory: float = 13.5
+    """GB for a streaming trainer."""
     worker: list[str] = field(default_factory=list)
     """More options of `tandem worker`."""
 
     def options(self, apply: str) -> list[str]:
         own = ["--apply", apply, "--max-jobs", self.jobs, "--max-tokens", self.version_tokens, "--lr", self.lr]
+        if apply == "streaming" and torch.cuda.is_available():
+            own += ["--memory", self.memory]
         return [str(word) for word in [*own, "--max-length", self.longest]] + self.worker
 
     @property

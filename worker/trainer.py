@@ -217,9 +217,9 @@ class Trainer:
 
 
 def sizes_up_to(longest: int) -> tuple[int, ...]:
-    """Lengths of packed rows, in tokens: few, and none more than half empty. Powers of two, from 2,048 on with one more
+    """Lengths of packed rows, in tokens: few, and none more than half empty. Powers of two, from 4,096 on with one more
     in between."""
-    sizes = [512, 1024, 2048]
+    sizes = [512, 1024, 2048, 4096]
     while sizes[-1] < longest:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return tuple(sizes[: next(i for i, size in enumerate(sizes) if size >= longest) + 1])
