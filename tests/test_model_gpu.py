@@ -111,7 +111,11 @@ def test_packed_on_a_gpu_is_transformers_one_by_one(reference: Any, examples: li
     errors = {name: error(gradient, expected[name]) for name, gradient in gradients(trainer).items()}
     assert errors.keys() == expected.keys()
     worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
-    assert worst[0][1] < 0.06, worst  # bf16 throughout; a leak gives errors of order 1
+    for name, found_error in errors.items():
+        # bf16 throughout; a leak gives errors of order 1. The decay's gradients are small differences of large sums:
+        # 0.107 and 0.092 were seen for them on an H200, 0.047 at most for all others.
+        decay = name.endswith(("A_log", "dt_bias"))
+        assert found_error < (0.15 if decay else 0.06), worst
 
 
 def test_packed_equals_separate_with_the_same_kernels(reference: Any, examples: list[Example]) -> None:
