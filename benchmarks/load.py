@@ -9,7 +9,6 @@ breaks off or says an error is a failure, never dropped; so is one that has not 
 import asyncio
 import json
 import random
-import statistics
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -30,6 +29,9 @@ class Served:
     itl_p50: float
     itl_p99: float
     itl_max: float
+    coalesced: float
+    """The share of gaps under 50 us: chunks that were ready together. Where it is not near 0, somebody between engine
+    and client had no CPU for a while, and the gaps say more about that than about the engine."""
     first_token_p50: float
     first_token_p99: float
 
@@ -93,16 +95,10 @@ class ClosedLoop:
             itl_p50=quantile(gaps, 0.5),
             itl_p99=quantile(gaps, 0.99),
             itl_max=gaps[-1] if gaps else float("nan"),
+            coalesced=sum(gap < 50e-6 for gap in gaps) / len(gaps) if gaps else float("nan"),
             first_token_p50=quantile(first, 0.5),
             first_token_p99=quantile(first, 0.99),
         )
-
-    def window(self, seconds: float, settle: float = 0.0) -> Served:
-        """Let `settle` seconds go by, then measure for `seconds`."""
-        time.sleep(settle)
-        start = time.monotonic()
-        time.sleep(seconds)
-        return self.between(start, time.monotonic())
 
     async def _all(self) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
@@ -155,8 +151,3 @@ class ClosedLoop:
 def quantile(ascending: list[float], q: float) -> float:
     """The nearest-rank quantile; nan of nothing."""
     return ascending[min(len(ascending) - 1, int(q * len(ascending)))] if ascending else float("nan")
-
-
-def median(values: list[float]) -> float:
-    """nan of nothing."""
-    return statistics.median(values) if values else float("nan")

@@ -101,9 +101,13 @@ class Part:
         self.record, self.figures = record, {}
         record.parts[name] = self.figures
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def keep(self, name: str, value: Any) -> None:
+        """As `part[name] = value`, without printing it: for what is not final."""
         self.figures[name] = value
         self.record.save()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.keep(name, value)
         if name not in ("seconds", "ok"):
             shown = json.dumps(value, default=str)
             print(f"   {name}: {shown if len(shown) < 400 else shown[:400] + ' ...'}", flush=True)

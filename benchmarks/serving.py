@@ -121,9 +121,16 @@ def _phase(rig: Rig, builder: ExampleBuilder, phases: Phases, sizes: Any, name: 
             )
         )
         time.sleep(phases.settle)
-        first = rig.producer.version()
-        served = load.window(phases.seconds)
-        last = rig.producer.version()
+        if name in (FULL, DUTY):  # from one version to another, so that rest and training are in proportion
+            first = _until_version(rig, rig.producer.version() + 1)
+            start = time.monotonic()
+            time.sleep(phases.seconds)
+            last = _until_version(rig, rig.producer.version() + 1)
+        else:
+            first, start = rig.producer.version(), time.monotonic()
+            time.sleep(phases.seconds)
+            last = rig.producer.version()
+        served = load.between(start, time.monotonic())
     if load.failures:
         part[f"{name}: failures"] = [reason for _, reason in load.failures][:10]
     trained = [rig.manifest(version) for version in range(first + 1, last + 1)]
@@ -134,12 +141,14 @@ def _phase(rig: Rig, builder: ExampleBuilder, phases: Phases, sizes: Any, name: 
     return row | {"pause_share": sum(pauses) / served.seconds}
 
 
-def _until_version(rig: Rig, version: int, timeout: float = 240.0) -> None:
+def _until_version(rig: Rig, version: int, timeout: float = 240.0) -> int:
+    """Wait for `version`; the one that is live then."""
     deadline = time.monotonic() + timeout
-    while rig.producer.version() < version:
+    while (found := rig.producer.version()) < version:
         if time.monotonic() > deadline:
             raise TimeoutError(f"no version {version} within {timeout:g} s: {rig.workers[-1].said()[-2000:]}")
-        time.sleep(0.05)
+        time.sleep(0.01)
+    return found
 
 
 def show(part: dict[str, Any]) -> None:
@@ -216,7 +225,16 @@ def main(**o: Any) -> None:
     record = Record(o["out"] / "serving.json")
     record.about |= {"gpu": torch.cuda.is_available(), "options": {key: str(value) for key, value in o.items()}}
     tokens = o["version_tokens"]
-    sizes = Sizes(tokens, o["jobs"], tokens // o["jobs"], 0, 0, o["clients"], 3e-5, list(o["worker_option"]))
+    sizes = Sizes(
+        version_tokens=tokens,
+        jobs=o["jobs"],
+        single_tokens=tokens // o["jobs"],
+        versions=0,
+        singles=0,
+        clients=o["clients"],
+        lr=3e-5,
+        worker=list(o["worker_option"]),
+    )
     phases = Phases(
         o["seconds"], max(2.0, o["seconds"] / 5), o["clients"], o["duty_cycle"],
         o["rounds"], o["prompt_tokens"], o["max_tokens"], o["apply"],

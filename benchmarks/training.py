@@ -6,10 +6,12 @@
 Random weights, random token ids, every token but a sequence's first trained. Each configuration (size, budget, how many
 sequences) has one untimed round and `--rounds` timed ones, all contestants in turn; medians. Memory is the most that a
 step had allocated beyond what lay there before it: weights and optimizers' states. MFU counts forward and backward
-(flops.py), against bf16 products measured in the same run. Peers get the same tokens. "does not fit" is a result.
+(flops.py), against bf16 products measured in the same run; "with recompute" is as if every layer were computed again,
+which --memory may make unnecessary. Peers get the same tokens. "does not fit" is a result.
 """
 
 import gc
+import logging
 import statistics
 import sys
 import tempfile
@@ -19,9 +21,7 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,14 +30,16 @@ from flops import matmul_rate, step_flops
 from record import OutOfTime, Part, Record, Until
 from shapes import SIZES, text_facts, write_shape
 from texts import random_examples
+from training_report import plot, show
 from transformers import AutoTokenizer
 
 from worker import torch_setup
+from worker.apply_options import ApplySettings
+from worker.device_setup import choose_way
 from worker.examples import Example
-from worker.model import fuse
+from worker.hyperparameters import Hyperparameters
 from worker.warm_up import warm_up
-
-console = Console(width=140)
+from worker.weights import bind
 
 
 def bar() -> Progress:
@@ -45,23 +47,23 @@ def bar() -> Progress:
 
 
 class Bench:
-    """One size's weights and contestants."""
+    """One size's weights and contestants. memory: GB for ours, as `tandem worker --memory` takes it."""
 
-    def __init__(self, size: str, budgets: Sequence[int], device: torch.device, peers: bool) -> None:
+    def __init__(self, size: str, budgets: Sequence[int], device: torch.device, memory: float, peers: bool) -> None:
         self.size, self.facts, self.device = size, text_facts(size), device
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
         model_dir = write_shape(size, Path(self._folder.name) / "model")
         self.tensors = make_weights(model_dir, device)
         self.contestants: list[Contestant] = []
         theirs = make_peers(model_dir, self.tensors) if peers else []
-        from worker.weights import bind
-
-        model = bind.build_model(model_dir, self.tensors)
-        if device.type == "cuda":
-            fuse(model)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        for streaming in (True, False):
-            ours = Ours(model, tokenizer, streaming=streaming, budget=max(budgets))
+        tokenizer, h = AutoTokenizer.from_pretrained(model_dir), Hyperparameters(max_length=max(budgets))
+        gradients = 2e-9 * sum(tensor.numel() for tensor in self.tensors.values())  # GB
+        for apply in ("streaming", "burst"):
+            may = memory + (gradients if apply == "burst" else 0.0)
+            model = bind.build_model(model_dir, self.tensors)
+            settings = ApplySettings(apply=apply, memory=may)
+            choose_way(model, model_dir, h, settings, max(budgets), device)
+            ours = Ours(model, tokenizer, streaming=apply == "streaming", budget=max(budgets))
             if device.type == "cuda":
                 ours.trainer.sizes = tuple(sorted(budgets))  # no other row is warmed up, nor packed
             self.contestants.append(ours)
@@ -142,31 +144,39 @@ def configuration(bench: Bench, lengths: list[int], rounds: int, part: Part) -> 
     out: dict[str, str] = {}
     for one in bench.contestants:
         if one.least_bytes > total_bytes(bench.device):
-            out[one.name] = f"weights, gradients and state alone take {one.least_bytes / 1e9:.0f} GB"
-    vocabulary = bench.facts["vocab_size"]
+            out[one.name] = f"does not fit: weights, gradients and state alone take {one.least_bytes / 1e9:.0f} GB"
     with bar() as progress:
         task = progress.add_task(f"{bench.size}: {len(lengths)} x {lengths[0]}", total=(rounds + 1) * len(steps))
         for round_ in range(rounds + 1):
-            examples = random_examples(lengths, vocabulary, seed=round_)
+            examples = random_examples(lengths, bench.facts["vocab_size"], seed=round_)
             for one in bench.contestants:
                 progress.advance(task)
                 if one.name in out:
                     continue
-                try:
-                    halves, peak = timed(one, examples, bench.device)
-                except torch.OutOfMemoryError as error:
-                    out[one.name] = f"at least {one.least_bytes / 1e9:.0f} GB; {str(error).split('.')[0]}"
+                halves, peak, problem = attempt(one, examples, bench.device)
+                if problem:
+                    out[one.name] = problem
                     one.forget()
-                    reclaim(bench.device)
-                    continue
-                if round_:  # the first is not timed
+                    reclaim(bench.device)  # after the error has let go of what it held
+                elif halves is not None and round_:  # the first is not timed
                     steps[one.name].append(halves)
                     peaks[one.name] = max(peaks[one.name], peak)
-            for one in bench.contestants:
-                if steps[one.name]:
-                    part[one.name] = bench.row(one, lengths, steps[one.name], peaks[one.name])
+                    part.keep(one.name, bench.row(one, lengths, steps[one.name], peaks[one.name]))
     for name, reason in out.items():
-        part[name] = {"does not fit": reason}
+        part.keep(name, {"no figure": reason})
+    for one in bench.contestants:
+        part[one.name] = part.figures[one.name]
+        part.check(f"{one.name} is measured", not isinstance(one, Ours) or one.name not in out)
+
+
+def attempt(one: Contestant, examples: Sequence[Example], device: torch.device) -> tuple[Halves | None, int, str]:
+    """(its halves, its peak, "") or (None, 0, why there are none). A peer that fails must not cost our own figures."""
+    try:
+        return *timed(one, examples, device), ""
+    except torch.OutOfMemoryError as error:
+        return None, 0, f"does not fit: over {one.least_bytes / 1e9:.0f} GB; {str(error).split('. ')[0]}"
+    except Exception as error:
+        return None, 0, f"failed: {type(error).__name__}: {error}"
 
 
 def profile(bench: Bench, lengths: list[int], path: Path) -> None:
@@ -183,54 +193,11 @@ def profile(bench: Bench, lengths: list[int], path: Path) -> None:
     path.write_text(found.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90) + "\n")
 
 
-def show(record: Record) -> None:
-    table = Table(title="Training alone: medians")
-    for column in ("size, sequences", "who", "tokens/s", "MFU", "with recompute", "step s", "halves s", "peak GB"):
-        table.add_column(column, justify="left" if column in ("size, sequences", "who") else "right")
-    for name, part in record.parts.items():
-        for who, row in part.items():
-            if not isinstance(row, dict):
-                continue
-            if "does not fit" in row:
-                table.add_row(name, who, "does not fit", row["does not fit"])
-            elif "tokens_per_s" in row:
-                first, second = list(row)[:2]
-                halves = f"{row[first]:.3f} + {row[second]:.3f}"
-                shares = (f"{row['mfu']:.1%}", f"{row['with_recompute']:.1%}")
-                cells = (f"{row['tokens_per_s']:,.0f}", *shares, f"{row['step_s']:.3f}", halves)
-                table.add_row(name, who, *cells, f"{row['peak_bytes'] / 1e9:.2f}")
-    console.print(table)
-
-
-def plot(record: Record, path: Path) -> None:
-    """Tokens/s over the token budget, a panel a size, packed sequences only."""
-    from matplotlib.figure import Figure
-
-    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for name, part in record.parts.items():
-        if part.get("mix") != "packed":
-            continue
-        panel = lines.setdefault(name.split(",")[0], {})
-        for who, row in part.items():
-            if isinstance(row, dict) and "tokens_per_s" in row:
-                panel.setdefault(who, []).append((part["tokens"], row["tokens_per_s"]))
-    if not lines:
-        return
-    figure = Figure(figsize=(5 * len(lines), 4), layout="constrained")
-    for axes, (size, panel) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
-        for who, points in panel.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=who)
-        axes.set(xlabel="tokens a step", ylabel="tokens/s", title=size, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
 def measure(record: Record, size: str, options: dict[str, Any], budgets: list[int], device: torch.device) -> None:
     benches: list[Bench] = []
 
     def set_up(part: Part) -> None:
-        benches.append(Bench(size, budgets, device, options["peers"]))
+        benches.append(Bench(size, budgets, device, options["memory"], options["peers"]))
         for key, value in benches[0].about().items():
             part[key] = value
         part["warm_up_s"] = benches[0].warm_up()
@@ -265,6 +232,7 @@ def measure(record: Record, size: str, options: dict[str, Any], budgets: list[in
 @click.option("--budgets", default="512,1024,2048,4096,8192", show_default=True, help="Tokens a step.")
 @click.option("--sequences", default=8, show_default=True, help="Of a packed step, of equal length.")
 @click.option("--rounds", default=5, show_default=True)
+@click.option("--memory", default=13.5, show_default=True, help="GB for ours, weights aside; burst: and the gradients.")
 @click.option("--peers/--no-peers", default=True, show_default=True)
 @click.option("--profile", is_flag=True, help="Profile a streaming step at the largest budget of each size.")
 @click.option("--plot", is_flag=True, help="Also OUT/training.png.")
@@ -278,6 +246,7 @@ def main(**options: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and sizes != ["tiny"]:
         raise click.UsageError("without an NVIDIA GPU only --sizes tiny can be tried")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the memory plan
     torch_setup.prepare()
     until = Until(options["seconds"])
     options["out"].mkdir(parents=True, exist_ok=True)
