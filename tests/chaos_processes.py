@@ -137,14 +137,14 @@ class RealServer:
 
     def __init__(self, model: Path, run_dir: Path, log: Path) -> None:
         options = ["--max-model-len", "1024", "--max-num-seqs", "4"]
-        self._server = ServerProcess(model, run_dir, extra=options)
+        self.process = ServerProcess(model, run_dir, extra=options)
 
     def alive(self) -> bool:
-        return self._server.alive()
+        return self.process.alive()
 
     def kill(self) -> None:
-        os.killpg(self._server.pid, signal.SIGKILL)
-        self._server.stop()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.stop()
 
 
 class Cluster:

@@ -1,4 +1,5 @@
-"""What the tests of durability share: Redis, the stand-in server and `tandem` commands on one folder, and how to look.
+"""What the tests of durability share: Redis, the stand-in server (or real vLLM), `tandem` commands on one folder, and
+how to look.
 
 Commands run in forked processes that have torch imported (chaos_processes.py); what runs in them is the command line.
 Weights are read from the server's memory, as a trainer would attach to it.
@@ -13,7 +14,7 @@ from typing import Any
 
 import redis
 import torch
-from chaos_processes import Forked, run_stand_in, until
+from chaos_processes import Forked, RealServer, run_stand_in, until
 from stack_parts import transcripts
 
 from producer import Producer, keys
@@ -40,16 +41,20 @@ def run_tandem(*arguments: str) -> None:
 class Site:
     """One folder with everything; each part may be killed and started again."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, *, real: bool = False) -> None:
         self.folder, self.model = folder, model
         self.state = folder / "state"
         self.run_dir = folder / "run"
         self.store = RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
         self.producer = Producer(self.store.url)
-        self.server = self.start_server()
+        self.real = real
+        self.server: Any = self.start_server()
 
-    def start_server(self) -> Forked:
+    def start_server(self) -> Any:
+        if self.real:
+            self.server = RealServer(self.model, self.run_dir, self.folder / "server.log")
+            return self.server
         self.server = Forked(run_stand_in, (str(self.model), str(self.run_dir)), {}, self.folder / "server.log")
         until(lambda: "ready" in self.server.said(), "the stand-in is ready")
         return self.server

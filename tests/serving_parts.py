@@ -26,6 +26,8 @@ sys.stdin.readline()
 for step in steps:
     if step == "pause":
         control.pause()
+    elif step == "hogwild":
+        control.begin_hogwild()
     elif step == "begin":
         header.begin()
     elif step == "finish":
@@ -36,7 +38,7 @@ time.sleep(600)
 
 
 class Victim:
-    """A trainer process, connected, that does `steps` (of pause, begin, finish) at `go` and waits to be killed."""
+    """A trainer process, connected: does `steps` (of pause, hogwild, begin, finish) at `go`, then waits to be killed."""
 
     def __init__(self, run_dir: Path, *steps: str) -> None:
         arguments = [sys.executable, "-c", TRAINER, str(run_dir), ",".join(steps)]

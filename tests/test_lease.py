@@ -158,6 +158,52 @@ def test_a_clean_server_goes_on_when_its_trainer_is_killed(server: ServerProcess
     _put_back(server, before)
 
 
+def test_a_server_that_is_written_to_goes_on_and_its_answers_say_so(
+    server: ServerProcess, control: ServerControl
+) -> None:
+    first = control.state()["version"]
+    running = Background(server, 600, stream=True)
+    assert running.started.wait(60)
+    control.begin_hogwild()
+    state = control.state()
+    assert (state["state"], state["version"], state["written"]) == ("serving", first, first + 1)
+    with pytest.raises(ServerError, match="begin_hogwild"):
+        control.begin_hogwild()
+    with pytest.raises(ServerError, match="not paused"):
+        control.resume(first)
+    header = attach(server.run_dir).header
+    header.begin()
+    status, headers, _ = completion(server, 2)
+    assert (status, headers["x-weight-version"]) == (200, f"{first}-{first + 1}")
+    header.finish(first + 1)
+    control.pause()
+    with pytest.raises(ServerError, match="begin_hogwild"):
+        control.begin_hogwild()
+    control.resume(first + 1)
+    assert "written" not in control.state()
+    status, _, body = running.result()
+    assert status == 200 and events(body)[-1] == f": weight-version {first}-{first + 1}"
+    assert completion(server, 2)[1]["x-weight-version"] == str(first + 1)
+
+
+@pytest.mark.parametrize("steps", [("hogwild",), ("hogwild", "begin", "finish")], ids=["before", "after"])
+def test_a_server_goes_on_when_who_wrote_to_it_is_killed_with_whole_weights(
+    server: ServerProcess, steps: tuple[str, ...]
+) -> None:
+    before = read_header(server.run_dir)
+    victim = Victim(server.run_dir, *steps)
+    running = Background(server, 300, stream=False)
+    victim.go()
+    assert server_state(server.run_dir)["written"] == before["version"] + 1
+    victim.kill()
+    _until(lambda: _serving(server), "the server goes on")
+    applied = before["version"] + ("finish" in steps)
+    assert server_state(server.run_dir)["version"] == applied
+    assert running.result()[0] == 200
+    assert completion(server, 2)[1]["x-weight-version"] == str(applied)
+    _put_back(server, before)
+
+
 MALFORMED = st.one_of(
     st.binary(max_size=64),
     st.binary(min_size=1, max_size=64).map(lambda body: struct.pack(">I", len(body)) + body),
