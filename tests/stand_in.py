@@ -33,6 +33,8 @@ from worker.weights.service import WeightService
 LAYOUT = Path(__file__).parent / "data" / "tiny_layout.json"
 """The tiny model's parameters as vLLM merges them: {"model_class", "parameters", "slices", "padding", "frozen"}."""
 
+WEIGHTS = "model.safetensors"
+
 
 class Engine:
     """What `Control` asks of vLLM's EngineClient."""
@@ -86,7 +88,7 @@ class Memory:
             "revision": None,
             "model_class": self.layout["model_class"],
             "dtype": "bfloat16",
-            "load_format": "auto",
+            "load_format": "auto" if (self.model_dir / WEIGHTS).exists() else "dummy",
             "max_model_len": self._context,
             "memory": self.owner.info(),
             "areas": {name: self.owner.describe(area) for name, area in self.areas.items()},
@@ -113,7 +115,12 @@ def _merged(parameters: dict[str, dict[str, Any]]) -> nn.Module:
 
 
 def _load(model: nn.Module, model_dir: Path, slices: list[Slice]) -> None:
-    with safe_open(model_dir / "model.safetensors", framework="pt") as file:
+    if not (model_dir / WEIGHTS).exists():  # as vLLM's --load-format dummy
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.uniform_(-1e-3, 1e-3, generator=generator)
+        return
+    with safe_open(model_dir / WEIGHTS, framework="pt") as file:
         for piece in slices:
             piece.of(model.get_parameter(piece.param)).copy_(file.get_tensor(piece.source))
 

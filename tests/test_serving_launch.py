@@ -127,6 +127,20 @@ def test_errors_are_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert "MODEL comes first" in serve("--port", "80", "model", run_dir=tmp_path / "run").stderr
 
 
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "12GB", ""])
+def test_a_trainer_memory_that_is_no_size_is_refused(text: str, tmp_path: Path) -> None:
+    result = serve("model", f"--trainer-memory={text}", run_dir=tmp_path / "run")
+    assert result.returncode != 0
+    assert "is neither a number of GB nor auto" in result.stderr
+
+
+@pytest.mark.skipif(not launch.is_cpu_build(), reason="on a GPU this would start a server")
+def test_trainer_memory_is_for_gpus(tmp_path: Path) -> None:
+    result = serve("model", "--trainer-memory", "5", run_dir=tmp_path / "run")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: --trainer-memory is for GPUs")
+
+
 def test_a_run_directory_has_one_server(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     holder = (

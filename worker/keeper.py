@@ -126,13 +126,16 @@ class Keeper:
             return str(error)
 
     def checkpoint(self) -> str | None:
-        """Write a checkpoint of the weights as they are, and let go of what it makes unneeded; None if there is one.
+        """Write a checkpoint of the weights as they are, and let go of what it makes unneeded; None if there is one,
+        or if there can be none (weights that came from no files: said once, at the start).
 
         For the writer of the weights alone, between updates. Raises `SnapshotError`, `JournalError`.
         """
         header = self.weights.header.fields()
         version, lineage = int(header["version"]), str(header["lineage"])
         if header["state"] != CLEAN or version == 0 or version in self.snapshots.versions():
+            return None
+        if not self.snapshots.has_layout:
             return None
         trained = self.trained(version)
         seconds = self.snapshots.write(version, lineage, self.weights.tensors, self.weights.state, trained)
@@ -220,7 +223,11 @@ class Keeper:
 
         base, path = trace(self.journal.entries, version, dropped, usable)
         if base == 0 and self.weights.server_info.get("load_format") == "dummy":
-            raise CannotRebuild("the server began with random weights (--load-format dummy), which nobody can restore")
+            raise CannotRebuild(
+                f"version {version} cannot be made: the server began with random weights (--load-format dummy), which"
+                " nobody can restore. Where the weights are torn or lost, restart the server (tandem serve ...), then"
+                " run `tandem worker --new-lineage`"
+            )
         steps = [(self.journal.read(entry.version), without) for entry, without in path]
         for record, without in steps:
             replay.unpack_batch(record, without)  # refuses what has expired

@@ -64,10 +64,17 @@ class Snapshots:
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder, self.source = folder, source
         self.fingerprint = fingerprint(source)
+        self.has_layout = any(source.glob("*.safetensors"))
+        """Whether there are files whose names and layout a checkpoint can take over."""
         self.notices: list[str] = []
         for half in folder.glob(".[0-9]*"):
             shutil.rmtree(half, ignore_errors=True)
             self.notices.append(f"removed the half-written checkpoint {half.name}; the ones before it are untouched")
+        if not self.has_layout:
+            self.notices.append(
+                f"the server's weights came from no files (load_format dummy): {source} has no *.safetensors. There are"
+                " no checkpoints, and torn or lost weights cannot be restored; the journal is kept"
+            )
 
     def versions(self) -> list[int]:
         """Versions that have a checkpoint, oldest first, checked or not."""

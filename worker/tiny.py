@@ -72,7 +72,7 @@ def make_tiny(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     if vision:
-        _write_processors(path)
+        write_processors(path)
     return path
 
 
@@ -183,7 +183,7 @@ def _model(config: Any, end_of_turn: int, seed: int) -> PreTrainedModel:
     return model
 
 
-def _write_processors(path: Path) -> None:
+def write_processors(path: Path) -> None:
     """What vLLM and transformers read beside a Qwen3.5 with a vision tower; values as Qwen3.5 ships them."""
     common = {
         "patch_size": 16,

@@ -203,7 +203,7 @@ class ApolloMini(torch.optim.Optimizer):
         self._open = False
 
     @contextmanager
-    def streaming(self, bucket_bytes: int = 1 << 28) -> Iterator[None]:
+    def streaming(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
         """Inside, one `backward` is one step: gradients are applied and freed as they come.
 
         Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0

@@ -8,6 +8,7 @@ never a slower way taken unasked.
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -24,11 +25,11 @@ class ModelError(TandemError):
     """A kernel package is missing or of a version that cannot be used, or the model is not a Qwen3.5."""
 
 
-def fuse(model: Any, *, recompute: bool | int = True) -> None:
+def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0) -> None:
     """Change `model`, a Qwen3_5ForCausalLM in training mode on a GPU, in place; it then takes packed rows only.
 
-    recompute: which layers keep only their input for backward: all, none, or all but the last so many. Raises
-    ModelError.
+    kept: for a row of so many tokens, how many of the last layers keep their activations for backward; the others keep
+    only their input and are computed again. Raises ModelError.
     """
     kind = model.config.get_text_config().model_type
     if kind != "qwen3_5_text":
@@ -43,7 +44,7 @@ def fuse(model: Any, *, recompute: bool | int = True) -> None:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.forward = MethodType(gated_delta_net.forward, layer.linear_attn)
     model.set_attn_implementation(attention.register())
-    _recompute(model, recompute)
+    _recompute(model, kept)
 
 
 def require() -> None:
@@ -69,12 +70,16 @@ def require() -> None:
             )
 
 
-def _recompute(model: Any, recompute: bool | int) -> None:
-    if recompute is False:
-        return
+def _recompute(model: Any, kept: Callable[[int], int]) -> None:
     # Non-reentrant checkpoints stop a layer's recomputation at the last tensor that backward needs, which spares the
     # down projection. There is no dropout, so the state of the random generators is not kept.
     model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    if recompute is not True:
-        for layer in model.model.layers[len(model.model.layers) - recompute :]:
-            layer.gradient_checkpointing = False
+    layers = model.model.layers
+
+    def choose(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The last layers are those whose activations backward frees first."""
+        first = len(layers) - kept(kwargs["input_ids"].numel())
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = number < first
+
+    model.model.register_forward_pre_hook(choose, with_kwargs=True)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import click
 
-from producer.errors import TandemError
 from worker import torch_setup, wire
+from worker.serving.flags import KV_FLAGS, LaunchError, parse_flags
 from worker.serving.plugin import SERVE_ENV, WEIGHT_ENGINE
+from worker.serving.trainer_share import TrainerMemory, make_room
 
 PLUGIN = "tandem"
 EXTENSION = "worker.serving.extension.TandemWorkerExtension"
@@ -56,19 +57,20 @@ REFUSED: dict[str, tuple[str, str | None]] = {
 }
 """Flag -> why not, and the value that does no harm. What vLLM makes of configuration files and abbreviations is checked
 again beside the weights (worker/weights/refusals.py)."""
-SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size",
-         "-q": "--quantization", "-n": "--nnodes", "-asc": "--api-server-count"}  # fmt: skip
-
-
-class LaunchError(TandemError):
-    """The server cannot be started like this."""
 
 
 @click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 @click.argument("model")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the sockets lie; default $TANDEM_RUN_DIR.")
-def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None) -> None:
+@click.option(
+    "--trainer-memory",
+    type=TrainerMemory(),
+    default="auto",
+    show_default=True,
+    help="Device memory in GB that vLLM leaves to the trainer; auto: by MODEL's sizes; 0: what vLLM leaves by itself.",
+)
+def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None, trainer_memory: float | None) -> None:
     """Serve MODEL (a directory or a hub name) with vLLM, its weights open to `tandem worker` and `tandem train`.
 
     Every other option goes to vLLM as it is: see `vllm serve --help`. Without --host, only 127.0.0.1 is bound.
@@ -82,6 +84,8 @@ def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None) -> 
     run_dir = wire.prepare_run_dir((run_dir or wire.default_run_dir()).absolute())
     lock(run_dir, model)
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
+    room, said = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
+    options, notes = [*options, *room], [*notes, *said]
     environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
     for note in notes:
         click.echo(f"tandem serve: {note}", err=True)
@@ -138,22 +142,6 @@ def check_options(options: Sequence[str], environment: Mapping[str, str]) -> Non
                 f"{variable}={environment[variable]} cannot be used with tandem serve: memory of expandable segments "
                 "cannot be shared by CUDA IPC. Set expandable_segments:False"
             )
-
-
-def parse_flags(options: Sequence[str]) -> dict[str, list[str]]:
-    """Flag -> its values, as vLLM's parser would name them: --a_b=1 and --a-b 1 are alike, short forms spelt out."""
-    flags: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    for option in options:
-        if option.startswith("-") and not _is_number(option):
-            name, equals, value = option.partition("=")
-            name = SHORT.get(name, name.replace("_", "-") if name.startswith("--") else name)
-            current = flags.setdefault(name, [])
-            if equals:
-                current.append(value)
-        elif current is not None:
-            current.append(option)
-    return flags
 
 
 def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu: bool) -> tuple[list[str], list[str]]:
@@ -226,13 +214,4 @@ def _refuse_leftovers(run_dir: Path) -> None:
 
 
 def _kv_cache_said(given: Mapping[str, list[str]], environment: Mapping[str, str]) -> bool:
-    flags = {"--kv-cache-memory-bytes", "--kv-cache-memory", "--gpu-memory-utilization"}
-    return bool(environment.get("VLLM_CPU_KVCACHE_SPACE")) or bool(given.keys() & flags)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return bool(environment.get("VLLM_CPU_KVCACHE_SPACE")) or bool(given.keys() & set(KV_FLAGS))

@@ -1,0 +1,81 @@
+"""Model directories of Qwen3.5's real shapes without weights, for `tandem serve DIR --load-format dummy`.
+
+    python benchmarks/shapes.py 27B DIR
+
+The dimensions are those of the published configurations (shapes.json: what the sizes share, and where they differ).
+The tokenizer is the tiny model's, of 1,024 tokens; the model's vocabulary stays 248,320, so that embeddings and head
+have their real size. "tiny" is a small shape for a CPU whose vocabulary, too, is larger than the tokenizer's.
+
+Must not know: servers, GPUs, training. Invariant: the same size gives the same directory.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "shapes.json").read_text())
+SIZES = tuple(FACTS["sizes"])
+
+
+def text_facts(size: str) -> dict[str, Any]:
+    """The text dimensions of `size`, as in its config.json."""
+    return {**FACTS["common"]["text"], **FACTS["sizes"][size]["text"]}
+
+
+def text_config(size: str) -> Any:
+    """transformers' configuration of the text model of `size`."""
+    from transformers import Qwen3_5TextConfig
+
+    return Qwen3_5TextConfig(**text_facts(size))
+
+
+def write_shape(size: str, folder: Path, context: int = 32768) -> Path:
+    """Write config, tokenizer, chat template and processors of `size` to the new `folder`; no weights. Returns it.
+
+    `context` is the model's longest context, in tokens. The architecture is the multi-modal one, the only Qwen3.5
+    that vLLM 0.26 serves: give the server --language-model-only.
+    """
+    from transformers import GenerationConfig, Qwen3_5Config
+
+    from worker.tiny import build_tokenizer, write_processors
+
+    tokenizer = build_tokenizer()
+    end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    text = text_facts(size) | {"eos_token_id": end_of_text, "max_position_embeddings": context}
+    vision = {**FACTS["common"]["vision"], **FACTS["sizes"][size]["vision"]}
+    special = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in special.items()}
+    config = Qwen3_5Config(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        dtype="bfloat16",
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        **ids,
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    GenerationConfig(eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_processors(folder)
+    return folder
+
+
+@click.command()
+@click.argument("size", type=click.Choice(SIZES))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(size: str, folder: Path) -> None:
+    """Write the model directory FOLDER of SIZE, without weights."""
+    if folder.exists():
+        sys.exit(f"error: {folder} exists already: name a new directory")
+    click.echo(f"{write_shape(size, folder)}: Qwen3.5 {size}, no weights: serve it with --load-format dummy")
+
+
+if __name__ == "__main__":
+    main()

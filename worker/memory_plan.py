@@ -1,0 +1,246 @@
+"""How much device memory the trainer takes beside the server, row by row, and which way of training fits.
+
+Arithmetic on a model's sizes and a number of tokens; what it cannot know is in the constants below, checked against
+measured peaks. Must not know: torch, vLLM, a device: `tandem serve` asks it before either may be imported.
+
+Invariants: every row is a whole number of `STEP` bytes, so that the printed rows add up to the printed total; more
+tokens never need less. The peak has one of three moments: in the loss (the logits), in a layer's backward pass, or at
+the embeddings' gradient; the plan's rows are those of the largest. Weights and gradients are bf16, A_log is fp32.
+"""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Literal
+
+from producer.errors import TandemError
+from worker.activations import extra, saved
+from worker.text_config import GDN, TextConfig
+
+CONTEXT_BYTES = 1_000_000_000
+"""The CUDA context, the libraries' workspaces and loaded kernels of one process."""
+SLACK = 0.10
+"""What the allocator rounds up or cannot reuse, as a part of what comes and goes (activations, gradients in flight)."""
+BUCKET_BYTES = 1 << 28
+"""Gradients that streaming holds back to apply together: `ApolloMini.streaming`'s default."""
+LOSS_BLOCK = 1 << 27
+"""Most logits at a time, as fp32."""
+LOSS_BLOCKS = 3
+"""Blocks that are alive together: logits, their exponentials, their gradient."""
+SCRATCH = 0.006
+"""The optimizer's scratch, in bytes a parameter: about 150 MB at 27B (worker/apollo/cuda.py)."""
+STEP = 10_000_000
+"""What rows are rounded up to: the last digit that is printed."""
+
+Apply = Literal["auto", "burst", "streaming"]
+Recompute = Literal["auto", "always", "never"]
+
+
+class MemoryPlanError(TandemError):
+    """The trainer does not fit; the numbers and what to do are in the message."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes. `rows` are the trainer's own at its peak; `weights` and `state` lie in the server's memory."""
+
+    tokens: int
+    streaming: bool
+    recompute: bool
+    moment: str
+    weights: int
+    state: int
+    rows: tuple[tuple[str, int], ...]
+    free: int | None = None
+    """What the trainer may take, rounded down; None where nobody asked the device."""
+
+    @property
+    def total(self) -> int:
+        """The trainer's own peak, its CUDA context included."""
+        return sum(size for _, size in self.rows)
+
+    def title(self) -> str:
+        """What was chosen, in words."""
+        how = "streaming" if self.streaming else "burst"
+        layers = "layers recomputed" if self.recompute else "no recomputation"
+        return f"{how}, {layers}, {self.tokens:,} tokens a pass"
+
+    def render(self, device_bytes: int | None = None) -> list[str]:
+        """The plan as lines for a log, in GB of 10^9 bytes. device_bytes: the device's memory; with it the server's
+        share (KV cache, graphs and the rest beside weights and state) is a row too, and all rows add up to it."""
+        server = [("weights (shared, the server's)", self.weights), ("optimizer's state (the server's)", self.state)]
+        if device_bytes is not None and self.free is not None:
+            whole = device_bytes // STEP * STEP
+            rest = whole - self.free - self.weights - self.state
+            server.append(("KV cache and whatever else is in use", rest))
+        lines = [f"memory plan: {self.title()}; its peak is {self.moment}"]
+        lines += [_line(*row) for row in server]
+        lines += [_line(*row) for row in self.rows if row[1]]
+        lines.append(_line("the trainer's own, total", self.total))
+        if self.free is not None:
+            lines += [_line("free for it", self.free), _line("left", self.free - self.total)]
+        return lines
+
+
+def make_plan(
+    config: TextConfig,
+    tokens: int,
+    *,
+    streaming: bool,
+    recompute: bool,
+    embeddings: str = "apollo",
+    context_bytes: int = CONTEXT_BYTES,
+) -> Plan:
+    """The plan for forward passes of `tokens` tokens (padding included), all of them trained.
+
+    embeddings: "frozen" spares the gradients of embeddings and head. context_bytes: what CUDA and its libraries are
+    still to take; less in a process whose context exists before `free` is asked for.
+    """
+    tables = embeddings != "frozen"
+    standing = 0 if streaming else _gradient_bytes(config, tables)
+    shared = {"weights": _up(weight_bytes(config)), "state": _up(state_bytes(config))}
+    plans = []
+    for name, moment in MOMENTS.items():
+        gradients, activations = moment(config, tokens, streaming, recompute, tables)
+        moving = gradients + sum(size for _, size in activations)
+        rows = [
+            ("gradients", standing + gradients),
+            *activations,
+            ("optimizer's scratch", SCRATCH * config.count()),
+            ("allocator's slack", SLACK * moving),
+            ("CUDA context and libraries", context_bytes),
+        ]
+        rounded = tuple((row, _up(size)) for row, size in rows)
+        plans.append(Plan(tokens, streaming, recompute, name, rows=rounded, **shared))
+    return max(plans, key=lambda plan: plan.total)
+
+
+def choose(
+    config: TextConfig,
+    budget_tokens: int,
+    free_bytes: int,
+    apply: Apply = "auto",
+    recompute: Recompute = "auto",
+    *,
+    embeddings: str = "apollo",
+    context_bytes: int = CONTEXT_BYTES,
+) -> Plan:
+    """The fastest plan that fits into `free_bytes`: burst before streaming, then no recomputation before it.
+
+    Raises MemoryPlanError with needed, free and missing, and what to change.
+    """
+    ways = [False, True] if apply == "auto" else [apply == "streaming"]
+    again = [False, True] if recompute == "auto" else [recompute == "always"]
+    at = partial(make_plan, config, embeddings=embeddings, context_bytes=context_bytes)
+    plans = [at(budget_tokens, streaming=way, recompute=twice) for way, twice in product(ways, again)]
+    for plan in plans:
+        if plan.total <= free_bytes:
+            return replace(plan, free=free_bytes // STEP * STEP)
+    least = min(plans, key=lambda plan: plan.total)
+    fewer = partial(at, streaming=least.streaming, recompute=least.recompute)
+    most = bisect_right(range(1, budget_tokens + 1), free_bytes, key=lambda tokens: fewer(tokens).total)
+    raise MemoryPlanError(_refusal(least, free_bytes, most))
+
+
+def weight_bytes(config: TextConfig) -> int:
+    """Bytes of the text model's weights as the server holds them."""
+    return 2 * config.count() + 2 * config.layers.count(GDN) * config.linear_value_heads
+
+
+def state_bytes(config: TextConfig) -> int:
+    """Bytes of the optimizer's state: what worker.apollo.state_bytes says of these shapes, without importing torch."""
+    shapes = config.parameters().values()
+    lengths = [max(shape) if len(shape) == 2 else math.prod(shape) for shape in shapes]
+    return _align(64 + 4 * len(lengths)) + sum(2 * _align(4 * length) for length in lengths)
+
+
+# -- the three moments: (gradients in flight, activations by name), in bytes ------------------------------------------
+
+Moment = tuple[float, list[tuple[str, float]]]
+
+
+def _loss(config: TextConfig, tokens: int, streaming: bool, recompute: bool, tables: bool) -> Moment:
+    """Everything the forward pass kept, one block of logits, and the head's gradient."""
+    logits = 4 * LOSS_BLOCKS * min(LOSS_BLOCK, tokens * config.vocab)
+    # the normed hidden states, their gathered rows and gradient in bf16, and its sum over blocks in fp32
+    hidden = 10 * config.hidden * tokens
+    rows = [*_kept(config, tokens, recompute), ("logits", logits), ("hidden states and their gradient", hidden)]
+    return (_table_bytes(config) if tables else 0), rows
+
+
+def _backward(config: TextConfig, tokens: int, streaming: bool, recompute: bool, tables: bool) -> Moment:
+    """Everything the forward pass kept, and what the backward pass of the last layer adds to it.
+
+    A tied table's gradient waits from the loss on for the embeddings' part of it.
+    """
+    kinds = set(config.layers)
+    matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
+    gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)
+    gradients += _bucket(config) if streaming else 0
+    # a recomputed layer's input is one of the layer inputs already
+    kept = {kind: sum(saved(config, kind)) - 2 * config.hidden if recompute else 0 for kind in kinds}
+    layer = max(kept[kind] + extra(config, kind) for kind in kinds)
+    return gradients, [*_kept(config, tokens, recompute), ("one layer's backward pass", layer * tokens)]
+
+
+def _embeddings(config: TextConfig, tokens: int, streaming: bool, recompute: bool, tables: bool) -> Moment:
+    """The table's gradient; tied, that of the head beside it. The layers are done, and nothing of them is left."""
+    table = _table_bytes(config) * (2 if config.tied else 1) if tables else 0
+    gradients = table + (_bucket(config) if streaming else 0)
+    return gradients, [("hidden states and their gradient", 10 * config.hidden * tokens)]
+
+
+MOMENTS = {"in the loss": _loss, "in a layer's backward pass": _backward, "at the embeddings": _embeddings}
+
+
+def _kept(config: TextConfig, tokens: int, recompute: bool) -> list[tuple[str, float]]:
+    if recompute:
+        return [("layer inputs", 2 * config.hidden * len(config.layers) * tokens)]
+    each = {kind: sum(saved(config, kind)) for kind in set(config.layers)}
+    return [("activations of all layers", sum(each[kind] for kind in config.layers) * tokens)]
+
+
+# -- small parts ------------------------------------------------------------------------------------------------------
+
+
+def _table_bytes(config: TextConfig) -> int:
+    return 2 * config.vocab * config.hidden
+
+
+def _gradient_bytes(config: TextConfig, tables: bool) -> int:
+    return 2 * config.count() - (0 if tables else _table_bytes(config) * len(config.tables()))
+
+
+def _bucket(config: TextConfig) -> int:
+    return min(BUCKET_BYTES, 2 * config.count() - _table_bytes(config) * len(config.tables()))
+
+
+def _align(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _up(size: float) -> int:
+    return math.ceil(size / STEP) * STEP
+
+
+def gigabytes(size: float) -> str:
+    """`size` bytes in GB of 10^9, to two decimals."""
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _line(name: str, size: int) -> str:
+    return f"  {name:<38}{gigabytes(size):>12}"
+
+
+def _refusal(plan: Plan, free: int, most: int) -> str:
+    free = free // STEP * STEP
+    changes = [f"a smaller --max-tokens and --max-length ({most:,} tokens would fit)"] if most else []
+    changes += [] if plan.streaming else ["--apply streaming"]
+    changes += [] if plan.recompute else ["recomputed layers"]
+    changes.append("a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization")
+    return (
+        f"the trainer needs {gigabytes(plan.total)} ({plan.title()}) and {gigabytes(free)} are free: "
+        f"{gigabytes(plan.total - free)} short. Use {', or '.join(changes)}"
+    )
