@@ -1,5 +1,4 @@
-"""What the tests of durability share: Redis, the stand-in server (or real vLLM), `tandem` commands on one folder, and
-how to look.
+"""What the tests of durability share: Redis, a server (the stand-in or real vLLM), `tandem` commands on one folder.
 
 Commands run in forked processes that have torch imported (chaos_processes.py); what runs in them is the command line.
 Weights are read from the server's memory, as a trainer would attach to it.

@@ -38,7 +38,7 @@ time.sleep(600)
 
 
 class Victim:
-    """A trainer process, connected: does `steps` (of pause, hogwild, begin, finish) at `go`, then waits to be killed."""
+    """A trainer process, connected, that does `steps` (pause, hogwild, begin, finish) at `go` and waits."""
 
     def __init__(self, run_dir: Path, *steps: str) -> None:
         arguments = [sys.executable, "-c", TRAINER, str(run_dir), ",".join(steps)]

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from worker.activations import extra, saved
 from worker.apollo import state_bytes
-from worker.memory_plan import STEP, MemoryPlanError, Plan, choose, make_plan, weight_bytes
+from worker.memory_plan import (
+    BUCKET_BYTES,
+    SLACK,
+    STEP,
+    MemoryPlanError,
+    Plan,
+    choose,
+    layers_kept,
+    make_plan,
+    weight_bytes,
+)
 from worker.memory_plan import state_bytes as planned_state_bytes
 from worker.text_config import ATTENTION, GDN, TextConfig
 
@@ -49,6 +59,11 @@ ways = st.fixed_dictionaries(
 )
 
 
+def plan_of(config: TextConfig, tokens: int, *, recompute: bool, **more: Any) -> Plan:
+    """All layers recomputed, or none."""
+    return make_plan(config, tokens, kept=0 if recompute else len(config.layers), **more)
+
+
 def test_the_weights_of_27b() -> None:
     config = config_of("27B")
     assert config.count() == 26_895_998_464
@@ -70,19 +85,19 @@ def test_the_state_of_any_model_is_what_the_optimizer_asks_for(config: TextConfi
 @pytest.mark.parametrize(("tokens", "measured"), [(1024, 3.3), (4096, 5.5), (8192, 8.6)])
 def test_the_prototypes_measured_peaks_are_covered(tokens: int, measured: float) -> None:
     """27B, streaming, recomputed, on an H200, without the CUDA context (see DESIGN.md, "Memory")."""
-    plan = make_plan(config_of("27B"), tokens, streaming=True, recompute=True, context_bytes=0)
+    plan = plan_of(config_of("27B"), tokens, streaming=True, recompute=True, context_bytes=0)
     assert measured <= plan.total / GB
-    assert make_plan(config_of("27B"), tokens, streaming=True, recompute=True).total / GB <= 14
+    assert plan_of(config_of("27B"), tokens, streaming=True, recompute=True).total / GB <= 14
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_is_sane(size: str) -> None:
     config = config_of(size)
-    burst = make_plan(config, 8192, streaming=False, recompute=True)
+    burst = plan_of(config, 8192, streaming=False, recompute=True)
     assert burst.weights < burst.total  # the gradients alone are as large as the weights
     assert burst.total < burst.weights + 15 * GB
-    assert make_plan(config, 8192, streaming=True, recompute=True).total < 14 * GB
-    hidden_states = dict(make_plan(config, 8192, streaming=True, recompute=True).rows)["layer inputs"]
+    assert plan_of(config, 8192, streaming=True, recompute=True).total < 14 * GB
+    hidden_states = dict(plan_of(config, 8192, streaming=True, recompute=True).rows)["layer inputs"]
     assert 0 <= hidden_states - 2 * config.hidden * len(config.layers) * 8192 < STEP
 
 
@@ -94,7 +109,7 @@ def printed(lines: list[str]) -> dict[str, int]:
 
 @given(configs, tokens, ways, st.integers(0, 400 * GB), st.integers(0, 400 * GB))
 def test_the_printed_rows_add_up(config: TextConfig, tokens: int, way: dict[str, Any], free: int, used: int) -> None:
-    plan = make_plan(config, tokens, **way)
+    plan = plan_of(config, tokens, **way)
     rows = printed(plan.render())
     assert len(rows) == len(plan.render()) - 1  # every line was read
     server = rows.pop("weights (shared, the server's)") + rows.pop("optimizer's state (the server's)")
@@ -122,21 +137,41 @@ def fitted_device(plan: Plan, used: int) -> int:
 
 @given(configs, tokens, st.integers(0, 5000), ways)
 def test_more_tokens_never_need_less(config: TextConfig, tokens: int, more: int, way: dict[str, Any]) -> None:
-    assert make_plan(config, tokens, **way).total <= make_plan(config, tokens + more, **way).total
+    assert plan_of(config, tokens, **way).total <= plan_of(config, tokens + more, **way).total
 
 
 @given(configs, tokens)
 def test_streaming_recomputing_and_freezing_never_need_more(config: TextConfig, tokens: int) -> None:
-    rounding = 6 * STEP  # each row is rounded by itself
+    # each row is rounded by itself, and streaming's bucket comes and goes where a burst's gradients stand
+    rounding = 6 * STEP + SLACK * BUCKET_BYTES
 
     def total(streaming: bool, recompute: bool, embeddings: str = "apollo") -> int:
-        return make_plan(config, tokens, streaming=streaming, recompute=recompute, embeddings=embeddings).total
+        return plan_of(config, tokens, streaming=streaming, recompute=recompute, embeddings=embeddings).total
 
     for recompute in (False, True):
         assert total(True, recompute) <= total(False, recompute) + rounding
     for streaming in (False, True):
         assert total(streaming, True) <= total(streaming, False) + rounding
         assert total(streaming, True, "frozen") <= total(streaming, True) + rounding
+
+
+@given(configs, tokens, st.booleans(), st.integers(0, 400 * GB))
+def test_the_most_layers_that_fit_are_kept(config: TextConfig, tokens: int, streaming: bool, free: int) -> None:
+    found = layers_kept(config, tokens, free, streaming=streaming, embeddings="apollo", context_bytes=10**9)
+    fits = [make_plan(config, tokens, streaming=streaming, kept=n).total <= free for n in range(len(config.layers) + 1)]
+    assert fits[found] or found == 0
+    assert not any(fits[found + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "measured"),
+    [(512, 0, 3.70), (512, 64, 11.12), (1024, 32, 11.99), (2048, 0, 5.61), (2048, 8, 9.20), (8192, 0, 9.89),
+     (8192, 2, 13.46), (8192, 3, 15.26)],
+)  # fmt: skip
+def test_our_own_measured_peaks_are_covered_and_not_by_much(tokens: int, kept: int, measured: float) -> None:
+    """27B, streaming, on an H200: allocated at most, without context and what the allocator wastes (RESULTS.md)."""
+    plan = make_plan(config_of("27B"), tokens, streaming=True, kept=kept, context_bytes=0)
+    assert measured <= plan.total / GB <= 1.4 * measured, plan.total / GB
 
 
 def gradients(plan: Plan) -> int:
@@ -146,34 +181,31 @@ def gradients(plan: Plan) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_frozen_tables_have_no_gradients(size: str) -> None:
     config, table = config_of(size), 2 * config_of(size).vocab * config_of(size).hidden
-    for streaming, tables in (
-        (True, 1),
-        (False, 2 if config.tied else 3),
-    ):  # one in the making, and those that are kept
-        plans = [
-            make_plan(config, 1024, streaming=streaming, recompute=True, embeddings=embeddings)
+    for streaming, standing in ((True, 0), (False, 1 if config.tied else 2)):
+        whole, frozen = (
+            plan_of(config, 1024, streaming=streaming, recompute=True, embeddings=embeddings)
             for embeddings in ("apollo", "frozen")
-        ]
-        assert [plan.moment for plan in plans] == ["in the loss"] * 2
-        assert abs(gradients(plans[0]) - gradients(plans[1]) - tables * table) <= STEP
+        )
+        assert gradients(whole) - gradients(frozen) >= standing * table - STEP
+        assert frozen.total < whole.total
 
 
 def test_a_tied_table_counts_twice_at_the_embeddings() -> None:
     config = config_of("4B")
-    plan = make_plan(config, 128, streaming=True, recompute=True)
+    plan = plan_of(config, 128, streaming=True, recompute=True)
     assert plan.moment == "at the embeddings"
-    assert 0 <= gradients(plan) - 2 * 2 * config.vocab * config.hidden - (1 << 28) < STEP
+    assert 0 <= gradients(plan) - 2 * 2 * config.vocab * config.hidden - BUCKET_BYTES < STEP
 
 
 def test_long_passes_peak_in_the_layer_that_needs_most() -> None:
     config = config_of("27B")
-    plan = make_plan(config, 16384, streaming=True, recompute=True)
+    plan = plan_of(config, 16384, streaming=True, recompute=True)
     assert plan.moment == "in a layer's backward pass"
     needs = [sum(saved(config, kind)) + extra(config, kind) - 2 * config.hidden for kind in (GDN, ATTENTION)]
     assert 0 <= dict(plan.rows)["one layer's backward pass"] - 16384 * max(needs) < STEP
     kept = 16384 * sum(sum(saved(config, kind)) for kind in config.layers)
-    plan = make_plan(config, 16384, streaming=True, recompute=False)
-    assert 0 <= dict(plan.rows)["activations of all layers"] - kept < STEP
+    plan = plan_of(config, 16384, streaming=True, recompute=False)
+    assert 0 <= dict(plan.rows)[f"activations of {len(config.layers)} layers"] - kept < STEP
 
 
 @pytest.mark.parametrize("kind", [GDN, ATTENTION])
@@ -190,7 +222,7 @@ FULL, AGAIN, STREAM_FULL, STREAM_AGAIN = (False, False), (False, True), (True, F
 def test_the_fastest_that_fits_is_chosen(size: str) -> None:
     config = config_of(size)
     order = [FULL, AGAIN, STREAM_FULL, STREAM_AGAIN]
-    totals = [make_plan(config, 512, streaming=s, recompute=r).total for s, r in order]
+    totals = [plan_of(config, 512, streaming=s, recompute=r).total for s, r in order]
     for free in {*totals, *(total - 1 for total in totals)}:
         fitting = [way for way, total in zip(order, totals, strict=True) if total <= free]
         if fitting:
@@ -212,7 +244,7 @@ def test_what_the_user_asked_for_is_kept() -> None:
 
 
 def test_the_refusal_has_the_numbers_and_the_ways_out() -> None:
-    config, needed = config_of("27B"), make_plan(config_of("27B"), 8192, streaming=True, recompute=True).total
+    config, needed = config_of("27B"), plan_of(config_of("27B"), 8192, streaming=True, recompute=True).total
     with pytest.raises(MemoryPlanError) as refused:
         choose(config, 8192, 9 * GB)
     said = str(refused.value)

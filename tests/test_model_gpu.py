@@ -1,6 +1,8 @@
 """The fused model on a GPU: against transformers' own code in fp32 on a CPU, packed against separate, burst against
 streaming, and that nothing is compiled once it is warm. Needs a GPU, fla, liger and where triton needs it tilelang."""
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,9 +43,15 @@ class Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
-    """fp32 on the CPU, its weights bf16 numbers."""
+def reference() -> Iterator[Any]:
+    """fp32 on the CPU, its weights bf16 numbers, on transformers' own code in plain torch: with fla installed it would
+    take fla's kernels, which are what is tested here."""
     torch_setup.prepare()
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
+    undo = pytest.MonkeyPatch()
+    for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):
+        undo.setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32)
     with torch.no_grad():
@@ -52,7 +60,8 @@ def reference() -> Any:
                 parameter.copy_(torch.randn(parameter.shape) * 0.05)  # a leak, or a wrong gate, is seen in the logits
             if not name.endswith("A_log"):
                 parameter.copy_(parameter.to(torch.bfloat16))
-    return model
+    yield model
+    undo.undo()
 
 
 def on_gpu(reference: Any, *, streaming: bool = False, kept: int = 0) -> Trainer:
@@ -116,17 +125,15 @@ def test_packed_equals_separate_with_the_same_kernels(reference: Any, examples: 
 
 def test_streaming_is_burst(reference: Any, examples: list[Example]) -> None:
     burst, streaming = on_gpu(reference), on_gpu(reference, streaming=True)
-    for step in range(3):
-        ours, theirs = streaming.begin(examples), burst.begin(examples)
-        assert ours.nll == pytest.approx(theirs.nll, rel=1e-3), step
-        assert not gradients(streaming)
-        measured = streaming.apply()
-        streaming.optimizer.check()
-        assert measured == pytest.approx(burst.apply(), rel=1e-3)
-        assert not gradients(streaming)
+    ours, theirs = streaming.begin(examples), burst.begin(examples)
+    assert ours.nll == pytest.approx(theirs.nll, rel=1e-4) and not gradients(streaming)
+    measured = streaming.apply()
+    streaming.optimizer.check()
+    assert measured == pytest.approx(burst.apply(), rel=1e-3) and not gradients(streaming)
     pairs = zip(streaming.model.named_parameters(), burst.model.parameters(), strict=True)
     # What differs is where a gradient that a GPU adds up in another order tips the rounding of a weight.
     same = {name: float((a == b).float().mean()) for (name, a), b in pairs}
+    print("least part of a tensor that is equal bit for bit:", min(same.values()))
     assert min(same.values()) > 0.9, sorted(same.items(), key=lambda item: item[1])[:5]
 
 

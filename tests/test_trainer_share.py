@@ -40,7 +40,7 @@ def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: str) -> N
     (flag, value), (note,) = added_for(size, total)
     assert flag == "--gpu-memory-utilization"
     plan = memory_plan.make_plan(
-        TextConfig.read(CONFIGS / f"qwen3_5-{size}.json"), 8192, streaming=way == "streaming", recompute=True
+        TextConfig.read(CONFIGS / f"qwen3_5-{size}.json"), 8192, streaming=way == "streaming", kept=0
     )
     left = total * (1 - float(value)) - plan.total - 10**9
     assert left >= 0

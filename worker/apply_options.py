@@ -22,6 +22,7 @@ class ApplySettings:
     apply: Way = "auto"
     hogwild: bool = False
     duty_cycle: float = 1.0
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.hogwild and self.apply != "streaming":
@@ -57,6 +58,14 @@ def apply_options(command: F) -> F:
             help="Most of the time that training may take, as a part; the worker rests for the others.",
         ),
     ]
+    options.append(
+        click.option(
+            "--memory",
+            type=click.FloatRange(0, min_open=True),
+            metavar="GB",
+            help="Most GPU memory for the trainer itself, weights not counted (default: what is free).",
+        )
+    )
     for option in reversed(options):
         command = option(command)
     return command

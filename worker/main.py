@@ -23,6 +23,7 @@ from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import hold, ledger, torch_setup
 from worker.apply_options import ApplySettings, apply_options, apply_settings_of
+from worker.device_setup import choose_way, warm
 from worker.drain import BatchWorker
 from worker.duty import Duty
 from worker.guard_options import GuardSettings, canary_hooks, guard_options, settings_of
@@ -67,11 +68,12 @@ def attach_step(
     known: ledger.LedgerState | None = None,
     new_lineage: bool = False,
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
+    max_tokens: int = 8192,
 ) -> Iterator[SharedUpdate]:
     """The update protocol on the server of `run_dir`, as its only trainer, from here to the end of the block.
 
     Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). known: what Redis
-    says of the weights, if it was asked.
+    says of the weights, if it was asked. max_tokens: most of a version.
     """
     torch_setup.prepare()
     with contextlib.ExitStack() as stack:
@@ -82,6 +84,7 @@ def attach_step(
         model = weights.build_model()
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
+        way = choose_way(model, weights.model_path, h, settings, max_tokens, weights.state.device)
         # Whatever is trained again, is trained in the way that new versions are.
         make = partial(
             make_trainer,
@@ -89,18 +92,16 @@ def attach_step(
             list(model.named_parameters()),
             tokenizer,
             state=weights.state,
-            streaming=streams(settings, weights.state.device),
+            streaming=way.streaming,
+            budget=way.budget,
         )
         keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, policy)))
         for sentence in mend_weights(keeper, control, known, new_lineage=new_lineage):
             log.info(sentence)
+        trainer = make(h)
+        warm(trainer)
         duty = Duty(settings.duty_cycle)
-        yield SharedUpdate(weights, control, make(h), builder, keeper, h, hogwild=settings.hogwild, duty=duty)
-
-
-def streams(settings: ApplySettings, device: torch.device) -> bool:
-    """Whether gradients are applied as they come."""
-    return settings.apply == "streaming"
+        yield SharedUpdate(weights, control, trainer, builder, keeper, h, hogwild=settings.hogwild, duty=duty)
 
 
 @click.command()
@@ -152,6 +153,7 @@ def command(
             known=ledger.state(connection),
             new_lineage=new_lineage,
             settings=settings,
+            max_tokens=max_tokens,
         ) as step:
             agree(connection, step, new_lineage=new_lineage)
             step.confirm = partial(confirm, connection, step)

@@ -23,7 +23,7 @@ CONTEXT_BYTES = 1_000_000_000
 """The CUDA context, the libraries' workspaces and loaded kernels of one process."""
 SLACK = 0.10
 """What the allocator rounds up or cannot reuse, as a part of what comes and goes (activations, gradients in flight)."""
-BUCKET_BYTES = 1 << 28
+BUCKET_BYTES = 1 << 30
 """Gradients that streaming holds back to apply together: `ApolloMini.streaming`'s default."""
 LOSS_BLOCK = 1 << 27
 """Most logits at a time, as fp32."""
@@ -48,7 +48,9 @@ class Plan:
 
     tokens: int
     streaming: bool
-    recompute: bool
+    kept: int
+    """How many of the last layers keep their activations; the others keep their input and are computed again."""
+    layers: int
     moment: str
     weights: int
     state: int
@@ -57,14 +59,24 @@ class Plan:
     """What the trainer may take, rounded down; None where nobody asked the device."""
 
     @property
+    def recompute(self) -> bool:
+        """Whether any layer is computed again in backward."""
+        return self.kept < self.layers
+
+    @property
     def total(self) -> int:
         """The trainer's own peak, its CUDA context included."""
         return sum(size for _, size in self.rows)
 
+    def within(self, free_bytes: int) -> "Plan":
+        """The same, told how much there is."""
+        return replace(self, free=free_bytes // STEP * STEP)
+
     def title(self) -> str:
         """What was chosen, in words."""
         how = "streaming" if self.streaming else "burst"
-        layers = "layers recomputed" if self.recompute else "no recomputation"
+        layers = f"{self.layers - self.kept} of {self.layers} layers recomputed" if self.kept else "layers recomputed"
+        layers = layers if self.recompute else "no recomputation"
         return f"{how}, {layers}, {self.tokens:,} tokens a pass"
 
     def render(self, device_bytes: int | None = None) -> list[str]:
@@ -89,12 +101,13 @@ def make_plan(
     tokens: int,
     *,
     streaming: bool,
-    recompute: bool,
+    kept: int,
     embeddings: str = "apollo",
     context_bytes: int = CONTEXT_BYTES,
 ) -> Plan:
     """The plan for forward passes of `tokens` tokens (padding included), all of them trained.
 
+    kept: how many of the last layers keep their activations; the others are recomputed.
     embeddings: "frozen" spares the gradients of embeddings and head. context_bytes: what CUDA and its libraries are
     still to take; less in a process whose context exists before `free` is asked for.
     """
@@ -103,7 +116,7 @@ def make_plan(
     shared = {"weights": _up(weight_bytes(config)), "state": _up(state_bytes(config))}
     plans = []
     for name, moment in MOMENTS.items():
-        gradients, activations = moment(config, tokens, streaming, recompute, tables)
+        gradients, activations = moment(config, tokens, streaming, kept, tables)
         moving = gradients + sum(size for _, size in activations)
         rows = [
             ("gradients", standing + gradients),
@@ -113,7 +126,7 @@ def make_plan(
             ("CUDA context and libraries", context_bytes),
         ]
         rounded = tuple((row, _up(size)) for row, size in rows)
-        plans.append(Plan(tokens, streaming, recompute, name, rows=rounded, **shared))
+        plans.append(Plan(tokens, streaming, kept, len(config.layers), name, rows=rounded, **shared))
     return max(plans, key=lambda plan: plan.total)
 
 
@@ -132,16 +145,25 @@ def choose(
     Raises MemoryPlanError with needed, free and missing, and what to change.
     """
     ways = [False, True] if apply == "auto" else [apply == "streaming"]
-    again = [False, True] if recompute == "auto" else [recompute == "always"]
+    every = len(config.layers)
+    kept = {"auto": [every, 0], "always": [0], "never": [every]}[recompute]
     at = partial(make_plan, config, embeddings=embeddings, context_bytes=context_bytes)
-    plans = [at(budget_tokens, streaming=way, recompute=twice) for way, twice in product(ways, again)]
+    plans = [at(budget_tokens, streaming=way, kept=some) for way, some in product(ways, kept)]
     for plan in plans:
         if plan.total <= free_bytes:
-            return replace(plan, free=free_bytes // STEP * STEP)
+            return plan.within(free_bytes)
     least = min(plans, key=lambda plan: plan.total)
-    fewer = partial(at, streaming=least.streaming, recompute=least.recompute)
+    fewer = partial(at, streaming=least.streaming, kept=least.kept)
     most = bisect_right(range(1, budget_tokens + 1), free_bytes, key=lambda tokens: fewer(tokens).total)
     raise MemoryPlanError(_refusal(least, free_bytes, most))
+
+
+def layers_kept(
+    config: TextConfig, tokens: int, free_bytes: int, *, streaming: bool, embeddings: str, context_bytes: int
+) -> int:
+    """How many of the last layers can keep their activations in a pass of `tokens` tokens: the most that fit."""
+    at = partial(make_plan, config, tokens, streaming=streaming, embeddings=embeddings, context_bytes=context_bytes)
+    return max((kept for kept in range(len(config.layers) + 1) if at(kept=kept).total <= free_bytes), default=0)
 
 
 def weight_bytes(config: TextConfig) -> int:
@@ -161,17 +183,18 @@ def state_bytes(config: TextConfig) -> int:
 Moment = tuple[float, list[tuple[str, float]]]
 
 
-def _loss(config: TextConfig, tokens: int, streaming: bool, recompute: bool, tables: bool) -> Moment:
+def _loss(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
     """Everything the forward pass kept, one block of logits, and the head's gradient."""
     logits = 4 * LOSS_BLOCKS * min(LOSS_BLOCK, tokens * config.vocab)
     # the normed hidden states, their gathered rows and gradient in bf16, and its sum over blocks in fp32
     hidden = 10 * config.hidden * tokens
-    rows = [*_kept(config, tokens, recompute), ("logits", logits), ("hidden states and their gradient", hidden)]
+    rows = [*_held(config, tokens, kept), ("logits", logits), ("hidden states and their gradient", hidden)]
     return (_table_bytes(config) if tables else 0), rows
 
 
-def _backward(config: TextConfig, tokens: int, streaming: bool, recompute: bool, tables: bool) -> Moment:
-    """Everything the forward pass kept, and what the backward pass of the last layer adds to it.
+def _backward(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
+    """Everything the forward pass kept, and what the backward pass of the last layer adds to it; or, if that is more,
+    of the first recomputed one, before which the kept ones have been freed.
 
     A tied table's gradient waits from the loss on for the embeddings' part of it.
     """
@@ -179,13 +202,17 @@ def _backward(config: TextConfig, tokens: int, streaming: bool, recompute: bool,
     matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
     gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)
     gradients += _bucket(config) if streaming else 0
+    last = max(extra(config, kind) for kind in kinds)
     # a recomputed layer's input is one of the layer inputs already
-    kept = {kind: sum(saved(config, kind)) - 2 * config.hidden if recompute else 0 for kind in kinds}
-    layer = max(kept[kind] + extra(config, kind) for kind in kinds)
-    return gradients, [*_kept(config, tokens, recompute), ("one layer's backward pass", layer * tokens)]
+    again = max(sum(saved(config, kind)) - 2 * config.hidden + extra(config, kind) for kind in kinds)
+    moments = [[*_held(config, tokens, kept), ("one layer's backward pass", last * tokens)]] if kept else []
+    if kept < len(config.layers):
+        inputs = ("layer inputs", 2 * config.hidden * (len(config.layers) - kept) * tokens)
+        moments.append([inputs, ("one layer's backward pass", again * tokens)])
+    return gradients, max(moments, key=lambda rows: sum(size for _, size in rows))
 
 
-def _embeddings(config: TextConfig, tokens: int, streaming: bool, recompute: bool, tables: bool) -> Moment:
+def _embeddings(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
     """The table's gradient; tied, that of the head beside it. The layers are done, and nothing of them is left."""
     table = _table_bytes(config) * (2 if config.tied else 1) if tables else 0
     gradients = table + (_bucket(config) if streaming else 0)
@@ -195,11 +222,16 @@ def _embeddings(config: TextConfig, tokens: int, streaming: bool, recompute: boo
 MOMENTS = {"in the loss": _loss, "in a layer's backward pass": _backward, "at the embeddings": _embeddings}
 
 
-def _kept(config: TextConfig, tokens: int, recompute: bool) -> list[tuple[str, float]]:
-    if recompute:
-        return [("layer inputs", 2 * config.hidden * len(config.layers) * tokens)]
+def _held(config: TextConfig, tokens: int, kept: int) -> list[tuple[str, float]]:
+    """What the forward pass leaves for backward."""
+    again = len(config.layers) - kept
     each = {kind: sum(saved(config, kind)) for kind in set(config.layers)}
-    return [("activations of all layers", sum(each[kind] for kind in config.layers) * tokens)]
+    rows: list[tuple[str, float]] = []
+    if again:
+        rows.append(("layer inputs", 2 * config.hidden * again * tokens))
+    if kept:
+        rows.append((f"activations of {kept} layers", sum(each[kind] for kind in config.layers[again:]) * tokens))
+    return rows
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------

@@ -101,8 +101,8 @@ def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
 
 def default_plan(config: TextConfig, total: int) -> Plan:
     """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
-    burst = make_plan(config, TOKENS, streaming=False, recompute=True)
-    return burst if 4 * burst.total <= total else make_plan(config, TOKENS, streaming=True, recompute=True)
+    burst = make_plan(config, TOKENS, streaming=False, kept=0)
+    return burst if 4 * burst.total <= total else make_plan(config, TOKENS, streaming=True, kept=0)
 
 
 def flags_for(total: int, taken: int, share: int, why: str) -> tuple[list[str], list[str]]:

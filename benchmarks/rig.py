@@ -1,0 +1,153 @@
+"""Redis, a server and `tandem worker` processes for a benchmark, on one folder; they end with its script.
+
+Must not know: what is measured. Invariant: nothing it started outlives `close`, nor this process.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from producer import Producer
+from producer.errors import TandemError
+from worker import ledger
+from worker.process import die_with_parent
+from worker.redis_server import RedisServer
+from worker.serving.process import ServerProcess
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RigError(TandemError):
+    """A process did not do what was waited for; the message ends with what it said."""
+
+
+class Rig:
+    """`run_dir` and `url` of a server that is there, or start_server(); Redis is a private one unless `redis_url`."""
+
+    def __init__(
+        self, folder: Path, model: Path, *, run_dir: Path | None = None, url: str = "", redis_url: str | None = None
+    ) -> None:
+        self.folder, self.model, self.url = folder, model, url
+        self.run_dir = run_dir or folder / "run"
+        self.server: ServerProcess | None = None
+        self.store = None if redis_url else RedisServer(folder / "redis").start()
+        self.redis_url = redis_url or (self.store.url if self.store else "")
+        self.redis = redis.Redis.from_url(self.redis_url)
+        self.producer = Producer(self.redis_url)
+        self.workers: list[Worker] = []
+
+    def start_server(self, options: Sequence[str], timeout: float = 300.0) -> None:
+        """`tandem serve` with vLLM's `options`; returns once it answers."""
+        self.server = ServerProcess(self.model, self.run_dir, extra=options, wait=False)
+        self.url = self.server.url
+        self.server.wait_ready(timeout)
+
+    @contextmanager
+    def worker(self, *options: str, fault: str | None = None, ready: float = 300.0) -> Iterator["Worker"]:
+        """A `tandem worker` that is ready (within `ready` seconds); stopped, or killed, at the end of the block."""
+        worker = self.start_worker(*options, fault=fault)
+        try:
+            worker.until("be ready", lambda: "worker ready" in worker.said(), ready)
+            worker.ready_s = time.monotonic() - worker.started
+            yield worker
+        finally:
+            worker.stop()
+
+    def start_worker(self, *options: str, fault: str | None = None) -> "Worker":
+        environment = os.environ | {"REDIS_URL": self.redis_url, "TANDEM_RUN_DIR": str(self.run_dir)}
+        environment |= {"TANDEM_STATE_DIR": str(self.folder / "state")}
+        environment |= {"TANDEM_FAULT": fault} if fault else {}
+        worker = Worker(options, environment, self.folder / f"worker-{len(self.workers)}.log")
+        self.workers.append(worker)
+        return worker
+
+    def manifest(self, version: int) -> dict[str, float]:
+        """The numbers in a version's manifest."""
+        numbers = {}
+        for name, text in ledger.manifest(self.redis, version).items():
+            try:
+                numbers[name] = float(text)
+            except (TypeError, ValueError):
+                continue
+        return numbers
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 300.0) -> tuple[int, dict[str, Any]]:
+        """(status, body) of a request to the server."""
+        request = urllib.request.Request(
+            self.url + path,
+            json.dumps({"model": str(self.model)} | body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        if self.server is not None:
+            self.server.stop()
+        if self.store is not None:
+            self.store.stop()
+
+
+class Worker:
+    """A `tandem worker` process. `ready_s`: seconds from its start until it took jobs."""
+
+    def __init__(self, options: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.log, self.started, self.ready_s = log, time.monotonic(), float("nan")
+        with log.open("w") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "worker.cli", "worker", *options],
+                env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=ROOT,
+                preexec_fn=die_with_parent,
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def until(self, what: str, done: Callable[[], bool], timeout: float) -> None:
+        """Wait for `done()`. RigError when the process ends before, or after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if (code := self._process.poll()) is not None:
+                raise RigError(f"the worker ended with {code} before it could {what}:\n{self.said()[-4000:]}")
+            if time.monotonic() > deadline:
+                raise RigError(f"the worker did not {what} within {timeout:g} s:\n{self.said()[-4000:]}")
+            time.sleep(0.05)
+
+    def ended(self, timeout: float) -> int:
+        """Its exit code. RigError after `timeout` seconds."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise RigError(f"the worker did not end within {timeout:g} s:\n{self.said()[-4000:]}") from None
+
+    def stop(self, patience: float = 60.0) -> None:
+        """As an operator would; by force after `patience` seconds. Idempotent."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(patience)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        """kill -9. Idempotent."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()

@@ -1,0 +1,79 @@
+"""What a GPU needs between attaching and training: a memory plan, the kernels, and every shape run once.
+
+    way = choose_way(model, model_path, h, settings, max_tokens)      # logs the plan; fuses the model
+    warm(trainer)                                                     # with a progress bar; logs what it cost
+
+On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
+Invariant: what does not fit is refused here, with numbers, before anything is trained.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from worker.apply_options import ApplySettings
+from worker.hyperparameters import Hyperparameters
+from worker.memory_plan import choose, layers_kept, make_plan
+from worker.model import fuse
+from worker.text_config import TextConfig
+from worker.trainer import Trainer, sizes_up_to
+from worker.warm_up import warm_up
+
+log = logging.getLogger("tandem")
+
+LIBRARIES_BYTES = 500_000_000
+"""What CUDA's libraries still take in this process; its context exists when free memory is asked for."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How gradients are applied, and the most tokens of one forward pass (None: the trainer's default)."""
+
+    streaming: bool
+    budget: int | None = None
+
+
+def choose_way(
+    model: Any, model_path: Path, h: Hyperparameters, settings: ApplySettings, max_tokens: int, device: torch.device
+) -> Way:
+    """Plan the memory, prepare `model` (transformers', on the shared weights), and say which way fits.
+
+    max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError, ConfigError.
+    """
+    if device.type == "cpu":
+        return Way(streaming=settings.apply == "streaming")
+    config = TextConfig.read(model_path / "config.json")
+    budget = sizes_up_to(max(max_tokens, h.max_length))[-1]
+    free, whole = torch.cuda.mem_get_info(device)
+    may = min(free, int(settings.memory * 1e9)) if settings.memory else free
+    costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
+    plan = choose(config, budget, may, settings.apply, **costs)
+
+    @cache
+    def kept(tokens: int) -> int:
+        return layers_kept(config, tokens, may, streaming=plan.streaming, **costs)
+
+    shown = make_plan(config, budget, streaming=plan.streaming, kept=kept(budget), **costs).within(may)
+    for line in shown.render(whole):
+        log.info(line)
+    fuse(model, kept)
+    return Way(plan.streaming, budget)
+
+
+def warm(trainer: Trainer) -> None:
+    """On a GPU, run every shape once, under a progress bar where somebody looks."""
+    if trainer.device.type == "cpu":
+        return
+    columns = (TextColumn("warm-up"), BarColumn(), TextColumn("{task.fields[what]}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("warm-up", what="")
+        report = warm_up(trainer, lambda done, all, what: progress.update(task, completed=done, total=all, what=what))
+    log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
