@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from durable_parts import QUIET, Site, transcripts
-from serving_parts import Background, Victim, completion, events
+from serving_parts import Background, completion, events
 
 from producer.transcript import Transcript
 from worker.apply_options import ApplySettings
 from worker.hyperparameters import Hyperparameters
 from worker.main import attach_step
+from worker.serving.client import ServerControl
+from worker.weights.attach import attach
 from worker.weights.header import APPLYING, CLEAN
 
 pytestmark = pytest.mark.server
@@ -68,11 +70,14 @@ def test_torn_weights_are_never_served_and_the_next_worker_mends_them(
 
 def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site) -> None:
     before, server = site.agree(), site.server.process
-    victim = Victim(site.run_dir, "hogwild", "begin")
-    stream, whole = Background(server, 900, stream=True), Background(server, 900, stream=False)
+    header = attach(site.run_dir).header
+    control = ServerControl(site.run_dir, "lost")
+    control.connect()
+    stream, whole = Background(server, 4000, stream=True), Background(server, 4000, stream=False)
     assert stream.started.wait(60)
-    victim.go()
-    victim.kill()
+    control.begin_hogwild()
+    header.begin()
+    control.close()  # as the end of its process does, which a busy machine may put off
     site.is_torn()
     reason = site.served()["reason"]
     assert f"ended while it wrote version {before + 1}" in reason
