@@ -136,7 +136,7 @@ class RealServer:
     """vLLM, answering."""
 
     def __init__(self, model: Path, run_dir: Path, log: Path) -> None:
-        options = ["--max-model-len", "1024", "--max-num-seqs", "4"]
+        options = ["--max-model-len", "4096", "--max-num-seqs", "4"]
         self.process = ServerProcess(model, run_dir, extra=options)
 
     def alive(self) -> bool:

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from durable_parts import QUIET, Site, transcripts
-from serving_parts import Background, completion
+from serving_parts import Background, completion, events
 
 from producer.transcript import Transcript
 from worker.apply_options import ApplySettings
 from worker.hyperparameters import Hyperparameters
 from worker.main import attach_step
+from worker.serving.client import ServerControl
+from worker.weights.attach import attach
 from worker.weights.header import APPLYING, CLEAN
 
 pytestmark = pytest.mark.server
@@ -55,16 +57,35 @@ def test_torn_weights_are_never_served_and_the_next_worker_mends_them(
     """With hogwild the server was never paused: it stops serving all the same."""
     before = site.agree()
     sent = site.send(f"{point}-{len(options)}", 2)
-    running = Background(site.server.process, 900, stream=False)
     site.killed(point, *QUIET, *options)
     site.is_torn()
     assert site.header()["state"] == APPLYING
-    for status, _, body in (running.result(), completion(site.server.process, 2)):
-        assert status == 503 and "tandem worker" in json.loads(body)["error"]["message"], body
+    status, _, body = completion(site.server.process, 2)
+    assert status == 503 and "tandem worker" in json.loads(body)["error"]["message"], body
     said = site.work(*QUIET, *options)
     assert "torn" in said and site.agree() == before + 1 and set(sent) <= set(site.ledger())
     status, headers, _ = completion(site.server.process, 2)
     assert (status, headers["x-weight-version"]) == (200, str(before + 1))
+
+
+def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site) -> None:
+    before, server = site.agree(), site.server.process
+    header = attach(site.run_dir).header
+    control = ServerControl(site.run_dir, "lost")
+    control.connect()
+    stream, whole = Background(server, 4000, stream=True), Background(server, 4000, stream=False)
+    assert stream.started.wait(60)
+    control.begin_hogwild()
+    header.begin()
+    control.close()  # as the end of its process does, which a busy machine may put off
+    site.is_torn()
+    reason = site.served()["reason"]
+    assert f"ended while it wrote version {before + 1}" in reason
+    assert reason in events(stream.result()[2])[-2]
+    status, _, body = whole.result()
+    assert status == 503 and reason.encode() in body
+    site.work(*QUIET)
+    assert site.agree() == before and completion(server, 2)[0] == 200
 
 
 def test_hogwild_answers_while_it_writes(site: Site) -> None:
