@@ -95,7 +95,10 @@ class SharedUpdate:
             raise Torn("the weights are torn: start the worker again, which restores them")
         self.confirm()
         with self.duty.work():
-            return self._run(prepared)
+            try:
+                return self._run(prepared)
+            finally:
+                self.trainer.forget()  # of what was not applied, gradients or a whole graph
 
     def _run(self, prepared: Sequence[Ready]) -> Update:
         header, started = self.weights.header, time.monotonic()
