@@ -34,6 +34,10 @@ def control(server: ServerProcess) -> Iterator[ServerControl]:
     _put_back(server, before)
 
 
+LONG = 1500
+"""Tokens of a request that must still run when this process, on a busy machine, comes to look."""
+
+
 def _put_back(server: ServerProcess, before: dict[str, Any]) -> None:
     """Other tests share the server: give it the version it had."""
     if read_header(server.run_dir) == before:
@@ -80,7 +84,7 @@ def test_pause_freezes_and_resume_needs_the_headers_version(server: ServerProces
     version = control.state()["version"]
     with pytest.raises(ServerError, match="not paused"):
         control.resume(version)
-    waiting = Background(server, 400, stream=True)
+    waiting = Background(server, LONG, stream=True)
     assert waiting.started.wait(60)
     assert control.pause() > 0
     with pytest.raises(ServerError, match="paused already"):
@@ -98,7 +102,7 @@ def test_pause_freezes_and_resume_needs_the_headers_version(server: ServerProces
     control.resume(version)
     status, _, body = waiting.result()
     assert status == 200
-    assert streamed_tokens(body) >= 390
+    assert streamed_tokens(body) >= LONG - 10
 
 
 def test_no_request_fails_under_many_pauses(server: ServerProcess, control: ServerControl) -> None:
@@ -119,7 +123,7 @@ def test_answers_carry_the_versions_they_span(server: ServerProcess, control: Se
     first = control.state()["version"]
     _, headers, _ = completion(server, 2)
     assert headers["x-weight-version"] == str(first)
-    stream, whole = Background(server, 600, stream=True), Background(server, 600, stream=False)
+    stream, whole = Background(server, LONG, stream=True), Background(server, LONG, stream=False)
     assert stream.started.wait(60)
     _until(lambda: control.state()["in_flight"] == 2, "both requests are inside vLLM")
     control.pause()
@@ -162,7 +166,7 @@ def test_a_server_that_is_written_to_goes_on_and_its_answers_say_so(
     server: ServerProcess, control: ServerControl
 ) -> None:
     first = control.state()["version"]
-    running = Background(server, 600, stream=True)
+    running = Background(server, LONG, stream=True)
     assert running.started.wait(60)
     control.begin_hogwild()
     state = control.state()
@@ -196,7 +200,7 @@ def test_a_server_goes_on_when_who_wrote_to_it_is_killed_with_whole_weights(
     victim.go()
     assert server_state(server.run_dir)["written"] == before["version"] + 1
     victim.kill()
-    _until(lambda: _serving(server), "the server goes on")
+    _until(lambda: _serving(server) and "written" not in server_state(server.run_dir), "the lease has ended")
     applied = before["version"] + ("finish" in steps)
     assert server_state(server.run_dir)["version"] == applied
     assert running.result()[0] == 200
