@@ -1,5 +1,6 @@
 """The memory plan: printed rows that add up, what is chosen and refused."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker import linear_cross_entropy, memory_plan
 from worker.activations import extra, saved
-from worker.apollo import state_bytes
+from worker.apollo import ApolloMini, state_bytes
 from worker.memory_plan import (
     BUCKET_BYTES,
     SLACK,
@@ -25,6 +27,7 @@ from worker.memory_plan import (
 )
 from worker.memory_plan import state_bytes as planned_state_bytes
 from worker.text_config import ATTENTION, GDN, TextConfig
+from worker.trainer import sizes_up_to
 
 FOLDER = Path(__file__).parent / "data" / "configs"
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")
@@ -174,6 +177,13 @@ def test_our_own_measured_peaks_are_covered_and_not_by_much(tokens: int, kept: i
     assert measured <= plan.total / GB <= 1.4 * measured, plan.total / GB
 
 
+def test_constants_are_those_of_the_parts_they_describe() -> None:
+    assert memory_plan.LOSS_BLOCK == linear_cross_entropy.BLOCK
+    assert sizes_up_to(1)[0] == memory_plan.LEAST_ROW
+    bucket = inspect.signature(ApolloMini.streaming).parameters["bucket_bytes"].default
+    assert bucket == memory_plan.BUCKET_BYTES
+
+
 def gradients(plan: Plan) -> int:
     return dict(plan.rows)["gradients"]
 
@@ -258,14 +268,15 @@ def test_the_refusal_has_the_numbers_and_the_ways_out() -> None:
     found = re.search(r"\(([\d,]+) tokens would fit\)", said)
     assert found is not None
     most = int(found[1].replace(",", ""))
+    assert sizes_up_to(most)[-1] == most  # no longer row is made for so many
     assert choose(config, most, 9 * GB).tokens == most
     with pytest.raises(MemoryPlanError):
-        choose(config, most + 1, 9 * GB)
+        choose(config, 2 * most, 9 * GB)
     with pytest.raises(MemoryPlanError) as refused:
         choose(config, 8192, 9 * GB, apply="burst", recompute="never")
     assert "--apply streaming" in str(refused.value)
     assert "recomputed layers" in str(refused.value)
-    assert "would fit" not in str(refused.value)  # not even one token
+    assert "would fit" not in str(refused.value)  # not even the shortest row
 
 
 def test_planning_imports_neither_torch_nor_vllm() -> None:

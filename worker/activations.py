@@ -25,15 +25,16 @@ def extra(config: TextConfig, kind: str) -> int:
 
 
 def _gdn_saved(config: TextConfig) -> int:
-    """Convolution's input and output; q and k spread over the value heads, v, z, the output, and that normed and
-    gated; per value head a row of the chunk's inverse (bf16), and decay and beta."""
-    spread, values = config.linear_value_heads * config.linear_key_dim, config.linear_values
-    return 2 * (2 * config.conv + 2 * spread + 4 * values) + config.linear_value_heads * (2 * CHUNK + 16)
+    """Convolution's input and output; q and k normed, z, the output, and that normed and gated; per value head a row
+    of the chunk's inverse (bf16), and decay and beta."""
+    values = config.linear_values
+    sizes = 2 * (2 * config.conv + 2 * config.linear_keys + 3 * values)
+    return sizes + config.linear_value_heads * (2 * CHUNK + 16)
 
 
 def _gdn_extra(config: TextConfig) -> int:
-    """w, u, new values and the gradients of all these; states and their gradients, one a chunk; the gradient of the
-    inverse in fp32 and bf16; the gradients around the convolution."""
+    """w, u, new values and the gradients of all these, those of q and k by value head; states and their gradients, one
+    a chunk; the gradient of the inverse in fp32 and bf16; the gradients around the convolution."""
     heads, values = config.linear_value_heads, config.linear_values
     spread = heads * config.linear_key_dim
     states = 2 * 2 * spread * config.linear_value_dim // CHUNK

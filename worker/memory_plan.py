@@ -26,9 +26,13 @@ SLACK = 0.10
 BUCKET_BYTES = 1 << 30
 """Gradients that streaming holds back to apply together: `ApolloMini.streaming`'s default."""
 LOSS_BLOCK = 1 << 27
-"""Most logits at a time, as fp32."""
+"""Most logits at a time: worker.linear_cross_entropy's BLOCK."""
 LOSS_BLOCKS = 3
-"""Blocks that are alive together: logits, their exponentials, their gradient."""
+"""In fp32, what stands of them: a block's logits and gradient, and those of the one before until replaced."""
+HIDDEN = 12
+"""Bytes for each element of the last hidden states while the loss and its gradient are computed."""
+LEAST_ROW = 512
+"""Tokens of the shortest packed row; rows of a power of two from here on exist."""
 SCRATCH = 0.006
 """The optimizer's scratch, in bytes a parameter: about 150 MB at 27B (worker/apollo/cuda.py)."""
 STEP = 10_000_000
@@ -186,8 +190,8 @@ Moment = tuple[float, list[tuple[str, float]]]
 def _loss(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
     """Everything the forward pass kept, one block of logits, and the head's gradient."""
     logits = 4 * LOSS_BLOCKS * min(LOSS_BLOCK, tokens * config.vocab)
-    # the normed hidden states, their gathered rows and gradient in bf16, and its sum over blocks in fp32
-    hidden = 10 * config.hidden * tokens
+    # before and after the last norm, the gathered rows and their gradient in bf16, and its sum over blocks in fp32
+    hidden = HIDDEN * config.hidden * tokens
     rows = [*_held(config, tokens, kept), ("logits", logits), ("hidden states and their gradient", hidden)]
     return (_table_bytes(config) if tables else 0), rows
 
@@ -216,7 +220,7 @@ def _embeddings(config: TextConfig, tokens: int, streaming: bool, kept: int, tab
     """The table's gradient; tied, that of the head beside it. The layers are done, and nothing of them is left."""
     table = _table_bytes(config) * (2 if config.tied else 1) if tables else 0
     gradients = table + (_bucket(config) if streaming else 0)
-    return gradients, [("hidden states and their gradient", 10 * config.hidden * tokens)]
+    return gradients, [("hidden states and their gradient", HIDDEN * config.hidden * tokens)]
 
 
 MOMENTS = {"in the loss": _loss, "in a layer's backward pass": _backward, "at the embeddings": _embeddings}
@@ -268,7 +272,8 @@ def _line(name: str, size: int) -> str:
 
 def _refusal(plan: Plan, free: int, most: int) -> str:
     free = free // STEP * STEP
-    changes = [f"a smaller --max-tokens and --max-length ({most:,} tokens would fit)"] if most else []
+    row = 1 << most.bit_length() - 1 if most >= LEAST_ROW else 0
+    changes = [f"a smaller --max-tokens and --max-length ({row:,} tokens would fit)"] if row else []
     changes += [] if plan.streaming else ["--apply streaming"]
     changes += [] if plan.recompute else ["recomputed layers"]
     changes.append("a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization")
