@@ -61,7 +61,6 @@ def server_options(length: int, share: float, more: tuple[str, ...]) -> list[str
 @click.option("--singles", default=5, show_default=True)
 @click.option("--clients", default=4, show_default=True, help="Concurrent requests beside training.")
 @click.option("--lr", default=3e-5, show_default=True)
-@click.option("--limit", default=0.05, show_default=True, help="Mean difference of log-probabilities, in nats.")
 @click.option("--serving-seconds", default=10.0, show_default=True, help="Of each phase of the serving part.")
 @click.option("--duty-cycle", default=0.3, show_default=True, help="Of the serving part's last phase.")
 @click.option("--server-option", multiple=True, help="More of vLLM's, one word each.")
@@ -80,7 +79,6 @@ def main(
     singles: int,
     clients: int,
     lr: float,
-    limit: float,
     serving_seconds: float,
     duty_cycle: float,
     server_option: tuple[str, ...],
@@ -111,7 +109,7 @@ def main(
             if record.part("server", lambda part: start(rig, part, options, until)):
                 stack = Stack(rig, sizes)
                 phases = serving.Phases(serving_seconds, max(2.0, serving_seconds / 5), clients, duty_cycle)
-                run(record, stack, parts.split(","), limit, phases)
+                run(record, stack, parts.split(","), phases)
         except OutOfTime:
             print("the time is over: what is missing was not run", flush=True)
         finally:
@@ -129,12 +127,12 @@ def start(rig: Rig, part: Part, options: list[str], until: Until) -> None:
     part["start_s"] = time.monotonic() - started
 
 
-def run(record: Record, stack: Stack, parts: list[str], limit: float, phases: serving.Phases) -> None:
+def run(record: Record, stack: Stack, parts: list[str], phases: serving.Phases) -> None:
     """The parts that were asked for, in the order of PARTS."""
 
     def agree(name: str) -> None:
         if "agreement" in parts:
-            record.part(f"agreement, {name}", lambda part: stack_checks.agreement(stack, part, name, limit))
+            record.part(f"agreement, {name}", lambda part: stack_checks.agreement(stack, part, name))
 
     if "redraw" in parts:
         record.part("attach and redraw", lambda part: stack_checks.open_and_redraw(stack, part))

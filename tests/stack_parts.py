@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import torch
 
 from producer import Producer, keys
 from worker.process import die_with_parent
@@ -19,18 +20,23 @@ from worker.redis_server import RedisServer
 from worker.serving.process import ServerProcess
 
 LEARNING = ["--lr", "3e-4", "--max-length", "2048"]
+if torch.cuda.is_available():
+    LEARNING += ["--max-tokens", "4096"]  # fewer lengths to warm up
 
 
 class Stack:
-    """Redis, server and workers; `server` may be replaced by a test that killed it."""
+    """Redis, server and workers; `server` may be replaced by a test that killed it.
 
-    def __init__(self, folder: Path, model: Path, options: list[str]) -> None:
+    server: one that runs already, its weights at version 0.
+    """
+
+    def __init__(self, folder: Path, model: Path, options: list[str], server: ServerProcess | None = None) -> None:
         self.folder, self.model, self.options = folder, model, options
         self.store = RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
         self.producer = Producer(self.store.url)
         self.workers: list[subprocess.Popen[str]] = []
-        self.server = self.start_server()
+        self.server = server or self.start_server()
 
     def start_server(self) -> ServerProcess:
         self.server = ServerProcess(self.model, self.folder / "run", extra=self.options)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import GPU, SERVER_OPTIONS
 from rq.job import Job, JobStatus
-from stack_parts import Stack, transcripts
+from serving_parts import Background
+from stack_parts import LEARNING, Stack, transcripts
 from transformers import AutoTokenizer
 
 from producer import keys
@@ -25,8 +26,12 @@ TRANSCRIPTS = Path(__file__).parent / "data" / "transcripts.jsonl"
 
 
 @pytest.fixture(scope="module")
-def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, SERVER_OPTIONS)
+def stack(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Stack]:
+    # A server takes minutes to start on a GPU: there it is the session's, and this module's tests come last.
+    server = request.getfixturevalue("server") if GPU else None
+    running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, SERVER_OPTIONS, server)
     yield running
     running.close()
 
@@ -46,6 +51,12 @@ def served_nll(stack: Stack) -> float:
                     total -= entry[str(token)]["logprob"]
                     count += 1
     return total / count
+
+
+def is_same(now: float, then: float) -> bool:
+    """Of two served_nll: on a CPU to the last bit; a GPU's replay of several versions repeats batches and steps, not
+    every bit (what was learnt is over 0.3)."""
+    return now == then or (GPU and abs(now - then) < 0.05)
 
 
 def shared_and_private(pid: int, pattern: str) -> tuple[int, int]:
@@ -111,7 +122,7 @@ def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(s
     assert victim.wait(120) == -signal.SIGKILL, stack.said(victim)
     assert stack.complete("Are you there?")[0] == 200, "a dead trainer must never leave the server frozen"
 
-    done = stack.tandem("worker", "--burst", "--max-jobs", "3", "--lr", "3e-4")
+    done = stack.tandem("worker", "--burst", "--max-jobs", "3", *LEARNING)
     assert done.returncode == 0, done.stderr
     ledger = stack.ledger()
     assert {item["id"] for item in sent} <= set(ledger), "lost"
@@ -122,6 +133,25 @@ def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(s
     versions = stack.producer.version() - before
     assert versions == 2, "five transcripts, three a batch: two steps, whatever was interrupted"
     assert stack.weights_version()["version"] == stack.producer.version()
+
+
+@pytest.mark.skipif(not GPU, reason="on a CPU: test_apply_server.py, from inside the write")
+@pytest.mark.parametrize("options", [(), ("--hogwild",)], ids=["streaming", "hogwild"])
+def test_streaming_beside_requests_that_run(stack: Stack, options: tuple[str, ...]) -> None:
+    before = stack.producer.version()
+    worker = stack.worker("--apply", "streaming", *options)
+    stack.wait_for(worker, "worker ready")
+    answers = [Background(stack.server, 1500, stream=bool(number % 2)) for number in range(4)]
+    way = "hogwild" if options else "streaming"
+    stack.producer.enqueue_many(transcripts(way, 4))
+    stack.wait_until(worker, lambda: f"{way}-3" in stack.ledger(), "train what it was sent")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(120) == 0, stack.said(worker)
+    assert stack.producer.version() > before
+    assert stack.redis.hget(keys.manifest(before + 1), "way") == way.encode()
+    for status, _, body in (answer.result() for answer in answers):
+        assert status == 200 and b'"finish_reason":"length"' in body
+    assert stack.complete("Hello?")[2]["x-weight-version"] == str(stack.producer.version())
 
 
 def test_attached_training_without_redis_is_taken_over(stack: Stack, tmp_path: Path) -> None:
@@ -151,23 +181,23 @@ def test_a_restarted_server_is_brought_back_to_what_it_had_learnt(stack: Stack) 
     assert stack.weights_version()["version"] == 0 and served_nll(stack) > before + 0.3
     back = stack.tandem("worker", "--burst")
     assert back.returncode == 0 and f"version {known} of lineage {lineage} is live" in back.stderr, back.stderr
-    assert "bit for bit what they were" in back.stderr
+    assert GPU or "bit for bit what they were" in back.stderr
     live = stack.weights_version()
     assert (live["version"], live["lineage"], live["state"]) == (known, lineage, "serving")
-    assert served_nll(stack) == before, "not one bit of an answer is another"
+    assert is_same(served_nll(stack), before)
     assert stack.complete("Hello?")[2]["x-weight-version"] == str(known)
 
 
 def test_rollback_in_the_live_server(stack: Stack) -> None:
     known, before = stack.producer.version(), served_nll(stack)
     stack.producer.enqueue_many(transcripts("poison", 3))
-    assert stack.tandem("worker", "--burst", "--lr", "3e-3").returncode == 0
+    assert stack.tandem("worker", "--burst", *LEARNING, "--lr", "3e-3").returncode == 0
     assert served_nll(stack) != before
     dropped = [word for i in range(3) for word in ("--drop", f"poison-{i}")]
     done = stack.tandem("rollback", str(known + 1), *dropped)
     assert done.returncode == 0, done.stderr
     assert stack.weights_version()["version"] == stack.producer.version() == known + 2
-    assert served_nll(stack) == before, "an emptied batch changes nothing"
+    assert is_same(served_nll(stack), before), "an emptied batch changes nothing"
     assert "rollback" in stack.tandem("log").stdout
 
 

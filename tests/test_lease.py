@@ -9,6 +9,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from conftest import SERVER_OPTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_parts import Background, Victim, completion, events, request, streamed_tokens
@@ -252,9 +253,7 @@ def test_a_request_that_never_ends_does_not_hold_up_others(server: ServerProcess
 
 def test_a_torn_server_says_so_to_everyone(tiny_model: Path, tmp_path: Path) -> None:
     """And one that is killed, to its trainer: last, since it is the same server."""
-    with ServerProcess(
-        tiny_model, tmp_path / "run", extra=["--max-model-len", "2048", "--max-num-seqs", "4"]
-    ) as server:
+    with ServerProcess(tiny_model, tmp_path / "run", extra=SERVER_OPTIONS) as server:
         completion(server, 2)
         victim = Victim(server.run_dir, "pause", "begin")
         stream, whole = Background(server, 1500, stream=True), Background(server, 1500, stream=False)

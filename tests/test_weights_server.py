@@ -5,15 +5,24 @@ first re-initialised, through the trainer's views, to a spread at which every on
 """
 
 import json
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import GPU
+from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from agreement import distances
+
+from worker.examples import Example, TokenSequence
 from worker.weights import bind
 from worker.weights.attach import AttachedWeights, attach, read_header
 from worker.weights.client import ask
@@ -21,6 +30,7 @@ from worker.weights.client import ask
 pytestmark = pytest.mark.server
 
 IDS = [i * 37 % 1000 for i in range(1, 41)]
+SALT = count()
 AGREEMENT = 0.08
 """Nats, mean over the tokens: vLLM's and transformers' kernels differ by .033 here, the mildest swap by .18."""
 
@@ -45,11 +55,20 @@ def served(server: Any) -> torch.Tensor:
     return torch.tensor([entry[str(token)]["logprob"] for entry, token in zip(found, IDS[1:], strict=True)])
 
 
+def decoded(server: Any, tokens: int) -> tuple[list[int], torch.Tensor]:
+    """`tokens` tokens that vLLM generates after IDS, one a step, and its log-probability of each, fp32 [tokens]."""
+    body = {"prompt": IDS, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    body |= {"return_token_ids": True, "cache_salt": str(next(SALT))}  # nothing cached of earlier weights
+    choice = post(server, body)["choices"][0]
+    return choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
+
+
 @torch.no_grad()
-def computed(model: torch.nn.Module) -> torch.Tensor:
-    """The same from transformers' `model`."""
-    logprobs = model(torch.tensor([IDS])).logits.float().log_softmax(-1)[0]  # [40, vocabulary]
-    return logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+def computed(model: torch.nn.Module, ids: list[int] = IDS) -> torch.Tensor:
+    """transformers' `model`'s log-probability of each of ids[1:], fp32 on the host."""
+    device = next(model.parameters()).device
+    logprobs = model(torch.tensor([ids], device=device)).logits.float().log_softmax(-1)[0].cpu()  # [T, vocabulary]
+    return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def spread_value(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -73,7 +92,7 @@ def weights(server: Any) -> Iterator[AttachedWeights]:
     kept = {name: tensor.clone() for name, tensor in attached.named_tensors()}
     generator = torch.Generator().manual_seed(0)
     for name, tensor in attached.named_tensors():
-        tensor.copy_(spread_value(name, tensor, generator))
+        tensor.copy_(spread_value(name, tensor, generator))  # drawn on the host: the same values everywhere
     yield attached
     for name, tensor in attached.named_tensors():
         tensor.copy_(kept[name])
@@ -97,22 +116,42 @@ def test_a_swapped_slice_disagrees(server: Any, weights: AttachedWeights) -> Non
         assert difference > AGREEMENT, one
 
 
+def test_trainer_and_server_are_as_far_from_fp32_as_bf16_takes_them(server: Any, weights: AttachedWeights) -> None:
+    """The trainer with its own kernels, as it trains: the one before has transformers' as they come."""
+    example = Example("ids", (TokenSequence(tuple(IDS), (False,) + (True,) * (len(IDS) - 1)),), 1.0, {})
+    found = distances(weights, AutoTokenizer.from_pretrained(weights.model_path), [example], [served(server)])
+    print(found)
+    assert all(found.checks().values()), found
+    assert found.trainer.mean > 0, "fp32 is another computation"
+
+
 def test_every_parameter_changes_the_answers_and_back(server: Any, weights: AttachedWeights) -> None:
-    """Written through the transformers model's own parameter, seen in vLLM's answers; restored, they are restored."""
+    """Written through the transformers model's own parameter, seen in vLLM's answers; restored, they are restored.
+
+    On a GPU both ways of vLLM's are asked: a prompt goes through compiled code, each token after it through a whole
+    CUDA graph, and either could hold a copy. What is decoded must fit the parameter's new value better than the old.
+    """
     model = weights.build_model()
     before = served(server)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         kept = parameter.detach().clone()
-        noise = torch.randn(parameter.shape, generator=generator) * kept.float().std() / 2
+        noise = torch.randn(parameter.shape, generator=generator).to(kept.device) * kept.float().std() / 2
         with torch.no_grad():
             parameter.copy_(kept.roll(1, 0) + noise)
             changed = served(server)
+            if GPU:
+                tokens, theirs = decoded(server, 24)
+                new = computed(model, IDS + tokens)[-len(tokens) :]
             parameter.copy_(kept)
         assert (changed - before).abs().mean() > 0.01, name
         assert torch.equal(served(server), before), name
+        if GPU:
+            old = computed(model, IDS + tokens)[-len(tokens) :]
+            assert (theirs - new).abs().mean() < (theirs - old).abs().mean(), name
 
 
+@pytest.mark.skipif(GPU, reason="a GPU's memory is in no memory map: test_weights_cuda.py")
 def test_there_is_one_copy(server: Any, weights: AttachedWeights) -> None:
     """Server and trainer map the same pages: their shares of them (PSS) add up to the file once, not twice."""
     description, pid = ask(server.run_dir, "describe")

@@ -5,8 +5,10 @@ learnt from a built-in text; only the sizes are small. The weights are those of 
 Must not know: Redis, vLLM, the trainer. Keeps: the same seed gives the same bytes, tokenizer included (it has no draw).
 
 Embeddings and head are untied, as from Qwen3.5 9B up, so that both occur as parameters of their own; the delta net's
-key and value heads are 64 wide, the least that vLLM's kernels take. vLLM 0.26 serves no text-only Qwen3.5, so that
-`vision=True` adds a vision tower of one layer and the wrapping architecture, Qwen3_5ForConditionalGeneration.
+key and value heads are 64 wide, the least that vLLM's kernels take. `real_heads=True` makes all heads as wide as the
+published sizes have them, three value heads to a key head as in the 27B: the kernels of a GPU are chosen by that. vLLM
+0.26 serves no text-only Qwen3.5, so that `vision=True` adds a vision tower of one layer and the wrapping architecture,
+Qwen3_5ForConditionalGeneration.
 """
 
 from __future__ import annotations
@@ -37,6 +39,15 @@ SPECIAL = (
 NOT_SPECIAL = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 """One token each, but text: decoding with skip_special_tokens keeps them. As in Qwen's tokenizers."""
 
+HEADS = {
+    "num_attention_heads": 2, "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+}  # fmt: skip
+REAL_HEADS = {
+    "num_attention_heads": 4, "head_dim": 256, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+
 
 class TinyError(TandemError):
     """The directory cannot be written, or an option is out of range."""
@@ -49,6 +60,7 @@ def make_tiny(
     template: str = "nothink",
     vision: bool = False,
     tie: bool = False,
+    real_heads: bool = False,
     hidden: int = 128,
     layers: int = 4,
     context: int = 4096,
@@ -67,7 +79,7 @@ def make_tiny(
         raise TinyError(f"{path} exists and is not an empty directory: name a new one")
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(template)
-    config = _config(tokenizer, vision, tie, hidden, layers, context)
+    config = _config(tokenizer, vision, tie, REAL_HEADS if real_heads else HEADS, hidden, layers, context)
     model = _model(config, tokenizer.eos_token_id, seed)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -111,7 +123,15 @@ def _added(text: str, special: bool) -> AddedToken:
     return AddedToken(text, special=special, normalized=False)
 
 
-def _config(tokenizer: PreTrainedTokenizerBase, vision: bool, tie: bool, hidden: int, layers: int, context: int) -> Any:
+def _config(
+    tokenizer: PreTrainedTokenizerBase,
+    vision: bool,
+    tie: bool,
+    heads: dict[str, int],
+    hidden: int,
+    layers: int,
+    context: int,
+) -> Any:
     """The text config, or the one that wraps it beside a vision tower. Fields as in Qwen3.5's own config.json."""
     from transformers import Qwen3_5Config, Qwen3_5TextConfig
 
@@ -120,20 +140,15 @@ def _config(tokenizer: PreTrainedTokenizerBase, vision: bool, tie: bool, hidden:
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": 64,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
+        **heads,
         "max_position_embeddings": context,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 1e7,
             "partial_rotary_factor": 0.25,
             "mrope_interleaved": True,
-            "mrope_section": [3, 3, 2],  # sums to half the rotated part of a head: 64 * .25 / 2
+            "mrope_section": _sections(heads["head_dim"] // 4),
         },
         "full_attention_interval": 4,
         "attn_output_gate": True,
@@ -163,6 +178,12 @@ def _config(tokenizer: PreTrainedTokenizerBase, vision: bool, tie: bool, hidden:
         }.items()
     }
     return Qwen3_5Config(text_config=text, vision_config=tower, tie_word_embeddings=tie, dtype="bfloat16", **ids)
+
+
+def _sections(rotated: int) -> list[int]:
+    """How half of the `rotated` elements of a head are shared among time, height and width: [11, 11, 10] for 64."""
+    half = rotated // 2
+    return [(half + 2) // 3, (half + 1) // 3, half // 3]
 
 
 def _model(config: Any, end_of_turn: int, seed: int) -> PreTrainedModel:

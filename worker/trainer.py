@@ -166,6 +166,11 @@ class Trainer:
             self._add(sums, batch, self._forward(batch, total=1)[1])
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
 
+    @torch.no_grad()
+    def token_nll(self, example: Example) -> torch.Tensor:
+        """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
+        return torch.cat([self._forward(batch, total=1)[1].cpu() for batch in self._batches([example])])
+
     def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
         """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
         or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
