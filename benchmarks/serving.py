@@ -92,10 +92,19 @@ class Feeder:
 def measure(rig: Rig, builder: ExampleBuilder, phases: Phases, sizes: Any, part: Part) -> None:
     """All phases into `part`; `sizes` as in stack_checks."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in (ALONE, IDLE, FULL, DUTY)}
+
+    def phase(name: str) -> None:
+        rows[name].append(_phase(rig, builder, phases, sizes, name, part))
+        part[name] = {key: statistics.median(row[key] for row in rows[name]) for key in rows[name][0]}
+
+    options = sizes.options(phases.apply)
     for _ in range(phases.rounds):
-        for name in rows:
-            rows[name].append(_phase(rig, builder, phases, sizes, name, part))
-            part[name] = {key: statistics.median(row[key] for row in rows[name]) for key in rows[name][0]}
+        phase(ALONE)
+        with rig.worker(*options):
+            phase(IDLE)
+            phase(FULL)
+        with rig.worker(*options, "--duty-cycle", str(phases.duty)):
+            phase(DUTY)
     part["rounds"] = phases.rounds
     for name in rows:
         part.check(f"{name}: no request failed", not any(row["failed"] for row in rows[name]))
@@ -105,9 +114,6 @@ def measure(rig: Rig, builder: ExampleBuilder, phases: Phases, sizes: Any, part:
 
 def _phase(rig: Rig, builder: ExampleBuilder, phases: Phases, sizes: Any, name: str, part: Part) -> dict[str, float]:
     with ExitStack() as stack:
-        if name != ALONE:
-            duty = ["--duty-cycle", str(phases.duty)] if name == DUTY else []
-            stack.enter_context(rig.worker(*sizes.options(phases.apply), *duty))
         if name in (FULL, DUTY):
             stack.enter_context(Feeder(rig, builder, sizes.jobs, sizes.version_tokens // sizes.jobs))
             _until_version(rig, rig.producer.version() + 1)
@@ -207,7 +213,7 @@ def rig_of(
 @click.option("--max-tokens", default=128, show_default=True)
 @click.option("--version-tokens", default=8192, show_default=True)
 @click.option("--jobs", default=8, show_default=True)
-@click.option("--gpu-memory-utilization", "share", default=0.5, show_default=True)
+@click.option("--trainer-memory", type=float, help="GB that vLLM leaves [default: its plan's].")
 @click.option("--until", "limit", default=580.0, show_default=True, help="Seconds for all of it.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"))
 @click.option("--server-option", multiple=True, help="More of vLLM's, one word each.")
@@ -239,7 +245,7 @@ def main(**o: Any) -> None:
         o["seconds"], max(2.0, o["seconds"] / 5), o["clients"], o["duty_cycle"],
         o["rounds"], o["prompt_tokens"], o["max_tokens"], o["apply"],
     )  # fmt: skip
-    options = server_options(o["prompt_tokens"] + o["max_tokens"] + 64, o["share"], o["server_option"])
+    options = server_options(o["prompt_tokens"] + o["max_tokens"] + 64, o["trainer_memory"], o["server_option"])
     try:
         with rig_of(o["size"], o["model"], o["run_dir"], o["url"], o["redis_url"], options, until.left) as rig:
             builder = text_builder(rig.model)

@@ -31,8 +31,9 @@ CLOSING = 45.0
 """Seconds of `--until` that are kept for ending what was started."""
 
 
-def server_options(length: int, share: float, more: tuple[str, ...]) -> list[str]:
-    """vLLM's: random weights; on a GPU the kernels that fit an offline Hopper, and room beside vLLM."""
+def server_options(length: int, trainer_memory: float | None, more: tuple[str, ...]) -> list[str]:
+    """`tandem serve`'s: random weights; on a GPU the kernels that fit an offline Hopper, and the GB that the trainer
+    is to find (None: what `tandem serve` thinks)."""
     options = [
         "--load-format",
         "dummy",
@@ -43,7 +44,8 @@ def server_options(length: int, share: float, more: tuple[str, ...]) -> list[str
         "16",
     ]
     if torch.cuda.is_available():
-        options += ["--gdn-prefill-backend", "triton", "--gpu-memory-utilization", str(share)]
+        options += ["--gdn-prefill-backend", "triton"]
+        options += ["--trainer-memory", str(trainer_memory)] if trainer_memory else []
     return [*options, *more]
 
 
@@ -52,7 +54,7 @@ def server_options(length: int, share: float, more: tuple[str, ...]) -> list[str
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder of the results.")
 @click.option("--until", "seconds", type=float, default=560.0, show_default=True, help="Seconds for all of it.")
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, comma-separated; in this order.")
-@click.option("--gpu-memory-utilization", "share", default=0.5, show_default=True, help="vLLM's share of the GPU.")
+@click.option("--trainer-memory", type=float, help="GB that vLLM leaves [default: its plan's].")
 @click.option("--max-model-len", default=4096, show_default=True)
 @click.option("--version-tokens", type=int, help="Tokens of a version [default: 8192; tiny: 1024].")
 @click.option("--jobs", default=8, show_default=True, help="Transcripts of a version.")
@@ -70,7 +72,7 @@ def main(
     out: Path,
     seconds: float,
     parts: str,
-    share: float,
+    trainer_memory: float | None,
     max_model_len: int,
     version_tokens: int | None,
     jobs: int,
@@ -105,7 +107,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         rig = Rig(Path(folder), write_shape(size, Path(folder) / "model"))
         try:
-            options = server_options(max_model_len, share, server_option)
+            options = server_options(max_model_len, trainer_memory, server_option)
             if record.part("server", lambda part: start(rig, part, options, until)):
                 stack = Stack(rig, sizes)
                 phases = serving.Phases(serving_seconds, max(2.0, serving_seconds / 5), clients, duty_cycle)
@@ -125,6 +127,8 @@ def start(rig: Rig, part: Part, options: list[str], until: Until) -> None:
     started = time.monotonic()
     rig.start_server(options, until.left)
     part["start_s"] = time.monotonic() - started
+    said = (rig.run_dir / "server.log").read_text(errors="replace").splitlines()
+    part["memory"] = [line for line in said if "leaves at least" in line or "Available KV cache memory" in line]
 
 
 def run(record: Record, stack: Stack, parts: list[str], phases: serving.Phases) -> None:

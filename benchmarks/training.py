@@ -206,10 +206,9 @@ def measure(record: Record, size: str, options: dict[str, Any], budgets: list[in
         if not record.part(f"{size}, set up", set_up):
             return
         for budget in sorted(budgets, reverse=True):
-            for mix, lengths in (
-                ("packed", [budget // options["sequences"]] * options["sequences"]),
-                ("one", [budget]),
-            ):
+            mixes = {"packed": [budget // options["sequences"]] * options["sequences"], "one": [budget]}
+            for mix in options["mixes"]:
+                lengths = mixes[mix]
 
                 def work(part: Part, mix: str = mix, lengths: list[int] = lengths) -> None:
                     part["tokens"], part["mix"] = sum(lengths), mix
@@ -231,6 +230,14 @@ def measure(record: Record, size: str, options: dict[str, Any], budgets: list[in
 @click.option("--sizes", default="0.8B,27B", show_default=True, help=f"Of {', '.join(SIZES)}; comma-separated.")
 @click.option("--budgets", default="512,1024,2048,4096,8192", show_default=True, help="Tokens a step.")
 @click.option("--sequences", default=8, show_default=True, help="Of a packed step, of equal length.")
+@click.option(
+    "--mixes",
+    default=["packed", "one"],
+    multiple=True,
+    type=click.Choice(["packed", "one"]),
+    show_default=True,
+    help="Several sequences a step, or a single long one; may be repeated.",
+)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--memory", default=13.5, show_default=True, help="GB for ours, weights aside; burst: and the gradients.")
 @click.option("--peers/--no-peers", default=True, show_default=True)

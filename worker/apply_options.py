@@ -63,7 +63,7 @@ def apply_options(command: F) -> F:
             "--memory",
             type=click.FloatRange(0, min_open=True),
             metavar="GB",
-            help="Most GPU memory for the trainer itself, weights not counted (default: what is free).",
+            help="Most GPU memory for this process, the shared weights not counted (default: what is free).",
         )
     )
     for option in reversed(options):

@@ -1,13 +1,17 @@
 """What a GPU needs between attaching and training: a memory plan, the kernels, and every shape run once.
 
+    let_segments_grow()                                               # before anything is allocated
+    keep_within(settings, device)                                     # to what --memory says
     way = choose_way(model, model_path, h, settings, max_tokens)      # logs the plan; fuses the model
     warm(trainer)                                                     # with a progress bar; logs what it cost
 
 On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
-Invariant: what does not fit is refused here, with numbers, before anything is trained.
+Invariants: what does not fit is refused here, with numbers, before anything is trained; with --memory the process never
+takes more than was said.
 """
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from worker.apply_options import ApplySettings
 from worker.hyperparameters import Hyperparameters
-from worker.memory_plan import choose, layers_kept, make_plan
+from worker.memory_plan import CONTEXT_BYTES, choose, gigabytes, layers_kept, make_plan
 from worker.model import fuse
 from worker.text_config import TextConfig
 from worker.trainer import Trainer, sizes_up_to
@@ -30,6 +34,7 @@ log = logging.getLogger("tandem")
 
 LIBRARIES_BYTES = 500_000_000
 """What CUDA's libraries still take in this process; its context exists when free memory is asked for."""
+ALLOCATOR_ENV = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,16 @@ class Way:
 
     streaming: bool
     budget: int | None = None
+
+
+def let_segments_grow() -> None:
+    """Have torch's CUDA allocator grow one mapping instead of collecting blocks of many sizes, unless the user has said
+    something of it. Rows of several lengths would leave holes that none of the others fits.
+
+    Call it before anything is allocated. What it allocates cannot be shared by CUDA IPC: the trainer only opens.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_ENV):
+        os.environ[ALLOCATOR_ENV[-1]] = "expandable_segments:True"
 
 
 def choose_way(
@@ -52,7 +67,9 @@ def choose_way(
     config = TextConfig.read(model_path / "config.json")
     budget = sizes_up_to(max(max_tokens, h.max_length))[-1]
     free, whole = torch.cuda.mem_get_info(device)
-    may = min(free, int(settings.memory * 1e9)) if settings.memory else free
+    may = free
+    if settings.memory:  # of the whole process, whose context is there already
+        may = min(free, int(settings.memory * 1e9) - (CONTEXT_BYTES - LIBRARIES_BYTES))
     costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
     plan = choose(config, budget, may, settings.apply, **costs)
 
@@ -67,6 +84,15 @@ def choose_way(
     return Way(plan.streaming, budget)
 
 
+def keep_within(settings: ApplySettings, device: torch.device) -> None:
+    """Hold torch's allocator to what --memory leaves beside CUDA's own: it gives back what it keeps for later rather
+    than take more. For a process whose weights are somebody else's."""
+    if settings.memory and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        rest = max(0.0, settings.memory * 1e9 - CONTEXT_BYTES)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, rest / whole), device)
+
+
 def warm(trainer: Trainer) -> None:
     """On a GPU, run every shape once, under a progress bar where somebody looks."""
     if trainer.device.type == "cpu":
@@ -77,3 +103,5 @@ def warm(trainer: Trainer) -> None:
         task = progress.add_task("warm-up", what="")
         report = warm_up(trainer, lambda done, all, what: progress.update(task, completed=done, total=all, what=what))
     log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
+    used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
+    log.info("in the warm-up at most %s were in use, and torch held %s", gigabytes(used), gigabytes(held))

@@ -23,7 +23,7 @@ from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import hold, ledger, torch_setup
 from worker.apply_options import ApplySettings, apply_options, apply_settings_of
-from worker.device_setup import choose_way, warm
+from worker.device_setup import choose_way, keep_within, let_segments_grow, warm
 from worker.drain import BatchWorker
 from worker.duty import Duty
 from worker.guard_options import GuardSettings, canary_hooks, guard_options, settings_of
@@ -76,6 +76,7 @@ def attach_step(
     says of the weights, if it was asked. max_tokens: most of a version.
     """
     torch_setup.prepare()
+    let_segments_grow()
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(ServerControl(run_dir, name))
         weights = attach(run_dir)
@@ -84,6 +85,7 @@ def attach_step(
         model = weights.build_model()
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
+        keep_within(settings, weights.state.device)
         way = choose_way(model, weights.model_path, h, settings, max_tokens, weights.state.device)
         # Whatever is trained again, is trained in the way that new versions are.
         make = partial(

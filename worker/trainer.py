@@ -97,6 +97,8 @@ class Trainer:
         Examples whose loss is not finite, or beyond `limit`, are left out and reported. Raises BatchError for what does
         not fit.
         """
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
         while kept := [example for example in examples if example.id not in rejected]:
@@ -121,7 +123,8 @@ class Trainer:
         return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
 
     def apply(self) -> dict[str, float]:
-        """One optimizer step with what `begin` left; returns the RMS of update and weights.
+        """One optimizer step with what `begin` left; returns the RMS of update and weights, and on a GPU `peak_bytes`,
+        the most that this process had allocated since `begin`.
 
         Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever
         streaming raises leaves weights half-written.
@@ -136,7 +139,10 @@ class Trainer:
         point("swept")
         self.forget()
         update = self.optimizer.last_update
-        return {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
+        measured = {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
+        if self.device.type == "cuda":
+            measured["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return measured
 
     def forget(self) -> None:
         """Let go of what `begin` left: nothing is applied."""
