@@ -39,6 +39,7 @@ from worker.rehearsal import Rehearsal
 from worker.replay import make_deterministic, rename, unpack_ready
 from worker.rest import forget_rest, rest
 from worker.rollback import roll_back
+from worker.room import room_for
 from worker.serving.client import ServerControl
 from worker.state_dir import StateDir, default_state_dir
 from worker.step import Unavailable
@@ -95,7 +96,8 @@ def attach_step(
             streaming=way.streaming,
             budget=way.budget,
         )
-        keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, policy)))
+        room = partial(room_for, packed=weights.state.is_cuda, streaming=way.streaming, budget=way.budget)
+        keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, room, policy)))
         for sentence in mend_weights(keeper, control, known, new_lineage=new_lineage):
             log.info(sentence)
         trainer = make(h)
