@@ -27,9 +27,10 @@ from worker.apollo import ApolloMini
 from worker.batches import make_batches
 from worker.examples import Example, ExampleBuilder
 from worker.hyperparameters import Hyperparameters
+from worker.room import widths_up_to
 from worker.tiny import make_tiny
 from worker.train import epochs, load_examples
-from worker.trainer import Trainer, make_trainer, widths_up_to
+from worker.trainer import Trainer, make_trainer
 
 LENGTH = 1024
 KINDS = (

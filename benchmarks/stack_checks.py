@@ -36,7 +36,7 @@ class Sizes:
     clients: int
     lr: float
     memory: float = 12.5
-    """GB that a streaming trainer may take: what 8,192 tokens of the 27B need with every layer recomputed, and a bit."""
+    """GB that a streaming trainer may take: the 27B at 8,192 tokens with every layer recomputed, and a bit."""
     worker: list[str] = field(default_factory=list)
     """More options of `tandem worker`."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from worker.batches import Batch, BatchError, make_batches, pack
 from worker.examples import Example, TokenSequence
-from worker.trainer import sizes_up_to
+from worker.room import sizes_up_to
 
 WIDTHS = (8, 16, 80)
 

@@ -26,8 +26,8 @@ from worker.memory_plan import (
     weight_bytes,
 )
 from worker.memory_plan import state_bytes as planned_state_bytes
+from worker.room import sizes_up_to
 from worker.text_config import ATTENTION, GDN, TextConfig
-from worker.trainer import sizes_up_to
 
 FOLDER = Path(__file__).parent / "data" / "configs"
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")

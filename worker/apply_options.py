@@ -13,6 +13,8 @@ from producer.errors import TandemError
 
 F = TypeVar("F", bound=Callable[..., Any])
 Way = Literal["auto", "burst", "streaming"]
+MAX_TOKENS = 8192
+"""Of a version, where nothing else is asked for; `tandem serve` leaves memory for as many."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ def apply_option(command: F) -> F:
         default="auto",
         help="burst keeps all gradients and writes in one short sweep; streaming applies each as backward makes it, in"
         " a few GB, the server paused meanwhile; auto: by free memory, burst on a CPU.",
+    )(command)
+
+
+def max_tokens_option(command: F) -> F:
+    """Click decorator: --max-tokens, for every command that trains or rebuilds a server's weights."""
+    return click.option(
+        "--max-tokens",
+        type=click.IntRange(1),
+        default=MAX_TOKENS,
+        help="Most tokens in a version; a GPU's memory is planned for them.",
     )(command)
 
 

@@ -26,8 +26,9 @@ from worker.apply_options import ApplySettings
 from worker.hyperparameters import Hyperparameters
 from worker.memory_plan import CONTEXT_BYTES, choose, gigabytes, layers_kept, make_plan
 from worker.model import fuse
+from worker.room import sizes_up_to
 from worker.text_config import TextConfig
-from worker.trainer import Trainer, sizes_up_to
+from worker.trainer import Trainer
 from worker.warm_up import warm_up
 
 log = logging.getLogger("tandem")

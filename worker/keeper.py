@@ -18,7 +18,7 @@ from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 from worker.journal import Entry, Journal, JournalError
 from worker.policy import Policy
-from worker.replay import Make, Ready
+from worker.replay import Make, Ready, RoomOf
 from worker.snapshots import SnapshotError, Snapshots, Trained
 from worker.state_dir import StateDir
 from worker.step import Update
@@ -43,10 +43,11 @@ class Plan:
 
 
 class Keeper:
-    """Of the weights of one server; `state` is open. `make_trainer` makes a trainer on them."""
+    """Of the weights of one server; `state` is open. `make_trainer` makes a trainer on them, `room` says what it takes
+    at once."""
 
-    def __init__(self, state: StateDir, weights: AttachedWeights, make_trainer: Make, policy: Policy) -> None:
-        self.weights, self.make_trainer, self.policy = weights, make_trainer, policy
+    def __init__(self, state: StateDir, weights: AttachedWeights, make: Make, room: RoomOf, policy: Policy) -> None:
+        self.weights, self.make_trainer, self.room, self.policy = weights, make, room, policy
         self.snapshots = Snapshots(state.checkpoints, weights.model_path)
         self.journal = Journal(state.journal, self.snapshots.fingerprint)
         self.notices = [*self.journal.notices, *self.snapshots.notices]
@@ -229,8 +230,10 @@ class Keeper:
                 " run `tandem worker --new-lineage`"
             )
         steps = [(self.journal.read(entry.version), without) for entry, without in path]
-        for record, without in steps:
-            replay.unpack_batch(record, without)  # refuses what has expired
+        try:
+            replay.check_fits(steps, self.room)
+        except replay.ReplayError as error:
+            raise CannotRebuild(str(error)) from error
         return Plan(version, base, steps, said)
 
     def rebuild(self, plan: Plan, lineage: str, version: int) -> list[str]:

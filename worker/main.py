@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import hold, ledger, torch_setup
-from worker.apply_options import ApplySettings, apply_options, apply_settings_of
+from worker.apply_options import MAX_TOKENS, ApplySettings, apply_options, apply_settings_of, max_tokens_option
 from worker.device_setup import choose_way, keep_within, let_segments_grow, warm
 from worker.drain import BatchWorker
 from worker.duty import Duty
@@ -39,6 +39,7 @@ from worker.rehearsal import Rehearsal
 from worker.replay import make_deterministic, rename, unpack_ready
 from worker.rest import forget_rest, rest
 from worker.rollback import roll_back
+from worker.room import room_for
 from worker.serving.client import ServerControl
 from worker.state_dir import StateDir, default_state_dir
 from worker.step import Unavailable
@@ -68,7 +69,7 @@ def attach_step(
     known: ledger.LedgerState | None = None,
     new_lineage: bool = False,
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
-    max_tokens: int = 8192,
+    max_tokens: int = MAX_TOKENS,
 ) -> Iterator[SharedUpdate]:
     """The update protocol on the server of `run_dir`, as its only trainer, from here to the end of the block.
 
@@ -97,7 +98,8 @@ def attach_step(
             streaming=way.streaming,
             budget=way.budget,
         )
-        keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, policy)))
+        room = partial(room_for, packed=weights.state.is_cuda, streaming=way.streaming, budget=way.budget)
+        keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, room, policy)))
         for sentence in mend_weights(keeper, control, known, new_lineage=new_lineage):
             log.info(sentence)
         trainer = make(h)
@@ -111,7 +113,7 @@ def attach_step(
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--name", help="This worker's name, in errors and dashboards (default: host and pid).")
 @click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")
-@click.option("--max-tokens", type=click.IntRange(1), default=8192, help="Most tokens in a version.")
+@max_tokens_option
 @click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
 @click.option("--burst", is_flag=True, help="Stop when the queue is empty.")
 @click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")

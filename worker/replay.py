@@ -11,7 +11,7 @@ import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from producer.transcript import Transcript
 from worker.examples import Example, TokenSequence
 from worker.hyperparameters import Hyperparameters
 from worker.rehearsal import PREFIX
+from worker.room import Room
 from worker.trainer import Gradients, Trainer
 
 BURST = "burst"
@@ -138,14 +139,46 @@ def _threads(count: int) -> Iterator[None]:
 Make = Callable[[Hyperparameters], Trainer]
 """Makes the trainer on the live weights; a new one takes over the step count from the state beside them."""
 
+RoomOf = Callable[[Hyperparameters], Room]
+"""What the trainer that `Make` makes of the same takes at once."""
 
-def replay(
-    steps: Sequence[tuple[dict[str, Any], frozenset[str]]], make_trainer: Make, device: torch.device
-) -> list[str]:
-    """Train journaled batches again, in order: (record, ids to leave out); says what was not as the first time.
+Steps = Sequence[tuple[dict[str, Any], frozenset[str]]]
+"""Journaled batches to train again, in order: (record, ids to leave out)."""
 
-    The weights and the optimizer's state must be those before the first of them. Raises whatever training raises, with
-    the weights between two versions.
+
+def check_fits(steps: Steps, room: RoomOf) -> None:
+    """Every batch of `steps` is there, and the trainer that would replay it takes it. Raises `ReplayError`.
+
+    No trainer is made for it: that writes to the optimizer's state where it is fresh, and to what a live trainer's
+    parameters learn. The error names the batch that needs the most: who does what it says is not refused again.
+    """
+    refused = []
+    for record, dropped in steps:
+        examples, ours = unpack_batch(record, dropped), room(hyperparameters(record["h"]))
+        if not ours.holds(examples):
+            in_burst = replace(ours, streaming=False).holds(examples)
+            refused.append((ours.needs(examples), record["version"], ours, in_burst))
+    if refused:
+        needed, version, ours, _ = max(refused, key=lambda item: item[0])
+        raise ReplayError(_misfit(needed, version, ours, burst=all(in_burst for *_, in_burst in refused)))
+
+
+def _misfit(needed: int, version: int, room: Room, *, burst: bool) -> str:
+    """burst: that way would do."""
+    batch = "its batch" if room.whole else "a sequence of its batch"
+    streaming = " (streaming takes one a version)" if room.whole else ""
+    text = f"version {version} cannot be trained again as things are: {batch} has {needed} tokens, and a forward pass"
+    text += f" here takes {room.longest} at most{streaming}; nothing was changed"
+    if not room.packed:
+        return text
+    return f"{text}. Use {'--apply burst, or ' if burst else ''}--max-tokens {needed}, if the GPU's memory allows it"
+
+
+def replay(steps: Steps, make_trainer: Make, device: torch.device) -> list[str]:
+    """Train journaled batches again, in order; says what was not as the first time.
+
+    The weights and the optimizer's state must be those before the first of them, and `check_fits` must have passed.
+    Raises whatever training raises, with the weights between two versions.
     """
     said: list[str] = []
     changed = sorted({line for record, _ in steps for line in differences(record["facts"], facts(device))})
@@ -160,7 +193,7 @@ def replay(
                 f"version {record['version']} was step {record['step']} of the optimizer, which stands at"
                 f" {trainer.optimizer.step_count}: the journal and the checkpoint do not belong together"
             )
-        if device.type == "cpu":  # the order of sums is each way's own; on a GPU it is memory that decides
+        if not trainer.packed:  # the order of sums is each way's own; on a GPU it is memory that decides
             trainer.streaming = record["manifest"].get("way", BURST) != BURST
         examples = unpack_batch(record, dropped)
         with _threads(record["facts"]["threads"]):

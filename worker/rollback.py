@@ -22,7 +22,7 @@ from producer.cli import redis_option
 from producer.errors import TandemError
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import ledger
-from worker.apply_options import ApplySettings, Way, apply_option
+from worker.apply_options import ApplySettings, Way, apply_option, max_tokens_option
 from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 from worker.lock import WorkerLock
@@ -110,6 +110,7 @@ def _summary(version: int, target: int, drop: tuple[str, ...], abandoned: list[A
 @click.option("--requeue", is_flag=True, help="Queue again what later versions were trained on, but for --drop.")
 @click.option("--reason", default="", help="For the manifest.")
 @apply_option
+@max_tokens_option
 @redis_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
@@ -119,6 +120,7 @@ def command(
     requeue: bool,
     reason: str,
     apply: Way,
+    max_tokens: int,
     redis_url: str | None,
     run_dir: Path | None,
     state_dir: Path | None,
@@ -134,10 +136,8 @@ def command(
         try:
             known = ledger.state(connection)
             where = run_dir or default_run_dir()
-            settings = ApplySettings(apply)
-            with attach_step(
-                where, name, Hyperparameters(), state_dir=state_dir, known=known, settings=settings
-            ) as step:
+            limits: dict[str, Any] = {"settings": ApplySettings(apply), "max_tokens": max_tokens}
+            with attach_step(where, name, Hyperparameters(), state_dir=state_dir, known=known, **limits) as step:
                 agree(connection, step)
                 for line in roll_back(connection, step, version, drop, reason=reason, requeue=requeue):
                     click.echo(line)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
 from producer.transcript import Transcript
-from worker.apply_options import ApplySettings, Way, apply_option
+from worker.apply_options import MAX_TOKENS, ApplySettings, Way, apply_option, max_tokens_option
 from worker.examples import Example, ExampleError
 from worker.hyperparameters import Hyperparameters, training_options
 from worker.wire import default_run_dir
@@ -122,11 +122,16 @@ def train_attached(
     batch: int,
     state_dir: Path | None = None,
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
+    max_tokens: int = MAX_TOKENS,
 ) -> History:
-    """Fine-tune the weights that the server of `run_dir` is serving."""
+    """Fine-tune the weights that the server of `run_dir` is serving.
+
+    max_tokens: what a GPU's memory is planned for; a version of more is refused where it does not fit.
+    """
     from worker.main import attach_step
 
-    with attach_step(run_dir, "tandem train", h, state_dir=state_dir, settings=settings) as shared:
+    limits: dict[str, Any] = {"settings": settings, "max_tokens": max_tokens}
+    with attach_step(run_dir, "tandem train", h, state_dir=state_dir, **limits) as shared:
         shared.base = shared.weights.header.version
         if shared.base and shared.keeper.latest() != (shared.base, shared.weights.header.lineage):
             raise TandemError(
@@ -155,6 +160,7 @@ def train_attached(
 @click.option("--batch", type=click.IntRange(1), default=8, help="Transcripts a step.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Where the loss curve goes (default: loss.png in OUT).")
 @apply_option
+@max_tokens_option
 @training_options
 def command(
     file: str,
@@ -167,6 +173,7 @@ def command(
     batch: int,
     plot: Path | None,
     apply: Way,
+    max_tokens: int,
     **options: Any,
 ) -> None:
     """Train on FILE.jsonl (- for standard input) without a queue: a model directory, or a running server."""
@@ -174,8 +181,9 @@ def command(
     if attach:
         if model_dir or out:
             raise TandemError("--attach trains the running server: leave out --model and --out")
-        where, settings = run_dir or default_run_dir(), ApplySettings(apply)
-        history = train_attached(file, where, h, count=count, batch=batch, state_dir=state_dir, settings=settings)
+        limits: dict[str, Any] = {"settings": ApplySettings(apply), "max_tokens": max_tokens}
+        where = run_dir or default_run_dir()
+        history = train_attached(file, where, h, count=count, batch=batch, state_dir=state_dir, **limits)
         plot = plot or Path("loss.png")
     else:
         if not (model_dir and out):

@@ -26,10 +26,9 @@ from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 from worker.linear_cross_entropy import linear_cross_entropy
 from worker.model.packing import model_inputs
+from worker.room import Room, room_for
 
 NOT_FINITE = "its loss is not finite under the present weights"
-NARROWEST = 128
-"""The shortest row of a forward pass, in tokens. Rows have few lengths, so that nothing is tuned during traffic."""
 
 
 class Limit(Protocol):
@@ -91,11 +90,16 @@ class Trainer:
         self.device = next(model.parameters()).device
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
 
+    @property
+    def room(self) -> Room:
+        """What it takes at once: `begin` raises BatchError for what this does not hold."""
+        return Room(self.sizes, self.packed, self.streaming)
+
     def begin(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
         """All of a step that comes before its first write: gradients, or in streaming the forward pass.
 
-        Examples whose loss is not finite, or beyond `limit`, are left out and reported. Raises BatchError for what does
-        not fit.
+        Examples whose loss is not finite, or beyond `limit`, are left out and reported. Raises BatchError for what
+        `room` does not hold.
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -205,12 +209,11 @@ class Trainer:
         if not self.packed:
             return make_batches(examples, pad_id=self.pad_id, widths=self.sizes, budget=self.budget)
         batches = pack(examples, pad_id=self.pad_id, sizes=self.sizes)
-        if self.streaming and len(batches) > 1:
-            tokens = sum(example.tokens for example in examples)
+        if not self.room.holds(examples):  # in streaming alone: `pack` has refused what is too long for any row
             raise BatchError(
-                f"streaming takes one forward pass a version, of {max(self.sizes)} tokens at most, and these"
-                f" transcripts have {tokens}, with what the chat template repeats: train on fewer turns (train_on),"
-                " raise --max-tokens, or use --apply burst"
+                f"streaming takes one forward pass a version, of {self.room.longest} tokens at most, and these"
+                f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
+                " turns (train_on), raise --max-tokens, or use --apply burst"
             )
         return batches
 
@@ -225,23 +228,6 @@ class Trainer:
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
         """Add each token's nll [N] to its example's place in `sums`, fp64 on the host."""
         sums.index_add_(0, batch.examples, nll.detach().cpu().double())
-
-
-def sizes_up_to(longest: int) -> tuple[int, ...]:
-    """Lengths of packed rows, in tokens: few, and none more than half empty. Powers of two, from 4,096 on with one more
-    in between."""
-    sizes = [512, 1024, 2048, 4096]
-    while sizes[-1] < longest:
-        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
-    return tuple(sizes[: next(i for i, size in enumerate(sizes) if size >= longest) + 1])
-
-
-def widths_up_to(longest: int) -> tuple[int, ...]:
-    """The row lengths, in tokens, that cover sequences of up to `longest`: powers of two from `NARROWEST`."""
-    widths = [NARROWEST]
-    while widths[-1] < longest:
-        widths.append(2 * widths[-1])
-    return tuple(widths)
 
 
 def make_builder(
@@ -278,8 +264,9 @@ def make_trainer(
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
     budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
-    model must be fused (`worker.model`). The order of parameters, and with it the layout of `state` and every random
-    draw, depends on the names alone, so it is the same whatever `h.embeddings` says: frozen ones never have a gradient.
+    model must be fused (`worker.model`); `room_for` says what that holds. The order of parameters, and with it the
+    layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` says:
+    frozen ones never have a gradient.
     """
     named = sorted(parameters, key=lambda item: item[0])
     for name, parameter in named:
@@ -294,16 +281,15 @@ def make_trainer(
         seed=h.seed,
         state=state,
     )
-    packed = named[0][1].is_cuda
-    most = max(h.max_length, budget or 8192)
+    room = room_for(h, packed=named[0][1].is_cuda, streaming=streaming, budget=budget)
     return Trainer(
         model,
         optimizer,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,  # masked out either way
         lr=h.lr,
         warmup=h.warmup,
-        sizes=sizes_up_to(most) if packed else widths_up_to(h.max_length),
-        budget=most if packed else budget or 4096,
-        packed=packed,
+        sizes=room.sizes,
+        budget=budget or 4096,
+        packed=room.packed,
         streaming=streaming,
     )
