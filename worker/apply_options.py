@@ -54,6 +54,16 @@ def max_tokens_option(command: F) -> F:
     )(command)
 
 
+def memory_option(command: F) -> F:
+    """Click decorator: --memory, for every command that trains or rebuilds a server's weights."""
+    return click.option(
+        "--memory",
+        type=click.FloatRange(0, min_open=True),
+        metavar="GB",
+        help="Most GPU memory for this process, the shared weights not counted (default: what is free).",
+    )(command)
+
+
 def apply_options(command: F) -> F:
     """Click decorator: adds every flag of `ApplySettings`; `apply_settings_of` reads them."""
     options = [
@@ -69,15 +79,8 @@ def apply_options(command: F) -> F:
             default=1.0,
             help="Most of the time that training may take, as a part; the worker rests for the others.",
         ),
+        memory_option,
     ]
-    options.append(
-        click.option(
-            "--memory",
-            type=click.FloatRange(0, min_open=True),
-            metavar="GB",
-            help="Most GPU memory for this process, the shared weights not counted (default: what is free).",
-        )
-    )
     for option in reversed(options):
         command = option(command)
     return command

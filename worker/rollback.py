@@ -22,7 +22,7 @@ from producer.cli import redis_option
 from producer.errors import TandemError
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import ledger
-from worker.apply_options import ApplySettings, Way, apply_option, max_tokens_option
+from worker.apply_options import ApplySettings, Way, apply_option, max_tokens_option, memory_option
 from worker.faults import point
 from worker.hyperparameters import Hyperparameters
 from worker.lock import WorkerLock
@@ -111,6 +111,7 @@ def _summary(version: int, target: int, drop: tuple[str, ...], abandoned: list[A
 @click.option("--reason", default="", help="For the manifest.")
 @apply_option
 @max_tokens_option
+@memory_option
 @redis_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
@@ -121,6 +122,7 @@ def command(
     reason: str,
     apply: Way,
     max_tokens: int,
+    memory: float | None,
     redis_url: str | None,
     run_dir: Path | None,
     state_dir: Path | None,
@@ -136,7 +138,7 @@ def command(
         try:
             known = ledger.state(connection)
             where = run_dir or default_run_dir()
-            limits: dict[str, Any] = {"settings": ApplySettings(apply), "max_tokens": max_tokens}
+            limits: dict[str, Any] = {"settings": ApplySettings(apply, memory=memory), "max_tokens": max_tokens}
             with attach_step(where, name, Hyperparameters(), state_dir=state_dir, known=known, **limits) as step:
                 agree(connection, step)
                 for line in roll_back(connection, step, version, drop, reason=reason, requeue=requeue):

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
 from producer.transcript import Transcript
-from worker.apply_options import MAX_TOKENS, ApplySettings, Way, apply_option, max_tokens_option
+from worker.apply_options import MAX_TOKENS, ApplySettings, Way, apply_option, max_tokens_option, memory_option
 from worker.examples import Example, ExampleError
 from worker.hyperparameters import Hyperparameters, training_options
 from worker.wire import default_run_dir
@@ -161,6 +161,7 @@ def train_attached(
 @click.option("--plot", type=click.Path(path_type=Path), help="Where the loss curve goes (default: loss.png in OUT).")
 @apply_option
 @max_tokens_option
+@memory_option
 @training_options
 def command(
     file: str,
@@ -174,6 +175,7 @@ def command(
     plot: Path | None,
     apply: Way,
     max_tokens: int,
+    memory: float | None,
     **options: Any,
 ) -> None:
     """Train on FILE.jsonl (- for standard input) without a queue: a model directory, or a running server."""
@@ -181,7 +183,7 @@ def command(
     if attach:
         if model_dir or out:
             raise TandemError("--attach trains the running server: leave out --model and --out")
-        limits: dict[str, Any] = {"settings": ApplySettings(apply), "max_tokens": max_tokens}
+        limits: dict[str, Any] = {"settings": ApplySettings(apply, memory=memory), "max_tokens": max_tokens}
         where = run_dir or default_run_dir()
         history = train_attached(file, where, h, count=count, batch=batch, state_dir=state_dir, **limits)
         plot = plot or Path("loss.png")

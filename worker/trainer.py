@@ -184,6 +184,7 @@ class Trainer:
     def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
         """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
         or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
+        self._check_room(examples)
         counts = [example.trained_tokens for example in examples]
         total, bounds = sum(counts), torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
@@ -208,14 +209,16 @@ class Trainer:
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
         if not self.packed:
             return make_batches(examples, pad_id=self.pad_id, widths=self.sizes, budget=self.budget)
-        batches = pack(examples, pad_id=self.pad_id, sizes=self.sizes)
-        if not self.room.holds(examples):  # in streaming alone: `pack` has refused what is too long for any row
+        return pack(examples, pad_id=self.pad_id, sizes=self.sizes)
+
+    def _check_room(self, examples: Sequence[Example]) -> None:
+        """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
+        if self.room.whole and not self.room.holds(examples):
             raise BatchError(
                 f"streaming takes one forward pass a version, of {self.room.longest} tokens at most, and these"
                 f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
-        return batches
 
     def _forward(self, batch: Batch, total: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N]."""
