@@ -95,6 +95,8 @@ class Background:
     def _run(self, server: Any, tokens: int, stream: bool) -> None:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)
         body = {"model": str(server.model_dir), "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
         connection.request(
             "POST", "/v1/completions", json.dumps(body | {"stream": stream}), {"content-type": "application/json"}
         )
@@ -118,5 +120,6 @@ def events(body: bytes) -> list[str]:
 
 
 def streamed_tokens(body: bytes) -> int:
-    """How many chunks of text a streamed completion brought."""
-    return sum(event.startswith("data: {") and '"choices"' in event for event in events(body))
+    """How many tokens a streamed completion brought, by the server's count: a chunk may hold several."""
+    counted = [json.loads(event[6:]).get("usage") for event in events(body) if event.startswith("data: {")]
+    return max(usage["completion_tokens"] for usage in counted if usage)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from worker.apply_options import ApplySettings
 from worker.hyperparameters import Hyperparameters
-from worker.memory_plan import CONTEXT_BYTES, choose, gigabytes, layers_kept, make_plan
+from worker.memory_plan import CONTEXT_BYTES, MemoryPlanError, choose, gigabytes, layers_kept, make_plan
 from worker.model import fuse
 from worker.room import sizes_up_to
 from worker.text_config import TextConfig
@@ -33,7 +33,7 @@ from worker.warm_up import warm_up
 
 log = logging.getLogger("tandem")
 
-LIBRARIES_BYTES = 500_000_000
+LIBRARIES_BYTES = 650_000_000
 """What CUDA's libraries still take in this process; its context exists when free memory is asked for."""
 ALLOCATOR_ENV = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -102,7 +102,20 @@ def warm(trainer: Trainer) -> None:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task("warm-up", what="")
-        report = warm_up(trainer, lambda done, all, what: progress.update(task, completed=done, total=all, what=what))
+        try:
+            report = warm_up(
+                trainer, lambda done, all, what: progress.update(task, completed=done, total=all, what=what)
+            )
+        except torch.OutOfMemoryError as error:
+            raise MemoryPlanError(_too_little(error)) from error
     log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
     used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
     log.info("in the warm-up at most %s were in use, and torch held %s", gigabytes(used), gigabytes(held))
+
+
+def _too_little(error: torch.OutOfMemoryError) -> str:
+    return (
+        "the device's memory did not do for the plan above: others took of it since, or torch's allocator was set by hand"
+        f" ({', '.join(ALLOCATOR_ENV)}). Use a smaller --max-tokens and --max-length, or start the server with a larger"
+        f" --trainer-memory ({str(error).partition('. ')[0]})"
+    )
