@@ -266,7 +266,7 @@ def main(**options: Any) -> None:
     until.disarm()
     show(record)
     if options["plot"]:
-        plot(record, options["out"] / "training.png")
+        plot(record.parts.items(), options["out"] / "training.png")
     record.summary()
 
 

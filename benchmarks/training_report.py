@@ -1,6 +1,14 @@
-"""The table and the plot of training.py's results. Must not know: how they were measured."""
+"""The table and the plot of training.py's results. Must not know: how they were measured.
 
+python benchmarks/training_report.py results/training_27B.json results/training_0.8B.json training.png
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from record import Record
 from rich.console import Console
@@ -26,12 +34,12 @@ def show(record: Record) -> None:
     Console(width=140).print(table)
 
 
-def plot(record: Record, path: Path) -> None:
-    """Tokens/s over the token budget, a panel a size, packed sequences only."""
+def plot(parts: Iterable[tuple[str, Mapping[str, Any]]], path: Path) -> None:
+    """Tokens/s over the token budget, a panel a size, packed sequences only. parts: as `Record.parts` has them."""
     from matplotlib.figure import Figure
 
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for name, part in record.parts.items():
+    for name, part in parts:
         if part.get("mix") != "packed":
             continue
         panel = lines.setdefault(name.split(",")[0], {})
@@ -48,3 +56,8 @@ def plot(record: Record, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    *files, target = (Path(word) for word in sys.argv[1:])
+    plot(chain.from_iterable(json.loads(file.read_text())["parts"].items() for file in files), target)

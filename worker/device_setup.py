@@ -115,7 +115,7 @@ def warm(trainer: Trainer) -> None:
 
 def _too_little(error: torch.OutOfMemoryError) -> str:
     return (
-        "the device's memory did not do for the plan above: others took of it since, or torch's allocator was set by hand"
-        f" ({', '.join(ALLOCATOR_ENV)}). Use a smaller --max-tokens and --max-length, or start the server with a larger"
-        f" --trainer-memory ({str(error).partition('. ')[0]})"
+        "the device's memory did not do for the plan above: others took of it since, or torch's allocator was set by"
+        f" hand ({', '.join(ALLOCATOR_ENV)}). Use a smaller --max-tokens and --max-length, or start the server with a"
+        f" larger --trainer-memory ({str(error).partition('. ')[0]})"
     )
