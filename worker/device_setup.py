@@ -1,6 +1,6 @@
 """What a GPU needs between attaching and training: a memory plan, the kernels, and every shape run once.
 
-    let_segments_grow()                                               # before anything is allocated
+    with growing_segments():                                          # around the first allocation
     keep_within(settings, device)                                     # to what --memory says
     way = choose_way(model, model_path, h, settings, max_tokens)      # logs the plan; fuses the model
     warm(trainer)                                                     # with a progress bar; logs what it cost
@@ -13,6 +13,8 @@ takes more than was said.
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,14 +48,23 @@ class Way:
     budget: int | None = None
 
 
-def let_segments_grow() -> None:
+@contextmanager
+def growing_segments() -> Iterator[None]:
     """Have torch's CUDA allocator grow one mapping instead of collecting blocks of many sizes, unless the user has said
     something of it. Rows of several lengths would leave holes that none of the others fits.
 
-    Call it before anything is allocated. What it allocates cannot be shared by CUDA IPC: the trainer only opens.
+    torch reads the setting once, with the first allocation on a GPU, which has to be in the block. Afterwards it is
+    gone from the environment: such memory cannot be shared by CUDA IPC, so no server may inherit it. A trainer may
+    have it, which only opens.
     """
-    if not any(name in os.environ for name in ALLOCATOR_ENV):
-        os.environ[ALLOCATOR_ENV[-1]] = "expandable_segments:True"
+    if any(name in os.environ for name in ALLOCATOR_ENV):
+        yield
+        return
+    os.environ[ALLOCATOR_ENV[-1]] = "expandable_segments:True"
+    try:
+        yield
+    finally:
+        del os.environ[ALLOCATOR_ENV[-1]]
 
 
 def choose_way(

@@ -23,7 +23,7 @@ from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker import hold, ledger, torch_setup
 from worker.apply_options import MAX_TOKENS, ApplySettings, apply_options, apply_settings_of, max_tokens_option
-from worker.device_setup import choose_way, keep_within, let_segments_grow, warm
+from worker.device_setup import choose_way, growing_segments, keep_within, warm
 from worker.drain import BatchWorker
 from worker.duty import Duty
 from worker.guard_options import GuardSettings, canary_hooks, guard_options, settings_of
@@ -77,10 +77,11 @@ def attach_step(
     says of the weights, if it was asked. max_tokens: most of a version.
     """
     torch_setup.prepare()
-    let_segments_grow()
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(ServerControl(run_dir, name))
-        weights = attach(run_dir)
+        with growing_segments():
+            weights = attach(run_dir)
+            torch.empty(1, device=weights.state.device)
         state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path)))
         make_deterministic(weights.state.device)
         model = weights.build_model()

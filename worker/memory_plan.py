@@ -23,7 +23,7 @@ CONTEXT_BYTES = 1_150_000_000
 """The CUDA context, the libraries' workspaces and loaded kernels of one process: 1.11 GB were measured at 27B."""
 SLACK = 0.03
 """What the allocator rounds up or cannot reuse, as a part of what comes and goes (activations, gradients in flight).
-Its segments grow (`device_setup.let_segments_grow`): 0.01 was measured at 27B, 0.15 with segments of fixed sizes."""
+Its segments grow (`device_setup.growing_segments`): 0.01 was measured at 27B, 0.15 with segments of fixed sizes."""
 BUCKET_BYTES = 1 << 30
 """Gradients that streaming holds back to apply together: `ApolloMini.streaming`'s default."""
 LOSS_BLOCK = 1 << 27
