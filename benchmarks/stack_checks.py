@@ -155,7 +155,8 @@ def _check_memory(part: Part, stack: Stack) -> None:
         own = part.figures["memory_with_worker"].get("worker") or 0
         own = max(own, part.figures["device_bytes_beyond_the_server_at_most"])
         part.check("one copy of the weights: the worker holds less than half of one", own < weights / 2)
-        part.check("the trainer's own peak is under 14 GB", own < 14e9)
+        most = stack.sizes.memory
+        part.check(f"the worker's whole process stays within --memory {most}", own <= most * 1e9)
 
 
 def version(stack: Stack, texts: list[dict[str, Any]], timeout: float = 240.0) -> dict[str, float]:

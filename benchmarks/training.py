@@ -47,7 +47,7 @@ def bar() -> Progress:
 
 
 class Bench:
-    """One size's weights and contestants. memory: GB for ours, as `tandem worker --memory` takes it."""
+    """One size's weights and contestants. memory: GB that the plan of ours may count on."""
 
     def __init__(self, size: str, budgets: Sequence[int], device: torch.device, memory: float, peers: bool) -> None:
         self.size, self.facts, self.device = size, text_facts(size), device

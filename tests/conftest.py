@@ -30,6 +30,12 @@ if GPU:
     SERVER_OPTIONS += ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", "2000000000"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the end to end tests train, and in the end stop, the session's server: they come last."""
+    if GPU:
+        items.sort(key=lambda item: item.path.name == "test_end_to_end.py")
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A real Redis with Tandem's settings, for the whole session."""

@@ -122,4 +122,4 @@ def events(body: bytes) -> list[str]:
 def streamed_tokens(body: bytes) -> int:
     """How many tokens a streamed completion brought, by the server's count: a chunk may hold several."""
     counted = [json.loads(event[6:]).get("usage") for event in events(body) if event.startswith("data: {")]
-    return max(usage["completion_tokens"] for usage in counted if usage)
+    return max((usage["completion_tokens"] for usage in counted if usage), default=0)

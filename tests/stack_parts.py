@@ -37,6 +37,7 @@ class Stack:
         self.producer = Producer(self.store.url)
         self.workers: list[subprocess.Popen[str]] = []
         self.server = server or self.start_server()
+        assert self.weights_version()["version"] == 0
 
     def start_server(self) -> ServerProcess:
         self.server = ServerProcess(self.model, self.folder / "run", extra=self.options)

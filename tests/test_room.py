@@ -227,14 +227,14 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
     asked = []
 
     def watched(*arguments: Any) -> Any:
-        asked.append(arguments[4])
+        asked.append((arguments[4], arguments[3].memory))
         return choose_way(*arguments)
 
     monkeypatch.setattr(main, "choose_way", watched)
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("x", 2)))
     where = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]
-    more = ["--max-tokens", "12000"]
+    more = ["--max-tokens", "12000", "--memory", "30"]
     trained = [str(file), "--attach", "--plot", str(tmp_path / "loss.png"), *where]
     back = ["0", "--redis", site.store.url, *where]
     site.work("--max-jobs", "1")
@@ -242,4 +242,4 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
         for options in (more, []):
             result = CliRunner().invoke(command, [*arguments, *options])
             assert result.exit_code == 0, f"{result.output} {result.exception!r}"
-    assert asked == [12000, 8192] * 2
+    assert asked == [(12000, 30.0), (8192, None)] * 2

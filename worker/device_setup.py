@@ -2,12 +2,12 @@
 
     with growing_segments():                                          # around the first allocation
     keep_within(settings, device)                                     # to what --memory says
-    way = choose_way(model, model_path, h, settings, max_tokens)      # logs the plan; fuses the model
+    way = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
     warm(trainer)                                                     # with a progress bar; logs what it cost
 
 On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
-Invariants: what does not fit is refused here, with numbers, before anything is trained; with --memory the process never
-takes more than was said.
+Invariants: what does not fit is refused here, with numbers, before anything is trained; with --memory torch's part of
+this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
 """
 
 import logging
@@ -26,7 +26,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from worker.apply_options import ApplySettings
 from worker.hyperparameters import Hyperparameters
-from worker.memory_plan import CONTEXT_BYTES, MemoryPlanError, choose, gigabytes, layers_kept, make_plan
+from worker.memory_plan import (
+    CONTEXT_BYTES,
+    SERVER_MEMORY,
+    MemoryPlanError,
+    choose,
+    gigabytes,
+    layers_kept,
+    make_plan,
+)
 from worker.model import fuse
 from worker.room import sizes_up_to
 from worker.text_config import TextConfig
@@ -79,11 +87,12 @@ def choose_way(
     config = TextConfig.read(model_path / "config.json")
     budget = sizes_up_to(max(max_tokens, h.max_length))[-1]
     free, whole = torch.cuda.mem_get_info(device)
-    may = free
+    may, way_out = free, SERVER_MEMORY
     if settings.memory:  # of the whole process, whose context is there already
-        may = min(free, int(settings.memory * 1e9) - (CONTEXT_BYTES - LIBRARIES_BYTES))
+        said = max(0, int(settings.memory * 1e9) - (CONTEXT_BYTES - LIBRARIES_BYTES))
+        may, way_out = (said, "a larger --memory") if said < free else (free, SERVER_MEMORY)
     costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
-    plan = choose(config, budget, may, settings.apply, **costs)
+    plan = choose(config, budget, may, settings.apply, way_out=way_out, **costs)
 
     @cache
     def kept(tokens: int) -> int:
@@ -113,6 +122,7 @@ def warm(trainer: Trainer) -> None:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task("warm-up", what="")
+        torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
             report = warm_up(
                 trainer, lambda done, all, what: progress.update(task, completed=done, total=all, what=what)
@@ -125,8 +135,9 @@ def warm(trainer: Trainer) -> None:
 
 
 def _too_little(error: torch.OutOfMemoryError) -> str:
+    numbers = ". ".join(str(error).split(". ")[:3])
     return (
-        "the device's memory did not do for the plan above: others took of it since, or torch's allocator was set by"
-        f" hand ({', '.join(ALLOCATOR_ENV)}). Use a smaller --max-tokens and --max-length, or start the server with a"
-        f" larger --trainer-memory ({str(error).partition('. ')[0]})"
+        "the device's memory did not do for the plan above: others took of it since, torch's allocator was set by hand"
+        f" ({', '.join(ALLOCATOR_ENV)}), or the plan counts too little. Use a smaller --max-tokens and --max-length, or"
+        f" {SERVER_MEMORY}; a larger --memory, if it was given. {numbers}"
     )

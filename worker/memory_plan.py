@@ -36,6 +36,8 @@ LEAST_ROW = 512
 """Tokens of the shortest packed row; rows of a power of two from here on exist."""
 SCRATCH = 0.006
 """The optimizer's scratch, in bytes a parameter: about 150 MB at 27B (worker/apollo/cuda.py)."""
+SERVER_MEMORY = "a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization"
+"""What to do for more free memory."""
 STEP = 10_000_000
 """What rows are rounded up to: the last digit that is printed."""
 
@@ -144,10 +146,11 @@ def choose(
     *,
     embeddings: str = "apollo",
     context_bytes: int = CONTEXT_BYTES,
+    way_out: str = SERVER_MEMORY,
 ) -> Plan:
     """The fastest plan that fits into `free_bytes`: burst before streaming, then no recomputation before it.
 
-    Raises MemoryPlanError with needed, free and missing, and what to change.
+    Raises MemoryPlanError with needed, free and missing, and what to change; way_out: what would free more.
     """
     ways = [False, True] if apply == "auto" else [apply == "streaming"]
     every = len(config.layers)
@@ -160,7 +163,7 @@ def choose(
     least = min(plans, key=lambda plan: plan.total)
     fewer = partial(at, streaming=least.streaming, kept=least.kept)
     most = bisect_right(range(1, budget_tokens + 1), free_bytes, key=lambda tokens: fewer(tokens).total)
-    raise MemoryPlanError(_refusal(least, free_bytes, most))
+    raise MemoryPlanError(_refusal(least, free_bytes, most, way_out))
 
 
 def layers_kept(
@@ -271,13 +274,13 @@ def _line(name: str, size: int) -> str:
     return f"  {name:<38}{gigabytes(size):>12}"
 
 
-def _refusal(plan: Plan, free: int, most: int) -> str:
+def _refusal(plan: Plan, free: int, most: int, way_out: str) -> str:
     free = free // STEP * STEP
     row = 1 << most.bit_length() - 1 if most >= LEAST_ROW else 0
     changes = [f"a smaller --max-tokens and --max-length ({row:,} tokens would fit)"] if row else []
     changes += [] if plan.streaming else ["--apply streaming"]
     changes += [] if plan.recompute else ["recomputed layers"]
-    changes.append("a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization")
+    changes.append(way_out)
     return (
         f"the trainer needs {gigabytes(plan.total)} ({plan.title()}) and {gigabytes(free)} are free: "
         f"{gigabytes(plan.total - free)} short. Use {', or '.join(changes)}"

@@ -170,7 +170,7 @@ def _misfit(needed: int, version: int, room: Room, *, burst: bool) -> str:
     text = f"version {version} cannot be trained again as things are: {batch} has {needed} tokens, and a forward pass"
     text += f" here takes {room.longest} at most{streaming}; nothing was changed"
     if not room.packed:
-        return text
+        return f"{text}. Make it again on the kind of machine that trained it"
     return f"{text}. Use {'--apply burst, or ' if burst else ''}--max-tokens {needed}, if the GPU's memory allows it"
 
 

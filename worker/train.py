@@ -190,6 +190,8 @@ def command(
     else:
         if not (model_dir and out):
             raise TandemError("say what to train: --model DIR --out NEW, or --attach for the running server")
+        if memory:
+            raise TandemError("--memory is for --attach: a model of its own takes what it takes")
         streaming = apply == "streaming"
         history = train_directory(file, model_dir, out, h, count=count, batch=batch, streaming=streaming)
         plot = plot or out / "loss.png"

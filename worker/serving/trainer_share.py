@@ -14,12 +14,11 @@ from pathlib import Path
 
 import click
 
+from worker.apply_options import MAX_TOKENS
 from worker.memory_plan import Plan, gigabytes, make_plan, state_bytes, weight_bytes
 from worker.serving.flags import KV_FLAGS, LaunchError, parse_flags
 from worker.text_config import ConfigError, TextConfig
 
-TOKENS = 8192
-"""Of one forward pass; `tandem worker --max-tokens` has the same default."""
 MARGIN = 1_000_000_000
 """Left to neither: vLLM's CUDA graphs and context are not all in its own account."""
 MOST = 0.92
@@ -101,8 +100,8 @@ def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
 
 def default_plan(config: TextConfig, total: int) -> Plan:
     """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
-    burst = make_plan(config, TOKENS, streaming=False, kept=0)
-    return burst if 4 * burst.total <= total else make_plan(config, TOKENS, streaming=True, kept=0)
+    burst = make_plan(config, MAX_TOKENS, streaming=False, kept=0)
+    return burst if 4 * burst.total <= total else make_plan(config, MAX_TOKENS, streaming=True, kept=0)
 
 
 def flags_for(total: int, taken: int, share: int, why: str) -> tuple[list[str], list[str]]:
