@@ -277,7 +277,7 @@ def test_the_refusal_has_the_numbers_and_the_ways_out() -> None:
     assert "--apply streaming" in str(refused.value)
     assert "recomputed layers" in str(refused.value)
     assert "would fit" not in str(refused.value)  # not even the shortest row
-    with pytest.raises(MemoryPlanError, match="or a larger --memory$"):
+    with pytest.raises(MemoryPlanError, match=r"or a larger --memory$"):
         choose(config, 8192, 9 * GB, way_out="a larger --memory")
 
 
