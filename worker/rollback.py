@@ -138,8 +138,15 @@ def command(
         try:
             known = ledger.state(connection)
             where = run_dir or default_run_dir()
-            limits: dict[str, Any] = {"settings": ApplySettings(apply, memory=memory), "max_tokens": max_tokens}
-            with attach_step(where, name, Hyperparameters(), state_dir=state_dir, known=known, **limits) as step:
+            with attach_step(
+                where,
+                name,
+                Hyperparameters(),
+                state_dir=state_dir,
+                known=known,
+                settings=ApplySettings(apply, memory=memory),
+                max_tokens=max_tokens,
+            ) as step:
                 agree(connection, step)
                 for line in roll_back(connection, step, version, drop, reason=reason, requeue=requeue):
                     click.echo(line)

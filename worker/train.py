@@ -130,8 +130,9 @@ def train_attached(
     """
     from worker.main import attach_step
 
-    limits: dict[str, Any] = {"settings": settings, "max_tokens": max_tokens}
-    with attach_step(run_dir, "tandem train", h, state_dir=state_dir, **limits) as shared:
+    with attach_step(
+        run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
+    ) as shared:
         shared.base = shared.weights.header.version
         if shared.base and shared.keeper.latest() != (shared.base, shared.weights.header.lineage):
             raise TandemError(
@@ -183,9 +184,16 @@ def command(
     if attach:
         if model_dir or out:
             raise TandemError("--attach trains the running server: leave out --model and --out")
-        limits: dict[str, Any] = {"settings": ApplySettings(apply, memory=memory), "max_tokens": max_tokens}
-        where = run_dir or default_run_dir()
-        history = train_attached(file, where, h, count=count, batch=batch, state_dir=state_dir, **limits)
+        history = train_attached(
+            file,
+            run_dir or default_run_dir(),
+            h,
+            count=count,
+            batch=batch,
+            state_dir=state_dir,
+            settings=ApplySettings(apply, memory=memory),
+            max_tokens=max_tokens,
+        )
         plot = plot or Path("loss.png")
     else:
         if not (model_dir and out):
