@@ -41,7 +41,10 @@ SERVER_MEMORY = "a server started with a larger --trainer-memory or a smaller --
 STEP = 10_000_000
 """What rows are rounded up to: the last digit that is printed."""
 
-Apply = Literal["auto", "burst", "streaming"]
+Way = Literal["burst", "factors", "streaming"]
+"""How a micro-batch becomes a step. burst: all gradients are kept, and written in one sweep. factors: for matrices, what
+the gradients are products of; they are formed in the sweep. streaming: each gradient is written as backward makes it."""
+Apply = Literal["auto", "burst", "factors", "streaming"]
 Recompute = Literal["auto", "always", "never"]
 
 

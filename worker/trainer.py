@@ -1,7 +1,8 @@
 """One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
 
-Two ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Streaming: `begin` is the
-forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
+Three ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Factors: `begin` computes what
+the gradients of matrices are products of, `apply` forms and applies them (`worker.factor_sweep`). Streaming: `begin` is
+the forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
 
 The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
 vLLM, the header or versions.
@@ -11,7 +12,8 @@ is sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +24,13 @@ from transformers import GenerationConfig
 from worker.apollo import ApolloMini
 from worker.batches import Batch, BatchError, make_batches, pack
 from worker.examples import Example, ExampleBuilder
+from worker.factor_sweep import FactorSweep
 from worker.faults import point
+from worker.gradients import gradient_norm
 from worker.hyperparameters import Hyperparameters
 from worker.linear_cross_entropy import linear_cross_entropy
+from worker.memory_plan import Way
+from worker.model.factors import factors_of
 from worker.model.packing import model_inputs
 from worker.room import Room, room_for
 
@@ -74,7 +80,8 @@ class Trainer:
         warmup: int = 0,
         budget: int = 4096,
         packed: bool = False,
-        streaming: bool = False,
+        way: Way = "burst",
+        by_factors: int = 0,
     ) -> None:
         self.model: Any = model
         self.body: Any = model.model
@@ -86,14 +93,18 @@ class Trainer:
         self.sizes = tuple(sizes)
         self.budget = max(budget, max(sizes))
         self.packed = packed
-        self.streaming = streaming
+        self.way = way
+        self.by_factors = by_factors
         self.device = next(model.parameters()).device
+        self.begun: Way = way
+        """The way of the micro-batch that `begin` was last called with."""
+        self.sweep = FactorSweep(factors_of(model), optimizer)
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
 
     @property
     def room(self) -> Room:
         """What it takes at once: `begin` raises BatchError for what this does not hold."""
-        return Room(self.sizes, self.packed, self.streaming)
+        return Room(self.sizes, self.packed, self.way, self.by_factors)
 
     def begin(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
         """All of a step that comes before its first write: gradients, or in streaming the forward pass.
@@ -105,6 +116,8 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
+        self._check_room(examples)
+        self.begun = self.room.way_of(examples)
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
             nll = self._accumulate(kept, most)
@@ -130,14 +143,16 @@ class Trainer:
         """One optimizer step with what `begin` left; returns the RMS of update and weights, and on a GPU `peak_bytes`,
         the most that this process had allocated since `begin`.
 
-        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever
-        streaming raises leaves weights half-written.
+        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever the
+        other ways raise leaves weights half-written.
         """
         factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        if self.streaming:
+        if self.begun == "streaming":
             self._stream()
+        elif self.begun == "factors":
+            self.sweep.apply()
         else:
             self.optimizer.step()
         point("swept")
@@ -151,7 +166,17 @@ class Trainer:
     def forget(self) -> None:
         """Let go of what `begin` left: nothing is applied."""
         self._loss = None
+        self.sweep.forget()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_norm(self) -> float | None:
+        """The L2 norm of what `begin` left, all parameters together; None in streaming, where it is not known yet.
+
+        By factors, raises `NonFiniteGradient`, with nothing written: `apply` could only find it half-way.
+        """
+        if self.begun == "factors":
+            return self.sweep.norm()
+        return gradient_norm(self.parameters()) if self.begun == "burst" else None
 
     def parameters(self) -> list[torch.Tensor]:
         """All that the optimizer may change."""
@@ -184,21 +209,32 @@ class Trainer:
     def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
         """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
         or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
-        self._check_room(examples)
         counts = [example.trained_tokens for example in examples]
         total, bounds = sum(counts), torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
-        for batch in self._batches(examples):
-            loss, nll = self._forward(batch, total)
-            self._add(sums, batch, nll)
-            if not (torch.isfinite(sums) & (sums <= bounds)).all():
-                break
-            if self.streaming:
-                self._loss = loss if self._loss is None else self._loss + loss
-            else:
-                loss.backward()  # type: ignore[no-untyped-call]
-                point("backward")
+        with self._recording():
+            for batch in self._batches(examples):
+                loss, nll = self._forward(batch, total)
+                self._add(sums, batch, nll)
+                if not (torch.isfinite(sums) & (sums <= bounds)).all():
+                    break
+                if self.begun == "streaming":
+                    self._loss = loss if self._loss is None else self._loss + loss
+                else:
+                    self.sweep.factors.begin_pass()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    point("backward")
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """By factors, the buffer is taken first, and forward and backward keep factors."""
+        if self.begun != "factors":
+            yield
+            return
+        self.sweep.reserve()
+        with self.sweep.factors.recording():
+            yield
 
     def _stream(self) -> None:
         assert self._loss is not None, "apply() without begin()"
@@ -215,7 +251,7 @@ class Trainer:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
         if self.room.whole and not self.room.holds(examples):
             raise BatchError(
-                f"streaming takes one forward pass a version, of {self.room.longest} tokens at most, and these"
+                f"{self.way} takes one forward pass a version, of {self.room.longest} tokens at most, and these"
                 f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
@@ -225,7 +261,8 @@ class Trainer:
         hidden = self.body(**model_inputs(batch, self.device), use_cache=False).last_hidden_state  # [B, T, H]
         before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
         picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
-        return linear_cross_entropy(picked, self.head.weight, targets, batch.weights.to(self.device) / total)
+        keep = self.sweep.factors.head_keeper(self.head.weight)
+        return linear_cross_entropy(picked, self.head.weight, targets, batch.weights.to(self.device) / total, keep)
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
@@ -261,7 +298,8 @@ def make_trainer(
     h: Hyperparameters,
     *,
     state: torch.Tensor | None,
-    streaming: bool = False,
+    way: Way = "burst",
+    by_factors: int = 0,
     budget: int | None = None,
 ) -> Trainer:
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
@@ -284,7 +322,7 @@ def make_trainer(
         seed=h.seed,
         state=state,
     )
-    room = room_for(h, packed=named[0][1].is_cuda, streaming=streaming, budget=budget)
+    room = room_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
     return Trainer(
         model,
         optimizer,
@@ -294,5 +332,6 @@ def make_trainer(
         sizes=room.sizes,
         budget=budget or 4096,
         packed=room.packed,
-        streaming=streaming,
+        way=way,
+        by_factors=by_factors,
     )

@@ -71,6 +71,9 @@ class CudaBackend:
         self.control = zeros(kernels.CONTROLS.value, dtype=torch.int64)
         self.told = torch.zeros(kernels.CONTROLS.value, dtype=torch.int64, pin_memory=self.pinned)
 
+    def order(self) -> Sequence[Slot]:
+        return self.tables.slots
+
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def begin(self, draw: int) -> None:

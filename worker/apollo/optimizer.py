@@ -189,6 +189,14 @@ class ApolloMini(torch.optim.Optimizer):
             raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
         self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
 
+    def sweep_order(self) -> list[Tensor]:
+        """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
+        return [slot.parameter for slot in self._backend.order()]
+
+    def name_of(self, parameter: Tensor) -> str:
+        """What errors call it."""
+        return self._by_tensor[id(parameter)].name
+
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
         if not self._open:
