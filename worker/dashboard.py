@@ -23,7 +23,7 @@ from rq_dashboard.web import setup_rq_connection
 from werkzeug.serving import make_server
 
 from producer.errors import TandemError
-from producer.jobs import DEFAULT_URL, connect, resolve_url, safe_url
+from producer.connection import DEFAULT_URL, checked_url, connect, resolve_url, safe_url
 
 CONFIG = "worker.dashboard_config"
 
@@ -101,7 +101,7 @@ def redis_trouble(error: redis.RedisError) -> tuple[str, int]:
 def command(redis_url: str | None, host: str, port: int, allow: tuple[str, ...]) -> None:
     """Run rq-dashboard: queues, jobs, workers, results, and requeueing what failed."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    redis_url = resolve_url(redis_url)
+    redis_url = checked_url(resolve_url(redis_url))
     try:
         server = make_server(host, port, make_app(redis_url, allow), threaded=True)
     except (OSError, SystemExit) as error:
