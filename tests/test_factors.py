@@ -1,6 +1,7 @@
-"""Factors in place of gradients: the bits of burst and streaming, a norm that is known before, nothing taken in the sweep."""
+"""Factors in place of gradients: the bits of burst and streaming, and a norm that is known before the first write."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,15 @@ from stack_parts import transcripts
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
-from worker import checkpoint, torch_setup
 from worker.apollo import NonFiniteGradient
-from worker.examples import Example
-from worker.gradients import gradient_norm
-from worker.hyperparameters import Hyperparameters
-from worker.memory_plan import Way
-from worker.model.factors import Factors, Product, Rows
-from worker.trainer import Trainer, make_builder, make_trainer
+from worker.checkpoint import model_directory
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.memory.planner import Way
+from worker.model.gradient_factors import Factors, Product, Rows
+from worker.trainer.grad_norm import gradient_norm
+from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.utils import torch_setup
 
 H = Hyperparameters(lr=1e-3, max_length=256)
 
@@ -29,7 +31,7 @@ def examples(tiny_model: Path) -> list[Example]:
 
 
 def fresh(model_dir: Path, way: Way, dtype: torch.dtype = torch.bfloat16, h: Hyperparameters = H) -> Trainer:
-    model, tokenizer = checkpoint.load(model_dir, dtype)
+    model, tokenizer = model_directory.load(model_dir, dtype)
     return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
 
 
@@ -94,7 +96,7 @@ def random_factors(tokens: int, height: int, width: int, *, split: int = 0, look
 
     right = draw(tokens, width)
     cuts = [0, split, height] if split else [0, height]
-    products = [Product(draw(tokens, b - a), right, a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    products = [Product(draw(tokens, b - a), right, a) for a, b in pairwise(cuts)]
     ids = torch.randint(0, height, (looked_up,), generator=generator)
     rows = [Rows.of(ids, draw(looked_up, width), None)] if looked_up else []
     return Factors(torch.empty(height, width, dtype=torch.bfloat16), [(products, rows)])

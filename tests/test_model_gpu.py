@@ -10,12 +10,13 @@ import torch
 from test_batches import example
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
-from worker import torch_setup
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.memory.planner import Way
 from worker.model import fuse
-from worker.trainer import Trainer, make_trainer
-from worker.warm_up import warm_up
+from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.trainer import Trainer, make_trainer
+from worker.utils import torch_setup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -64,7 +65,7 @@ def reference() -> Iterator[Any]:
     undo.undo()
 
 
-def on_gpu(reference: Any, *, streaming: bool = False, kept: int = 0) -> Trainer:
+def on_gpu(reference: Any, *, way: Way = "burst", kept: int = 0) -> Trainer:
     model = AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16)
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
@@ -73,7 +74,7 @@ def on_gpu(reference: Any, *, streaming: bool = False, kept: int = 0) -> Trainer
     model.cuda().train()
     fuse(model, kept=lambda tokens: kept)
     h = Hyperparameters(lr=1e-4, max_length=1024)
-    return make_trainer(model, model.named_parameters(), Tokenizer(), h, state=None, streaming=streaming, budget=1024)
+    return make_trainer(model, model.named_parameters(), Tokenizer(), h, state=None, way=way, budget=1024)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_packed_equals_separate_with_the_same_kernels(reference: Any, examples: 
 
 
 def test_streaming_is_burst(reference: Any, examples: list[Example]) -> None:
-    burst, streaming = on_gpu(reference), on_gpu(reference, streaming=True)
+    burst, streaming = on_gpu(reference), on_gpu(reference, way="streaming")
     ours, theirs = streaming.begin(examples), burst.begin(examples)
     assert ours.nll == pytest.approx(theirs.nll, rel=1e-4) and not gradients(streaming)
     measured = streaming.apply()

@@ -22,28 +22,31 @@ from test_batches import example
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
-from worker import checkpoint, main, rollback, train
-from worker.batches import BatchError
-from worker.device_setup import choose_way
-from worker.hyperparameters import Hyperparameters
-from worker.keeper import CannotRebuild, Keeper
-from worker.main import attach_step
-from worker.policy import Policy
-from worker.recovery import mend_weights
-from worker.replay import ReplayError, RoomOf, check_fits
-from worker.rollback import roll_back
-from worker.room import Room, room_for
-from worker.serving.client import ServerControl
-from worker.state_dir import StateDir
-from worker.trainer import Trainer, make_trainer
-from worker.update import SharedUpdate
-from worker.weights.attach import attach
-from worker.weights.header import APPLYING, CLEAN
+from worker.checkpoint import model_directory
+from worker.checkpoint.manager import CannotRebuild, Keeper
+from worker.checkpoint.replay import ReplayError, RoomOf, check_fits
+from worker.checkpoint.state_dir import StateDir
+from worker.cli import train
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.retention import Policy
+from worker.data.batch_capacity import Room, room_for
+from worker.data.packing import BatchError
+from worker.memory.planner import Way
+from worker.orchestrator import rollback, worker_loop
+from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.recovery import mend_weights
+from worker.orchestrator.rollback import roll_back
+from worker.orchestrator.worker_loop import attach_step
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import attach
+from worker.shared_weights.header import APPLYING, CLEAN
+from worker.trainer.device import choose_way
+from worker.trainer.trainer import Trainer, make_trainer
 
 H = Hyperparameters(lr=3e-4, max_length=512)
 ROW = 512
 """Tokens of the longest packed row of the trainers here."""
-STREAMING = partial(room_for, packed=True, streaming=True, budget=ROW)
+STREAMING = partial(room_for, packed=True, way="streaming", budget=ROW)
 
 
 @pytest.fixture(autouse=True)
@@ -59,32 +62,28 @@ def as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def padding(tiny_model: Path) -> Trainer:
-    model, tokenizer = checkpoint.load(tiny_model)
+    model, tokenizer = model_directory.load(tiny_model)
     return make_trainer(model, model.named_parameters(), tokenizer, H, state=None)
 
 
-def as_on_a_gpu(trainer: Trainer, sizes: tuple[int, ...] = (ROW,), *, streaming: bool = True) -> Trainer:
+def as_on_a_gpu(trainer: Trainer, sizes: tuple[int, ...] = (ROW,), *, way: Way = "streaming") -> Trainer:
     """Another on the same model and optimizer, that packs."""
-    return Trainer(
-        trainer.model, trainer.optimizer, pad_id=0, lr=trainer.lr, sizes=sizes, packed=True, streaming=streaming
-    )
+    return Trainer(trainer.model, trainer.optimizer, pad_id=0, lr=trainer.lr, sizes=sizes, packed=True, way=way)
 
 
 @given(
     lengths=st.lists(st.lists(st.integers(2, 80), min_size=1, max_size=3), min_size=1, max_size=4),
     packed=st.booleans(),
-    streaming=st.booleans(),
+    way=st.sampled_from(["burst", "factors", "streaming"]),
 )
 def test_a_room_holds_what_its_trainer_takes(
-    padding: Trainer, lengths: list[list[int]], packed: bool, streaming: bool
+    padding: Trainer, lengths: list[list[int]], packed: bool, way: Way
 ) -> None:
     examples = [example(f"e{i}", some) for i, some in enumerate(lengths)]
-    trainer = Trainer(
-        padding.model, padding.optimizer, pad_id=0, lr=1.0, sizes=(32, 64), packed=packed, streaming=streaming
-    )
+    trainer = Trainer(padding.model, padding.optimizer, pad_id=0, lr=1.0, sizes=(32, 64), packed=packed, way=way)
     if trainer.room.holds(examples):
         passes = len(trainer._batches(examples))
-        assert passes == 1 or not (packed and streaming)
+        assert passes == 1 or not (packed and way != "burst")
         return
     with pytest.raises(BatchError):
         trainer.begin(examples)
@@ -94,12 +93,12 @@ def test_a_room_holds_what_its_trainer_takes(
 
 
 def test_a_room_is_known_before_its_trainer(padding: Trainer) -> None:
-    assert padding.room == room_for(H, packed=False, streaming=False)
-    assert padding.room == Room((128, 256, 512), packed=False, streaming=False)
-    assert room_for(H, packed=True, streaming=True).longest == 8192
-    assert room_for(replace(H, max_length=16384), packed=True, streaming=True).longest == 16384
+    assert padding.room == room_for(H, packed=False, way="burst")
+    assert padding.room == Room((128, 256, 512), packed=False, way="burst")
+    assert room_for(H, packed=True, way="streaming").longest == 8192
+    assert room_for(replace(H, max_length=16384), packed=True, way="streaming").longest == 16384
     # What memory was planned for is the bound, also for a batch of a day of longer conversations.
-    assert room_for(replace(H, max_length=16384), packed=True, streaming=False, budget=1024).longest == 1024
+    assert room_for(replace(H, max_length=16384), packed=True, way="burst", budget=1024).longest == 1024
 
 
 # What is refused
@@ -107,7 +106,7 @@ def test_a_room_is_known_before_its_trainer(padding: Trainer) -> None:
 
 def step_of(version: int, lengths: list[int]) -> tuple[dict[str, Any], frozenset[str]]:
     """A journaled batch: an example of one sequence for each length."""
-    from worker.replay import Ready, pack_batch, plain_hyperparameters
+    from worker.checkpoint.replay import Ready, pack_batch, plain_hyperparameters
 
     batch = pack_batch(Ready(example(f"e{i}", [length]), {}) for i, length in enumerate(lengths))
     return {"version": version, "batch": batch, "h": plain_hyperparameters(H)}, frozenset()
@@ -125,21 +124,21 @@ def test_the_refusal_names_what_needs_the_most_and_a_way_that_is_not_refused_aga
     assert said.startswith("version 6 ") and "its batch has 800 tokens" in said and "takes 512 at most" in said
     assert "nothing was changed" in said and "--apply burst, or --max-tokens 800" in said
     check_fits(steps, partial(STREAMING, budget=800))
-    check_fits(steps, partial(STREAMING, streaming=False))
-    check_fits(steps, partial(room_for, packed=False, streaming=True))  # a CPU takes several passes
+    check_fits(steps, partial(STREAMING, way="burst"))
+    check_fits(steps, partial(room_for, packed=False, way="streaming"))  # a CPU takes several passes
     fewer = [(record, frozenset({"e0"})) for record, _ in steps]
     check_fits(fewer, STREAMING)
 
 
 def test_a_sequence_that_is_longer_than_any_row_fits_in_no_way() -> None:
     steps = [step_of(1, [300, 300]), step_of(2, [600])]
-    said = refusal(steps, partial(STREAMING, streaming=False))
+    said = refusal(steps, partial(STREAMING, way="burst"))
     assert "version 2 " in said and "a sequence of its batch has 600 tokens" in said
     assert "Use --max-tokens 600" in said and "burst" not in said
     said = refusal(steps, STREAMING)
     assert "--max-tokens 600" in said and "burst" not in said, "burst would be refused too"
     check_fits(steps, partial(STREAMING, budget=600))
-    cpu = refusal(steps, partial(room_for, packed=False, streaming=False))
+    cpu = refusal(steps, partial(room_for, packed=False, way="burst"))
     assert "version 2 " in cpu and "--" not in cpu, "no flag makes a CPU's rows longer than the record's --max-length"
 
 
@@ -215,7 +214,7 @@ def test_a_rollback_that_would_not_fit_changes_nothing(site: Site) -> None:
         assert keeper.latest() == (2, header["lineage"]) and step.trainer is trainer
         assert keeper.plan(1).steps and keeper.plan(2, frozenset({"y-0"})).steps, "without one of them it would fit"
         keeper.make_trainer, keeper.room = make, room
-        main.agree(site.redis, step)
+        worker_loop.agree(site.redis, step)
         said = roll_back(site.redis, step, 2, ("x-0",))
         assert any("version 3 is live: it is version 2 without x-0" in sentence for sentence in said)
 
@@ -230,7 +229,7 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
         asked.append((arguments[4], arguments[3].memory))
         return choose_way(*arguments)
 
-    monkeypatch.setattr(main, "choose_way", watched)
+    monkeypatch.setattr(worker_loop, "choose_way", watched)
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("x", 2)))
     where = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]

@@ -14,13 +14,15 @@ from stack_parts import transcripts
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
-from worker import checkpoint, torch_setup
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
-from worker.tiny import make_tiny
-from worker.train import command
-from worker.trainer import Trainer, make_builder, make_trainer
-from worker.warm_up import warm_up
+from worker.checkpoint import model_directory
+from worker.cli.train import command
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.memory.planner import Way
+from worker.testing.tiny_model import make_tiny
+from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.utils import torch_setup
 
 H = Hyperparameters(lr=1e-3, max_length=256)
 
@@ -33,10 +35,10 @@ def examples(tiny_model: Path) -> list[Example]:
 
 
 def fresh(
-    model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, streaming: bool = False
+    model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, way: Way = "burst"
 ) -> Trainer:
-    model, tokenizer = checkpoint.load(model_dir, dtype)
-    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
+    model, tokenizer = model_directory.load(model_dir, dtype)
+    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -62,7 +64,7 @@ def test_a_trained_directory_has_the_source_s_layout_and_other_values(tmp_path: 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("mlp.up_proj" in name for name in changed) and any("embed_tokens" in name for name in changed)
     assert not any("visual" in name for name in changed)
-    checkpoint.load(out)  # transformers takes it
+    model_directory.load(out)  # transformers takes it
     assert {f.name for f in source.iterdir()} | {"loss.png"} == {f.name for f in out.iterdir()}
 
 
@@ -84,7 +86,7 @@ def test_what_cannot_be_trained_or_written_is_said_before_any_work(tmp_path: Pat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streaming_is_burst(tiny_model: Path, examples: list[Example], dtype: torch.dtype) -> None:
     """One forward pass: the same weights and the same state, bit for bit, step after step; no gradient is kept."""
-    burst, streaming = fresh(tiny_model, dtype=dtype), fresh(tiny_model, dtype=dtype, streaming=True)
+    burst, streaming = fresh(tiny_model, dtype=dtype), fresh(tiny_model, dtype=dtype, way="streaming")
     for batch in (examples[:1], examples[1:2], examples[:1]):
         assert len(burst._batches(batch)) == 1
         before = {name: p.detach().clone() for name, p in streaming.model.named_parameters()}
@@ -100,7 +102,7 @@ def test_streaming_is_burst(tiny_model: Path, examples: list[Example], dtype: to
 
 
 def test_streaming_over_several_forward_passes_is_one_step(tiny_model: Path, examples: list[Example]) -> None:
-    burst, streaming = fresh(tiny_model), fresh(tiny_model, streaming=True)
+    burst, streaming = fresh(tiny_model), fresh(tiny_model, way="streaming")
     for trainer in (burst, streaming):
         trainer.budget = max(trainer.sizes)
         assert len(trainer._batches([*examples, *examples])) > 1
@@ -112,7 +114,7 @@ def test_streaming_over_several_forward_passes_is_one_step(tiny_model: Path, exa
 
 
 def test_streaming_leaves_out_what_is_not_finite_before_any_write(tiny_model: Path, examples: list[Example]) -> None:
-    trainer = fresh(tiny_model, streaming=True)
+    trainer = fresh(tiny_model, way="streaming")
     own = [set().union(*(s.ids for s in example.sequences)) for example in examples[:2]]
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[next(iter(own[1] - own[0]))] = math.nan

@@ -1,0 +1,93 @@
+"""How updates are applied, and how much of the time training may take: the flags and what they mean together.
+
+Must not know: how an update is applied. Must not import torch: `tandem --help` reads this.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+import click
+
+from producer.errors import TandemError
+
+F = TypeVar("F", bound=Callable[..., Any])
+Apply = Literal["auto", "burst", "factors", "streaming"]
+MAX_TOKENS = 8192
+"""Of a version, where nothing else is asked for; `tandem serve` leaves memory for as many."""
+
+
+@dataclass(frozen=True)
+class ApplySettings:
+    """One field a flag; see `apply_options` for what each means."""
+
+    apply: Apply = "auto"
+    hogwild: bool = False
+    duty_cycle: float = 1.0
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.hogwild and self.apply != "streaming":
+            raise TandemError(
+                f"--hogwild writes weights while gradients are computed: it needs --apply streaming, not {self.apply}"
+            )
+
+
+def apply_option(command: F) -> F:
+    """Click decorator: --apply, for every command that trains or rebuilds a server's weights."""
+    return click.option(
+        "--apply",
+        type=click.Choice(["auto", "burst", "factors", "streaming"]),
+        default="auto",
+        help="burst keeps all gradients and writes in one short sweep; factors keeps what they are products of, in less"
+        " memory for short batches, and writes in about twice the time; streaming applies each as backward makes it, in"
+        " a few GB, the server paused meanwhile; auto: burst if it fits, else factors for the batches that fit and"
+        " streaming for longer ones; burst on a CPU.",
+    )(command)
+
+
+def max_tokens_option(command: F) -> F:
+    """Click decorator: --max-tokens, for every command that trains or rebuilds a server's weights."""
+    return click.option(
+        "--max-tokens",
+        type=click.IntRange(1),
+        default=MAX_TOKENS,
+        help="Most tokens in a version; a GPU's memory is planned for them.",
+    )(command)
+
+
+def memory_option(command: F) -> F:
+    """Click decorator: --memory, for every command that trains or rebuilds a server's weights."""
+    return click.option(
+        "--memory",
+        type=click.FloatRange(0, min_open=True),
+        metavar="GB",
+        help="Most GPU memory for this process, the shared weights not counted (default: what is free).",
+    )(command)
+
+
+def apply_options(command: F) -> F:
+    """Click decorator: adds every flag of `ApplySettings`; `apply_settings_of` reads them."""
+    options = [
+        apply_option,
+        click.option(
+            "--hogwild",
+            is_flag=True,
+            help="With --apply streaming: the server goes on while it is written to. Answers may mix two versions.",
+        ),
+        click.option(
+            "--duty-cycle",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            help="Most of the time that training may take, as a part; the worker rests for the others.",
+        ),
+        memory_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def apply_settings_of(options: dict[str, Any]) -> ApplySettings:
+    """Takes its flags out of a command's options. Raises TandemError for flags that contradict each other."""
+    return ApplySettings(**{field.name: options.pop(field.name) for field in fields(ApplySettings)})
