@@ -30,6 +30,7 @@ from worker.config.update_options import (
     memory_option,
 )
 from worker.data.examples import Example, ExampleError
+from worker.memory.planner import Way
 from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:

@@ -43,8 +43,9 @@ STEP = 10_000_000
 """What rows are rounded up to: the last digit that is printed."""
 
 Way = Literal["burst", "factors", "streaming"]
-"""How a micro-batch becomes a step. burst: all gradients are kept, and written in one sweep. factors: for matrices, what
-the gradients are products of; they are formed in the sweep. streaming: each gradient is written as backward makes it."""
+"""How a micro-batch becomes a step. burst: all gradients are kept, and written in one sweep. factors: of matrices what
+their gradients are products of is kept, and they are formed in the sweep. streaming: each gradient is written as
+backward makes it."""
 Apply = Literal["auto", "burst", "factors", "streaming"]
 Recompute = Literal["auto", "always", "never"]
 
@@ -151,8 +152,10 @@ def choose(
     context_bytes: int = CONTEXT_BYTES,
     way_out: str = SERVER_MEMORY,
 ) -> Plan:
-    """The fastest plan that fits into `free_bytes`: burst before streaming, then no recomputation before it. Factors are
-    chosen where they are asked for; for the shorter rows of streaming `longest_by_factors` says which can go by them.
+    """The fastest plan that fits into `free_bytes`: burst before streaming, then no recomputation before it.
+
+    Factors are chosen where they are asked for; which of streaming's shorter rows can go by them, `longest_by_factors`
+    says.
 
     Raises MemoryPlanError with needed, free and missing, and what to change; way_out: what would free more.
     """
@@ -239,7 +242,7 @@ def _backward(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool
         if first:
             moments.append([inputs, done, ("one layer's backward pass", again * tokens)])
         everything = (FACTORS, (head + _layer_factors(config, config.layers)) * tokens)
-        moments.append([everything, ("one layer's backward pass", (again if first else last) * tokens)])
+        moments.append([everything, ("one layer's backward pass", again * tokens)])
         return _buffer(config, tables), max(moments, key=_sum)
     matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
     gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)

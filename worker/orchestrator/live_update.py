@@ -110,11 +110,11 @@ class SharedUpdate:
             return Update(version=None, lineage=header.lineage, rejected=update.rejected)
         # By factors it is also what refuses a gradient that is not finite: under the pause it would be half-way.
         norm = self.trainer.gradient_norm() if self.guards is not None or self.trainer.begun == "factors" else None
-        if self.guards is not None and norm is not None:
-            if reason := self.guards.norm_refusal(norm, gradients.trained_tokens):
-                if len(prepared) > 1:
-                    raise GradientOutlier(reason)
-                return Update(version=None, lineage=header.lineage, rejected={ready.id: reason for ready in prepared})
+        refusal = self.guards.norm_refusal(norm, gradients.trained_tokens) if self.guards and norm is not None else None
+        if refusal is not None:
+            if len(prepared) > 1:
+                raise GradientOutlier(refusal)
+            return Update(version=None, lineage=header.lineage, rejected={ready.id: refusal for ready in prepared})
         update.manifest["gradients_s"] = time.monotonic() - started
         if self.trainer.begun == "streaming":
             update.manifest["forward_s"] = begun - started
