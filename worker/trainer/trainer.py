@@ -1,8 +1,8 @@
 """One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
 
 Three ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Factors: `begin` computes what
-the gradients of matrices are products of, and `apply` forms and applies them (`factor_sweep`). Streaming: `begin` is the
-forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
+the gradients of matrices are products of, and `apply` forms and applies them (`factor_sweep`). Streaming: `begin` is
+the forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
 
 The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
 vLLM, the header or versions.
