@@ -118,6 +118,7 @@ class BatchWorker(SimpleWorker):
         self.versions = 0
         self.broken_on: list[str] = []
         try:
+            moves.announce(self.queue)
             recovered, wrong = moves.recover(self.queue, self.name)
             if recovered:
                 wrong.append(f"put back {recovered} jobs that a dead worker held")
