@@ -56,7 +56,8 @@ def connection(redis_url: str, tmp_path: Path) -> redis.Redis:
 
 @pytest.fixture
 def site(connection: redis.Redis, redis_url: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", redis_url, "--port", "0"]
+    url = f"{redis_url}&decode_responses=True"  # what another program wants of the same Redis
+    command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", url, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     first = process.stdout.readline()

@@ -225,7 +225,7 @@ def test_wait_ends_for_cancelled_unknown_and_late(producer: Producer, store: red
 
 
 def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("producer.jobs.BLOCK_SECONDS", 0.2)
+    monkeypatch.setattr("producer.connection.BLOCK_SECONDS", 0.2)
     producer.enqueue(TALK, id="a")
     thread = once_blocked(store, Job.fetch("a", connection=store, serializer=MsgpackSerializer).delete)
     with pytest.raises(UnknownTranscript):
@@ -426,9 +426,7 @@ def test_a_full_redis_refuses_in_one_sentence_without_the_transcript(tmp_path: P
         producer.enqueue(TALK, id="a")
         admin.config_set("maxmemory", "1mb")
         given = [{"id": f"x{i}", "messages": [TALK[0], {**TALK[1], "content": "hunter"}]} for i in range(120)]
-        with pytest.raises(
-            QueueUnavailable, match="is full and takes no more transcripts; raise its maxmemory"
-        ) as caught:
+        with pytest.raises(QueueUnavailable, match="is full and queues nothing; raise its maxmemory") as caught:
             while producer.enqueue_many(given):
                 given = [{**line, "id": line["id"] + "x"} for line in given]
         assert "HSET" not in no_secrets(caught.value)

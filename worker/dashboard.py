@@ -22,15 +22,16 @@ from rq_dashboard.cli import make_flask_app
 from rq_dashboard.web import setup_rq_connection
 from werkzeug.serving import make_server
 
+from producer.connection import DEFAULT_URL, checked_url, connect, resolve_url, safe_url
 from producer.errors import TandemError
-from producer.jobs import DEFAULT_URL, connect, resolve_url, safe_url
 
 CONFIG = "worker.dashboard_config"
 
 
 def make_app(redis_url: str, names: Collection[str] = ()) -> Flask:
     """The dashboard as a Flask application on the Redis at `redis_url`; names: further host names it answers to."""
-    connect(redis_url, redis.Redis.from_url).close()  # a bad URL is refused here: rq-dashboard's own error may quote it
+    redis_url = checked_url(redis_url)  # refused here: rq-dashboard's own error may quote it
+    connect(redis_url, redis.Redis.from_url).close()
     app: Flask = make_flask_app(CONFIG, None, None, "")
     app.config["RQ_DASHBOARD_REDIS_URL"] = (redis_url,)
     setup_rq_connection(app)
