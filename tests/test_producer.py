@@ -33,7 +33,7 @@ from producer.jobs import (
 )
 from producer.serializer import MsgpackSerializer
 from producer.transcript import InvalidTranscript, Transcript
-from worker.redis_server import RedisServer
+from worker.testing.redis_server import RedisServer
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
 
