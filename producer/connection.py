@@ -175,7 +175,7 @@ def _sentence(where: str, error: redis.exceptions.RedisError) -> str:
         )
     if "DB index is out of range" in said:
         return (
-            f"Redis at {where} has no database of that number; give a lower one (one with 0 alone may be part of a Redis"
+            f"Redis at {where} has no such database; give a lower one (one with only 0 may be part of a Redis"
             " Cluster, on which neither RQ nor Tandem runs)"
         )
     if "unknown command" in said:

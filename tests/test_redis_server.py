@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from producer.errors import TandemError
-from worker import redis_server
-from worker.redis_server import OLDEST, find_binary, major
+from worker.testing import redis_server
+from worker.testing.redis_server import OLDEST, find_binary, major
 
 
 def install(folder: Path, version: str) -> str:
