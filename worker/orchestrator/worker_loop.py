@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from worker.checkpoint.manager import Keeper
 from worker.checkpoint.replay import make_deterministic, rename, unpack_ready
 from worker.checkpoint.state_dir import StateDir, default_state_dir
-from worker.config.guard_options import GuardSettings, canary_hooks
+from worker.config.guard_options import GuardSettings
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Unavailable
 from worker.config.retention import Policy
@@ -30,6 +30,7 @@ from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
 from worker.data.batch_capacity import room_for
 from worker.data.replay_buffer import Rehearsal
+from worker.orchestrator.canary import canary_hooks
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import mend_redis, mend_weights, take_note, take_over
 from worker.orchestrator.rollback import roll_back
