@@ -228,6 +228,26 @@ def same_steps(size: str, tokens: int, device: torch.device, memory: float, part
     bench.close()
 
 
+def profile(bench: Bench, tokens: int, path: Path) -> None:
+    """The kernels of one `apply` by factors, those that take longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    row = next(s for s in sizes_up_to(tokens) if s >= tokens)
+    trainer = bench.trainer("factors", (row,), row)
+    for seed in range(2):
+        trainer.begin(random_examples([tokens], bench.vocabulary, seed))
+        trainer.gradient_norm()
+        wait(bench.device)
+        if seed == 0:
+            trainer.apply()
+    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        trainer.apply()
+        wait(bench.device)
+    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90)
+    path.write_text(table + "\n")
+
+
 def reclaim(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -238,6 +258,10 @@ def reclaim(device: torch.device) -> None:
 @click.option("--size", default="27B", type=click.Choice(SIZES), show_default=True)
 @click.option("--tokens", default="400,512", show_default=True, help="Of a step's one sequence; comma-separated.")
 @click.option("--memory", default=14.0, show_default=True, help="GB for the trainer, weights aside.")
+@click.option("--longer", default="", help="More tokens to try, each by itself, whatever --memory says.")
+@click.option(
+    "--profile", is_flag=True, help="Also OUT/pause_profile.txt: the kernels of one step's writes by factors."
+)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=560.0, show_default=True, help="For all of it; what is known by then is kept.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
@@ -266,6 +290,12 @@ def main(**options: Any) -> None:
         if record.part(f"{size}, set up", set_up):
             record.part("pauses", lambda part: pauses(benches[0], tokens, options["rounds"], part))
             record.part("same products", lambda part: same_products(benches[0], max(tokens), part))
+            if options["profile"]:
+                path = options["out"] / "pause_profile.txt"
+                record.part("profile", lambda part: profile(benches[0], max(tokens), path))
+            for word in filter(None, options["longer"].split(",")):
+                reclaim(device)
+                record.part(f"pauses, {word} tokens", lambda part, word=word: pauses(benches[0], [int(word)], 3, part))
     except OutOfTime:
         print("the time is over: what is missing was not run", flush=True)
     until.disarm()
