@@ -57,7 +57,7 @@ class Bench:
             cut_layers(self.model_dir / "config.json", layers)
         self.tensors = make_weights(self.model_dir, device)
         self.model = bind.build_model(self.model_dir, self.tensors)
-        self.tokenizer, self.h = AutoTokenizer.from_pretrained(self.model_dir), Hyperparameters(lr=LR)
+        self.tokenizer, self.h = AutoTokenizer.from_pretrained(self.model_dir), Hyperparameters(lr=LR, max_length=longest)
         self.chosen = choose_way(self.model, self.model_dir, self.h, ApplySettings(memory=memory), longest, device)
 
     def trainer(self, way: Way, sizes: tuple[int, ...], budget: int) -> Trainer:
@@ -260,7 +260,7 @@ def reclaim(device: torch.device) -> None:
 @click.option("--memory", default=14.0, show_default=True, help="GB for the trainer, weights aside.")
 @click.option("--longer", default="", help="More tokens to try, each by itself, whatever --memory says.")
 @click.option(
-    "--profile", is_flag=True, help="Also OUT/pause_profile.txt: the kernels of one step's writes by factors."
+    "--profile", is_flag=True, help="Also OUT/pause_profile.txt: kernels of writes by factors."
 )
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=560.0, show_default=True, help="For all of it; what is known by then is kept.")
