@@ -114,7 +114,7 @@ def test_header_record_and_state_lie_with_the_owner(owner: Owner) -> None:
     assert read_header(owner.run_dirs["tied"]) == {"lineage": one.header.lineage, "version": 0, "state": "CLEAN"}
     assert not one.state.any() and one.record.read() is None
     one.record.write({"version": 1, "jobs": ["a"]})
-    one.header.begin()
+    one.header.begin(one.header.fence)
     one.state[-1] = 7
     assert read_header(owner.run_dirs["tied"])["state"] == "APPLYING"
     one.header.finish(1)

@@ -22,7 +22,7 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Update
 from worker.config.retention import Policy
 from worker.shared_weights.attach import AttachedWeights
-from worker.shared_weights.header import CLEAN
+from worker.shared_weights.header import APPLYING, CLEAN
 from worker.utils.fault_injection import point
 
 log = logging.getLogger("tandem")
@@ -239,11 +239,10 @@ class Keeper:
     def rebuild(self, plan: Plan, lineage: str, version: int) -> list[str]:
         """Make the weights what `plan` says and the header `lineage`, `version`; what is to be told of it.
 
-        The server must be paused. Whatever is raised leaves the header APPLYING: the next start tries again.
+        The server must be paused, and the header APPLYING. Whatever is raised leaves it so: the next start tries again.
         """
         header, started = self.weights.header, time.monotonic()
-        if header.state == CLEAN:
-            header.begin()
+        assert header.state == APPLYING
         point("restoring")
         self.snapshots.restore(plan.base, self.weights.tensors, self.weights.state)
         said = replay.replay(plan.steps, self.make_trainer, self.device)

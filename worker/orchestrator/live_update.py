@@ -163,7 +163,7 @@ class SharedUpdate:
         point("paused")
         try:
             self.weights.record.write(update.record())
-            header.begin()
+            header.begin(self.control.fence)
             point("applying")
             measured = self._write(update.version)
         except Torn:

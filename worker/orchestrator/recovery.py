@@ -21,12 +21,14 @@ from worker.checkpoint.journal import Entry
 from worker.checkpoint.manager import Keeper
 from worker.orchestrator.requeue import requeue
 from worker.serving.control_client import ServerControl
-from worker.shared_weights.header import CLEAN
+from worker.shared_weights.header import CLEAN, Header
 from worker.utils.signals import deferred
 from worker.versions import ledger
 from worker.versions.ledger import LedgerState
 from worker.versions.reconcile import RESTART, settle_with_rq
 
+RESTORE_SECONDS, REPLAY_SECONDS = 120.0, 30.0
+"""How long a checkpoint and one batch take, generously: until the server says that its trainer hangs."""
 CHUNK = 10_000
 """Ledger entries a round trip."""
 
@@ -109,7 +111,7 @@ def mend_weights(
     elif decision.action == "rebuild":
         version = decision.version
         plan = keeper.plan(version)  # everything is read and checked before anything changes
-        control.pause()
+        begin_rebuild(control, header, len(plan.steps))
         try:
             said += keeper.rebuild(plan, decision.lineage, version)
         except NonFiniteGradient:
@@ -125,6 +127,14 @@ def mend_weights(
         control.resume(version)
         said.append(f"version {version} of lineage {decision.lineage} is live")
     return said
+
+
+def begin_rebuild(control: ServerControl, header: Header, batches: int) -> None:
+    """The server stands still and the header says APPLYING: the weights may be made again, through `batches` of the
+    journal."""
+    control.pause(RESTORE_SECONDS + REPLAY_SECONDS * batches)
+    if header.state == CLEAN:
+        header.begin(control.fence)
 
 
 def mend_redis(connection: redis.Redis, keeper: Keeper, header: dict[str, Any]) -> list[str]:
@@ -217,5 +227,6 @@ def take_over(keeper: Keeper, control: ServerControl, lineage: str, version: int
         keeper.adopt(version, lineage, ledger_so_far, parent=0 if fresh else None)
     with deferred():
         control.pause()
+        header.begin(control.fence)
         header.adopt(lineage, version)
         control.resume(version)

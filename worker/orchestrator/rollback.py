@@ -25,6 +25,7 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings, Way, apply_option, max_tokens_option, memory_option
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.recovery import begin_rebuild
 from worker.orchestrator.requeue import requeue as requeue_ids
 from worker.utils.fault_injection import point
 from worker.utils.unix_socket import default_run_dir
@@ -64,7 +65,7 @@ def roll_back(
     keeper.journal.append(record | {"ids": [], "manifest": manifest})
     point("journaled")
     try:
-        step.control.pause()
+        begin_rebuild(step.control, header, len(plan.steps))
     except BaseException:
         keeper.void(version)
         raise
