@@ -31,7 +31,7 @@ from worker.data.examples import ExampleBuilder
 from worker.data.replay_buffer import Rehearsal
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights
-from worker.shared_weights.header import CLEAN
+from worker.shared_weights.header import CLEAN, LeaseLostError
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.outliers import GradientOutlier, Guards
 from worker.trainer.trainer import Gradients, Trainer
@@ -168,6 +168,9 @@ class SharedUpdate:
             measured = self._write(update.version)
         except Torn:
             raise
+        except LeaseLostError as error:
+            self.keeper.void(update.version)
+            raise Unavailable(str(error)) from error
         except BaseException:
             self.keeper.void(update.version)  # nothing was written
             self._end_lease(before)
