@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import redis
-from rq import Retry
 from rq.job import Job, JobStatus
 from rq.results import Result
 
@@ -142,9 +141,9 @@ def submission(transcript: Transcript, connection: redis.Redis) -> Submission:
         timeout=keys.JOB_TIMEOUT,
         result_ttl=keys.RESULT_TTL,
         failure_ttl=keys.FAILURE_TTL,
-        retry=Retry(max=keys.MAX_RETRIES),
         serializer=MsgpackSerializer,
     )
+    job.retries_left, job.retry_intervals = keys.MAX_RETRIES, [0]  # Job.create takes no `retry` before rq 3
     job.enqueued_at = datetime.now(UTC)
     fields = {name: value for name, value in job.to_dict().items() if value is not None}
     arguments: list[Any] = [job.key, QUEUE_KEY, keys.LEDGER, QUEUES_KEY, job_id]
