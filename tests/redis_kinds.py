@@ -10,8 +10,8 @@ from socket import AF_INET6, socket
 
 import redis
 
-from worker.process import die_with_parent
-from worker.redis_server import find_binary
+from worker.testing.child_process import die_with_parent
+from worker.testing.redis_server import find_binary
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from producer.errors import TandemError
 from producer.jobs import ACL, Enqueued, QueueUnavailable, Status, TranscriptFailed, UnknownTranscript, WaitTimeout
 from producer.serializer import MsgpackSerializer
 from producer.transcript import InvalidTranscript, Transcript
-from worker.redis_server import RedisServer
+from worker.testing.redis_server import RedisServer
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
 

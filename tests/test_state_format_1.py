@@ -28,9 +28,9 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
     """In a process of its own: every version from the journal, the newest last."""
     import torch
 
-    from worker import replay
-    from worker.hyperparameters import Hyperparameters
-    from worker.main import attach_step
+    from worker.checkpoint import replay
+    from worker.config.hyperparameters import Hyperparameters
+    from worker.orchestrator.worker_loop import attach_step
 
     torch.set_num_threads(1)
     seen: dict[int, dict[str, Any]] = {}
