@@ -19,11 +19,10 @@ from pathlib import Path
 import click
 
 from worker.serving.memory_share import TrainerMemory, make_room
-from worker.serving.vllm.plugin import SERVE_ENV, WEIGHT_ENGINE
+from worker.serving.protocol import PLUGIN, SERVE_ENV, WEIGHT_ENGINE
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
 from worker.utils import torch_setup, unix_socket
 
-PLUGIN = "tandem"
 EXTENSION = "worker.serving.vllm.worker_extension.TandemWorkerExtension"
 DEFAULT_GROUPS = (
     "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
