@@ -4,6 +4,8 @@ A producer's Redis user may not ask Redis itself (INFO, CONFIG). Must not know: 
 Invariants: what is not known is said to be unknown, never guessed.
 """
 
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +13,11 @@ POLICY, LIMIT = "maxmemory_policy", "maxmemory"
 """Fields of `weights:state`, and of Redis' INFO: the policy's name, and the limit in bytes (0: none)."""
 
 UNKNOWN = "unknown"
+
+LOOK_SECONDS = 600.0
+"""How long a producer relies on what it has read."""
+
+log = logging.getLogger("tandem.producer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +62,24 @@ class Eviction:
     def __str__(self) -> str:
         """allkeys-lru, noeviction, unknown; with "(no limit)" where nothing is ever evicted."""
         return self.policy + (" (no memory limit)" if self.maxmemory == 0 and self.policy != "noeviction" else "")
+
+
+class EvictionLog:
+    """Warns the application's log of what Redis may lose: at its first transcript, and again when that changes."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._said: Eviction | None = None
+
+    def due(self) -> bool:
+        """Whether to look (again)."""
+        return time.monotonic() >= self._next
+
+    def say(self, found: Eviction, where: str) -> None:
+        """Log `found`, unless it was logged already."""
+        self._next = time.monotonic() + LOOK_SECONDS
+        if found != self._said and found.problem:
+            log.warning("%s: %s", where, found.problem)
+        elif found != self._said and not found.known:
+            log.info("%s: whether Redis evicts queued transcripts is unknown until a worker has started", where)
+        self._said = found
