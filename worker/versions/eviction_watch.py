@@ -1,6 +1,7 @@
 """What kind of Redis this is: refused where Tandem cannot run on it, and its eviction policy published.
 
-The policy goes to `weights:state` (fields `maxmemory_policy`, `maxmemory`), for producers, whose Redis user may not ask.
+The policy goes to `weights:state` (fields `maxmemory_policy`, `maxmemory`), for producers, whose Redis user may not
+ask.
 Must not know: torch, RQ. Invariants: writes nothing but these two fields; what Redis will not tell is "unknown".
 """
 

@@ -7,7 +7,6 @@ with a job, or in the ledger, is never reported lost (readers look there first).
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import redis
 
@@ -38,11 +37,22 @@ def since(connection: redis.Redis, hours: float) -> list[str]:
     first = datetime.now(UTC) - timedelta(hours=hours)
     ids = sorted(name.decode(errors="replace") for name, at in raw.items() if _later(at, first))
     trained = ledger.versions(connection, ids)
+    there = _have_jobs(connection, ids)
+    return [job_id for job_id, job in zip(ids, there, strict=True) if not job and job_id not in trained]
+
+
+def queued_without_job(connection: redis.Redis, most: int = KEPT) -> list[str]:
+    """Among the `most` ids at the front of the queue, those whose job is gone. The worker will find them lost."""
+    raw: list[bytes] = connection.lrange(f"rq:queue:{keys.QUEUE}", 0, most - 1)  # type: ignore[assignment]
+    ids = [name.decode(errors="replace") for name in raw]
+    return [job_id for job_id, there in zip(ids, _have_jobs(connection, ids), strict=True) if not there]
+
+
+def _have_jobs(connection: redis.Redis, ids: Sequence[str]) -> list[bool]:
     with connection.pipeline(transaction=False) as pipe:
         for job_id in ids:
             pipe.exists(f"rq:job:{job_id}")
-        there: list[Any] = pipe.execute()
-    return [job_id for job_id, job in zip(ids, there, strict=True) if not job and job_id not in trained]
+        return [bool(there) for there in pipe.execute()]
 
 
 def _later(at: bytes, first: datetime) -> bool:
