@@ -10,7 +10,7 @@ import pytest
 from chaos_processes import Forked
 from durable_parts import QUIET, Site
 
-KEPT = Path(__file__).parent / "data" / "state_format_1"
+KEPT = Path(__file__).parents[1] / "data" / "state_format_1"
 
 
 def expected(name: str) -> dict[int, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """A small stand-in for vLLM's processes in crash tests: the same shared memory and the same sockets, no engine.
 
-    python tests/stand_in.py MODEL_DIR RUN_DIR [LAYOUT.json]
+    python tests/helpers/stand_in.py MODEL_DIR RUN_DIR [LAYOUT.json]
 
 The header, record and optimizer areas, weights.sock and control.sock are the real ones; the parameters lie in vLLM's
 merged layout, read from a file that tests/test_chaos_layout.py compares with a real server's. Only the engine is
@@ -31,7 +31,7 @@ from worker.shared_weights.header import HEADER_BYTES, Header
 from worker.shared_weights.slices import Slice
 from worker.utils import torch_setup, unix_socket
 
-LAYOUT = Path(__file__).parent / "data" / "tiny_layout.json"
+LAYOUT = Path(__file__).parents[1] / "data" / "tiny_layout.json"
 """The tiny model's parameters as vLLM merges them: {"model_class", "parameters", "slices", "padding", "frozen"}."""
 
 WEIGHTS = "model.safetensors"

@@ -1,7 +1,7 @@
 """What a trainer takes at once, known before: a batch too large for the worker that would replay it changes nothing.
 
-Redis is real; the server is the stand-in, whose memory and sockets are real (tests/stand_in.py). A GPU's trainer packs
-sequences; here it is made on a CPU, which can pack them as well.
+Redis is real; the server is the stand-in, whose memory and sockets are real (tests/helpers/stand_in.py).
+A trainer on a GPU packs sequences; here it is made on a CPU, which can pack them as well.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from durable_parts import Site, transcripts
 from hypothesis import given
 from hypothesis import strategies as st
-from test_batches import example
+from test_packing import example
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript

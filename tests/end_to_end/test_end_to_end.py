@@ -22,7 +22,7 @@ from producer.jsonl import read_transcripts
 from producer.serializer import MsgpackSerializer
 from worker.data.examples import ExampleBuilder
 
-TRANSCRIPTS = Path(__file__).parent / "data" / "transcripts.jsonl"
+TRANSCRIPTS = Path(__file__).parents[1] / "data" / "transcripts.jsonl"
 
 
 @pytest.fixture(scope="module")

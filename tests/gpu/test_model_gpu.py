@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_batches import example
+from test_packing import example
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from worker.config.hyperparameters import Hyperparameters

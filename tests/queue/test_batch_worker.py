@@ -1,4 +1,4 @@
-"""The drain against a real Redis and real RQ; the step is a small real one (tests/drain_parts.py)."""
+"""The drain against a real Redis and real RQ; the step is a small real one (tests/helpers/drain_parts.py)."""
 
 import json
 import os
@@ -564,7 +564,7 @@ def test_merged_commands_do_what_the_single_ones_did(connection: redis.Redis) ->
 
 
 def test_the_benchmark_runs_and_batches_save_round_trips(tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "benchmarks" / "queue.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "queue.py"
     command = [sys.executable, str(script), "--jobs", "64", "--rounds", "1", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
     found = json.loads((tmp_path / "queue.json").read_text())["results"]

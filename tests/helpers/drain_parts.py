@@ -1,6 +1,6 @@
 """A small real step for the drain's tests: its "weights" are a file of job ids, with the header beside them.
 
-    python tests/drain_parts.py REDIS_URL FOLDER [--new-lineage] [--burst]    runs a worker on it, reconcile included
+    python tests/helpers/drain_parts.py REDIS_URL FOLDER [--new-lineage] [--burst]    runs a worker on it
 
 It keeps the contract of worker/config/protocol.py: the record is complete before APPLYING; CLEAN and the new version
 come last.

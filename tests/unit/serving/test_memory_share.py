@@ -14,7 +14,7 @@ from worker.memory.model_config import TextConfig
 from worker.serving import launch, memory_share
 
 GIB = 1 << 30
-CONFIGS = Path(__file__).parent / "data" / "configs"
+CONFIGS = Path(__file__).parents[2] / "data" / "configs"
 H200 = "0, GPU-aaaa-1111, 143771\n"
 
 

@@ -1,6 +1,6 @@
 """What a worker finds at its start, and what it makes of it: crashes, lost weights, a lost Redis, broken files.
 
-Redis and the worker are real; the server is the stand-in, whose memory and sockets are real (tests/stand_in.py).
+Redis and the worker are real; the server is the stand-in (tests/helpers/stand_in.py): its memory and sockets are real.
 What is expected is what an undisturbed run of the same batches gave, bit for bit, optimizer's state and step count
 included.
 """

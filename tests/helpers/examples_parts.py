@@ -8,7 +8,7 @@ from producer.transcript import Transcript
 from worker.data.examples import Example, ExampleBuilder
 from worker.testing.tiny_model import build_tokenizer
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 TEMPLATES = {path.stem: path.read_text() for path in sorted((DATA / "chat_templates").glob("*.jinja"))}
 TOKENIZER = build_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")

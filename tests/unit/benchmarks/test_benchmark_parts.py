@@ -14,7 +14,7 @@ import torch
 from aiohttp import web
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 from agreement import compare
 from contestants import Ours, make_peers, make_weights

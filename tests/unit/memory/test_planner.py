@@ -30,7 +30,7 @@ from worker.memory.planner import (
 from worker.memory.planner import state_bytes as planned_state_bytes
 from worker.model import loss
 
-FOLDER = Path(__file__).parent / "data" / "configs"
+FOLDER = Path(__file__).parents[2] / "data" / "configs"
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")
 GB = 10**9
 

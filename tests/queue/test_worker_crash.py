@@ -23,7 +23,7 @@ from worker.consumer.pipelines import retryable
 from worker.testing.redis_server import RedisServer
 from worker.versions import ledger
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 
 
@@ -47,7 +47,7 @@ class Process:
 
     def __init__(self, url: str, folder: Path, *options: str) -> None:
         self.log = (folder / "log").open("ab")
-        arguments = [sys.executable, str(ROOT / "tests" / "drain_parts.py"), url, str(folder), *options]
+        arguments = [sys.executable, str(ROOT / "tests" / "helpers" / "drain_parts.py"), url, str(folder), *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(arguments, stdout=self.log, stderr=self.log, env=environment)
         Process.running.append(self)

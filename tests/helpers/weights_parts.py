@@ -26,7 +26,7 @@ class Owner:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[2],
             )
         assert self._line() == "ready"
 

@@ -21,7 +21,7 @@ from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
 from worker.utils.unix_socket import WireError
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 WARM = ["chaos_warm"]
 """What the fork server imports before its first fork."""
 LEARNING = ("--lr", "3e-4", "--max-length", "1024", "--threads", "1")
@@ -42,9 +42,9 @@ def until(condition: Any, what: str, timeout: float = 120.0, pace: float = 0.01)
 
 def _forker() -> Any:
     """The fork server's context. It finds our modules by PYTHONPATH, as any process started here does."""
-    root = str(TESTS.parent)
+    ours = [str(TESTS.parent), str(TESTS / "chaos"), str(TESTS / "helpers")]
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, str(TESTS), *paths]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*ours, *paths]))
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     context = multiprocessing.get_context("forkserver")

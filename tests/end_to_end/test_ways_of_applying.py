@@ -1,6 +1,6 @@
 """Updates that the backward pass applies, in a worker: the weights of a burst, and what a crash in the middle leaves.
 
-Redis and the worker are real; the server is the stand-in, whose memory and sockets are real (tests/stand_in.py).
+Redis and the worker are real; the server is the stand-in (tests/helpers/stand_in.py): its memory and sockets are real.
 """
 
 from collections.abc import Iterator

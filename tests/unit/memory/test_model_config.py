@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from worker.memory.model_config import ConfigError, TextConfig
 from worker.utils.torch_setup import prepare
 
-FOLDER = Path(__file__).parent / "data" / "configs"
+FOLDER = Path(__file__).parents[2] / "data" / "configs"
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")
 
 

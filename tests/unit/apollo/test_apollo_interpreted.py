@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_in_the_interpreter() -> None:
     """In a process of its own: Triton decides at import whether it interprets."""
-    tests = Path(__file__).with_name("test_apollo_gpu.py")
+    tests = Path(__file__).parents[2] / "gpu" / "test_apollo_gpu.py"
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tests.parent.parent, capture_output=True, text=True)
