@@ -96,14 +96,19 @@ class TandemEndpoints:
         if not under_tandem_serve():
             return
         from worker import wire
+        from worker.serving import vllm_private
+        from worker.serving.cache_policy import CachePolicy
         from worker.serving.control import Control
         from worker.serving.state import ServerState
         from worker.weights.client import read_header
 
         run_dir = wire.default_run_dir()
         header = await asyncio.get_running_loop().run_in_executor(None, read_header, run_dir)
-        self._state = ServerState(header["lineage"], header["version"])
-        self._control = Control(engine_client, self._state, run_dir, rendering(args))
+        policy = CachePolicy.of(os.environ)
+        server = self._state = ServerState(header["lineage"], header["version"], policy.prefix_max_age)
+        vllm_private.salt_requests(engine_client, server.prefixes.salt)
+        progress = vllm_private.progress_of(engine_client)
+        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress)
         path = await self._control.start()
         logger.info("tandem: version %d, control socket %s", header["version"], path)
 
