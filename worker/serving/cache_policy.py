@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from worker.serving.flags import LaunchError
+from worker.serving.vllm_flags import LaunchError
 
 KEEP, RECOMPUTE = "keep", "recompute"
 RUNNING_ENV = "TANDEM_RUNNING"
