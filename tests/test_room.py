@@ -26,7 +26,7 @@ from worker.checkpoint import model_directory
 from worker.checkpoint.manager import CannotRebuild, Keeper
 from worker.checkpoint.replay import ReplayError, RoomOf, check_fits
 from worker.checkpoint.state_dir import StateDir
-from worker.cli.main import rollback, train
+from worker.cli import rollback, train
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.retention import Policy
 from worker.data.batch_capacity import Room, room_for
