@@ -86,15 +86,16 @@ def completion(server: Any, tokens: int, stream: bool = False, **more: Any) -> t
 class Background:
     """A completion in a thread; `started` is set with its first bytes, `result()` waits for the end."""
 
-    def __init__(self, server: Any, tokens: int, stream: bool) -> None:
+    def __init__(self, server: Any, tokens: int, stream: bool, **more: Any) -> None:
         self.started = threading.Event()
         self._answer: tuple[int, dict[str, str], bytes] | None = None
-        self._thread = threading.Thread(target=self._run, args=(server, tokens, stream), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(server, tokens, stream, more), daemon=True)
         self._thread.start()
 
-    def _run(self, server: Any, tokens: int, stream: bool) -> None:
+    def _run(self, server: Any, tokens: int, stream: bool, more: dict[str, Any]) -> None:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)
         body = {"model": str(server.model_dir), "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
+        body |= more
         if stream:
             body["stream_options"] = {"include_usage": True}
         connection.request(
@@ -117,6 +118,20 @@ class Background:
 def events(body: bytes) -> list[str]:
     """The events of an SSE body, comments included."""
     return [event for event in body.decode().split("\n\n") if event]
+
+
+def token_ids(body: bytes) -> list[int]:
+    """The tokens of a streamed completion that was asked with return_token_ids."""
+    chunks = [json.loads(event[6:]) for event in events(body) if event.startswith("data: {")]
+    return [token for chunk in chunks for choice in chunk["choices"] for token in choice.get("token_ids") or ()]
+
+
+def metric(server: Any, name: str) -> float:
+    """The sum of vLLM's counter `name` over its labels."""
+    lines = request(server.url, "GET", "/metrics")[2].decode().splitlines()
+    found = [float(line.split()[-1]) for line in lines if line.startswith(name + "{")]
+    assert found, f"vLLM has no metric {name}"
+    return sum(found)
 
 
 def streamed_tokens(body: bytes) -> int:
