@@ -136,7 +136,7 @@ def train_attached(
         shared.base = shared.weights.header.version
         if shared.base and shared.keeper.latest() != (shared.base, shared.weights.header.lineage):
             raise TandemError(
-                "the state directory does not know these weights: run `tandem worker --burst` once, which takes note of"
+                "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes note of"
                 " them, or name the right directory with --state-dir"
             )
 
