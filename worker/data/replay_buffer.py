@@ -54,6 +54,12 @@ class Rehearsal(Generic[T]):
             elif (place := random.Random(f"{self.seed}/add/{self._seen}").randrange(self._seen)) < self.capacity:
                 self.known[place] = example
 
+    def relearn(self, examples: Iterable[T]) -> None:
+        """`add` these, and forget everybody from before."""
+        self.known.clear()
+        self._seen = 0
+        self.add(examples)
+
     def pick(self, version: int, batch: Sequence[T]) -> list[T]:
         """What to train beside `batch` as `version`; half an example too few or too many is drawn."""
         dice = random.Random(f"{self.seed}/pick/{version}")
