@@ -17,7 +17,7 @@ from durable_parts import LEARNING, QUIET, Site, transcripts
 
 from producer import keys
 from worker.checkpoint.journal import Journal
-from worker.checkpoint.replay import unpack_batch
+from worker.checkpoint.batch_codec import unpack_batch
 from worker.checkpoint.snapshots import fingerprint
 
 pytestmark = pytest.mark.slow

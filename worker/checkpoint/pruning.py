@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kept:
-    """base: nothing before it is needed, of checkpoints or journal (0: the source model). checkpoints: all that stay."""
+    """base: nothing before it is needed (0: the source model). checkpoints: all that stay."""
 
     base: int
     checkpoints: frozenset[int]

@@ -3,9 +3,9 @@
     batch = [*new, *rehearsal.pick(version, new)]     train these, and journal all of them
     manifest |= Rehearsal.record(batch)               {"rehearsed": [ids]}
     rehearsal.add(new ones that were trained)
+    rehearsal.relearn(all that the weights know)      at start, and after a rollback
 
-It holds whatever has an `id`: `worker.checkpoint.replay.Ready` in a worker, with `rename` saying how one gets another
-id.
+It holds whatever has an `id`: `batch_codec.Ready` in a worker, with `rename` saying how one gets another id.
 
 A rehearsed example's id is "rehearsed:ID": RQ ids have no colon, so it never meets a job's id, the ledger or a result.
 Exactly-once concerns the first training alone. Must not know: torch, Redis, where earlier transcripts come from.
