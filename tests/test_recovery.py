@@ -16,8 +16,8 @@ from chaos_processes import until
 from durable_parts import LEARNING, QUIET, Site, transcripts
 
 from producer import keys
-from worker.checkpoint.journal import Journal
 from worker.checkpoint.batch_codec import unpack_batch
+from worker.checkpoint.journal import Journal
 from worker.checkpoint.snapshots import fingerprint
 
 pytestmark = pytest.mark.slow

@@ -38,8 +38,8 @@ def go_back_to_all(redis_url: str, run_dir: str, state: str, answers: str) -> No
     import torch
 
     from worker.checkpoint import replay
-    from worker.config.retention import Policy
     from worker.config.hyperparameters import Hyperparameters
+    from worker.config.retention import Policy
     from worker.orchestrator.rollback import roll_back
     from worker.orchestrator.worker_loop import agree, attach_step
     from worker.versions import ledger

@@ -22,6 +22,7 @@ from worker.checkpoint.journal import Entry
 from worker.checkpoint.manager import Keeper
 from worker.checkpoint.records import LineageRecord, UpdateRecord
 from worker.checkpoint.snapshots import Trained
+from worker.consumer.settlement import settle_with_rq
 from worker.orchestrator.reports import CommittedAgain, LeftOut, Live, Lost, NotApplied, Refilled, Report
 from worker.orchestrator.requeue import requeue
 from worker.serving.control_client import ServerControl
@@ -29,7 +30,7 @@ from worker.shared_weights.header import CLEAN
 from worker.utils.signals import deferred
 from worker.versions import ledger
 from worker.versions.ledger import LedgerState
-from worker.versions.reconcile import RESTART, settle_with_rq
+from worker.versions.reconcile import RESTART
 
 CHUNK = 10_000
 """Ledger entries a round trip."""
