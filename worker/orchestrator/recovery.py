@@ -133,7 +133,7 @@ def _rebuild(keeper: Keeper, control: ServerControl, version: int, lineage: str)
         reports.append(rebuilder.rebuild(plan, lineage, version))
     if compared := rebuilder.compare(version):
         reports.append(compared)
-    control.resume(version)
+    control.resume(version, rebuilt=True)
     return [*reports, Live(version, lineage)]
 
 

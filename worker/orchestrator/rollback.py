@@ -64,7 +64,7 @@ def roll_back(
         keeper.void(version)
         raise
     reports: list[Report] = [rebuilder.rebuild(plan, lineage, version)]
-    step.control.resume(version)
+    step.control.resume(version, rebuilt=True)
     step.trainer = rebuilder.make_trainer(step.h)  # the optimizer's step count is another now
     step.remember()
     if not plan.dropped & history.contained(target) and (compared := rebuilder.compare(target)):
