@@ -16,8 +16,8 @@ from chaos_processes import until
 from durable_parts import LEARNING, QUIET, Site, transcripts
 
 from producer import keys
+from worker.checkpoint.batch_codec import unpack_batch
 from worker.checkpoint.journal import Journal
-from worker.checkpoint.replay import unpack_batch
 from worker.checkpoint.snapshots import fingerprint
 
 pytestmark = pytest.mark.slow
@@ -215,9 +215,7 @@ def test_a_failed_canary_goes_back_to_the_last_version_that_passed(taught: Site,
 
 
 def test_the_ledger_in_a_checkpoint_outlives_journal_and_redis(taught: Site) -> None:
-    taught.tandem(
-        "worker", "--until-empty", *LEARNING, "--history", "0"
-    )  # a checkpoint at stop, and the journal pruned
+    taught.tandem("worker", "--until-empty", *LEARNING, "--history", "0")  # writes a checkpoint, prunes the journal
     assert Journal(taught.state / "journal", fingerprint(taught.model)).entries.keys() <= {3, 4}
     before = taught.ledger()
     taught.redis.flushall()

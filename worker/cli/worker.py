@@ -19,9 +19,11 @@ from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.events import LogHooks
 from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.reports import sentence
 from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
+from worker.versions.eviction_watch import check_kind
 from worker.versions.rest_status import forget_rest
 
 log = logging.getLogger("tandem")
@@ -64,7 +66,7 @@ def command(
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     connection = connect(resolve_url(redis_url), redis.Redis.from_url)
     with redis_errors(safe_url(resolve_url(redis_url))):
-        connection.ping()
+        check_kind(connection, safe_url(resolve_url(redis_url)))
     lock = WorkerLock(connection, name)
     if taken_over := lock.acquire():
         log.info(taken_over)
@@ -86,7 +88,7 @@ def command(
             hooks = [LogHooks(), *watch(connection, step, guards)]
             limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
             drain(connection, step, lock, burst=until_empty or burst, hooks=hooks, **limits)
-            if policy.at_stop and (said := step.keeper.try_checkpoint()):
-                log.info(said)
+            if policy.at_stop and (report := step.keeper.checkpoints.try_write()):
+                log.info(sentence(report))
     finally:
         lock.release()
