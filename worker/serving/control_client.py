@@ -52,7 +52,9 @@ class ServerControl:
 
         planned: seconds until `resume` or `renew`. A trainer that is silent for several times as long (`lease_seconds`)
         is taken to hang: the server takes the weights back, and `Header.begin` with this pause's `fence` is refused.
-        From its return on no kernel reads the weights and nothing computed with them is cached.
+        From its return on no kernel reads the weights, and requests that come later find nothing that was computed with
+        them. A server that recomputes running requests first ends what the last version gave it to recompute;
+        ServerError when that takes too long.
         """
         answer = self._ask({"op": "pause", "seconds": lease_seconds(planned)})
         self.fence = int(answer["fence"])
@@ -71,9 +73,13 @@ class ServerControl:
         """Say that the write goes on; planned: as in `pause`. ServerError when the server took the weights back."""
         self._ask({"op": "renew", "seconds": lease_seconds(planned)})
 
-    def resume(self, version: int) -> None:
-        """Let the server go on under `version`. ServerError, and still paused, unless the header is CLEAN and at it."""
-        self._ask({"op": "resume", "version": version})
+    def resume(self, version: int, rebuilt: bool = False) -> None:
+        """Let the server go on under `version`. ServerError, and still paused, unless the header is CLEAN and at it.
+
+        rebuilt: the weights were made again, or rolled back, so that `version` does not say how near they are to the
+        last.
+        """
+        self._ask({"op": "resume", "version": version} | ({"rebuilt": True} if rebuilt else {}))
 
     def state(self) -> dict[str, Any]:
         """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),

@@ -1,8 +1,8 @@
 """The control socket in vLLM's API process: one trainer pauses and resumes the server here.
 
-Messages are maps with "op": hello {name}, pause {seconds}, begin_hogwild {seconds}, renew {seconds}, resume {version},
-state; answers are maps with "error" if refused. What a pause means, and what becomes of it when its trainer dies or
-hangs, is in `lease.py`.
+Messages are maps with "op": hello {name}, pause {seconds}, begin_hogwild {seconds}, renew {seconds}, resume
+{version, rebuilt}, state; answers are maps with "error" if refused. What a pause means, and what becomes of it when its
+trainer dies or hangs, is in `lease.py`.
 
 Must not know: tensors, transcripts, HTTP.
 Invariants: one trainer at a time; no message, however malformed, does more than cost its sender the connection.
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import TandemError
+from worker.serving.cache_policy import CachePolicy
 from worker.serving.protocol import LONGEST_LEASE, SOCKET, ControlError
+from worker.serving.vllm.engine import Engine
 from worker.serving.vllm.framing import peer_pid, receive, send
 from worker.serving.vllm.lease import Leases
 from worker.serving.vllm.server_state import ServerState
@@ -46,13 +48,24 @@ class Connection:
 
 
 class Control:
-    """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on."""
+    """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on.
 
-    def __init__(self, engine: Any, state: ServerState, run_dir: Path, rendering: dict[str, Any]) -> None:
+    policy, progress: as `Engine` takes them.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        state: ServerState,
+        run_dir: Path,
+        rendering: dict[str, Any],
+        policy: CachePolicy = CachePolicy(),  # noqa: B008  (frozen)
+        progress: Callable[[], dict[str, int]] = dict,
+    ) -> None:
         self._state = state
         self._run_dir = run_dir
         self._rendering = rendering
-        self._leases = Leases(engine, state, run_dir)
+        self._leases = Leases(Engine(engine, policy, progress), state, run_dir)
         self._trainer: Connection | None = None
         self._connections = 0
         self._turn = self._leases.turn
@@ -148,10 +161,12 @@ class Control:
 
     async def _resume(self, connection: Connection, request: dict[str, Any]) -> Reply:
         self._check(connection)
-        version = request.get("version")
+        version, rebuilt = request.get("version"), request.get("rebuilt", False)
         if type(version) is not int:
             raise ControlError("resume: version must be an integer")
-        await self._leases.resume(version)
+        if type(rebuilt) is not bool:
+            raise ControlError("resume: rebuilt must be true or false")
+        await self._leases.resume(version, rebuilt)
         return self._plain()
 
     def _check(self, connection: Connection) -> None:

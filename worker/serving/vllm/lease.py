@@ -45,10 +45,10 @@ class Lease:
 
 
 class Leases:
-    """Gives at most one lease at a time on the weights that `client` (a vLLM EngineClient) serves."""
+    """Gives at most one lease at a time on the weights that `engine` serves."""
 
-    def __init__(self, client: Any, state: ServerState, run_dir: Path) -> None:
-        self._engine = Engine(client)
+    def __init__(self, engine: Engine, state: ServerState, run_dir: Path) -> None:
+        self._engine = engine
         self._state = state
         self._run_dir = run_dir
         self._lease: Lease | None = None
@@ -84,6 +84,7 @@ class Leases:
             await self._empty_and_pause()
             self._state.mending = True
         else:
+            await self._engine.hold_back()
             await self._pause_serving()
         self._grant(holder, seconds)
         return {"seconds": time.perf_counter() - started, "fence": fence}
@@ -93,7 +94,7 @@ class Leases:
         if self._state.condition != SERVING or self._state.written:
             raise ControlError("begin_hogwild: the server is not serving whole weights")
         fence = (await self._read_header())["fence"]
-        self._state.written = True
+        self._state.begin_hogwild()
         self._grant(holder, seconds)
         return {"fence": fence}
 
@@ -103,8 +104,8 @@ class Leases:
             raise ControlError("renew: there is no lease; pause first")
         self._grant(self._lease.holder, seconds)
 
-    async def resume(self, version: int) -> None:
-        """The weights are whole and are `version`: the lease ends and the server goes on."""
+    async def resume(self, version: int, rebuilt: bool) -> None:
+        """The weights are whole and are `version`: the lease ends, the server goes on. rebuilt: see `PrefixEpochs`."""
         if self._state.condition != PAUSED and not self._state.mending:
             raise ControlError("the server is not paused")
         header = await self._read_header()
@@ -113,7 +114,7 @@ class Leases:
                 f"resume with version {version} refused: the header beside the weights says "
                 f"{header['state']}, version {header['version']}"
             )
-        await self._go_on(header)
+        await self._go_on(header, rebuilt)
 
     def _grant(self, holder: str, seconds: float) -> None:
         self._end()
@@ -181,13 +182,13 @@ class Leases:
         self._spawn(self._end_requests())
 
     async def _serve_again(self, header: dict[str, Any]) -> None:
-        """Go on under `header`; nothing that was computed while somebody wrote may stay."""
+        """Go on under `header`. Requests that come from now on find nothing of what was computed during the write."""
         if self._state.torn and not self._state.mending:
             await self._empty_and_pause()
         elif self._state.condition == SERVING:  # hogwild
             self._state.pause()
             await self._engine.pause()
-        await self._go_on(header)
+        await self._go_on(header, rebuilt=True)  # by an update, or by a rollback: nobody is left to say
 
     async def _end_requests(self) -> None:
         """Drop what is in vLLM, again until nobody waits for an answer: a request may be on its way into the engine."""
@@ -224,13 +225,14 @@ class Leases:
     async def _empty_and_pause(self) -> None:
         """Of torn weights: the requests inside were told so, and may not go on under other weights."""
         await self._engine.abort_all()
-        await self._engine.pause()
+        await self._engine.pause(recompute=True)
 
-    async def _go_on(self, header: dict[str, Any]) -> None:
+    async def _go_on(self, header: dict[str, Any], rebuilt: bool) -> None:
         """Resume under the header's version, which whoever is answered from here on is told."""
         self._end()
-        self._state.version, self._state.lineage = header["version"], header["lineage"]
-        await self._engine.resume()
+        self._state.lineage = header["lineage"]
+        self._state.take(header["version"], rebuilt)
+        await self._engine.resume(updated=True)
         self._state.resume(header["version"])
 
     async def _read_header(self) -> dict[str, Any]:
