@@ -10,7 +10,7 @@ from redis_kinds import Kinds, has_ipv6, redis_kinds
 
 from producer import AsyncProducer, Producer, TandemError
 from producer.connection import checked_url, safe_url
-from producer.errors import QueueUnavailableError, RedisUrlError
+from producer.errors import QueueUnavailableError, RedisUrlError, WaitTimeoutError
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
 
@@ -118,6 +118,13 @@ def test_urls_that_cannot_work_are_one_sentence(url: str, says: str) -> None:
         with pytest.raises(RedisUrlError) as caught:
             make(url)
         assert says in sentence(caught.value)
+
+
+def test_a_sleep_is_shorter_than_the_sockets_timeout(kinds: Kinds, empty: redis.Redis) -> None:
+    with Producer(f"redis://127.0.0.1:{kinds.primary}?socket_timeout=0.5") as producer:
+        producer.enqueue(TALK, id="a")
+        with pytest.raises(WaitTimeoutError):  # not QueueUnavailableError: no read was cut off
+            producer.wait("a", timeout=1.2)
 
 
 def test_tls_options_are_passed_on() -> None:
