@@ -30,7 +30,8 @@ from worker.config.protocol import Unavailable
 from worker.config.retention import Policy, policy_of, state_options
 from worker.config.update_options import MAX_TOKENS, ApplySettings, apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.batch_worker import BatchWorker
-from worker.consumer.events import Hooks, LogHooks
+from worker.consumer.events import Hooks
+from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.data.batch_capacity import room_for
 from worker.data.replay_buffer import Rehearsal
@@ -199,13 +200,13 @@ def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWo
     """Raises `Unavailable` when the server has gone; waits while training is held; writes a checkpoint when due; rests
     as long as the duty cycle asks."""
     step.check()
-    pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker._stop_requested), tell=log.warning)
+    pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker.stop_requested), tell=log.warning)
     if said := step.keeper.checkpoint_if_due():
         log.info(said)
 
     def stopping() -> bool:
         nothing_left = burst and not worker.intake.hands and not worker.queue.count
-        return bool(worker._stop_requested) or nothing_left
+        return bool(worker.stop_requested) or nothing_left
 
     rest(connection, step.duty, stopping=stopping, check=step.check)
 

@@ -132,7 +132,7 @@ def reconcile(
 
 def settle_with_rq(connection: redis.Redis) -> Callable[[dict[str, Any]], Callable[[Pipeline], None]]:
     """How a batch is settled that a dead worker trained: results -> what finishes its jobs on a pipeline."""
-    from worker.consumer import jobs, transitions
+    from worker.consumer import jobs, settlement
 
     queue = jobs.open_queue(connection)
-    return lambda results: transitions.settle_recorded(queue, results)
+    return lambda results: settlement.settle_recorded(queue, results)
