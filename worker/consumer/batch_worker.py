@@ -23,7 +23,16 @@ from worker.consumer import transitions, upkeep
 from worker.consumer.batcher import Intake
 from worker.consumer.bisection import Bisection
 from worker.consumer.commit import CommitPending, Committer
-from worker.consumer.events import EndNotTold, Hooks, JobsRecovered, RedisAway, RedisBack, Stopping, TookOver
+from worker.consumer.events import (
+    EndNotTold,
+    Hooks,
+    JobsRecovered,
+    MayEvict,
+    RedisAway,
+    RedisBack,
+    Stopping,
+    TookOver,
+)
 from worker.consumer.heartbeat import Pulse
 from worker.consumer.jobs import FeedbackJob, FeedbackQueue, open_queue
 from worker.consumer.log_lines import LogHooks, logger
@@ -31,6 +40,7 @@ from worker.consumer.redis_errors import own_words, retryable
 from worker.consumer.rq_private import RqWorker
 from worker.consumer.transitions import Held
 from worker.consumer.worker_lock import WorkerLock
+from worker.versions.eviction_watch import EvictionWatch
 
 __all__ = ["BatchWorker", "CommitPending", "FeedbackJob", "FeedbackQueue", "Prepared", "Step", "Torn", "Unavailable"]
 __all__ += ["Update"]
@@ -79,6 +89,7 @@ class BatchWorker(RqWorker):
         )
         self.committer = Committer(self, self.queue, self.intake, self.settling, self.tell)
         self.pulse = Pulse(heartbeat, self.beat)
+        self.evictions = EvictionWatch(connection, lambda problem: self.tell("on_notice", MayEvict(problem)))
 
     @property
     def versions(self) -> int:
@@ -133,6 +144,7 @@ class BatchWorker(RqWorker):
     def go_round(self, bisection: Bisection, burst: bool) -> bool:
         """One round of the loop: upkeep, then a batch if there is one. False: burst mode has nothing left to do."""
         self.pulse.check()
+        self.evictions.look()
         if self.check is not None:
             self.check()
         if self.is_suspended_in_burst(burst):

@@ -22,6 +22,7 @@ from worker.consumer.jobs import FeedbackQueue
 from worker.consumer.rq_private import RqWorker
 from worker.consumer.time_limit import TimeLimitExceeded, time_limit
 from worker.consumer.transitions import Held
+from worker.versions import lost_jobs
 
 IDLE_POLL = 1.0
 """Seconds a wait for the first job may last before signals, retries and maintenance are looked at."""
@@ -101,8 +102,9 @@ class Intake:
     def fetch(self, count: int, wait: float) -> int:
         """Take up to `count` jobs, acknowledge those already trained, begin the others; returns how many ids came."""
         taken, dropped = transitions.take(self.queue, count, wait)
-        for job_id, why in dropped:
-            self.tell("on_notice", IdDropped(job_id, why))
+        for gone in dropped:
+            self.tell("on_notice", IdDropped(repr(gone.raw_id[:40]), gone.why))
+        lost_jobs.record(self.queue.connection, [gone.lost for gone in dropped if gone.lost])
         if not taken and not dropped:
             # All that was taken has begun, so what is in between was taken by a reply that got lost.
             return transitions.put_back_taken(self.queue)

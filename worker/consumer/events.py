@@ -82,6 +82,13 @@ class RedisBack(Notice):
 
 
 @dataclass(frozen=True)
+class MayEvict(Notice):
+    """Redis may evict what is queued. problem: how, and what to do."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
 class Stopping(Notice):
     """A signal came. again: it is not the first."""
 

@@ -58,6 +58,8 @@ def sentence(notice: Notice) -> str:
             return f"Redis does not serve this worker ({problem}); waiting until it does"
         case events.RedisBack(seconds, jobs):
             return f"Redis serves this worker again after {seconds:.1f} s; {jobs} jobs were put back"
+        case events.MayEvict(problem):
+            return problem
         case events.Stopping(signal, again):
             return f"{signal}: ending after the batch in hand{' (a step is never cut short)' if again else ''}"
         case events.EndNotTold(problem):

@@ -9,13 +9,14 @@ written whole or changed where it exists.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import redis
 from redis.client import Pipeline
 
 from producer import keys
 from producer.serializer import MsgpackSerializer
 from producer.transcript import ID_PATTERN
 from worker.consumer import rq_private
-from worker.consumer.jobs import FeedbackJob, FeedbackQueue
+from worker.consumer.jobs import FeedbackJob, FeedbackQueue, open_queue
 from worker.consumer.pipelines import merge, update_only
 from worker.consumer.redis_errors import execute, retryable
 from worker.consumer.rq_private import RqWorker
@@ -107,6 +108,12 @@ def fetch(queue: FeedbackQueue, ids: Sequence[str]) -> list[FeedbackJob | None]:
             job.restore(fields)
         jobs.append(job)
     return jobs
+
+
+def settle_with_rq(connection: redis.Redis) -> Callable[[dict[str, Any]], Callable[[Pipeline], None]]:
+    """How a batch is settled that a dead worker trained: results -> what finishes its jobs on a pipeline."""
+    queue = open_queue(connection)
+    return lambda results: settle_recorded(queue, results)
 
 
 def settle_recorded(queue: FeedbackQueue, results: dict[str, Any]) -> Callable[[Pipeline], None]:

@@ -1,4 +1,4 @@
-"""`tandem worker`: puts the rooms together, once, and drains the queue until told to stop.
+"""The worker: puts the rooms together, once, and drains the queue until told to stop.
 
 Order of a start: server (one trainer at a time), weights, their recovery, Redis, then the queue. Each refusal is one
 sentence that says what to do.
@@ -6,37 +6,36 @@ sentence that says what to do.
 
 import contextlib
 import logging
-import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import redis
 import torch
 from transformers import AutoTokenizer
 
-from producer.cli import redis_option
-from producer.jobs import connect, redis_errors, resolve_url, safe_url
+from worker.checkpoint.batch_codec import rename
 from worker.checkpoint.manager import Keeper
-from worker.checkpoint.replay import make_deterministic, rename, unpack_ready
+from worker.checkpoint.replay import make_deterministic
+from worker.checkpoint.snapshots import Trained
 from worker.checkpoint.state_dir import StateDir, default_state_dir
-from worker.config.guard_options import GuardSettings, canary_hooks, guard_options, settings_of
-from worker.config.hyperparameters import Hyperparameters, training_options
+from worker.config.guard_options import GuardSettings
+from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Unavailable
-from worker.config.retention import Policy, policy_of, state_options
-from worker.config.update_options import MAX_TOKENS, ApplySettings, apply_options, apply_settings_of, max_tokens_option
+from worker.config.retention import Policy
+from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks
-from worker.consumer.log_lines import LogHooks
+from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
 from worker.data.batch_capacity import room_for
 from worker.data.replay_buffer import Rehearsal
+from worker.orchestrator.canary import canary_hooks
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import mend_redis, mend_weights, take_note, take_over
+from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
@@ -45,10 +44,9 @@ from worker.trainer.outliers import Guards
 from worker.trainer.trainer import make_builder, make_trainer
 from worker.utils import torch_setup
 from worker.utils.duty_cycle import Duty
-from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger, pause_switch
 from worker.versions.reconcile import reconcile
-from worker.versions.rest_status import forget_rest, rest
+from worker.versions.rest_status import rest
 
 log = logging.getLogger("tandem")
 
@@ -67,7 +65,7 @@ def attach_step(
     h: Hyperparameters,
     *,
     state_dir: Path | None = None,
-    policy: Policy = Policy(),  # noqa: B008  (frozen)
+    policy: Policy | None = None,
     known: ledger.LedgerState | None = None,
     new_lineage: bool = False,
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
@@ -75,8 +73,9 @@ def attach_step(
 ) -> Iterator[SharedUpdate]:
     """The update protocol on the server of `run_dir`, as its only trainer, from here to the end of the block.
 
-    Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). known: what Redis
-    says of the weights, if it was asked. max_tokens: most of a version.
+    Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
+    state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
+    was asked. max_tokens: most of a version.
     """
     torch_setup.prepare()
     with contextlib.ExitStack() as stack:
@@ -103,75 +102,12 @@ def attach_step(
         )
         room = partial(room_for, packed=weights.state.is_cuda, streaming=way.streaming, budget=way.budget)
         keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, room, policy)))
-        for sentence in mend_weights(keeper, control, known, new_lineage=new_lineage):
-            log.info(sentence)
+        for report in mend_weights(keeper, control, known, new_lineage=new_lineage):
+            log.info(sentence(report))
         trainer = make(h)
         warm(trainer)
         duty = Duty(settings.duty_cycle)
         yield SharedUpdate(weights, control, trainer, builder, keeper, h, hogwild=settings.hogwild, duty=duty)
-
-
-@click.command()
-@redis_option
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--name", help="This worker's name, in errors and dashboards (default: host and pid).")
-@click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")
-@max_tokens_option
-@click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
-@click.option("--burst", is_flag=True, help="Stop when the queue is empty.")
-@click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
-@state_options
-@guard_options
-@apply_options
-@training_options
-def command(
-    redis_url: str | None,
-    run_dir: Path | None,
-    name: str | None,
-    max_jobs: int,
-    max_tokens: int,
-    linger: float,
-    burst: bool,
-    new_lineage: bool,
-    threads: int | None,
-    state_dir: Path | None,
-    **options: Any,
-) -> None:
-    """Drain the queue and train the weights that the server of --run-dir is serving."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if threads:
-        torch.set_num_threads(threads)
-    policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
-    name = name or f"{socket.gethostname()}-{os.getpid()}"
-    connection = connect(resolve_url(redis_url), redis.Redis.from_url)
-    with redis_errors(safe_url(resolve_url(redis_url))):
-        connection.ping()
-    lock = WorkerLock(connection, name)
-    if taken_over := lock.acquire():
-        log.info(taken_over)
-    try:
-        with attach_step(
-            run_dir or default_run_dir(),
-            name,
-            Hyperparameters(**options),
-            state_dir=state_dir,
-            policy=policy,
-            known=ledger.state(connection),
-            new_lineage=new_lineage,
-            settings=settings,
-            max_tokens=max_tokens,
-        ) as step:
-            agree(connection, step, new_lineage=new_lineage)
-            step.confirm = partial(confirm, connection, step)
-            forget_rest(connection)
-            hooks = [LogHooks(), *watch(connection, step, guards)]
-            limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
-            drain(connection, step, lock, burst=burst, hooks=hooks, **limits)
-            if policy.at_stop and (said := step.keeper.try_checkpoint()):
-                log.info(said)
-    finally:
-        lock.release()
 
 
 def drain(
@@ -201,8 +137,8 @@ def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWo
     as long as the duty cycle asks."""
     step.check()
     pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker.stop_requested), tell=log.warning)
-    if said := step.keeper.checkpoint_if_due():
-        log.info(said)
+    if report := step.keeper.checkpoints.write_if_due():
+        log.info(sentence(report))
 
     def stopping() -> bool:
         nothing_left = burst and not worker.intake.hands and not worker.queue.count
@@ -230,19 +166,14 @@ def confirm(connection: redis.Redis, step: SharedUpdate) -> None:
 
 def watch(connection: redis.Redis, step: SharedUpdate, settings: GuardSettings) -> Sequence[Hooks]:
     """Give the step its guards, with the memory of the journal; returns the canary's hooks."""
-    entries = [step.keeper.journal.entries[version] for version in sorted(step.keeper.journal.entries)]
     step.guards = Guards(settings.outliers)
-    step.guards.remember(entry.manifest for entry in entries)
     if settings.rehearse:
         step.rehearsal = Rehearsal(settings.rehearse, rename, seed=step.h.seed)
-        dropped = frozenset(id for entry in entries for id in entry.dropped)
-        for entry in entries:
-            if entry.kind == "update" and not entry.expired:
-                step.rehearsal.add(unpack_ready(step.keeper.journal.read(entry.version), dropped))
+    step.remember()
 
     def go_back(version: int) -> int:
-        for line in roll_back(connection, step, version, reason="the canary set's loss"):
-            log.info(line)
+        for report in roll_back(connection, step, version, reason="the canary set's loss"):
+            log.info(sentence(report))
         return step.weights.header.version
 
     return canary_hooks(settings, step.builder, lambda examples: step.trainer.score(examples), connection, go_back)
@@ -251,18 +182,21 @@ def watch(connection: redis.Redis, step: SharedUpdate, settings: GuardSettings) 
 def agree(connection: redis.Redis, step: SharedUpdate, *, new_lineage: bool = False) -> None:
     """Redis, weights and state directory tell one story afterwards; it is logged. Call it with the worker lock held."""
     header = step.weights.header
-    said = mend_redis(connection, step.keeper, header.fields())
-    said += reconcile(
+    for report in mend_redis(connection, step.keeper, header.fields()):
+        log.info(sentence(report))
+    for line in reconcile(
         connection,
         header.fields(),
         step.weights.record.read(),
         new_lineage=new_lineage,
         adopt=partial(take_over, step.keeper, step.control),
-    )
-    note = take_note(step.keeper, lambda: ledger.everyone(connection))
-    for sentence in [*said, *([note] if note else [])]:
-        log.info(sentence)
+        settle=settle_with_rq(connection),
+    ):
+        log.info(line)
+    everybody = partial(_everybody, connection)
+    if written := take_note(step.keeper, everybody):
+        log.info(sentence(written))
 
 
-if __name__ == "__main__":
-    command()
+def _everybody(connection: redis.Redis) -> Trained:
+    return Trained(ledger.everyone(connection), ledger.dropped(connection))

@@ -1,0 +1,195 @@
+"""`tandem serve`: what it refuses, by name; what it adds; and that one run directory has one server."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.serving import launch
+from worker.testing.server_process import ServerFailed, ServerProcess
+from worker.utils import unix_socket
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (["--api-server-count", "2"], "--api-server-count"),
+        (["--api_server_count=4"], "--api-server-count"),
+        (["-asc", "2"], "--api-server-count"),
+        (["--headless"], "--headless"),
+        (["--enable-sleep-mode"], "--enable-sleep-mode"),
+        (["--quantization", "fp8"], "--quantization"),
+        (["-q", "awq"], "--quantization"),
+        (["--tensor-parallel-size=2"], "--tensor-parallel-size"),
+        (["--port", "1234", "-tp", "2"], "--tensor-parallel-size"),
+        (["--pipeline_parallel_size", "2"], "--pipeline-parallel-size"),
+        (["--data-parallel-size", "2"], "--data-parallel-size"),
+        (["--data-parallel-rank", "0"], "--data-parallel-rank"),
+        (["--cpu-offload-gb", "4"], "--cpu-offload-gb"),
+        (["--offload-group-size", "1"], "--offload-group-size"),
+        (["--weight-transfer-config.backend", "nccl"], "--weight-transfer-config.backend"),
+        (["--worker-extension-cls", "mine.Extension"], "--worker-extension-cls"),
+    ],
+)
+def test_options_that_break_sharing_are_refused_by_name(options: list[str], flag: str) -> None:
+    with pytest.raises(launch.LaunchError, match=rf"^{flag} cannot be used"):
+        launch.check_options(options, {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-tp", "1"],
+        ["--api-server-count=1", "--cpu-offload-gb", "0", "--offload-group-size=0"],
+        ["--port", "8000", "--max-model-len", "512", "--served-model-name", "a", "b"],
+        ["--seed", "-1"],
+    ],
+)
+def test_other_options_pass(options: list[str]) -> None:
+    launch.check_options(options, {})
+    assert launch.with_defaults(options, {}, on_cpu=True)[0][: len(options)] == options
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "refused"),
+    [
+        ("VLLM_USE_RUST_FRONTEND", "1", True),
+        ("VLLM_USE_RUST_FRONTEND", "0", False),
+        ("VLLM_SERVER_DEV_MODE", "1", True),
+        ("VLLM_SERVER_DEV_MODE", "0", False),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True", True),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:true", True),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", False),
+    ],
+)
+def test_variables_that_break_sharing_are_refused_by_name(variable: str, value: str, refused: bool) -> None:
+    if not refused:
+        return launch.check_options([], {variable: value})
+    with pytest.raises(launch.LaunchError, match=variable):
+        launch.check_options([], {variable: value})
+
+
+def test_what_the_user_said_is_not_said_again() -> None:
+    options, notes = launch.with_defaults(["--host", "0.0.0.0"], {"VLLM_CPU_KVCACHE_SPACE": "4"}, on_cpu=True)
+    assert options.count("--host") == 1
+    assert "--enforce-eager" in options
+    assert not any("127.0.0.1" in note or "KV cache" in note for note in notes)
+    options, _ = launch.with_defaults(["--dtype=float32", "-O3"], {}, on_cpu=True)
+    assert "--enforce-eager" not in options
+    assert options.count("--dtype=float32") + options.count("--dtype") == 1
+
+
+def test_defaults() -> None:
+    options, notes = launch.with_defaults([], {}, on_cpu=False)
+    assert options[options.index("--host") + 1] == "127.0.0.1"
+    assert any("127.0.0.1" in note for note in notes)
+    assert json.loads(options[options.index("--weight-transfer-config") + 1]) == {"backend": "tandem"}
+    assert "--dtype" not in options
+    on_cpu = launch.with_defaults([], {}, on_cpu=True)[0]
+    assert on_cpu[on_cpu.index("--dtype") + 1] == "bfloat16"
+
+
+def test_the_environment_keeps_the_users_plugins_and_adds_ours() -> None:
+    assert launch.allowed_plugins("mine, other") == ["mine", "other", "tandem"]
+    assert launch.allowed_plugins("") == ["tandem"]
+    assert launch.allowed_plugins("tandem,x") == ["tandem", "x"]
+    discovered = launch.allowed_plugins(None)
+    assert discovered.count("tandem") == 1
+    assert "lora_filesystem_resolver" in discovered  # vLLM's own, loaded when the variable is unset
+    environment = launch.build_environment({"A": "b"}, Path("/run/x"), [], on_cpu=True)
+    assert (environment["A"], environment["TANDEM_RUN_DIR"], environment["TANDEM_SERVE"]) == ("b", "/run/x", "1")
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "VLLM_TARGET_DEVICE" not in launch.build_environment(
+        {"VLLM_TARGET_DEVICE": "cpu"}, Path("/"), [], on_cpu=True
+    )
+    said = launch.build_environment({}, Path("/run/x"), ["--kv-cache-memory-bytes", "5G"], on_cpu=True)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in said
+
+
+def test_launching_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, worker.serving.launch; sys.exit(bool({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def serve(*arguments: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "worker.cli", "serve", *arguments, "--run-dir", str(run_dir)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_errors_are_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    result = serve("model", "--enable-sleep-mode", run_dir=tmp_path / "run")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: --enable-sleep-mode cannot be used")
+    assert len(result.stderr.splitlines()) == 1
+    assert "MODEL comes first" in serve("--port", "80", "model", run_dir=tmp_path / "run").stderr
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "12GB", ""])
+def test_a_trainer_memory_that_is_no_size_is_refused(text: str, tmp_path: Path) -> None:
+    result = serve("model", f"--trainer-memory={text}", run_dir=tmp_path / "run")
+    assert result.returncode != 0
+    assert "is neither a number of GB nor auto" in result.stderr
+
+
+@pytest.mark.skipif(not launch.is_cpu_build(), reason="on a GPU this would start a server")
+def test_trainer_memory_is_for_gpus(tmp_path: Path) -> None:
+    result = serve("model", "--trainer-memory", "5", run_dir=tmp_path / "run")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: --trainer-memory is for GPUs")
+
+
+def test_a_run_directory_has_one_server(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    holder = (
+        "import sys; from pathlib import Path; from worker.utils import unix_socket;"
+        "from worker.serving.launch import lock;"
+        "run_dir = Path(sys.argv[1]); unix_socket.prepare_run_dir(run_dir); lock(run_dir, 'first/model');"
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", holder, str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "ready\n"
+    result = serve("second/model", run_dir=run_dir)
+    assert result.returncode == 1
+    assert f"is in use by process {first.pid} serving first/model" in result.stderr
+    first.kill()
+    first.communicate()
+    descriptor_before = len(os.listdir("/proc/self/fd"))
+    launch.lock(run_dir, "third/model")  # the kernel gave it back
+    (descriptor,) = [fd for fd in os.listdir("/proc/self/fd") if _points_to(fd, run_dir / "server.lock")]
+    os.close(int(descriptor))
+    assert len(os.listdir("/proc/self/fd")) == descriptor_before
+
+
+def test_a_process_left_over_from_a_killed_server_is_named(tmp_path: Path) -> None:
+    run_dir = unix_socket.prepare_run_dir(tmp_path / "run")
+    with unix_socket.bind(str(run_dir / "weights.sock")):
+        result = serve("model", run_dir=run_dir)
+    assert result.returncode == 1
+    assert f"process {os.getpid()}, left over from a killed server, still holds {run_dir}/weights.sock" in result.stderr
+
+
+def _points_to(descriptor: str, path: Path) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}") == str(path)
+    except OSError:
+        return False
+
+
+@pytest.mark.server
+def test_a_second_server_is_refused_by_the_first_ones_name(server: ServerProcess) -> None:
+    with pytest.raises(ServerFailed, match=rf"exit code 1(?s:.*)in use by process {server.pid} serving") as failure:
+        ServerProcess(server.model_dir, server.run_dir)
+    assert "Application startup complete" not in str(failure.value)  # the log is shared, the report is of its own part
+    assert server.alive()
+
+
+def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
+    with pytest.raises(ServerFailed, match="ended with exit code 1") as failure:
+        ServerProcess(tmp_path / "no-such-model", tmp_path / "run", extra=["--enable-sleep-mode"])
+    assert "--enable-sleep-mode cannot be used" in str(failure.value)
