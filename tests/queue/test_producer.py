@@ -300,6 +300,24 @@ def test_wait_sleeps_no_longer_than_it_may(producer: Producer, monkeypatch: pyte
     assert blocks and max(blocks) <= 200
 
 
+def test_an_id_made_up_here_is_new_though_the_answer_was_lost(
+    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, lost = Chunk.done, []
+
+    def lose(chunk: Chunk) -> None:
+        if not lost:
+            lost.append(chunk)
+            raise redis.WatchError(
+                "a ConnectionError occurred while watching"
+            )  # redis-py's, when EXEC's answer is lost
+        done(chunk)
+
+    monkeypatch.setattr(Chunk, "done", lose)
+    sent = producer.enqueue(TALK)
+    assert lost and sent.outcome is Outcome.QUEUED and queued(store) == [sent.id]
+
+
 def test_what_was_queued_before_redis_was_full_is_told(
     redis_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
