@@ -23,7 +23,8 @@ import redis
 from producer.errors import TandemError
 from producer.transcript import Transcript
 from worker.consumer.batch_worker import BatchWorker, Torn, Unavailable, Update
-from worker.consumer.events import Hooks
+from worker.consumer.events import Hooks, Notice
+from worker.consumer.log_lines import sentence
 from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
 from worker.versions.reconcile import reconcile
@@ -135,8 +136,11 @@ class Lines(Hooks):
     def on_version(self, line: dict[str, Any]) -> None:
         self.versions.append(line)
 
-    def on_notice(self, sentence: str) -> None:
-        self.notices.append(sentence)
+    def on_notice(self, notice: Notice) -> None:
+        self.say(sentence(notice))
+
+    def say(self, text: str) -> None:
+        self.notices.append(text)
 
     def on_rejected(self, job_id: str, reason: str) -> None:
         self.rejected[job_id] = reason

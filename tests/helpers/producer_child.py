@@ -1,6 +1,6 @@
 """An application, run by an interpreter that has the producer's own dependencies and nothing else:
 
-python -S tests/producer_child.py REDIS_URL
+python -S tests/helpers/producer_child.py REDIS_URL
 
 Says "queued" once its transcripts are, waits until they are trained, and prints what it saw as JSON.
 """

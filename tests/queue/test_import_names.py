@@ -14,7 +14,7 @@ from rq import Queue
 from producer import keys
 from producer.serializer import MsgpackSerializer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 APPLICATION = """
 import sys

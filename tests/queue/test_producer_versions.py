@@ -14,7 +14,7 @@ import pytest
 import redis
 from drain_parts import Weights, start
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DECLARED: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 
 
@@ -73,7 +73,7 @@ def test_an_application_and_the_worker_each_have_their_own_rq(
     folder = made(tmp_path)
     environment = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]}
     with subprocess.Popen(
-        [sys.executable, "-S", str(ROOT / "tests" / "producer_child.py"), redis_url + options],
+        [sys.executable, "-S", str(ROOT / "tests" / "helpers" / "producer_child.py"), redis_url + options],
         stdout=subprocess.PIPE,
         env=environment,
         text=True,
