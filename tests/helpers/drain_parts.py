@@ -22,7 +22,8 @@ import redis
 
 from producer.errors import TandemError
 from producer.transcript import Transcript
-from worker.consumer.batch_worker import BatchWorker, Torn, Unavailable, Update
+from worker.config.protocol import JobResult, Torn, Unavailable, Update
+from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks, Notice
 from worker.consumer.log_lines import sentence
 from worker.consumer.settlement import settle_with_rq
@@ -102,7 +103,7 @@ class Weights:
         version = header["version"] + 1
         manifest = {"tokens": sum(ready.tokens for ready in good), "loss": 1.5}
         manifest |= {"update_rms": 2e-6, "weight_rms": 0.02}
-        results = {ready.id: {"version": version} for ready in good}
+        results = {ready.id: JobResult(version) for ready in good}
         update = Update(version, header["lineage"], manifest, results, rejected)
         self._replace("record", json.dumps(update.record()))
         time.sleep(self.pace)

@@ -18,11 +18,11 @@ from typing import Any
 
 import redis
 
-from worker.config.protocol import Prepared, Step, Torn, Unavailable, Update
+from worker.config.protocol import Step, Unavailable
 from worker.consumer import transitions, upkeep
 from worker.consumer.batcher import Intake
 from worker.consumer.bisection import Bisection
-from worker.consumer.commit import CommitPending, Committer
+from worker.consumer.commit import Committer
 from worker.consumer.events import (
     EndNotTold,
     Hooks,
@@ -41,9 +41,6 @@ from worker.consumer.rq_private import RqWorker
 from worker.consumer.transitions import Held
 from worker.consumer.worker_lock import WorkerLock
 from worker.versions.eviction_watch import EvictionWatch
-
-__all__ = ["BatchWorker", "CommitPending", "FeedbackJob", "FeedbackQueue", "Prepared", "Step", "Torn", "Unavailable"]
-__all__ += ["Update"]
 
 WORKER_TTL = 60
 """Seconds after which RQ's tools no longer list a silent worker."""
@@ -190,6 +187,7 @@ class BatchWorker(RqWorker):
         """The way out. A batch still in hand here was cut off by an error: it stays started, for the next worker."""
         self.pulse.stop()
         self.give_back_signals()
+        self.unsubscribe()
         for last in (self.put_back_backlog, lambda: self.tell("on_stop"), self.teardown, self.lock.release):
             try:
                 last()

@@ -76,7 +76,7 @@ class Committer:
         """Tell Redis, however long it takes: no batch may follow before. Returns the seconds it took."""
 
         def finish(pipe: Pipeline) -> None:
-            settlement.finish(self.queue, trained, update.results, pipe)
+            settlement.finish(self.queue, trained, update.result_maps(), pipe)
             rq_private.count_finished(self.worker, len(trained), update.manifest["step_s"], pipe)
 
         record, started, asked, wait = update.record(), time.monotonic(), 0.0, 0.1
