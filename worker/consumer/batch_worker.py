@@ -60,6 +60,7 @@ class BatchWorker(SimpleWorker):
     prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
     hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
     check: called between batches, about once a second; raises `Unavailable` when no step can run any more.
+    history: how many versions back Redis keeps manifests; None: all.
     """
 
     job_class = FeedbackJob
@@ -80,6 +81,7 @@ class BatchWorker(SimpleWorker):
         hooks: Sequence[Hooks] | None = None,
         lock: WorkerLock | None = None,
         check: Callable[[], None] | None = None,
+        history: int | None = None,
     ) -> None:
         self.queue = open_queue(connection)
         super().__init__(
@@ -94,6 +96,7 @@ class BatchWorker(SimpleWorker):
         )
         self.step = step
         self.check = check
+        self.history = history
         self.hooks: list[Hooks] = list(hooks) if hooks is not None else [LogHooks()]
         self.lock = lock or WorkerLock(connection, self.name)
         settling = threading.RLock()
@@ -233,7 +236,13 @@ class BatchWorker(SimpleWorker):
         while True:
             try:
                 with self.settling:
-                    ledger.commit(self.connection, record, settle, [held.job.dependents_key for held in trained])
+                    ledger.commit(
+                        self.connection,
+                        record,
+                        settle,
+                        [held.job.dependents_key for held in trained],
+                        history=self.history,
+                    )
                     self.intake.release(trained)
                 point("committed")
                 break
