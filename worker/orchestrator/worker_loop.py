@@ -136,13 +136,13 @@ def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWo
     """Raises `Unavailable` when the server has gone; waits while training is held; writes a checkpoint when due; rests
     as long as the duty cycle asks."""
     step.check()
-    pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker._stop_requested), tell=log.warning)
+    pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker.stop_requested), tell=log.warning)
     if report := step.keeper.checkpoints.write_if_due():
         log.info(sentence(report))
 
     def stopping() -> bool:
         nothing_left = burst and not worker.intake.hands and not worker.queue.count
-        return bool(worker._stop_requested) or nothing_left
+        return bool(worker.stop_requested) or nothing_left
 
     rest(connection, step.duty, stopping=stopping, check=step.check)
 
