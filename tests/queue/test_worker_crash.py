@@ -206,7 +206,7 @@ def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(server: Re
 def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_next(
     server: RedisServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.consumer import batch_worker, commit
+    from worker.consumer import commit
 
     monkeypatch.setattr(commit, "STOP_GRACE", 0.2)
     weights = Weights(folder)
@@ -222,7 +222,7 @@ def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_nex
         return run(prepared)
 
     weights.run = stops_redis  # type: ignore[method-assign]
-    with pytest.raises(batch_worker.CommitPending, match="version 1, which is in the weights"):
+    with pytest.raises(commit.CommitPending, match="version 1, which is in the weights"):
         worker.work()
     server.start()
     weights.run = run  # type: ignore[method-assign]

@@ -108,7 +108,7 @@ class Rebuilder:
             inside = perhaps_in(self.journal.entries, candidate, dropped, self.snapshots.trained(candidate))
         except SnapshotError as error:
             return str(error)
-        return f"the checkpoint of version {candidate} has {min(inside)} in it" if inside else None
+        return f"{min(inside)} may be in the checkpoint of version {candidate}" if inside else None
 
     def _read(self, entry: Entry) -> UpdateRecord:
         record = self.journal.read(entry.version)

@@ -18,11 +18,11 @@ from typing import Any
 
 import redis
 
-from worker.config.protocol import Prepared, Step, Torn, Unavailable, Update
+from worker.config.protocol import Step, Unavailable
 from worker.consumer import transitions, upkeep
 from worker.consumer.batcher import Intake
 from worker.consumer.bisection import Bisection
-from worker.consumer.commit import CommitPending, Committer
+from worker.consumer.commit import Committer
 from worker.consumer.events import (
     EndNotTold,
     Hooks,
@@ -42,9 +42,6 @@ from worker.consumer.transitions import Held
 from worker.consumer.worker_lock import WorkerLock
 from worker.versions.eviction_watch import EvictionWatch
 
-__all__ = ["BatchWorker", "CommitPending", "FeedbackJob", "FeedbackQueue", "Prepared", "Step", "Torn", "Unavailable"]
-__all__ += ["Update"]
-
 WORKER_TTL = 60
 """Seconds after which RQ's tools no longer list a silent worker."""
 
@@ -56,6 +53,7 @@ class BatchWorker(RqWorker):
     prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
     hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
     check: called between batches, about once a second; raises `Unavailable` when no step can run any more.
+    history: how many versions back Redis keeps manifests; None: all.
     """
 
     job_class = FeedbackJob
@@ -75,6 +73,7 @@ class BatchWorker(RqWorker):
         hooks: Sequence[Hooks] | None = None,
         lock: WorkerLock | None = None,
         check: Callable[[], None] | None = None,
+        history: int | None = None,
     ) -> None:
         self.queue = open_queue(connection)
         super().__init__(self.queue, connection, name, ttl=WORKER_TTL)
@@ -87,7 +86,7 @@ class BatchWorker(RqWorker):
         self.intake = Intake(
             self, self.queue, step, prepare_limit=prepare_limit, tell=self.tell, settling=self.settling, **limits
         )
-        self.committer = Committer(self, self.queue, self.intake, self.settling, self.tell)
+        self.committer = Committer(self, self.queue, self.intake, self.settling, self.tell, history)
         self.pulse = Pulse(heartbeat, self.beat)
         self.evictions = EvictionWatch(connection, lambda problem: self.tell("on_notice", MayEvict(problem)))
 
@@ -190,6 +189,7 @@ class BatchWorker(RqWorker):
         """The way out. A batch still in hand here was cut off by an error: it stays started, for the next worker."""
         self.pulse.stop()
         self.give_back_signals()
+        self.unsubscribe()
         for last in (self.put_back_backlog, lambda: self.tell("on_stop"), self.teardown, self.lock.release):
             try:
                 last()

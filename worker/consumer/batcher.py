@@ -14,7 +14,7 @@ from typing import Any
 import redis
 
 from producer.errors import TandemError
-from worker.config.protocol import Step, Torn, Unavailable
+from worker.config.protocol import JobResult, Step, Torn, Unavailable
 from worker.consumer import settlement, transitions
 from worker.consumer.error_text import told
 from worker.consumer.events import IdDropped, ResultNotWritten
@@ -129,8 +129,9 @@ class Intake:
 
     def acknowledge(self, held: Held) -> None:
         """A transcript the ledger knows: finished, with the version it went into, and not trained again."""
-        result = {"version": held.version, "already_trained": True}
-        if broken := settlement.acknowledge(self.queue, held, result):
+        assert held.version is not None
+        result = JobResult(held.version, already_trained=True)
+        if broken := settlement.acknowledge(self.queue, held, result.as_map()):
             self.tell("on_notice", ResultNotWritten(held.id, broken))
         self.tell("on_already_trained", held.id, held.version)
 

@@ -33,7 +33,10 @@ class CommitPending(TandemError):
 
 
 class Committer:
-    """Settles what a step did with a batch. settling: held while jobs change hands. tell: the worker's hooks."""
+    """Settles what a step did with a batch.
+
+    settling: held while jobs change hands. tell: the worker's hooks. history: see `ledger.commit`.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,9 @@ class Committer:
         intake: Intake,
         settling: threading.RLock,
         tell: Callable[..., None],
+        history: int | None = None,
     ) -> None:
+        self.history = history
         self.worker, self.queue, self.intake, self.settling, self.tell = worker, queue, intake, settling, tell
         self.versions = 0
         """How many versions were committed."""
@@ -76,7 +81,7 @@ class Committer:
         """Tell Redis, however long it takes: no batch may follow before. Returns the seconds it took."""
 
         def finish(pipe: Pipeline) -> None:
-            settlement.finish(self.queue, trained, update.results, pipe)
+            settlement.finish(self.queue, trained, update.result_maps(), pipe)
             rq_private.count_finished(self.worker, len(trained), update.manifest["step_s"], pipe)
 
         record, started, asked, wait = update.record(), time.monotonic(), 0.0, 0.1
@@ -84,7 +89,7 @@ class Committer:
         while True:
             try:
                 with self.settling:
-                    ledger.commit(self.worker.connection, record, finish)
+                    ledger.commit(self.worker.connection, record, finish, history=self.history)
                     self.intake.release(trained)
                 point("committed")
                 break

@@ -24,7 +24,6 @@ from rq.exceptions import StopRequested
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.queue import Queue
-from rq.registry import BaseRegistry, StartedJobRegistry
 from rq.results import Result
 from rq.utils import now
 from rq.worker import SimpleWorker
@@ -32,6 +31,10 @@ from rq.worker import SimpleWorker
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 
+__all__ = ["Execution"]
+
+LISTEN = 0.2
+"""Seconds between two looks of the thread that listens for RQ's commands whether the worker ends."""
 REDIS_SECONDS = 15
 """How long Redis may take to answer, unless the connection allows more."""
 
@@ -43,6 +46,7 @@ PRIVATE_NAMES: list[tuple[Any, str]] = [
     *((SimpleWorker, name) for name in ("bootstrap", "teardown", "check_for_suspension", "heartbeat", "serialize")),
     *((SimpleWorker, name) for name in ("register_death", "set_state", "should_run_maintenance_tasks")),
     *((SimpleWorker, name) for name in ("_install_signal_handlers", "request_stop", "increment_failed_job_count")),
+    *((SimpleWorker, name) for name in ("subscribe", "unsubscribe", "_pubsub_exception_handler", "handle_payload")),
     *((worker_registration, name) for name in ("register", "clean_worker_registry")),
     (rq.serializers.DefaultSerializer, "loads"),
 ]
@@ -83,6 +87,7 @@ class RqWorker(SimpleWorker):
             log_job_description=False,
         )
         self._handlers: dict[signal.Signals, Any] = {}
+        self._unsubscribed = threading.Event()
 
     @property
     def stop_requested(self) -> bool:
@@ -99,6 +104,34 @@ class RqWorker(SimpleWorker):
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             self._install_signal_handlers()
+
+    def subscribe(self) -> None:
+        """Listen for RQ's commands in a thread, as RQ does, but one that looks often whether it shall end."""
+        self._unsubscribed.clear()
+        self.pubsub = self.connection.pubsub()
+        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        handler: Any = self._pubsub_exception_handler
+        thread: Any = self.pubsub.run_in_thread(sleep_time=LISTEN, daemon=True, exception_handler=handler)
+        self.pubsub_thread = thread
+
+    def unsubscribe(self) -> None:
+        """End that thread, also where Redis is away. Idempotent.
+
+        RQ asks Redis first; without an answer its thread logs an error every two seconds for ever.
+        """
+        thread: Any = self.pubsub_thread
+        self.pubsub_thread = None  # type: ignore[assignment]
+        if thread is not None:
+            self._unsubscribed.set()
+            thread.stop()
+            thread.join(timeout=5)  # it closes its connection
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """An error in RQ's thread that listens for commands. That Redis is away, the main thread says."""
+        if isinstance(exc, redis.ConnectionError) or self._unsubscribed.is_set():
+            self._unsubscribed.wait(2.0)
+            return
+        super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
 
     def give_back_signals(self) -> None:
         for number, handler in self._handlers.items():
@@ -150,13 +183,9 @@ def keys_of(job: Job, execution: Execution | None) -> list[str]:
     return [*found, execution.key] if execution else found
 
 
-def registry(kind: type[BaseRegistry], queue: Queue) -> BaseRegistry:
-    return kind(queue=queue, job_class=queue.job_class, serializer=MsgpackSerializer)  # type: ignore[arg-type]
-
-
 def started(queue: Queue) -> list[tuple[bytes, str, str]]:
     """Entry, job id and execution id of all that has begun; an entry that is none of RQ's has some id of no job."""
-    entries: Any = queue.connection.zrange(registry(StartedJobRegistry, queue).key, 0, -1)
+    entries: Any = queue.connection.zrange(queue.started_job_registry.key, 0, -1)
     return [(entry, *entry.decode(errors="replace").partition(":")[::2]) for entry in entries]
 
 

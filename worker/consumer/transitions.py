@@ -12,7 +12,6 @@ from typing import Any
 
 import redis
 from redis.client import Pipeline
-from rq.executions import Execution
 
 from producer import keys
 from producer.serializer import MsgpackSerializer
@@ -21,7 +20,7 @@ from worker.consumer import rq_private
 from worker.consumer.jobs import MAX_HASH, FeedbackJob, FeedbackQueue
 from worker.consumer.pipelines import merge, update_only
 from worker.consumer.redis_errors import execute
-from worker.consumer.rq_private import RqWorker
+from worker.consumer.rq_private import Execution, RqWorker
 
 LEASE = 180
 """Seconds a begun job stays ours without a heartbeat."""

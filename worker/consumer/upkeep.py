@@ -10,8 +10,6 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from rq.registry import DeferredJobRegistry, ScheduledJobRegistry, StartedJobRegistry
-
 from worker.consumer import rq_private
 from worker.consumer.events import EntryDropped, MaintenanceFailed, Notice
 from worker.consumer.jobs import FeedbackJob, FeedbackQueue
@@ -39,11 +37,10 @@ def _abandon_started(queue: FeedbackQueue, ours: Collection[str]) -> tuple[int, 
     begun = [entry for entry in rq_private.started(queue) if entry[1] not in ours]
     wrong: list[Notice] = []
     ids = [job_id for _, job_id, _ in begun]
-    registry = rq_private.registry(StartedJobRegistry, queue)
     canceled = _members(queue, queue.canceled_job_registry.key, ids)
     for (entry, job_id, execution_id), job in zip(begun, fetch(queue, ids), strict=True):
         if job is None:
-            queue.connection.zrem(registry.key, entry)
+            queue.connection.zrem(queue.started_job_registry.key, entry)
             wrong.append(EntryDropped(repr(entry[:40])))
         else:
             gone = job_id in canceled and job.get_status(refresh=False) == "canceled"
@@ -59,8 +56,7 @@ def _members(queue: FeedbackQueue, key: str, ids: list[str]) -> set[str]:
 
 def enqueue_due(queue: FeedbackQueue) -> int:
     """Queue retries that are due, as RQ's forked scheduler would, and deferred jobs that are ready; how many."""
-    scheduled = rq_private.registry(ScheduledJobRegistry, queue).key
-    deferred = rq_private.registry(DeferredJobRegistry, queue).key
+    scheduled, deferred = queue.scheduled_job_registry.key, queue.deferred_job_registry.key
     with queue.connection.pipeline(transaction=False) as pipe:
         pipe.zrangebyscore(scheduled, 0, time.time(), start=0, num=LOOK_AT)
         pipe.zrandmember(deferred, LOOK_AT)

@@ -27,7 +27,7 @@ from worker.checkpoint.journal import JournalError
 from worker.checkpoint.manager import Keeper
 from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.protocol import Torn, Unavailable, Update
+from worker.config.protocol import JobResult, Torn, Unavailable, Update
 from worker.data.examples import ExampleBuilder
 from worker.data.replay_buffer import Rehearsal
 from worker.serving.control_client import ServerControl
@@ -164,7 +164,7 @@ class SharedUpdate:
             "trained_tokens": gradients.trained_tokens,
             "loss": gradients.loss,
         }
-        results = {e.id: {"version": version, "loss": gradients.nll[e.id], **e.report} for e in trained}
+        results = {e.id: JobResult(version, gradients.nll[e.id], e.report) for e in trained}
         rejected = {e.id: gradients.rejected[e.id] for e in prepared if e.id in gradients.rejected}
         return Update(version, self.weights.header.lineage, manifest, results, rejected)
 
