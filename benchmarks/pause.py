@@ -57,7 +57,10 @@ class Bench:
             cut_layers(self.model_dir / "config.json", layers)
         self.tensors = make_weights(self.model_dir, device)
         self.model = bind.build_model(self.model_dir, self.tensors)
-        self.tokenizer, self.h = AutoTokenizer.from_pretrained(self.model_dir), Hyperparameters(lr=LR, max_length=longest)
+        self.tokenizer, self.h = (
+            AutoTokenizer.from_pretrained(self.model_dir),
+            Hyperparameters(lr=LR, max_length=longest),
+        )
         self.chosen = choose_way(self.model, self.model_dir, self.h, ApplySettings(memory=memory), longest, device)
 
     def trainer(self, way: Way, sizes: tuple[int, ...], budget: int) -> Trainer:
@@ -148,6 +151,22 @@ def pauses(bench: Bench, tokens: list[int], rounds: int, part: Part) -> None:
     part["used beside the weights"] = used
 
 
+@torch.no_grad()
+def _norms(trainer: Trainer) -> tuple[int, float]:
+    """How many norms come from Gram matrices, and how far, relatively, one is from its product's at most."""
+    squares, exact = [], []
+    for parameter in trainer.parameters():
+        kept = trainer.sweep.factors.of(parameter)
+        gram = kept.squares() if kept is not None else None
+        if kept is None or gram is None:
+            continue
+        out = trainer.sweep._place(parameter, 0)
+        kept.write(out)
+        squares.append(float(gram) ** 0.5)
+        exact.append(float(torch.linalg.vector_norm(out, dtype=torch.float32)))
+    return len(squares), max((abs(a / b - 1) for a, b in zip(squares, exact, strict=True) if b), default=0.0)
+
+
 def same_products(bench: Bench, tokens: int, part: Part) -> None:
     """Each product against autograd's gradient of the same X and dY."""
     row = next(s for s in sizes_up_to(tokens) if s >= tokens)
@@ -173,20 +192,10 @@ def same_products(bench: Bench, tokens: int, part: Part) -> None:
         trainer.begin(random_examples([tokens], bench.vocabulary, 0))
     finally:
         factors._keep = keep  # type: ignore[method-assign]
-    squares, exact = [], []
-    for parameter in trainer.parameters():
-        kept = factors.of(parameter)
-        gram = kept.squares() if kept is not None else None
-        if kept is None or gram is None:
-            continue
-        out = trainer.sweep._place(parameter, 0)
-        kept.write(out)
-        squares.append(float(gram) ** 0.5)
-        exact.append(float(torch.linalg.vector_norm(out, dtype=torch.float32)))
-    worst = max((abs(a / b - 1) for a, b in zip(squares, exact, strict=True) if b), default=0.0)
+    count, worst = _norms(trainer)
     trainer.forget()
     part["products compared"], part["that differ"] = compared, differ[:8]
-    part["norms from Gram matrices"], part["farthest from the product's, relative"] = len(squares), worst
+    part["norms from Gram matrices"], part["farthest from the product's, relative"] = count, worst
     part.check("every product has autograd's bits", compared > 0 and not differ)
     part.check("norms agree", worst < 0.01)
 
@@ -259,9 +268,7 @@ def reclaim(device: torch.device) -> None:
 @click.option("--tokens", default="400,512", show_default=True, help="Of a step's one sequence; comma-separated.")
 @click.option("--memory", default=14.0, show_default=True, help="GB for the trainer, weights aside.")
 @click.option("--longer", default="", help="More tokens to try, each by itself, whatever --memory says.")
-@click.option(
-    "--profile", is_flag=True, help="Also OUT/pause_profile.txt: kernels of writes by factors."
-)
+@click.option("--profile", is_flag=True, help="Also OUT/pause_profile.txt: kernels of writes by factors.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=560.0, show_default=True, help="For all of it; what is known by then is kept.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True)

@@ -1,0 +1,114 @@
+"""Streaming and hogwild beside a real vLLM: what its clients see during a write, and after one that was cut off.
+
+The tests run in order on one server.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from durable_parts import QUIET, Site, transcripts
+from serving_parts import Background, completion, events
+
+from producer.transcript import Transcript
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.update_options import ApplySettings
+from worker.orchestrator.worker_loop import attach_step
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import attach
+from worker.shared_weights.header import APPLYING, CLEAN
+
+pytestmark = pytest.mark.server
+
+STREAMING = ("--apply", "streaming")
+
+
+@pytest.fixture(scope="module")
+def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    running = Site(tmp_path_factory.mktemp("apply"), tiny_model, real=True)
+    yield running
+    running.close()
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """A worker in this process has torch choose algorithms that repeat; the other tests never asked for them."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+def test_a_streaming_worker_teaches_the_running_server(site: Site) -> None:
+    running = Background(site.server.process, 200, stream=False)
+    site.send("streamed", 4)
+    site.work(*QUIET, *STREAMING)
+    assert site.agree() == 2 and [site.manifest(version)["way"] for version in (1, 2)] == ["streaming"] * 2
+    assert running.result()[0] == 200
+    assert completion(site.server.process, 2)[1]["x-weight-version"] == "2"
+
+
+@pytest.mark.parametrize("options", [STREAMING, (*STREAMING, "--hogwild")], ids=["streaming", "hogwild"])
+@pytest.mark.parametrize("point", ["applying", "swept"])
+def test_torn_weights_are_never_served_and_the_next_worker_mends_them(
+    site: Site, point: str, options: tuple[str, ...]
+) -> None:
+    """With hogwild the server was never paused: it stops serving all the same."""
+    before = site.agree()
+    sent = site.send(f"{point}-{len(options)}", 2)
+    site.killed(point, *QUIET, *options)
+    site.is_torn()
+    assert site.header()["state"] == APPLYING
+    status, _, body = completion(site.server.process, 2)
+    assert status == 503 and "tandem worker" in json.loads(body)["error"]["message"], body
+    said = site.work(*QUIET, *options)
+    assert "torn" in said and site.agree() == before + 1 and set(sent) <= set(site.ledger())
+    status, headers, _ = completion(site.server.process, 2)
+    assert (status, headers["x-weight-version"]) == (200, str(before + 1))
+
+
+def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site) -> None:
+    before, server = site.agree(), site.server.process
+    header = attach(site.run_dir).header
+    control = ServerControl(site.run_dir, "lost")
+    control.connect()
+    stream, whole = Background(server, 4000, stream=True), Background(server, 4000, stream=False)
+    assert stream.started.wait(60)
+    control.begin_hogwild()
+    header.begin(control.fence)
+    control.close()  # as the end of its process does, which a busy machine may put off
+    site.is_torn()
+    reason = site.served()["reason"]
+    assert f"ended while it wrote version {before + 1}" in reason
+    assert reason in events(stream.result()[2])[-2]
+    status, _, body = whole.result()
+    assert status == 503 and reason.encode() in body
+    site.work(*QUIET)
+    assert site.agree() == before and completion(server, 2)[0] == 200
+
+
+def test_hogwild_answers_while_it_writes(site: Site) -> None:
+    """Asked from inside the backward pass, between two writes."""
+    before = site.agree()
+    settings, h = ApplySettings("streaming", hogwild=True), Hyperparameters(lr=3e-4, max_length=512)
+    answers, states = [], []
+    with attach_step(site.run_dir, "test", h, state_dir=site.state, settings=settings) as step:
+
+        def ask(gradient: torch.Tensor) -> None:
+            states.append((step.weights.header.state, site.served()["written"]))
+            answers.append(completion(site.server.process, 2))
+
+        for layer in step.trainer.model.model.layers:
+            layer.mlp.up_proj.weight.register_hook(ask)
+        sent = [step.prepare(item["id"], Transcript.from_dict(item)) for item in transcripts("wild", 2)]
+        update = step.run(sent)
+        assert update.version == before + 1 and step.weights.header.state == CLEAN
+    assert len(answers) >= 2 and set(states) == {(APPLYING, before + 1)}
+    assert {(status, headers["x-weight-version"]) for status, headers, _ in answers} == {
+        (200, f"{before}-{before + 1}")
+    }
+    assert 0 < update.manifest["pause_s"] < update.manifest["sweep_s"] and update.manifest["way"] == "hogwild"
+    assert completion(site.server.process, 2)[1]["x-weight-version"] == str(before + 1)
+    site.work(*QUIET)  # commits it
+    assert site.agree() == before + 1 and site.manifest(before + 1)["way"] == "hogwild"

