@@ -103,6 +103,14 @@ def test_hooks_are_burst() -> None:
     golden.check_hooks_are_burst(DEVICE)
 
 
+def test_step_scale() -> None:
+    golden.check_step_scale(DEVICE)
+
+
+def test_step_scale_in_every_way() -> None:
+    golden.check_step_scale_in_every_way(DEVICE)
+
+
 def test_update_rms() -> None:
     golden.check_update_rms(DEVICE)
 
@@ -240,7 +248,7 @@ def test_a_captured_step_is_a_step() -> None:
             optimizer.param_groups[0]["lr"] = 1e-2 / (t + 1)
             if not captured:
                 optimizer.prepare()
-            step()
+            step(step_scale=1 / (t + 1))
         assert optimizer.step_count == 5
         results.append([*(p.detach().clone() for p in parameters), optimizer.area.memory.clone()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

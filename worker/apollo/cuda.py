@@ -73,11 +73,11 @@ class CudaBackend:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def begin(self, draw: int) -> None:
-        self.prepare(draw)
+    def begin(self, draw: int, step_scale: float) -> None:
+        self.prepare(draw, step_scale)
         self.open()
 
-    def prepare(self, draw: int) -> None:
+    def prepare(self, draw: int, step_scale: float = 1.0) -> None:
         """What the host decides: the projections and the hyper-parameters. Reports a refused step it has heard of."""
         if self.pinned and torch.cuda.current_device() != self.device.index:
             raise ApolloError(f"the parameters are on {self.device}: make it current with torch.cuda.set_device")
@@ -86,7 +86,7 @@ class CudaBackend:
         if draw != self._drawn:
             self._draw(draw)
         for number, group in enumerate(self.groups):
-            self._set_knobs(number, group)
+            self._set_knobs(number, group, step_scale)
         scales = [group["scale"] for group in self.groups]
         if scales != self._scales:
             self._scales = scales
@@ -177,10 +177,10 @@ class CudaBackend:
         self.projections.copy_(host, non_blocking=True)
         self._drawn = draw
 
-    def _set_knobs(self, number: int, group: dict[str, Any]) -> None:
+    def _set_knobs(self, number: int, group: dict[str, Any], step_scale: float) -> None:
         """Changed values go up as arguments of a fill: no copy, no wait."""
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        values = (lr, beta1, beta2, group["eps"], lr * group["weight_decay"], group["scale_front"], group["gamma"])
+        rate, (beta1, beta2) = formulas.learning_rate(group["lr"], step_scale), group["betas"]
+        values = (rate, beta1, beta2, group["eps"], rate * group["weight_decay"], group["scale_front"], group["gamma"])
         known = self._knobs[number] or (None,) * len(values)
         for i, (value, old) in enumerate(zip(values, known, strict=True)):
             if value != old:

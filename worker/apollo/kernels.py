@@ -44,7 +44,7 @@ GRADIENT_STRIDE = tl.constexpr(3)
 BINDINGS = tl.constexpr(4)
 
 # Columns of the hyper-parameter table, float64 [groups, KNOBS].
-LR = tl.constexpr(0)
+RATE = tl.constexpr(0)  # formulas.learning_rate
 BETA1 = tl.constexpr(1)
 BETA2 = tl.constexpr(2)
 EPS = tl.constexpr(3)
@@ -241,7 +241,7 @@ def _moments(m, v, r, knob):
 
 @triton.jit
 def _step_size(knob, t):
-    """formulas.step_size: lr * sqrt(1 - b2^t) / (1 - b1^t), in float64."""
+    """formulas.step_size: rate * sqrt(1 - b2^t) / (1 - b1^t), in float64."""
     beta1, beta2 = tl.load(knob + BETA1), tl.load(knob + BETA2)
     power1, power2 = beta1 * 0 + 1, beta2 * 0 + 1
     while t > 0:
@@ -250,7 +250,7 @@ def _step_size(knob, t):
         beta1 *= beta1
         beta2 *= beta2
         t = t >> 1
-    return tl.load(knob + LR) * tl.sqrt(1 - power2) / (1 - power1)
+    return tl.load(knob + RATE) * tl.sqrt(1 - power2) / (1 - power1)
 
 
 @triton.jit(do_not_specialize=["first", "count"])
