@@ -8,15 +8,11 @@ is its hash, its id on the queue's list, and the queue's name in `rq:queues`.
 """
 
 import hashlib
-import os
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 from rq import Retry
@@ -24,11 +20,29 @@ from rq.job import Job, JobStatus
 from rq.results import Result
 
 from producer import keys
-from producer.errors import TandemError
+from producer.connection import DEFAULT_URL as DEFAULT_URL
+from producer.connection import block_ms as block_ms
+from producer.connection import connect as connect
+from producer.connection import redis_errors as redis_errors
+from producer.connection import resolve_url as resolve_url
+from producer.connection import safe_url as safe_url
+from producer.errors import (
+    QueueUnavailable as QueueUnavailable,
+)
+from producer.errors import (
+    TandemError,
+)
+from producer.errors import (
+    TranscriptFailed as TranscriptFailed,
+)
+from producer.errors import (
+    UnknownTranscript as UnknownTranscript,
+)
+from producer.errors import (
+    WaitTimeout as WaitTimeout,
+)
 from producer.serializer import MsgpackSerializer
 from producer.transcript import InvalidTranscript, Transcript
-
-DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 ACL = (
     "resetchannels -@all +evalsha +script|load +hget +exists +sadd +hset +rpush +multi +exec +xrevrange +xread +hgetall"
@@ -61,27 +75,6 @@ QUEUES_KEY = "rq:queues"
 CHUNK_JOBS = 100
 CHUNK_BYTES = 8 * 1024 * 1024
 """A pipeline is sent when either is reached."""
-
-BLOCK_SECONDS = 5.0
-"""The longest single blocking read of `wait`. A job that is cancelled or deleted announces nothing; it is seen then."""
-
-
-class QueueUnavailable(TandemError, ConnectionError):
-    """Redis is away, full or refuses us. `queued`: what `enqueue_many` had done, up to the pipeline that failed."""
-
-    queued: "list[Any]" = []  # noqa: RUF012 - replaced, never changed
-
-
-class UnknownTranscript(TandemError, LookupError):
-    """Neither the queue nor the ledger knows this id."""
-
-
-class TranscriptFailed(TandemError):
-    """The worker refused the transcript, or somebody cancelled it: it is in no version."""
-
-
-class WaitTimeout(TandemError, TimeoutError):
-    """The transcript is in no version yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,58 +235,3 @@ def timed_out(status: Status, timeout: float) -> WaitTimeout:
         f"transcript {status.id} is still {status.state} after {timeout:g} s; wait longer, or see whether a worker runs"
         " (tandem status)"
     )
-
-
-def block_ms(left: float | None, client: Any) -> int:
-    """Milliseconds one blocking read may take; shorter than the connection's own timeout, which would cut it off."""
-    socket_timeout = client.connection_pool.connection_kwargs.get("socket_timeout")
-    longest = BLOCK_SECONDS if socket_timeout is None else min(BLOCK_SECONDS, socket_timeout / 2)
-    return max(1, int(1000 * (longest if left is None else min(longest, left))))
-
-
-def resolve_url(url: str | None) -> str:
-    return url or os.environ.get("REDIS_URL") or DEFAULT_URL
-
-
-def safe_url(url: str) -> str:
-    """The URL as it may be printed: no user, no password, no query (which may hold one)."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme not in ("redis", "rediss", "unix"):
-            return "the given URL"
-        if parts.scheme == "unix":
-            return f"unix://{parts.path}"
-        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    except ValueError:
-        return "the given URL"
-
-
-def connect(url: str, make: Callable[..., Any]) -> Any:
-    """A client for `url`; nothing is sent yet. redis-py's own error on a bad URL may quote the password: not shown."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme != "unix" and not re.fullmatch(r"/?\d*/?", parts.path):
-            raise ValueError("redis-py would take database 0 for a name it cannot read")
-        return make(url, socket_timeout=4 * BLOCK_SECONDS, socket_connect_timeout=5, decode_responses=False)
-    except Exception:
-        raise TandemError(
-            f"not a Redis URL: {safe_url(url)}. Give redis://[user:password@]host[:port][/db], rediss://... or"
-            " unix://[user:password@]/path, with special characters of the password percent-encoded"
-        ) from None
-
-
-@contextmanager
-def redis_errors(where: str) -> Iterator[None]:
-    """redis-py's errors as one sentence for a user."""
-    try:
-        yield
-    except redis.exceptions.AuthenticationError as error:
-        raise QueueUnavailable(f"Redis at {where} refused the user or password; check REDIS_URL ({error})") from error
-    except redis.exceptions.NoPermissionError as error:
-        raise QueueUnavailable(f"Redis at {where}: {error}; give the user the rules in producer.jobs.ACL") from error
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise QueueUnavailable(f"cannot reach Redis at {where} ({error}); start it, or set REDIS_URL") from error
-    except redis.exceptions.OutOfMemoryError as error:
-        raise QueueUnavailable(f"Redis at {where} is full and queues nothing; raise its maxmemory ({error})") from error
-    except redis.exceptions.RedisError as error:
-        raise QueueUnavailable(f"Redis at {where} answered with an error: {error}") from error

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 TRAINER = """
 import os, sys, time
 from pathlib import Path
-from worker.serving.client import ServerControl
-from worker.weights.attach import attach
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import attach
 
 run_dir, steps = Path(sys.argv[1]), sys.argv[2].split(",")
 header = attach(run_dir).header

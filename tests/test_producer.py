@@ -23,7 +23,7 @@ from producer.errors import TandemError
 from producer.jobs import ACL, Enqueued, QueueUnavailable, Status, TranscriptFailed, UnknownTranscript, WaitTimeout
 from producer.serializer import MsgpackSerializer
 from producer.transcript import InvalidTranscript, Transcript
-from worker.redis_server import RedisServer
+from worker.testing.redis_server import RedisServer
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
 
@@ -216,7 +216,7 @@ def test_wait_ends_for_cancelled_unknown_and_late(producer: Producer, store: red
 
 
 def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("producer.jobs.BLOCK_SECONDS", 0.2)
+    monkeypatch.setattr("producer.connection.BLOCK_SECONDS", 0.2)
     producer.enqueue(TALK, id="a")
     thread = once_blocked(store, Job.fetch("a", connection=store, serializer=MsgpackSerializer).delete)
     with pytest.raises(UnknownTranscript):

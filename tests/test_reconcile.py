@@ -7,9 +7,9 @@ import pytest
 import redis
 
 from producer import keys
-from worker import ledger
-from worker.ledger import LedgerState
-from worker.reconcile import Irreconcilable, decide, reconcile
+from worker.versions import ledger
+from worker.versions.ledger import LedgerState
+from worker.versions.reconcile import Irreconcilable, decide, reconcile
 
 A, B = "a" * 32, "b" * 32
 

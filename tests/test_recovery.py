@@ -16,9 +16,9 @@ from chaos_processes import until
 from durable_parts import LEARNING, QUIET, Site, transcripts
 
 from producer import keys
-from worker.journal import Journal
-from worker.replay import unpack_batch
-from worker.snapshots import fingerprint
+from worker.checkpoint.journal import Journal
+from worker.checkpoint.replay import unpack_batch
+from worker.checkpoint.snapshots import fingerprint
 
 pytestmark = pytest.mark.slow
 

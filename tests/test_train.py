@@ -14,14 +14,15 @@ from stack_parts import transcripts
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
-from worker import checkpoint, torch_setup
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
-from worker.tiny import make_tiny
-from worker.train import command
-from worker.trainer import Trainer, make_builder, make_trainer
-from worker.warm_up import warm_up
-from worker.weighting import RULES, unscaled
+from worker.checkpoint import model_directory
+from worker.cli.train import command
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.testing.tiny_model import make_tiny
+from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.trainer.weighting import RULES, unscaled
+from worker.utils import torch_setup
 
 H = Hyperparameters(lr=1e-3, max_length=256)
 
@@ -36,7 +37,7 @@ def examples(tiny_model: Path) -> list[Example]:
 def fresh(
     model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, streaming: bool = False
 ) -> Trainer:
-    model, tokenizer = checkpoint.load(model_dir, dtype)
+    model, tokenizer = model_directory.load(model_dir, dtype)
     return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
 
 
@@ -63,7 +64,7 @@ def test_a_trained_directory_has_the_source_s_layout_and_other_values(tmp_path: 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("mlp.up_proj" in name for name in changed) and any("embed_tokens" in name for name in changed)
     assert not any("visual" in name for name in changed)
-    checkpoint.load(out)  # transformers takes it
+    model_directory.load(out)  # transformers takes it
     assert {f.name for f in source.iterdir()} | {"loss.png"} == {f.name for f in out.iterdir()}
 
 
@@ -185,7 +186,8 @@ def test_the_gradient_is_that_of_the_weighted_mean_however_small_the_weights(
     together = trainer.begin([weighing(*pair) for pair in zip(examples, weights, strict=True)])
     shares = [w * one.trained_tokens for w, one in zip(weights, examples, strict=True)]
     tokens = sum(one.trained_tokens for one in examples)
-    assert together.loss == pytest.approx(sum(s * a.loss for s, (a, _) in zip(shares, alone, strict=True)) / sum(shares))
+    loss = sum(s * a.loss for s, (a, _) in zip(shares, alone, strict=True)) / sum(shares)
+    assert together.loss == pytest.approx(loss)
     assert together.step_scale == pytest.approx(sum(shares) / tokens) and together.trained_tokens == tokens
     found_all = torch.cat([g.flatten() for g in gradients(trainer).values()]).double()
     flat = [torch.cat([g.flatten() for g in one.values()]).double() for _, one in alone]

@@ -3,8 +3,8 @@
 Knows torch, and Triton in its CUDA files only; no Redis, vLLM or transformers.
 """
 
+from worker.apollo.apollo_mini import ApolloMini, LastUpdate
 from worker.apollo.errors import ApolloError, NonFiniteGradient
-from worker.apollo.layout import state_bytes
-from worker.apollo.optimizer import ApolloMini, LastUpdate
+from worker.apollo.state_layout import state_bytes
 
 __all__ = ["ApolloError", "ApolloMini", "LastUpdate", "NonFiniteGradient", "state_bytes"]

@@ -3,6 +3,6 @@
 Must not know: examples, optimizers, the server, how weights are shared.
 """
 
-from worker.model.fuse import ModelError, fuse
+from worker.model.patch import ModelError, fuse
 
 __all__ = ["ModelError", "fuse"]

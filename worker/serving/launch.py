@@ -18,13 +18,13 @@ from pathlib import Path
 
 import click
 
-from worker import torch_setup, wire
-from worker.serving.flags import KV_FLAGS, LaunchError, parse_flags
-from worker.serving.plugin import SERVE_ENV, WEIGHT_ENGINE
-from worker.serving.trainer_share import TrainerMemory, make_room
+from worker.serving.memory_share import TrainerMemory, make_room
+from worker.serving.vllm.plugin import SERVE_ENV, WEIGHT_ENGINE
+from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
+from worker.utils import torch_setup, unix_socket
 
 PLUGIN = "tandem"
-EXTENSION = "worker.serving.extension.TandemWorkerExtension"
+EXTENSION = "worker.serving.vllm.worker_extension.TandemWorkerExtension"
 DEFAULT_GROUPS = (
     "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
 )  # fmt: skip
@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[str, str | None]] = {
     "--worker-extension-cls": ("tandem serve sets it to its own class", None),
 }
 """Flag -> why not, and the value that does no harm. What vLLM makes of configuration files and abbreviations is checked
-again beside the weights (worker/weights/refusals.py)."""
+again beside the weights (worker/serving/vllm/unsupported_flags.py)."""
 
 
 @click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
@@ -81,7 +81,7 @@ def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None, tra
     on_cpu = is_cpu_build()
     check_installed()
     check_options(vllm_options, os.environ)
-    run_dir = wire.prepare_run_dir((run_dir or wire.default_run_dir()).absolute())
+    run_dir = unix_socket.prepare_run_dir((run_dir or unix_socket.default_run_dir()).absolute())
     lock(run_dir, model)
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
     room, said = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
@@ -206,9 +206,9 @@ def _refuse_leftovers(run_dir: Path) -> None:
     """vLLM's engine outlives an API process that was killed with SIGKILL, and its worker holds the weights' socket."""
     for name in ("weights.sock", "control.sock"):
         try:
-            with wire.connect(wire.socket_path(run_dir, name), timeout=2.0) as sock:
-                pid, _ = wire.peer(sock)
-        except wire.WireError:
+            with unix_socket.connect(unix_socket.socket_path(run_dir, name), timeout=2.0) as sock:
+                pid, _ = unix_socket.peer(sock)
+        except unix_socket.WireError:
             continue
         raise LaunchError(f"process {pid}, left over from a killed server, still holds {run_dir / name}: kill {pid}")
 
