@@ -47,20 +47,27 @@ def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
     running.close()
 
 
+def send(site: Site) -> None:
+    """Four transcripts that count differently: for two versions."""
+    weights = (1.0, 0.5, 0.25, 1e-3)
+    site.producer.enqueue_many([item | {"weight": w} for item, w in zip(transcripts("x", 4), weights, strict=True)])
+
+
 @pytest.fixture(scope="module")
 def burst(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """Weights, optimizer's state and step count after two versions of two transcripts each, by bursts."""
     site = Site(tmp_path_factory.mktemp("burst"), tiny_model)
-    site.send("x", 4)
+    send(site)
     site.work(*QUIET)
     assert site.agree() == 2 and site.manifest(2)["way"] == "burst" and "forward_s" not in site.manifest(2)
+    assert 0 < float(site.manifest(2)["step_scale"]) < 0.5, "the mean weight of a token"
     yield site.everything()
     site.close()
 
 
 @pytest.mark.parametrize("way", ["streaming", "hogwild"])
 def test_a_streaming_worker_makes_the_weights_of_a_burst(site: Site, burst: tuple[str, int], way: str) -> None:
-    site.send("x", 4)
+    send(site)
     site.work(*QUIET, *STREAMING, *(["--hogwild"] if way == "hogwild" else []))
     assert site.agree() == 2 and site.everything() == burst
     manifest = site.manifest(2)
@@ -72,7 +79,7 @@ def test_a_streaming_worker_makes_the_weights_of_a_burst(site: Site, burst: tupl
 
 @pytest.mark.parametrize("point", ["paused", "applying", "swept", "applied"])
 def test_a_streaming_worker_killed_anywhere_costs_nothing(site: Site, burst: tuple[str, int], point: str) -> None:
-    site.send("x", 4)
+    send(site)
     more = [] if point == "applying" else ["--hogwild"]
     site.killed(f"{point}:2", *QUIET, *STREAMING, *more)
     if point in ("applying", "swept"):

@@ -82,7 +82,7 @@ def test_outliers_in_the_history_hardly_move_the_bound(outliers: int) -> None:
 def test_a_restart_remembers_from_manifests_as_the_journal_and_as_redis_have_them() -> None:
     first, dice = Guards(minimum=8, window=64), random.Random(1)
     losses = [{f"t{i}": dice.gauss(3, 1) for i in range(4)} for _ in range(12)]
-    manifests = [Guards.measures(nll, dice.gauss(9, 1)) for nll in losses]
+    manifests = [Guards.measures(nll, dice.gauss(9, 1), 50.0) for nll in losses]
     first.remember(manifests)
     from_journal, from_redis = Guards(minimum=8, window=64), Guards(minimum=8, window=64)
     from_journal.remember(manifests)
@@ -90,7 +90,7 @@ def test_a_restart_remembers_from_manifests_as_the_journal_and_as_redis_have_the
     assert first.loss_limit() == from_journal.loss_limit() == from_redis.loss_limit() < math.inf
     refusals = [guards.norm_refusal(100.0) for guards in (first, from_journal, from_redis)]
     assert refusals[0] is not None and len(set(refusals)) == 1 and first.norm_refusal(9.0) is None
-    from_redis.remember([{"losses": "[not json", "gradient_norm": "?"}, {"losses": None}, {}])
+    from_redis.remember([{"losses": "[not json", "gradient_norm": "?", "effective_tokens": "?"}, {"losses": None}, {}])
     assert from_redis.loss_limit() == first.loss_limit()
 
 
@@ -119,17 +119,24 @@ def test_gradient_norm_is_that_of_all_gradients_together(room: tuple[Trainer, Ex
     assert expected > 0 and gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(before, weights_of(trainer))
     guards = Guards(minimum=16)
-    guards.remember([Guards.measures({}, expected)] * 4)
+    guards.remember([Guards.measures({}, expected, 8.0)] * 4)
     assert guards.norm_refusal(1.2 * expected) is None and "norm" in str(guards.norm_refusal(50 * expected))
     trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def test_a_small_batch_may_have_a_larger_gradient() -> None:
     guards, dice = Guards(minimum=16), random.Random(2)
-    guards.remember({"gradient_norm": dice.gauss(4, 0.3), "trained_tokens": 100} for _ in range(40))
+    guards.remember({"gradient_norm": dice.gauss(4, 0.3), "effective_tokens": 100} for _ in range(40))
     assert guards.norm_refusal(9.6) is not None and guards.norm_refusal(9.6, 100) is not None
     assert guards.norm_refusal(9.6, 25) is None, "half the noise of four times the tokens"
     assert guards.norm_refusal(40.0, 25) is not None and guards.norm_refusal(9.6, 400) is not None
+
+
+def test_norms_of_the_first_rule_are_forgotten() -> None:
+    """They were smaller by the weights: with all at .5, every gradient of today would be an outlier, for ever."""
+    guards = Guards(minimum=16)
+    guards.remember({"gradient_norm": 2.0, "trained_tokens": 100, "losses": [1.0]} for _ in range(40))
+    assert guards.norm_refusal(4.0, 100) is None and len(guards.losses.values) == 40
 
 
 def test_bad_settings_are_refused() -> None:

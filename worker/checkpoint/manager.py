@@ -23,6 +23,7 @@ from worker.config.protocol import Update
 from worker.config.retention import Policy
 from worker.shared_weights.attach import AttachedWeights
 from worker.shared_weights.header import CLEAN
+from worker.trainer.weighting import NEWEST
 from worker.utils.fault_injection import point
 
 log = logging.getLogger("tandem")
@@ -62,6 +63,7 @@ class Keeper:
         come from, in order. Raises `JournalError`."""
         record = {
             "kind": "update",
+            "format": NEWEST,
             "version": update.version,
             "lineage": update.lineage,
             "parent": self.weights.header.version,

@@ -25,6 +25,7 @@ from worker.data.batch_capacity import Room
 from worker.data.examples import Example, TokenSequence
 from worker.data.replay_buffer import PREFIX
 from worker.trainer.trainer import Gradients, Trainer
+from worker.trainer.weighting import NEWEST, RULES, Rule
 
 BURST = "burst"
 """The way of a manifest that names none."""
@@ -147,13 +148,15 @@ Steps = Sequence[tuple[dict[str, Any], frozenset[str]]]
 
 
 def check_fits(steps: Steps, room: RoomOf) -> None:
-    """Every batch of `steps` is there, and the trainer that would replay it takes it. Raises `ReplayError`.
+    """Every batch of `steps` is there, of a known format, and the trainer that would replay it takes it. Raises
+    `ReplayError`.
 
     No trainer is made for it: that writes to the optimizer's state where it is fresh, and to what a live trainer's
     parameters learn. The error names the batch that needs the most: who does what it says is not refused again.
     """
     refused = []
     for record, dropped in steps:
+        rule_of(record)
         examples, ours = unpack_batch(record, dropped), room(hyperparameters(record["h"]))
         if not ours.holds(examples):
             in_burst = replace(ours, streaming=False).holds(examples)
@@ -197,7 +200,7 @@ def replay(steps: Steps, make_trainer: Make, device: torch.device) -> list[str]:
             trainer.streaming = record["manifest"].get("way", BURST) != BURST
         examples = unpack_batch(record, dropped)
         with _threads(record["facts"]["threads"]):
-            gradients = trainer.begin(examples) if examples else None
+            gradients = trainer.begin(examples, rule=rule_of(record)) if examples else None
             if gradients is None or not gradients.nll:
                 trainer.skip()
             else:
@@ -205,6 +208,20 @@ def replay(steps: Steps, make_trainer: Make, device: torch.device) -> list[str]:
         if gradients is not None and len(examples) == len(record["batch"]) and not dropped:
             said += _compare(record, gradients)
     return said
+
+
+def rule_of(record: Mapping[str, Any]) -> Rule:
+    """How weights counted when the record was written; records of before there were format numbers have none.
+
+    Raises `ReplayError` for a format that is not known.
+    """
+    number = record.get("format", 1)
+    if number not in RULES:
+        raise ReplayError(
+            f"version {record['version']} was journaled in format {number}, and this Tandem knows formats up to"
+            f" {NEWEST}: use the Tandem that wrote it, or a newer one"
+        )
+    return RULES[number]
 
 
 def hyperparameters(plain: Mapping[str, Any]) -> Hyperparameters:

@@ -111,7 +111,7 @@ class SharedUpdate:
         norm = None
         if self.guards is not None and not self.trainer.streaming:
             norm = gradient_norm(self.trainer.parameters())
-            if reason := self.guards.norm_refusal(norm, gradients.trained_tokens):
+            if reason := self.guards.norm_refusal(norm, gradients.effective_tokens):
                 if len(prepared) > 1:
                     raise GradientOutlier(reason)
                 return Update(version=None, lineage=header.lineage, rejected={ready.id: reason for ready in prepared})
@@ -122,7 +122,9 @@ class SharedUpdate:
         trained = [ready for ready in batch if ready.id in gradients.nll]
         update.manifest |= Rehearsal.record(trained)
         if self.guards is not None:
-            update.manifest |= Guards.measures({id: gradients.nll[id] for id in update.results}, norm)
+            update.manifest |= Guards.measures(
+                {id: gradients.nll[id] for id in update.results}, norm, gradients.effective_tokens
+            )
         try:
             self.keeper.before(update, trained, self.h, self.trainer.optimizer.step_count)
         except JournalError as error:
