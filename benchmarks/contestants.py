@@ -19,8 +19,8 @@ from optimizer import import_apollo_torch
 from worker.apollo import state_bytes
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
-from worker.serving.vllm.tensor_mapping import FLOAT32_PARAMETERS
 from worker.shared_weights import bind
+from worker.shared_weights.slices import FLOAT32_PARAMETERS
 from worker.trainer.trainer import Trainer, make_trainer
 
 LR = 1e-6

@@ -138,12 +138,18 @@ def block_ms(left: float | None, client: Any) -> int:
     return max(1, int(1000 * (longest if left is None else min(longest, left))))
 
 
+def own_words(error: Exception) -> str:
+    """What Redis said. redis-py puts the command in front of it, whose arguments may be a transcript."""
+    return str(error).rpartition(" of pipeline caused error: ")[2]
+
+
 @contextmanager
 def redis_errors(where: str) -> Iterator[None]:
     """redis-py's errors as one sentence for a user. where: the URL as it may be printed."""
     try:
         yield
     except redis.exceptions.RedisError as error:
+        error.args = (own_words(error),)  # it stays the cause, which a traceback shows
         raise QueueUnavailableError(_sentence(where, error)) from error
 
 
@@ -159,13 +165,18 @@ def _sentence(where: str, error: redis.exceptions.RedisError) -> str:
     if isinstance(error, known.ConnectionError | known.TimeoutError):
         return f"cannot reach Redis at {where} ({said}); start it, or set REDIS_URL"
     if isinstance(error, known.OutOfMemoryError) or "OOM command not allowed" in said:
-        return f"Redis at {where} is full and queues nothing; raise its maxmemory, or let a worker drain it ({said})"
+        return f"Redis at {where} is full and queues nothing; raise its maxmemory, or delete what may go"
     if isinstance(error, known.ReadOnlyError) or "READONLY " in said:
         return f"Redis at {where} is a read-only replica and queues nothing; give the URL of its primary"
     if _is_cluster(error):
         return (
             f"Redis at {where} is part of a Redis Cluster, on which neither RQ nor Tandem runs; give the URL of a"
             " single Redis"
+        )
+    if "DB index is out of range" in said:
+        return (
+            f"Redis at {where} has no such database; give a lower one (one with only 0 may be part of a Redis"
+            " Cluster, on which neither RQ nor Tandem runs)"
         )
     if "unknown command" in said:
         return (

@@ -24,6 +24,7 @@ from producer.errors import TandemError
 from producer.transcript import Transcript
 from worker.consumer.batch_worker import BatchWorker, Torn, Unavailable, Update
 from worker.consumer.events import Hooks
+from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
 from worker.versions.reconcile import reconcile
 
@@ -153,6 +154,7 @@ def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = Fals
             weights.record,
             new_lineage=new_lineage,
             adopt=lambda lineage, version: weights.set_header(lineage, version, "CLEAN"),
+            settle=settle_with_rq(connection),
         ):
             logging.info(sentence)
     except BaseException:

@@ -23,11 +23,12 @@ from torch import nn
 from worker.apollo import state_bytes
 from worker.serving.vllm.control_server import Control
 from worker.serving.vllm.server_state import ServerState
-from worker.serving.vllm.tensor_mapping import Slice
 from worker.serving.vllm.weight_service import WeightService
-from worker.shared_weights.backend import dtype_of, owner_for, unique_parameters
+from worker.shared_weights.backend import dtype_of, unique_parameters
+from worker.shared_weights.backends import owner_for
 from worker.shared_weights.batch_record import RECORD_BYTES
 from worker.shared_weights.header import HEADER_BYTES, Header
+from worker.shared_weights.slices import Slice
 from worker.utils import torch_setup, unix_socket
 
 LAYOUT = Path(__file__).parent / "data" / "tiny_layout.json"

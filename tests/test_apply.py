@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from producer.transcript import Transcript
 from worker.apollo import ApolloMini, NonFiniteGradient
 from worker.checkpoint.replay import Ready
+from worker.cli.worker import command as worker_command
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Torn
 from worker.config.update_options import ApplySettings
 from worker.data.examples import Example
-from worker.orchestrator import worker_loop
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.worker_loop import attach_step
@@ -190,5 +190,5 @@ def test_a_gradient_that_is_not_finite_changes_nothing_in_burst(site: Site) -> N
 
 @pytest.mark.parametrize("arguments", [["--hogwild"], ["--hogwild", "--apply", "burst"], ["--duty-cycle", "0"]])
 def test_flags_that_make_no_sense_are_refused_by_name(arguments: list[str]) -> None:
-    result = CliRunner().invoke(worker_loop.command, arguments)
+    result = CliRunner().invoke(worker_command, arguments)
     assert result.exit_code != 0 and arguments[0] in f"{result.output}{result.exception}"

@@ -170,7 +170,7 @@ def test_a_node_of_a_cluster_is_named_and_gets_nothing(
 ) -> None:
     with pytest.raises(QueueUnavailableError) as caught:
         enqueue(f"redis://127.0.0.1:{kinds.cluster}{database}")
-    assert "is part of a Redis Cluster, on which neither RQ nor Tandem runs" in sentence(caught.value)
+    assert "part of a Redis Cluster, on which neither RQ nor Tandem runs" in sentence(caught.value)
     with redis.Redis(port=kinds.cluster) as node:
         assert node.dbsize() == 0
 

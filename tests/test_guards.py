@@ -17,6 +17,7 @@ from drain_parts import Lines, Weights, start
 from producer import Producer, Transcript, keys
 from producer.errors import TandemError
 from worker.checkpoint import model_directory
+from worker.cli.resume import command as resume_command
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Unavailable
 from worker.data.examples import Example, ExampleBuilder
@@ -256,14 +257,14 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
     def resumed_by_a_person(sentence: str) -> None:
         told.append(sentence)
         if "on hold" in sentence:
-            answer = CliRunner().invoke(pause_switch.command, ["--redis", redis_url])
+            answer = CliRunner().invoke(resume_command, ["--redis", redis_url])
             assert answer.exit_code == 0 and "it was on hold: the canary died" in answer.output
 
     worker = start(connection, weights, hooks=[], max_jobs=1, check=lambda: check(False, resumed_by_a_person))
     worker.work(burst=True)
     assert sorted(weights.trained) == ids and told[-1] == "training goes on" and len(told) == 2
     assert {"held", "resumed"} <= set(events(connection))
-    assert "not on hold" in CliRunner().invoke(pause_switch.command, ["--redis", redis_url]).output
+    assert "not on hold" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
 
 
 def test_a_worker_on_hold_can_be_stopped(connection: redis.Redis) -> None:

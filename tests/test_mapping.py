@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from worker.serving.vllm.load_recorder import MappingError
-from worker.serving.vllm.tensor_mapping import Padding, Slice, derive
+from worker.serving.vllm.tensor_mapping import Padding, derive
+from worker.shared_weights.slices import Slice
 from worker.shared_weights.tensor_names import Source
 
 Weights = Iterable[tuple[str, torch.Tensor]]

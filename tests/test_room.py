@@ -26,12 +26,12 @@ from worker.checkpoint import model_directory
 from worker.checkpoint.manager import CannotRebuild, Keeper
 from worker.checkpoint.replay import ReplayError, RoomOf, check_fits
 from worker.checkpoint.state_dir import StateDir
-from worker.cli import train
+from worker.cli import rollback, train
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.retention import Policy
 from worker.data.batch_capacity import Room, room_for
 from worker.data.packing import BatchError
-from worker.orchestrator import rollback, worker_loop
+from worker.orchestrator import worker_loop
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.rollback import roll_back

@@ -144,8 +144,9 @@ def test_trainer_memory_is_for_gpus(tmp_path: Path) -> None:
 def test_a_run_directory_has_one_server(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     holder = (
-        "import sys; from pathlib import Path; from worker import wire; from worker.serving.launch import lock;"
-        "run_dir = Path(sys.argv[1]); wire.prepare_run_dir(run_dir); lock(run_dir, 'first/model');"
+        "import sys; from pathlib import Path; from worker.utils import unix_socket;"
+        "from worker.serving.launch import lock;"
+        "run_dir = Path(sys.argv[1]); unix_socket.prepare_run_dir(run_dir); lock(run_dir, 'first/model');"
         "print('ready', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen(

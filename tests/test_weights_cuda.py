@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from worker.shared_weights.backend import SharingError, opener_for
+from worker.shared_weights.backend import SharingError
+from worker.shared_weights.backends import opener_for
 from worker.shared_weights.header import Header
 from worker.shared_weights.weights_client import ask, read_header
 from worker.utils import unix_socket
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from worker.shared_weights.header import HEADER_BYTES, Header
-from worker.shared_weights.backend import owner_for
+from worker.shared_weights.backends import owner_for
 from worker.serving.vllm.weight_service import WeightService
 
 device = torch.device("cuda")

@@ -11,14 +11,14 @@ import click
 from producer.errors import TandemError
 
 COMMANDS = {
-    "serve": ("worker.serving.launch", "Serve MODEL with vLLM, ready to be trained in place."),
-    "worker": ("worker.orchestrator.worker_loop", "Drain the queue and train the served weights."),
+    "serve": ("worker.cli.serve", "Serve MODEL with vLLM, ready to be trained in place."),
+    "worker": ("worker.cli.worker", "Drain the queue and train the served weights."),
     "enqueue": ("producer.cli", "Queue transcripts from FILE.jsonl."),
     "version": ("producer.cli", "Print the version of the weights that is live."),
     "train": ("worker.cli.train", "Train on FILE.jsonl without a queue."),
-    "tiny": ("worker.testing.tiny_model", "Write a tiny Qwen3.5 to try things with."),
-    "rollback": ("worker.orchestrator.rollback", "Go back to an older version, with transcripts left out if asked."),
-    "resume": ("worker.versions.pause_switch", "Let training go on that was put on hold."),
+    "tiny": ("worker.cli.tiny", "Write a tiny Qwen3.5 to try things with."),
+    "rollback": ("worker.cli.rollback", "Go back to an older version, with transcripts left out if asked."),
+    "resume": ("worker.cli.resume", "Let training go on that was put on hold."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Say in one line how server, worker and queue are."),
     "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),

@@ -119,6 +119,7 @@ class BatchWorker(SimpleWorker):
         self.versions = 0
         self.broken_on: list[str] = []
         try:
+            transitions.announce(self.queue)
             recovered, wrong = transitions.recover(self.queue, self.name)
             if recovered:
                 wrong.append(f"put back {recovered} jobs that a dead worker held")

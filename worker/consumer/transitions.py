@@ -117,6 +117,11 @@ def _take(queue: FeedbackQueue, count: int, first: bytes) -> list[tuple[bytes, b
     return result
 
 
+def announce(queue: FeedbackQueue) -> None:
+    """Name the queue among RQ's, for its tools (`rq info`, the dashboard). A producer has no right to do it."""
+    queue.connection.sadd(queue.redis_queues_keys, queue.key)
+
+
 def _owned(batch: Iterable[Held]) -> dict[str, str]:
     """The Redis keys that only one job uses -> that job's id."""
     found: dict[str, str] = {}

@@ -19,13 +19,14 @@ from producer.errors import TandemError
 from worker.apollo import NonFiniteGradient
 from worker.checkpoint.journal import Entry
 from worker.checkpoint.manager import Keeper
+from worker.consumer.settlement import settle_with_rq
 from worker.orchestrator.requeue import requeue
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.header import CLEAN
 from worker.utils.signals import deferred
 from worker.versions import ledger
 from worker.versions.ledger import LedgerState
-from worker.versions.reconcile import RESTART, settle_with_rq
+from worker.versions.reconcile import RESTART
 
 CHUNK = 10_000
 """Ledger entries a round trip."""

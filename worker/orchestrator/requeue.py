@@ -13,7 +13,7 @@ from rq.registry import FinishedJobRegistry
 
 from producer import keys
 from producer.errors import TandemError
-from producer.jobs import QUEUE_KEY, QUEUES_KEY, results_key, submission
+from producer.jobs import results_key, submission
 from producer.transcript import Transcript
 from worker.checkpoint.journal import Journal
 from worker.consumer.jobs import open_queue
@@ -31,13 +31,10 @@ def requeue(connection: redis.Redis, journal: Journal, ids: list[str]) -> Callab
     def settle(pipe: Pipeline) -> None:
         for id in ids:
             sent = submission(Transcript.from_dict(texts[id] | {"id": id}), connection)
-            fields = sent.arguments[5:]
             pipe.hdel(keys.LEDGER, id)
             pipe.delete(sent.job.key, results_key(id))
             pipe.zrem(finished, id)
-            pipe.sadd(QUEUES_KEY, QUEUE_KEY)
-            pipe.hset(sent.job.key, mapping=dict(zip(fields[::2], fields[1::2], strict=True)))
-            pipe.rpush(QUEUE_KEY, id)
+            sent.write(pipe)
 
     return settle
 

@@ -1,4 +1,4 @@
-"""`tandem worker`: puts the rooms together, once, and drains the queue until told to stop.
+"""The worker: puts the rooms together, once, and drains the queue until told to stop.
 
 Order of a start: server (one trainer at a time), weights, their recovery, Redis, then the queue. Each refusal is one
 sentence that says what to do.
@@ -6,31 +6,27 @@ sentence that says what to do.
 
 import contextlib
 import logging
-import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import redis
 import torch
 from transformers import AutoTokenizer
 
-from producer.cli import redis_option
-from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker.checkpoint.manager import Keeper
 from worker.checkpoint.replay import make_deterministic, rename, unpack_ready
 from worker.checkpoint.state_dir import StateDir, default_state_dir
-from worker.config.guard_options import GuardSettings, canary_hooks, guard_options, settings_of
-from worker.config.hyperparameters import Hyperparameters, training_options
+from worker.config.guard_options import GuardSettings, canary_hooks
+from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Unavailable
-from worker.config.retention import Policy, policy_of, state_options
-from worker.config.update_options import MAX_TOKENS, ApplySettings, apply_options, apply_settings_of, max_tokens_option
+from worker.config.retention import Policy
+from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.consumer.batch_worker import BatchWorker
-from worker.consumer.events import Hooks, LogHooks
+from worker.consumer.events import Hooks
+from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
 from worker.data.batch_capacity import room_for
 from worker.data.replay_buffer import Rehearsal
@@ -44,10 +40,9 @@ from worker.trainer.outliers import Guards
 from worker.trainer.trainer import make_builder, make_trainer
 from worker.utils import torch_setup
 from worker.utils.duty_cycle import Duty
-from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger, pause_switch
 from worker.versions.reconcile import reconcile
-from worker.versions.rest_status import forget_rest, rest
+from worker.versions.rest_status import rest
 
 log = logging.getLogger("tandem")
 
@@ -108,69 +103,6 @@ def attach_step(
         warm(trainer)
         duty = Duty(settings.duty_cycle)
         yield SharedUpdate(weights, control, trainer, builder, keeper, h, hogwild=settings.hogwild, duty=duty)
-
-
-@click.command()
-@redis_option
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--name", help="This worker's name, in errors and dashboards (default: host and pid).")
-@click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")
-@max_tokens_option
-@click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
-@click.option("--burst", is_flag=True, help="Stop when the queue is empty.")
-@click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
-@state_options
-@guard_options
-@apply_options
-@training_options
-def command(
-    redis_url: str | None,
-    run_dir: Path | None,
-    name: str | None,
-    max_jobs: int,
-    max_tokens: int,
-    linger: float,
-    burst: bool,
-    new_lineage: bool,
-    threads: int | None,
-    state_dir: Path | None,
-    **options: Any,
-) -> None:
-    """Drain the queue and train the weights that the server of --run-dir is serving."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if threads:
-        torch.set_num_threads(threads)
-    policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
-    name = name or f"{socket.gethostname()}-{os.getpid()}"
-    connection = connect(resolve_url(redis_url), redis.Redis.from_url)
-    with redis_errors(safe_url(resolve_url(redis_url))):
-        connection.ping()
-    lock = WorkerLock(connection, name)
-    if taken_over := lock.acquire():
-        log.info(taken_over)
-    try:
-        with attach_step(
-            run_dir or default_run_dir(),
-            name,
-            Hyperparameters(**options),
-            state_dir=state_dir,
-            policy=policy,
-            known=ledger.state(connection),
-            new_lineage=new_lineage,
-            settings=settings,
-            max_tokens=max_tokens,
-        ) as step:
-            agree(connection, step, new_lineage=new_lineage)
-            step.confirm = partial(confirm, connection, step)
-            forget_rest(connection)
-            hooks = [LogHooks(), *watch(connection, step, guards)]
-            limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
-            drain(connection, step, lock, burst=burst, hooks=hooks, **limits)
-            if policy.at_stop and (said := step.keeper.try_checkpoint()):
-                log.info(said)
-    finally:
-        lock.release()
 
 
 def drain(
@@ -257,11 +189,8 @@ def agree(connection: redis.Redis, step: SharedUpdate, *, new_lineage: bool = Fa
         step.weights.record.read(),
         new_lineage=new_lineage,
         adopt=partial(take_over, step.keeper, step.control),
+        settle=settle_with_rq(connection),
     )
     note = take_note(step.keeper, lambda: ledger.everyone(connection))
     for sentence in [*said, *([note] if note else [])]:
         log.info(sentence)
-
-
-if __name__ == "__main__":
-    command()

@@ -9,10 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from producer.errors import TandemError
-from worker.serving.vllm.control_server import ENGINE_SECONDS, SOCKET
+from worker.serving.protocol import ANSWER_SECONDS, CONNECT_SECONDS, SOCKET
 from worker.utils import unix_socket
-
-CONNECT_SECONDS = 10.0
 
 
 class ServerError(TandemError):
@@ -81,8 +79,7 @@ class ServerControl:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._socket is None:
             raise ServerGone(f"not connected to the server of {self._run_dir}")
-        # The server bounds a call into the engine; a failed pause is two of them. It answers before we give up.
-        self._socket.settimeout(2 * ENGINE_SECONDS + CONNECT_SECONDS)
+        self._socket.settimeout(ANSWER_SECONDS)
         try:
             unix_socket.send(self._socket, request)
             answer = unix_socket.receive(self._socket)

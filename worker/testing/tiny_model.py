@@ -19,8 +19,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from producer.errors import TandemError
 
 if TYPE_CHECKING:
@@ -225,18 +223,3 @@ def write_processors(path: Path) -> None:
 
 def _data(name: str) -> str:
     return importlib.resources.files("worker.testing").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-@click.command("tiny")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--template", type=click.Choice(TEMPLATES), default="nothink", show_default=True, help="Chat template.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random weights.")
-@click.option("--vision", is_flag=True, help="Add a vision tower of one layer: vLLM 0.26 serves no Qwen3.5 without.")
-def command(directory: Path, template: str, seed: int, vision: bool) -> None:
-    """Write a small random Qwen3.5 to DIRECTORY."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    make_tiny(directory, seed=seed, template=template, vision=vision)
-    size = sum(file.stat().st_size for file in directory.iterdir())
-    click.echo(f"{directory}: Qwen3.5, random weights (seed {seed}), {size / 1e6:.1f} MB")

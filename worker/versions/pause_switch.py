@@ -9,12 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import click
 import redis
 
 from producer import keys
-from producer.cli import redis_option
-from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker.config.protocol import Unavailable
 from worker.versions import ledger
 
@@ -80,13 +77,3 @@ def announce(pipe: Any, kind: str, fields: dict[Any, Any]) -> None:
     """Queue an entry on `weights:events` that is not about a new version."""
     entry = {"kind": kind} | fields
     pipe.xadd(keys.EVENTS, entry, maxlen=ledger.EVENTS_KEPT, approximate=True)
-
-
-@click.command("resume")
-@redis_option
-def command(redis_url: str | None) -> None:
-    """Let training go on that the canary set, or a person, put on hold."""
-    url = resolve_url(redis_url)
-    with redis_errors(safe_url(url)):
-        reason = resume(connect(url, redis.Redis.from_url))
-    click.echo("training was not on hold" if reason is None else f"training goes on; it was on hold: {reason}")

@@ -1,6 +1,6 @@
 """At the start of a worker: do the weights and Redis tell the same story, and if not, may we mend it?
 
-Must not know: torch, how the header is stored, how a batch is trained.
+Must not know: torch, RQ, how the header is stored, how a batch is trained.
 Invariants: the weights are the truth (the header lives and dies with them); nothing is ever trained or untrained here;
 `decide` is pure; what is refused leaves Redis and the header as they were.
 """
@@ -103,12 +103,12 @@ def reconcile(
     *,
     new_lineage: bool,
     adopt: Callable[[str, int], None],
-    settle: Callable[[dict[str, Any]], Callable[[Pipeline], None]] | None = None,
+    settle: Callable[[dict[str, Any]], Callable[[Pipeline], None]],
 ) -> list[str]:
     """Decide and apply; returns what was found and done, in plain sentences. Call it with the worker lock held.
 
     adopt(lineage, version): make the header beside the weights say so; called after Redis knows it.
-    settle(results): finishes a recorded batch's jobs on a pipeline; RQ's way unless given.
+    settle(results): what finishes a recorded batch's jobs on a pipeline.
     """
     known = ledger.state(connection)
     kind = ledger.manifest(connection, known.version).get("kind", "") if known.version else ""
@@ -118,7 +118,7 @@ def reconcile(
         ledger.introduce(connection, header["lineage"])
     elif decision.action == "commit":
         assert record is not None
-        ledger.commit(connection, record, (settle or settle_with_rq(connection))(record["results"]))
+        ledger.commit(connection, record, settle(record["results"]))
         count = len(record["jobs"])
         said.append(f"committed version {decision.version} and its {count} jobs; none will be trained again")
     elif decision.action == "lineage":
@@ -128,11 +128,3 @@ def reconcile(
     if decision.action in ("lineage", "adopt"):
         adopt(header["lineage"], decision.version)
     return said
-
-
-def settle_with_rq(connection: redis.Redis) -> Callable[[dict[str, Any]], Callable[[Pipeline], None]]:
-    """How a batch is settled that a dead worker trained: results -> what finishes its jobs on a pipeline."""
-    from worker.consumer import jobs, transitions
-
-    queue = jobs.open_queue(connection)
-    return lambda results: transitions.settle_recorded(queue, results)

@@ -22,24 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import TandemError
+from worker.serving.protocol import ENGINE_SECONDS, PAUSED, SERVING, SOCKET, ControlError
 from worker.serving.vllm.framing import peer_pid, receive, send
-from worker.serving.vllm.server_state import PAUSED, SERVING, ServerState
+from worker.serving.vllm.server_state import ServerState
 from worker.shared_weights.weights_client import read_header
 from worker.utils import unix_socket
 
 logger = logging.getLogger("vllm.tandem")
 """Below vLLM's logger, so that our lines go where the server's go."""
 
-SOCKET = "control.sock"
 MAX_CONNECTIONS = 32
-ENGINE_SECONDS = 120.0
-"""For one call into the engine. A pause waits for the step that is running."""
 
 Reply = dict[str, Any]
-
-
-class ControlError(TandemError):
-    """A request of the trainer that the server refuses."""
 
 
 @dataclass(eq=False)

@@ -8,10 +8,9 @@ import asyncio
 import socket
 from typing import Any
 
+from worker.serving.protocol import MAX_REQUEST
 from worker.utils import unix_socket
 
-MAX_REQUEST = 4096
-"""Bytes of one request. The longest real one, hello, has under 200."""
 MESSAGE_SECONDS = 10.0
 """From a message's first bytes to its last. Between messages a trainer may be silent for as long as it likes."""
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from worker.serving.protocol import VERSION_HEADER, VERSION_PATH
 from worker.serving.vllm.server_state import ServerState
 
 Message = MutableMapping[str, Any]
@@ -20,7 +21,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-VERSION_PATH = "/weights/version"
 OPEN_WHEN_TORN = (VERSION_PATH, "/metrics")
 TRY_AGAIN_LATER = 1013
 """WebSocket close code."""
@@ -84,7 +84,7 @@ class _Answer:
             name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
         )
         value = str(self._first) if self._is_stream else self._span()
-        await self._send({**message, "headers": [*headers, (b"x-weight-version", value.encode())]})
+        await self._send({**message, "headers": [*headers, (VERSION_HEADER.encode(), value.encode())]})
 
     async def _stream(self, message: Message) -> None:
         if self._state.torn:

@@ -18,13 +18,9 @@ if TYPE_CHECKING:
 
     from worker.serving.vllm.server_state import ServerState
 
+from worker.serving.protocol import SERVE_ENV, VERSION_PATH, WEIGHT_ENGINE
+
 logger = logging.getLogger("vllm.tandem")
-
-SERVE_ENV = "TANDEM_SERVE"
-"""Set to 1 by `tandem serve`; the run directory travels in TANDEM_RUN_DIR."""
-
-WEIGHT_ENGINE = "tandem"
-"""Our name among vLLM's weight transfer backends."""
 
 _registered = False
 
@@ -86,7 +82,7 @@ class TandemEndpoints:
         """
         if not under_tandem_serve():
             return
-        from worker.serving.vllm.middleware import VERSION_PATH, WeightVersionMiddleware
+        from worker.serving.vllm.middleware import WeightVersionMiddleware
 
         app.add_middleware(WeightVersionMiddleware, state=lambda: self._state)
         app.add_api_route(VERSION_PATH, self._version, methods=["GET"])

@@ -10,7 +10,7 @@ may start or must be told that it cannot.
 import asyncio
 from typing import Any
 
-SERVING, PAUSED, TORN = "serving", "paused", "torn"
+from worker.serving.protocol import PAUSED, SERVING, TORN
 
 
 class ServerState:

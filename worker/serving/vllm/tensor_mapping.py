@@ -17,30 +17,11 @@ from torch import nn
 
 from worker.serving.vllm.load_recorder import MappingError, Recorder, Write
 from worker.shared_weights.backend import dtype_name, unique_parameters
+from worker.shared_weights.slices import FLOAT32_PARAMETERS, Slice
 from worker.shared_weights.tensor_names import Source
 
 FROZEN_PREFIXES = ("visual.",)
 """Server parameters that text training leaves alone."""
-FLOAT32_PARAMETERS = ("A_log",)
-"""Last part of the names that vLLM keeps in fp32 (0.26 to 0.33); all others are bf16."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Tensor `name` of transformers' text model is rows `start` to `start + rows` of the server's `param`."""
-
-    name: str
-    source: str
-    """Its name in a checkpoint that this server loads."""
-    param: str
-    start: int
-    rows: int
-    shape: tuple[int, ...]
-    dtype: str
-
-    def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The view of `parameter` that this tensor is."""
-        return parameter[self.start : self.start + self.rows].view(self.shape)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from worker.apollo import state_bytes
 from worker.serving.vllm.tensor_mapping import Mapping, derive
 from worker.serving.vllm.unsupported_flags import refuse_unshareable
 from worker.serving.vllm.weight_service import WeightService
-from worker.shared_weights.backend import owner_for, unique_parameters
+from worker.shared_weights.backend import unique_parameters
+from worker.shared_weights.backends import owner_for
 from worker.shared_weights.batch_record import RECORD_BYTES
 from worker.shared_weights.header import HEADER_BYTES, Header
 from worker.shared_weights.tensor_names import text_sources
