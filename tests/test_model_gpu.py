@@ -91,7 +91,6 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_lone_transcript_of_half_the_weight_goes_half_as_far(
     reference: Any, examples: list[Example], streaming: bool
