@@ -6,6 +6,7 @@ Redis and the worker are real; the server is the stand-in, whose memory and sock
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,12 +161,12 @@ def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it
             trainer = make(h)
             begin = trainer.begin
 
-            def begin_spoiled(examples: list[Example]) -> Gradients:
+            def begin_spoiled(examples: list[Example], **rule: Any) -> Gradients:
                 while spoiled:
                     spoiled.pop().remove()
                 if examples[0].id.startswith("y"):
                     spoiled.append(spoil(trainer))
-                return begin(examples)
+                return begin(examples, **rule)
 
             trainer.begin = begin_spoiled  # type: ignore[method-assign, assignment]
             return trainer
