@@ -1,4 +1,4 @@
-"""The flags of the guards, and the parts they ask for, put together for a worker.
+"""The flags of the guards: outliers, the canary set, rehearsal.
 
 Must not know: how a version is trained or rebuilt. Must not import torch: `tandem --help` reads this.
 """
@@ -8,17 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from producer.errors import TandemError
-
-if TYPE_CHECKING:
-    import redis
-
-    from worker.data.examples import ExampleBuilder
-    from worker.orchestrator.canary import CanaryHooks, Score
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,19 +68,3 @@ def guard_options(command: F) -> F:
 def settings_of(options: dict[str, Any]) -> GuardSettings:
     """Takes its flags out of a command's options."""
     return GuardSettings(**{field.name: options.pop(field.name) for field in fields(GuardSettings)})
-
-
-def canary_hooks(
-    settings: GuardSettings,
-    builder: ExampleBuilder,
-    score: Score,
-    connection: redis.Redis,
-    rollback: Callable[[int], int],
-) -> list[CanaryHooks]:
-    """For `BatchWorker(hooks=...)`, beside its own: empty without a canary set."""
-    if settings.canary is None or settings.canary_bound is None:
-        return []
-    from worker.orchestrator.canary import Canary, CanaryHooks, load
-
-    canary = Canary(load(settings.canary, builder), score, every=settings.canary_every, bound=settings.canary_bound)
-    return [CanaryHooks(canary, connection, rollback if settings.auto_rollback else None)]

@@ -18,6 +18,7 @@ import redis
 from producer import keys
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
+from worker.config.guard_options import GuardSettings
 from worker.consumer.events import Hooks
 from worker.data.examples import Example, ExampleBuilder, ExampleError
 from worker.versions import ledger, pause_switch
@@ -130,3 +131,17 @@ class CanaryHooks(Hooks):
             return
         pause_switch.hold(self.connection, f"{reason}; version {made} is version {int(raw)} again")
         log.warning("rolled back: version %d is version %d again", made, int(raw))
+
+
+def canary_hooks(
+    settings: GuardSettings,
+    builder: ExampleBuilder,
+    score: Score,
+    connection: redis.Redis,
+    rollback: Callable[[int], int],
+) -> list[CanaryHooks]:
+    """For `BatchWorker(hooks=...)`, beside its own: empty without a canary set."""
+    if settings.canary is None or settings.canary_bound is None:
+        return []
+    canary = Canary(load(settings.canary, builder), score, every=settings.canary_every, bound=settings.canary_bound)
+    return [CanaryHooks(canary, connection, rollback if settings.auto_rollback else None)]

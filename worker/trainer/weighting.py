@@ -58,7 +58,6 @@ def unscaled(examples: Sequence[Example]) -> Weighting:
 
 RULES: dict[int, Rule] = {1: unscaled, 2: weighted_mean}
 """By the format number of the journal's records; those of before there were numbers are 1."""
-NEWEST = max(RULES)
 
 
 def effective_tokens(examples: Sequence[Example]) -> float:

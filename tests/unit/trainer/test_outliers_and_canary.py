@@ -1,0 +1,329 @@
+"""Guards: outliers set aside, the canary set, training on hold, rehearsal. Real tiny models, a real Redis."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import torch
+from click.testing import CliRunner
+from drain_parts import Lines, Weights, start
+
+from producer import Producer, Transcript, keys
+from producer.errors import TandemError
+from worker.checkpoint import model_directory
+from worker.cli.pause import command as pause_command
+from worker.cli.resume import command as resume_command
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.protocol import Unavailable
+from worker.data.examples import Example, ExampleBuilder
+from worker.data.replay_buffer import PREFIX, Rehearsal
+from worker.orchestrator import canary
+from worker.orchestrator.canary import Canary, CanaryError, CanaryHooks
+from worker.trainer.grad_norm import gradient_norm
+from worker.trainer.outliers import Guards, History
+from worker.trainer.trainer import Trainer, make_trainer
+from worker.versions import ledger, pause_switch
+
+WORDS = ("red", "green", "blue", "one", "two", "three")
+
+
+def conversation(index: int, words: tuple[str, ...] = WORDS) -> Transcript:
+    dice = random.Random(index)
+    said = [" ".join(dice.choices(words, k=8)) for _ in range(2)]
+    messages = [{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}]
+    return Transcript.from_dict({"messages": messages})
+
+
+@pytest.fixture(scope="module")
+def room(tiny_model: Path) -> Iterator[tuple[Trainer, ExampleBuilder]]:
+    """A trainer on a model that has learnt the few words above, and its builder."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, tokenizer = model_directory.load(tiny_model)
+    builder = ExampleBuilder(tokenizer, max_tokens=512)
+    trainer = make_trainer(model, model.named_parameters(), tokenizer, Hyperparameters(lr=3e-3), state=None)
+    for step in range(30):
+        trainer.begin([builder.build(conversation(8 * step + i), f"warm-{8 * step + i}") for i in range(8)])
+        trainer.apply()
+    yield trainer, builder
+    torch.set_num_threads(threads)
+
+
+def weights_of(trainer: Trainer) -> torch.Tensor:
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return torch.cat([p.detach().flatten().float() for p in parameters])
+
+
+# Outliers
+
+
+def test_nothing_is_refused_before_enough_is_known_and_equal_values_leave_room() -> None:
+    history = History(k=8, minimum=10, window=100)
+    history.add([2.0] * 9 + [math.nan, math.inf])
+    assert history.bound() == math.inf and len(history.values) == 9
+    history.add([2.0])
+    assert history.bound() == pytest.approx(2.0 + 8 * 0.05 * 2.0)
+    assert History(k=0, minimum=1, window=5).bound() == math.inf
+
+
+@pytest.mark.parametrize("outliers", [0, 1, 20])
+def test_outliers_in_the_history_hardly_move_the_bound(outliers: int) -> None:
+    dice = random.Random(3)
+    history = History(k=8, minimum=10, window=1000)
+    history.add(dice.gauss(2.0, 0.2) for _ in range(200))
+    history.add([1e6] * outliers)
+    assert 3.0 < history.bound() < 4.5
+
+
+def test_a_restart_remembers_from_manifests_as_the_journal_and_as_redis_have_them() -> None:
+    first, dice = Guards(minimum=8, window=64), random.Random(1)
+    losses = [{f"t{i}": dice.gauss(3, 1) for i in range(4)} for _ in range(12)]
+    manifests = [Guards.measures(nll, dice.gauss(9, 1), 50.0) for nll in losses]
+    first.remember(manifests)
+    from_journal, from_redis = Guards(minimum=8, window=64), Guards(minimum=8, window=64)
+    from_journal.remember(manifests)
+    from_redis.remember({name: str(ledger.flat(value)) for name, value in kept.items()} for kept in manifests)
+    assert first.loss_limit() == from_journal.loss_limit() == from_redis.loss_limit() < math.inf
+    refusals = [guards.norm_refusal(100.0) for guards in (first, from_journal, from_redis)]
+    assert refusals[0] is not None and len(set(refusals)) == 1 and first.norm_refusal(9.0) is None
+    from_redis.remember([{"losses": "[not json", "gradient_norm": "?", "effective_tokens": "?"}, {"losses": None}, {}])
+    assert from_redis.loss_limit() == first.loss_limit()
+
+
+def test_a_strange_transcript_is_an_outlier_to_a_model_that_learnt_others(
+    room: tuple[Trainer, ExampleBuilder],
+) -> None:
+    trainer, builder = room
+    guards = Guards(k=8, minimum=32)
+    known = trainer.score([builder.build(conversation(1000 + i), f"k{i}") for i in range(32)])
+    guards.remember([Guards.measures(known)])
+    strange = builder.build(conversation(1, words=("qzx", "0x7f", "}{][", "ÿþ", "%%@", "WvWv")), "strange")
+    usual = builder.build(conversation(2000), "usual")
+    losses = trainer.score([usual, strange])
+    assert losses["usual"] <= guards.loss_limit() < losses["strange"]
+    assert "set aside" in guards.loss_reason(losses["strange"]) and guards.refused == 1
+
+
+def test_gradient_norm_is_that_of_all_gradients_together(room: tuple[Trainer, ExampleBuilder]) -> None:
+    trainer, builder = room
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    trainer.optimizer.zero_grad(set_to_none=True)
+    assert gradient_norm(parameters) == 0.0
+    before = weights_of(trainer)
+    trainer.begin([builder.build(conversation(5), "five")])
+    expected = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters if p.grad is not None))
+    assert expected > 0 and gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(before, weights_of(trainer))
+    guards = Guards(minimum=16)
+    guards.remember([Guards.measures({}, expected, 8.0)] * 4)
+    assert guards.norm_refusal(1.2 * expected) is None and "norm" in str(guards.norm_refusal(50 * expected))
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def test_a_small_batch_may_have_a_larger_gradient() -> None:
+    guards, dice = Guards(minimum=16), random.Random(2)
+    guards.remember({"gradient_norm": dice.gauss(4, 0.3), "effective_tokens": 100} for _ in range(40))
+    assert guards.norm_refusal(9.6) is not None and guards.norm_refusal(9.6, 100) is not None
+    assert guards.norm_refusal(9.6, 25) is None, "half the noise of four times the tokens"
+    assert guards.norm_refusal(40.0, 25) is not None and guards.norm_refusal(9.6, 400) is not None
+
+
+def test_norms_of_the_first_rule_are_forgotten() -> None:
+    """They were smaller by the weights: with all at .5, every gradient of today would be an outlier, for ever."""
+    guards = Guards(minimum=16)
+    guards.remember({"gradient_norm": 2.0, "trained_tokens": 100, "losses": [1.0]} for _ in range(40))
+    assert guards.norm_refusal(4.0, 100) is None and len(guards.losses.values) == 40
+
+
+def test_bad_settings_are_refused() -> None:
+    for settings in ({"k": -1.0}, {"minimum": 3}, {"minimum": 64, "window": 10}):
+        with pytest.raises(TandemError, match="outliers"):
+            Guards(**settings)
+
+
+# The canary set and the hold
+
+
+@pytest.fixture
+def connection(redis_url: str) -> redis.Redis:
+    return redis.Redis.from_url(redis_url)
+
+
+def events(connection: redis.Redis) -> list[str]:
+    return [entry[b"kind"].decode() for _, entry in connection.xrange(keys.EVENTS)]
+
+
+def test_the_canary_set_is_read_and_bad_lines_are_named(room: tuple[Trainer, ExampleBuilder], tmp_path: Path) -> None:
+    _, builder = room
+    file = tmp_path / "canary.jsonl"
+    file.write_text("".join(json.dumps(conversation(i).to_dict()) + "\n" for i in range(3)))
+    assert [example.id for example in canary.load(file, builder)] == ["canary-1", "canary-2", "canary-3"]
+    file.write_text(json.dumps(conversation(0).to_dict()) + '\n{"messages": 3}\n')
+    with pytest.raises(CanaryError, match="line 2"):
+        canary.load(file, builder)
+    file.write_text("")
+    with pytest.raises(CanaryError, match="no conversations"):
+        canary.load(file, builder)
+    with pytest.raises(CanaryError, match="canary-every"):
+        Canary([], lambda examples: {}, every=0, bound=1.0)
+
+
+def make_canary(room: tuple[Trainer, ExampleBuilder], bound: float, every: int = 2) -> Canary:
+    trainer, builder = room
+    return Canary([builder.build(conversation(i), f"c{i}") for i in range(5)], trainer.score, every=every, bound=bound)
+
+
+def test_a_passing_canary_says_its_loss_and_changes_nothing(
+    room: tuple[Trainer, ExampleBuilder], connection: redis.Redis
+) -> None:
+    trainer, _ = room
+    before = weights_of(trainer)
+    found = make_canary(room, bound=100.0)
+    hooks = CanaryHooks(found, connection)
+    for version in (1, 2, 3):
+        hooks.on_version({"version": version})
+    losses = trainer.score(found.examples)
+    weighed = sum(losses[e.id] * e.trained_tokens for e in found.examples) / sum(
+        e.trained_tokens for e in found.examples
+    )
+    state = connection.hgetall(keys.STATE)
+    assert float(state[b"canary_loss"]) == pytest.approx(weighed) and state[b"canary_good"] == b"2"
+    assert events(connection) == ["canary"] and pause_switch.held(connection) is None
+    assert torch.equal(before, weights_of(trainer))
+
+
+def test_a_failing_canary_holds_training_and_rolls_back_to_the_last_good_version(
+    room: tuple[Trainer, ExampleBuilder], connection: redis.Redis
+) -> None:
+    asked: list[int] = []
+
+    def rollback(version: int) -> int:
+        assert pause_switch.held(connection) is not None, "nothing may be trained meanwhile"
+        asked.append(version)
+        return 9
+
+    CanaryHooks(make_canary(room, bound=100.0), connection, rollback).look(4)
+    CanaryHooks(make_canary(room, bound=1e-6), connection, rollback).look(8)
+    assert asked == [4]
+    assert "version 8" in (reason := pause_switch.held(connection) or "") and "version 9 is version 4 again" in reason
+    assert events(connection) == ["canary", "canary", "held", "held"]
+    assert connection.hget(keys.STATE, "canary_good") == b"4"
+
+
+@pytest.mark.parametrize("good", [None, 3])
+def test_a_rollback_that_cannot_be_leaves_training_on_hold(
+    room: tuple[Trainer, ExampleBuilder], connection: redis.Redis, good: int | None
+) -> None:
+    def rollback(version: int) -> int:
+        raise TandemError("the journal does not go back so far")
+
+    if good is not None:
+        connection.hset(keys.STATE, "canary_good", good)
+    CanaryHooks(make_canary(room, bound=1e-6), connection, rollback).look(8)
+    reason = pause_switch.held(connection) or ""
+    assert "version 8" in reason and ("does not go back" in reason) == (good is not None)
+
+
+def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, tmp_path: Path) -> None:
+    connection, producer, weights, lines = (
+        redis.Redis.from_url(redis_url),
+        Producer(redis_url),
+        Weights(tmp_path),
+        Lines(),
+    )
+    good = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
+    ids = [producer.enqueue(good, id=f"t{i}").id for i in range(6)]
+
+    class HoldsOnce(Lines):
+        def on_version(self, line: dict[str, Any]) -> None:
+            if line["version"] == 2:
+                pause_switch.hold(connection, "the canary died")
+
+    def check(burst: bool = True, said: Any = lines.on_notice) -> None:
+        pause_switch.wait(connection, burst=burst, stopping=lambda: False, tell=said, poll=0.01)
+
+    with pytest.raises(Unavailable, match="the canary died; `tandem resume`"):
+        start(connection, weights, hooks=[HoldsOnce()], max_jobs=1, check=check).work(burst=True)
+    assert len(weights.trained) == 2 and connection.llen(f"rq:queue:{keys.QUEUE}") == 4
+    assert {producer.status(i).state for i in ids} == {"finished", "queued"}
+
+    told: list[str] = []
+
+    def resumed_by_a_person(sentence: str) -> None:
+        told.append(sentence)
+        if "on hold" in sentence:
+            answer = CliRunner().invoke(resume_command, ["--redis", redis_url])
+            assert answer.exit_code == 0 and "it was on hold: the canary died" in answer.output
+
+    worker = start(connection, weights, hooks=[], max_jobs=1, check=lambda: check(False, resumed_by_a_person))
+    worker.work(burst=True)
+    assert sorted(weights.trained) == ids and told[-1] == "training goes on" and len(told) == 2
+    assert {"held", "resumed"} <= set(events(connection))
+    assert "not on hold" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
+
+
+def test_a_person_pauses_training_and_says_why(redis_url: str) -> None:
+    connection = redis.Redis.from_url(redis_url)
+    answer = CliRunner().invoke(pause_command, ["--redis", redis_url, "--reason", "an evaluation runs"])
+    assert answer.exit_code == 0 and "tandem resume" in answer.output
+    assert pause_switch.held(connection) == "an evaluation runs"
+    assert "an evaluation runs" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
+    assert pause_switch.held(connection) is None
+
+
+def test_a_worker_on_hold_can_be_stopped(connection: redis.Redis) -> None:
+    pause_switch.hold(connection, "by hand")
+    answers = iter([False, False, True])
+    pause_switch.wait(connection, burst=False, stopping=lambda: next(answers), tell=lambda said: None, poll=0.001)
+    assert pause_switch.held(connection) == "by hand" and next(answers, None) is None
+
+
+# Rehearsal
+
+
+def renamed(example: Example, id: str) -> Example:
+    return replace(example, id=id)
+
+
+def some(names: range, builder: ExampleBuilder) -> list[Example]:
+    return [builder.build(conversation(i), f"t{i}") for i in names]
+
+
+def test_what_is_rehearsed_repeats_is_marked_and_is_never_of_the_batch(room: tuple[Trainer, ExampleBuilder]) -> None:
+    trainer, builder = room
+    old, new = some(range(20), builder), some(range(15, 25), builder)
+    first, second = Rehearsal(0.5, renamed, seed=4), Rehearsal(0.5, renamed, seed=4)
+    for rehearsal in (first, second):
+        rehearsal.add(old)
+    picked = first.pick(7, new)
+    assert picked == second.pick(7, new) and len(picked) == 5
+    assert first.pick(8, new) != picked != Rehearsal(0.5, renamed, seed=5).pick(7, new)
+    assert {e.id for e in picked} <= {PREFIX + f"t{i}" for i in range(15)}
+    assert Rehearsal.record([*new, *picked]) == {"rehearsed": [e.id.removeprefix(PREFIX) for e in picked]}
+    assert Rehearsal.record(new) == {}
+    first.add(picked)
+    assert len(first.known) == 20, "what was rehearsed is not a new transcript"
+    nll = trainer.begin([*new, *picked]).nll
+    assert set(nll) == {e.id for e in [*new, *picked]}
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def test_the_share_holds_on_average_and_the_sample_stays_uniform(room: tuple[Trainer, ExampleBuilder]) -> None:
+    _, builder = room
+    old = some(range(200), builder)
+    rehearsal = Rehearsal(0.3, renamed, capacity=50, seed=1)
+    rehearsal.add(old)
+    assert len(rehearsal.known) == 50 == len({e.id for e in rehearsal.known})
+    late = sum(int(e.id[1:]) >= 100 for e in rehearsal.known)
+    assert 12 <= late <= 38, "about half of a uniform sample is from the later half"
+    counts = [len(rehearsal.pick(version, old[:1])) for version in range(1000)]
+    assert set(counts) == {0, 1} and 240 <= sum(counts) <= 360
+    assert Rehearsal(0.0, renamed).pick(1, old) == [] == Rehearsal(1.0, renamed).pick(1, old)
+    with pytest.raises(TandemError, match="rehearse"):
+        Rehearsal(-0.1, renamed)
