@@ -23,10 +23,10 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Torn
 from worker.config.update_options import ApplySettings
 from worker.data.examples import Example
-from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import sentence
-from worker.orchestrator.worker_loop import attach_step
+from worker.orchestrator.session import open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.header import APPLYING
 from worker.trainer.trainer import Gradients, Trainer
@@ -122,41 +122,44 @@ def spoil(trainer: Trainer, error: Exception | None = None) -> RemovableHandle:
     return handle
 
 
-def ready(step: SharedUpdate, prefix: str) -> list[Ready]:
+def ready(step: LiveUpdate, prefix: str) -> list[Ready]:
     return [step.prepare(item["id"], Transcript.from_dict(item)) for item in transcripts(prefix, 2)]
 
 
 def test_a_gradient_that_is_not_finite_tears_in_streaming_and_is_not_tried_again(site: Site) -> None:
     before, streaming = site.digest(), ApplySettings("streaming")
-    with attach_step(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as step:
-        step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
-        spoil(step.trainer)
+    with open_session(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as session:
+        step = LiveUpdate(session)
+        session.keeper.adopt(0, session.weights.header.lineage, Trained({}, {}))
+        spoil(session.trainer)
         with pytest.raises(Torn, match=r"embed_tokens.*not finite.*start the worker again"):
             step.run(ready(step, "x"))
-        assert step.weights.header.state == APPLYING and 1 not in step.keeper.journal.entries
+        assert session.weights.header.state == APPLYING and 1 not in session.keeper.journal.entries
         with pytest.raises(Torn):
             step.run(ready(step, "x"))
     site.is_torn()
     assert site.digest() != before
-    with attach_step(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as step:
+    with open_session(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as session:
+        step = LiveUpdate(session)
         assert site.digest() == before and site.served()["state"] == "serving"
         assert step.run(ready(step, "y")).version == 1
 
 
 def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it(site: Site) -> None:
     streaming = ApplySettings("streaming")
-    with attach_step(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as step:
-        step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
+    with open_session(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as session:
+        step = LiveUpdate(session)
+        session.keeper.adopt(0, session.weights.header.lineage, Trained({}, {}))
         assert step.run(ready(step, "x")).version == 1
         before = site.everything()
-        broken = spoil(step.trainer, RuntimeError("the device is lost"))
+        broken = spoil(session.trainer, RuntimeError("the device is lost"))
         with pytest.raises(Torn, match=r"version 2 broke off.*device is lost.*start the worker again"):
             step.run(ready(step, "y"))
         broken.remove()
-        step.control.close()
+        session.control.close()
         site.is_torn()
-        assert site.everything() != before and step.keeper.history.latest() == (2, step.weights.header.lineage)
-        make, spoiled = step.keeper.rebuilder.make_trainer, []
+        assert site.everything() != before and session.keeper.history.latest() == (2, session.weights.header.lineage)
+        make, spoiled = session.keeper.rebuilder.make_trainer, []
 
         def make_spoiled(h: Hyperparameters) -> Trainer:
             """One that meets the second batch's gradient as the first time."""
@@ -173,17 +176,18 @@ def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it
             trainer.begin = begin_spoiled  # type: ignore[method-assign, assignment]
             return trainer
 
-        step.keeper.rebuilder.make_trainer = make_spoiled
+        session.keeper.rebuilder.make_trainer = make_spoiled
         with ServerControl(site.run_dir, "next") as control:
-            said = mend_weights(step.keeper, control, None)
+            said = mend_weights(session.keeper, control, None)
     assert any("version 2 has a gradient that is not finite" in text for text in map(sentence, said))
     assert site.everything() == before and site.header()["version"] == 1 and site.served()["state"] == "serving"
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_in_burst(site: Site) -> None:
     before = site.digest()
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        spoiled = spoil(step.trainer)
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        step = LiveUpdate(session)
+        spoiled = spoil(session.trainer)
         with pytest.raises(NonFiniteGradient, match="embed_tokens"):
             step.run(ready(step, "x"))
         assert site.digest() == before and site.served()["state"] == "serving"

@@ -398,6 +398,25 @@ def app_url(redis_server: RedisServer, store: redis.Redis) -> Iterator[str]:
     store.execute_command("ACL", "DELUSER", "app")
 
 
+def test_the_rights_in_the_readme_are_those() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    begin = readme.index("ACL SETUSER app on >PASSWORD")
+    assert " ".join(readme[begin : readme.index("\n\n", begin)].split()[5:]) == ACL
+
+
+def test_the_documented_rights_are_enough_for_the_options_of_a_url(app_url: str) -> None:
+    with Producer(f"{app_url}&health_check_interval=1&client_name=app") as app:
+        assert app.enqueue(TALK).new
+        idle(app)
+        assert app.enqueue(TALK).new
+
+
+def idle(app: Producer) -> None:
+    """As after more seconds without a command than its health_check_interval: the next one is preceded by a PING."""
+    for connection in app._redis.connection_pool._available_connections:
+        connection.next_health_check = 0.0
+
+
 def test_the_documented_rights_are_enough(app_url: str, store: redis.Redis) -> None:
     with Producer(app_url) as app:
         assert app.enqueue(TALK, id="a").new
@@ -425,10 +444,11 @@ def test_every_documented_right_is_needed(app_url: str, store: redis.Redis, righ
     rules = [rule for rule in ACL.split() if rule != f"+{right}"]
     store.execute_command("ACL", "SETUSER", "app", "reset", "on", ">p:/@w", *rules)
     with (
-        Producer(app_url) as app,
-        pytest.raises(QueueUnavailableError, match=rf"'{right}'|no permission|EXEC without MULTI"),
+        Producer(f"{app_url}&health_check_interval=1&client_name=app") as app,
+        pytest.raises(QueueUnavailableError, match=rf"'{re.escape(right)}'|no permission|EXEC without MULTI"),
     ):
         app.enqueue(TALK, id="a")
+        idle(app)
         app.enqueue(TALK, id="a")
         assert app.job("a") is not None
         assert app.version() == 0

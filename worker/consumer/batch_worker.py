@@ -106,6 +106,11 @@ class BatchWorker(SimpleWorker):
         self.pulse = Pulse(heartbeat, self.beat)
         self.evictions = EvictionWatch(connection, lambda problem: self.tell("on_notice", problem))
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the loop ends after the batch in hand."""
+        return bool(self._stop_requested)
+
     def work(  # type: ignore[override]
         self, burst: bool = False, max_versions: int | None = None, logging_level: str = "WARNING", **_: Any
     ) -> int:

@@ -63,7 +63,9 @@ PRIVATE_NAMES: list[tuple[Any, str]] = [
 def check_rq() -> None:
     """Raise `TandemError` unless this is an RQ whose inside we know."""
     if tuple(int(part) for part in re.findall(r"\d+", rq.VERSION)[:2]) != (3, 0):
-        raise TandemError(f"rq {rq.VERSION} is installed; Tandem works with rq>=3.0,<3.1: pip install 'rq>=3.0,<3.1'")
+        raise TandemError(
+            f"rq {rq.VERSION} is installed; Tandem's worker works with rq>=3.0,<3.1: pip install 'rq>=3.0,<3.1'"
+        )
     missing = [f"{owner.__name__}.{name}" for owner, name in PRIVATE_NAMES if not hasattr(owner, name)]
     if missing:
         raise TandemError(f"rq {rq.VERSION} lacks {', '.join(missing)}, which Tandem needs: pip install rq==3.0.0")
