@@ -2,7 +2,7 @@
 
 Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", MLSys 2025, arXiv 2412.05270, algorithm 1 with rank 1
 and tensor-wise scaling. Everything here is pure or works in place on what it is given; it knows no parameter, device
-or state layout. The CPU implementation calls these functions; kernels.py mirrors them line by line, under the same
+or state layout. The CPU implementation calls these functions; kernels/ mirrors them line by line, under the same
 names.
 
 Departures from the paper's code, each with its reason:
