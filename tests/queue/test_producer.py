@@ -278,6 +278,75 @@ def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis
     assert producer.status("a") == Status("a", State.FINISHED, 4)
 
 
+def test_wait_sees_an_end_that_came_between_its_look_and_its_sleep(
+    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer.enqueue(TALK, id="a")
+
+    def late(left: float | None, client: Any) -> int:
+        train(store, "a", 4)
+        return 60_000  # longer than the socket waits: a sleep that misses the end breaks off with an error
+
+    monkeypatch.setattr("producer.exchange.block_ms", late)
+    assert producer.wait("a", timeout=60) == 4
+
+
+def test_wait_sleeps_no_longer_than_it_may(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
+    producer.enqueue(TALK, id="a")
+    xread, blocks = producer._redis.xread, []
+    monkeypatch.setattr(producer._redis, "xread", lambda *a, **k: (blocks.append(k["block"]), xread(*a, **k))[1])
+    with pytest.raises(WaitTimeoutError):
+        producer.wait("a", timeout=0.2)
+    assert blocks and max(blocks) <= 200
+
+
+def test_an_id_made_up_here_is_new_though_the_answer_was_lost(
+    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, lost = Chunk.done, []
+
+    def lose(chunk: Chunk) -> None:
+        if not lost:
+            lost.append(chunk)
+            raise redis.WatchError(
+                "a ConnectionError occurred while watching"
+            )  # redis-py's, when EXEC's answer is lost
+        done(chunk)
+
+    monkeypatch.setattr(Chunk, "done", lose)
+    sent = producer.enqueue(TALK)
+    assert lost and sent.outcome is Outcome.QUEUED and queued(store) == [sent.id]
+
+
+def test_what_was_queued_before_redis_was_full_is_told(
+    redis_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both clients, in order, so that a caller can go on from there."""
+    write, calls = Chunk.write, []
+
+    def fill(chunk: Chunk, pipe: Any) -> None:
+        calls.append(chunk)
+        if len(calls) % 3 == 0:
+            store.config_set("maxmemory", 1)
+        write(chunk, pipe)
+
+    async def many(given: list[dict[str, Any]]) -> Any:
+        async with AsyncProducer(redis_url) as producer:
+            return await producer.enqueue_many(given)
+
+    monkeypatch.setattr(Chunk, "write", fill)
+    limit = store.config_get("maxmemory")["maxmemory"]
+    for name, queue in (("s", Producer(redis_url).enqueue_many), ("a", lambda given: asyncio.run(many(given)))):
+        given = [{"id": f"{name}{i}", "messages": TALK} for i in range(250)]
+        try:
+            with pytest.raises(QueueUnavailableError, match="is full") as caught:
+                queue(given)
+        finally:
+            store.config_set("maxmemory", limit)
+        assert [sent.id for sent in caught.value.queued] == [f"{name}{i}" for i in range(200)]
+    assert queued(store) == [f"s{i}" for i in range(200)] + [f"a{i}" for i in range(200)]
+
+
 def test_wait_says_why_a_transcript_failed(producer: Producer, store: redis.Redis) -> None:
     producer.enqueue(TALK, id="a")
     thread = once_blocked(store, lambda: fail(store, "a", "ExampleError: one turn is longer than 4,096 tokens"))

@@ -65,7 +65,7 @@ class Keeper:
             ids=list(update.results),
             batch=pack_batch(batch),
             manifest=update.manifest,
-            results=update.results,
+            results=update.result_maps(),
             rejected=update.rejected,
             h=replay.plain_hyperparameters(h),
             facts=replay.facts(self.weights.state.device),

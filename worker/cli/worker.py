@@ -16,7 +16,7 @@ from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
 from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
-from worker.consumer.events import LogHooks
+from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.reports import sentence

@@ -23,7 +23,7 @@ from worker.checkpoint.ancestry import CannotRebuild
 from worker.checkpoint.journal import JournalError
 from worker.checkpoint.snapshots import SnapshotError
 from worker.config.guard_options import GuardSettings
-from worker.consumer.events import told
+from worker.consumer.error_text import told
 from worker.data.examples import Example, ExampleBuilder, ExampleError
 from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, CanaryScored, NothingPassed, Report, sentence
 from worker.orchestrator.rollback import CannotRollBack

@@ -24,7 +24,7 @@ from producer.transcript import Transcript
 from worker.checkpoint.batch_codec import Ready, make_ready, unpack_ready
 from worker.checkpoint.journal import JournalError
 from worker.checkpoint.records import UpdateRecord
-from worker.config.protocol import Torn, Unavailable, Update
+from worker.config.protocol import JobResult, Torn, Unavailable, Update
 from worker.data.replay_buffer import Rehearsal
 from worker.orchestrator.applying import apply_update
 from worker.orchestrator.session import Session
@@ -162,8 +162,7 @@ class LiveUpdate:
         header, version = self.session.weights.header, self.session.weights.header.version + 1
         gradients = computed.gradients
         results = {
-            ready.id: {"version": version, "loss": gradients.nll[ready.id], **ready.example.report}
-            for ready in computed.new
+            ready.id: JobResult(version, gradients.nll[ready.id], ready.example.report) for ready in computed.new
         }
         update = Update(version, header.lineage, self._manifest(computed, version), results, computed.rejected)
         try:

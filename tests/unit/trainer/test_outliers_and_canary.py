@@ -292,7 +292,7 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
             if line["version"] == 2:
                 pause_switch.hold(connection, "the canary died")
 
-    def check(burst: bool = True, said: Any = lines.on_notice) -> None:
+    def check(burst: bool = True, said: Any = lines.say) -> None:
         pause_switch.wait(connection, burst=burst, stopping=lambda: False, tell=said, poll=0.01)
 
     with pytest.raises(Unavailable, match="the canary died; `tandem resume`"):
