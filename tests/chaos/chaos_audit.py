@@ -150,15 +150,17 @@ def _replay(run_dir: str, batches: list[list[str]], answer: str) -> None:
 
     from producer import Transcript
     from worker.config.hyperparameters import Hyperparameters
-    from worker.orchestrator.worker_loop import attach_step
+    from worker.orchestrator.live_update import LiveUpdate
+    from worker.orchestrator.session import open_session
 
     torch.set_num_threads(1)
     options = dict(zip(LEARNING[::2], LEARNING[1::2], strict=True))
     h = Hyperparameters(lr=float(options["--lr"]), max_length=int(options["--max-length"]))
-    with attach_step(Path(run_dir), "undisturbed", h, state_dir=Path(run_dir) / "state") as step:
+    with open_session(Path(run_dir), "undisturbed", h, state_dir=Path(run_dir) / "state") as session:
+        step = LiveUpdate(session)
         for batch in batches:
             maps = [transcript(int(job_id[1:])) for job_id in batch]
             update = step.run([step.prepare(item["id"], Transcript.from_dict(item)) for item in maps])
             assert list(update.results) == batch, update.rejected
-        digest = _digest(step.weights) | {"steps": step.weights.header.version}
+        digest = _digest(session.weights) | {"steps": session.weights.header.version}
     Path(answer).write_text(json.dumps(digest))

@@ -36,12 +36,13 @@ from worker.config.retention import Policy
 from worker.data.batch_capacity import Room, room_for
 from worker.data.packing import BatchError
 from worker.memory.planner import Way
-from worker.orchestrator import worker_loop
-from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator import session as sessions
+from worker.orchestrator.agreement import agree
+from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
-from worker.orchestrator.worker_loop import attach_step
+from worker.orchestrator.session import Session, open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 from worker.shared_weights.header import APPLYING, CLEAN
@@ -157,9 +158,10 @@ def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
     running.close()
 
 
-def teach(step: SharedUpdate) -> int:
+def teach(session: Session) -> int:
     """Two versions by bursts, the second of more tokens than a row, which are returned."""
-    step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
+    step = LiveUpdate(session)
+    session.keeper.adopt(0, session.weights.header.lineage, Trained({}, {}))
     tokens = 0
     for prefix, times in (("x", 1), ("y", 24)):
         sent = transcripts(prefix, 2)
@@ -169,13 +171,13 @@ def teach(step: SharedUpdate) -> int:
         tokens = sum(ready.tokens for ready in batch)
         assert (tokens > ROW) == (prefix == "y")
         step.run(batch)
-    assert step.weights.header.version == 2
+    assert session.weights.header.version == 2
     return tokens
 
 
 @contextlib.contextmanager
 def streaming_keeper(site: Site) -> Iterator[Keeper]:
-    """Of a worker that attaches anew, as on a GPU with room for streaming alone: see `attach_step`."""
+    """Of a worker that attaches anew, as on a GPU with room for streaming alone: see `open_session`."""
     weights = attach(site.run_dir)
     model, tokenizer = weights.build_model(), AutoTokenizer.from_pretrained(weights.model_path)
     make = partial(make_trainer, model, list(model.named_parameters()), tokenizer, state=weights.state)
@@ -187,11 +189,11 @@ def streaming_keeper(site: Site) -> Iterator[Keeper]:
 
 @pytest.mark.parametrize("found", [CLEAN, APPLYING])
 def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        tokens, taught = teach(step), site.everything()
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        tokens, taught = teach(session), site.everything()
         if found == APPLYING:
-            step.control.pause()
-            step.weights.header.begin(step.control.fence)  # as a worker does that then dies
+            session.control.pause()
+            session.weights.header.begin()  # as a worker does that then dies
     if found == APPLYING:
         site.is_torn()
     else:
@@ -203,27 +205,27 @@ def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -
             mend_weights(keeper, control, None)
         assert site.header() == header and site.everything() == before
     assert site.served() == served, "nor was it paused"
-    with attach_step(site.run_dir, "test", H, state_dir=site.state):  # as the message says: in burst
+    with open_session(site.run_dir, "test", H, state_dir=site.state):  # as the message says: in burst
         assert site.everything() == taught and site.served()["state"] == "serving"
 
 
 def test_a_rollback_that_would_not_fit_changes_nothing(site: Site) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        tokens, keeper = teach(step), step.keeper
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        tokens, keeper = teach(session), session.keeper
         before, header, served = site.everything(), site.header(), site.served()
-        trainer, rebuilder = step.trainer, keeper.rebuilder
+        trainer, rebuilder = session.trainer, keeper.rebuilder
         make, room = rebuilder.make_trainer, rebuilder.room
         rebuilder.make_trainer, rebuilder.room = (lambda h: as_on_a_gpu(make(h))), STREAMING
         with pytest.raises(CannotRebuild, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
-            roll_back(site.redis, step, 2, ("x-0",))
+            roll_back(site.redis, session, 2, ("x-0",))
         assert site.header() == header and site.everything() == before and site.served() == served
-        assert keeper.history.latest() == (2, header["lineage"]) and step.trainer is trainer
+        assert keeper.history.latest() == (2, header["lineage"]) and session.trainer is trainer
         assert rebuilder.plan(1).steps and rebuilder.plan(2, frozenset({"y-0"})).steps, (
             "without one of them it would fit"
         )
         rebuilder.make_trainer, rebuilder.room = make, room
-        worker_loop.agree(site.redis, step)
-        said = roll_back(site.redis, step, 2, ("x-0",))
+        agree(site.redis, session)
+        said = roll_back(site.redis, session, 2, ("x-0",))
         assert any("version 3 is live: it is version 2 without x-0" in text for text in map(sentence, said))
 
 
@@ -237,7 +239,7 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
         asked.append((arguments[4], arguments[3].memory))
         return choose_way(*arguments)
 
-    monkeypatch.setattr(worker_loop, "choose_way", watched)
+    monkeypatch.setattr(sessions, "choose_way", watched)
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("x", 2)))
     where = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]

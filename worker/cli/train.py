@@ -35,7 +35,6 @@ from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:
     from worker.checkpoint.batch_codec import Ready
-    from worker.data.batch_capacity import Room
 
 T = TypeVar("T")
 
@@ -137,41 +136,31 @@ def train_attached(
 
     max_tokens: what a GPU's memory is planned for; a version of more is refused where it does not fit.
     """
-    from worker.orchestrator.worker_loop import attach_step
+    from worker.orchestrator.live_update import LiveUpdate
+    from worker.orchestrator.session import open_session
 
-    with attach_step(
+    with open_session(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
-    ) as shared:
-        shared.base = shared.weights.header.version
-        if shared.base and shared.keeper.history.latest() != (shared.base, shared.weights.header.lineage):
+    ) as session:
+        base, lineage = session.weights.header.version, session.weights.header.lineage
+        if base and session.keeper.history.latest() != (base, lineage):
             raise TandemError(
                 "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
                 " note of them, or name the right directory with --state-dir"
             )
+        update = LiveUpdate(session, base=base)
 
         def step(examples: list[Ready]) -> float:
-            update = shared.run(examples)
-            if update.rejected:
-                raise TandemError(f"the loss of {', '.join(update.rejected)} is not finite: lower --lr, or drop them")
-            return float(update.manifest["loss"])
+            made = update.run(examples)
+            if made.rejected:
+                raise TandemError(f"the loss of {', '.join(made.rejected)} is not finite: lower --lr, or drop them")
+            return float(made.manifest["loss"])
 
-        examples = load_examples(file, lambda transcript, id: shared.prepare(id, transcript))
+        examples = load_examples(file, lambda transcript, id: update.prepare(id, transcript))
         batches = list(epochs(examples, count=count, batch=batch, seed=h.seed))
-        check_batches(file, batches, shared.trainer.room)
+        for some in batches:  # all of them before the first version, so that nothing is half done
+            session.trainer.check_room([ready.example for ready in some])
         return run_steps(batches, step)
-
-
-def check_batches(file: str, batches: Sequence[list[Ready]], room: Room) -> None:
-    """The trainer takes every batch; asked before the first version is made. Raises `TandemError`."""
-    refused = [found for ready in batches if not room.holds(found := [item.example for item in ready])]
-    if refused:
-        most = max(map(room.needs, refused))
-        what = "a batch" if room.whole else "a transcript"
-        fewer = "a smaller --batch, " if room.whole else ""
-        raise TandemError(
-            f"{file}: nothing was trained: {what} has {most} tokens, and a forward pass here takes {room.longest} at"
-            f" most. Use {fewer}--max-tokens {most}, if the GPU's memory allows it, or a lower --max-length"
-        )
 
 
 @click.command()

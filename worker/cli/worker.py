@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.agreement import agree
 from worker.orchestrator.reports import sentence
-from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
+from worker.orchestrator.session import open_session
+from worker.orchestrator.worker_loop import WorkerLoop
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 from worker.versions.eviction_watch import check_kind
-from worker.versions.rest_status import forget_rest
 
 log = logging.getLogger("tandem")
 
@@ -71,7 +71,7 @@ def command(
     if taken_over := lock.acquire():
         log.info(taken_over)
     try:
-        with attach_step(
+        with open_session(
             run_dir or default_run_dir(),
             name,
             Hyperparameters(**options),
@@ -81,15 +81,12 @@ def command(
             new_lineage=new_lineage,
             settings=settings,
             max_tokens=max_tokens,
-        ) as step:
-            agree(connection, step, new_lineage=new_lineage)
-            step.confirm = partial(confirm, connection, step)
-            forget_rest(connection)
-            hooks = [LogHooks(), *watch(connection, step, guards)]
-            limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
-            limits["history"] = policy.history
-            drain(connection, step, lock, burst=until_empty or burst, hooks=hooks, **limits)
-            if policy.at_stop and (report := step.keeper.checkpoints.try_write()):
+        ) as session:
+            agree(connection, session, new_lineage=new_lineage)
+            limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+            empty = until_empty or burst
+            WorkerLoop(connection, session, lock, guards, until_empty=empty, hooks=[LogHooks()], **limits).run()
+            if policy.at_stop and (report := session.keeper.checkpoints.try_write()):
                 log.info(sentence(report))
     finally:
         lock.release()

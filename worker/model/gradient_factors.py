@@ -94,9 +94,12 @@ class Factors:
             for products, rows in self.passes
         )
 
-    def squares(self) -> Tensor | None:
+    def squares(self, inputs: dict[int, Tensor] | None = None) -> Tensor | None:
         """The gradient's squared norm (fp64 scalar on its device) from T x T products, where that is less work than the
-        gradient itself and there was one pass; else None."""
+        gradient itself and there was one pass; else None.
+
+        inputs: X X^T by the address of X, for matrices that share their input; it is added to.
+        """
         if len(self.passes) != 1:
             return None
         products, rows = self.passes[0]
@@ -104,15 +107,18 @@ class Factors:
         height, width = self.weight.shape
         if tokens * (height + width) > height * width:
             return None
-        total = torch.zeros((), dtype=torch.float64, device=self.weight.device)
+        total: Any = 0.0
         if products:
             outputs = sum((_gram(p.left) for p in products[1:]), _gram(products[0].left))
-            total += (outputs.double() * _gram(products[0].right)).sum()
+            known, x = inputs if inputs is not None else {}, products[0].right
+            if x.data_ptr() not in known:
+                known[x.data_ptr()] = _gram(x)
+            total = total + (outputs * known[x.data_ptr()]).sum(dtype=torch.float64)
         for some in rows:
             values = some.values.float()
-            total += values.square().sum(dtype=torch.float64)
+            total = total + values.square().sum(dtype=torch.float64)
             for product in products:  # twice the inner product, of which only the looked-up rows are not zero
-                total += 2 * (_rows_of(product, some.rows) * values).sum(dtype=torch.float64)
+                total = total + 2 * (_rows_of(product, some.rows) * values).sum(dtype=torch.float64)
         return total
 
     @staticmethod

@@ -13,7 +13,7 @@ memory for the first time (with one backward pass; a second one needs a matrix m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
@@ -34,6 +34,7 @@ class FactorSweep:
     def __init__(self, factors: GradientFactors, optimizer: ApolloMini, bucket_bytes: int = 1 << 30) -> None:
         self.factors, self.optimizer, self.bucket_bytes = factors, optimizer, bucket_bytes
         self._buffer: Tensor | None = None
+        self._buckets: list[list[tuple[Factors, Tensor]]] | None = None
 
     def buffer_bytes(self) -> int:
         """What `reserve` takes."""
@@ -54,9 +55,10 @@ class FactorSweep:
         in fp32.
         """
         found: list[tuple[Tensor, Tensor]] = []
+        grams: dict[int, Tensor] = {}
         for parameter in self.optimizer.sweep_order():
             if (kept := self.factors.of(parameter)) is not None:
-                found.append((parameter, self._squares(kept)))
+                found.append((parameter, self._squares(kept, grams)))
             elif parameter.grad is not None:
                 norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
                 found.append((parameter, norm.double().square()))
@@ -68,17 +70,19 @@ class FactorSweep:
             raise NonFiniteGradient(self.optimizer.name_of(found[int(bad.nonzero()[0])][0]))
         return math.sqrt(max(0.0, float(squares.sum())))
 
+    def prepare(self) -> None:
+        """Decide which products are formed where; `apply` does it otherwise."""
+        if self._buckets is None:
+            self._buckets = self._fill()
+
     @torch.no_grad()
-    def apply(self) -> None:
-        """One step over all that was kept, and the gradients beside it. What goes wrong in it leaves weights half
-        written."""
-        buckets = self._buckets()
-        self.optimizer.begin()
+    def apply(self, step_scale: float = 1.0) -> None:
+        """One step, multiplied with `step_scale`, over all that was kept, and the gradients beside it. What goes wrong
+        in it leaves weights half-written."""
+        self.optimizer.begin(step_scale)
         try:
-            for bucket in buckets:
-                for kept, out in bucket:
-                    kept.write(out)
-                self.optimizer.update_many([(kept.weight, out) for kept, out in bucket])
+            for bucket in self.products():
+                self.optimizer.update_many(bucket)
             small = [(p, p.grad) for p in self.optimizer.sweep_order() if self._is_plain(p) and p.grad is not None]
             self.optimizer.update_many(small)
         except BaseException:
@@ -92,26 +96,35 @@ class FactorSweep:
         afterwards."""
         with suppress(NonFiniteGradient):
             self.norm()
-        for bucket in self._buckets():
+        for _ in self.products():
+            pass
+
+    @torch.no_grad()
+    def products(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """(weight, gradient) of every matrix, a bucket at a time; the next bucket takes the place of the last."""
+        self.prepare()
+        assert self._buckets is not None
+        for bucket in self._buckets:
             for kept, out in bucket:
                 kept.write(out)
+            yield [(kept.weight, out) for kept, out in bucket]
 
     def forget(self) -> None:
         """Let go of factors and buffer."""
         self.factors.forget()
-        self._buffer = None
+        self._buffer = self._buckets = None
 
     def _is_plain(self, parameter: Tensor) -> bool:
         return self.factors.of(parameter) is None
 
-    def _squares(self, kept: Factors) -> Tensor:
-        if (squares := kept.squares()) is not None:
+    def _squares(self, kept: Factors, grams: dict[int, Tensor]) -> Tensor:
+        if (squares := kept.squares(grams)) is not None:
             return squares
         out = self._place(kept.weight, 0)
         kept.write(out)
         return torch.linalg.vector_norm(out, dtype=torch.float32).double().square()
 
-    def _buckets(self) -> Sequence[Sequence[tuple[Factors, Tensor]]]:
+    def _fill(self) -> list[list[tuple[Factors, Tensor]]]:
         """Factors, and where in the buffer their product goes: in the optimizer's order, in which neighbours share
         launches."""
         assert self._buffer is not None, "apply() without reserve()"
