@@ -101,28 +101,22 @@ def step(trainer: Trainer, tokens: int, vocabulary: int, seed: int) -> dict[str,
     before = torch.cuda.memory_allocated(device) if cuda else 0
     found = {"begin_s": timed(device, lambda: trainer.begin(examples))}
     found["norm_s"] = timed(device, trainer.gradient_norm)
-    trainer.optimizer.prepare()
+    trainer.prepare()
     if trainer.begun == "factors":
-        found["products_s"] = timed(device, lambda: _products(trainer))
+        found["products_s"] = timed(device, lambda: list(trainer.sweep.products()))
     wait(device)
     reserved = torch.cuda.memory_reserved(device) if cuda else 0
     started = time.perf_counter()
-    trainer.apply()
+    trainer.write()
     found["launched_s"] = time.perf_counter() - started
+    trainer.optimizer.check()
     wait(device)
     found["pause_s"] = time.perf_counter() - started
-    trainer.optimizer.check()
+    trainer.measured()
     if cuda:
         found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
         found["taken_in_the_pause_bytes"] = torch.cuda.memory_reserved(device) - reserved
     return found
-
-
-@torch.no_grad()
-def _products(trainer: Trainer) -> None:
-    for bucket in trainer.sweep._buckets():
-        for kept, out in bucket:
-            kept.write(out)
 
 
 def pauses(bench: Bench, tokens: list[int], rounds: int, part: Part) -> None:
