@@ -30,6 +30,8 @@ class ServerControl:
         self._socket: Any = None
         self.fence = -1
         """What `Header.begin` needs: given with each `pause` and `begin_hogwild`; -1 before the first."""
+        self.trainer_bytes = 0
+        """After `connect`: how much of the device the server was started to leave to its trainer; 0: nothing said."""
         self.rendering: dict[str, Any] = {}
         """After `connect`: {"chat_template": text or None, "template_kwargs": map}, as the server was started."""
 
@@ -42,6 +44,7 @@ class ServerControl:
         try:
             answer = self._ask({"op": "hello", "name": self._name})
             self.rendering = answer.pop("rendering")
+            self.trainer_bytes = int(answer.pop("trainer_bytes", 0))
             return answer
         except TandemError:
             self.close()

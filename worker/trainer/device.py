@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,12 @@ def choose_way(
         log.info("batches of up to %s tokens go by factors, longer ones are streamed", f"{by_factors:,}")
     fuse(model, kept)
     return Chosen(plan.way, budget, by_factors)
+
+
+def within_share(settings: ApplySettings, share: int) -> ApplySettings:
+    """`settings` held to the `share` in bytes that the server left for a trainer (0: it said nothing), where the user
+    has not said how much: what is free beside it is the server's to grow into."""
+    return replace(settings, memory=share / 1e9) if settings.memory is None and share else settings
 
 
 def keep_within(settings: ApplySettings, device: torch.device) -> None:
