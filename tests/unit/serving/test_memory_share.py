@@ -187,7 +187,7 @@ def test_the_share_comes_from_the_models_directory(tmp_path: Path) -> None:
     assert added == added_for("27B", total)[0]
     assert "--trainer-memory says otherwise" in note
     added, (note,), _ = memory_share.share_of("unknown/model", {}, 20.5, total)  # no config needed
-    assert added == ["--gpu-memory-utilization", "0.857"]
+    assert added == ["--gpu-memory-utilization", "0.844"]
     assert "20.50 GB to the trainer" in note
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(launch.LaunchError, match=r"model_type is 'llama'.*--trainer-memory N \(GB\)"):
