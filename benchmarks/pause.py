@@ -261,6 +261,7 @@ def reclaim(device: torch.device) -> None:
 @click.option("--size", default="27B", type=click.Choice(SIZES), show_default=True)
 @click.option("--tokens", default="400,512", show_default=True, help="Of a step's one sequence; comma-separated.")
 @click.option("--memory", default=14.0, show_default=True, help="GB for the trainer, weights aside.")
+@click.option("--steps/--no-steps", default=True, show_default=True, help="Also compare whole steps.")
 @click.option("--longer", default="", help="More tokens to try, each by itself, whatever --memory says.")
 @click.option("--profile", is_flag=True, help="Also OUT/pause_profile.txt: kernels of writes by factors.")
 @click.option("--rounds", default=5, show_default=True)
@@ -286,7 +287,8 @@ def main(**options: Any) -> None:
         part["by factors up to"], part["matmul_tflop_s"] = benches[0].chosen.by_factors, matmul_rate(device) / 1e12
 
     try:
-        record.part("same steps", lambda part: same_steps(size, max(tokens), device, options["memory"], part))
+        if options["steps"]:
+            record.part("same steps", lambda part: same_steps(size, max(tokens), device, options["memory"], part))
         reclaim(device)
         if record.part(f"{size}, set up", set_up):
             record.part("pauses", lambda part: pauses(benches[0], tokens, options["rounds"], part))
