@@ -53,6 +53,7 @@ class BatchWorker(RqWorker):
     prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
     hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
     check: called between batches, about once a second; raises `Unavailable` when no step can run any more.
+    history: how many versions back Redis keeps manifests; None: all.
     """
 
     job_class = FeedbackJob
@@ -72,6 +73,7 @@ class BatchWorker(RqWorker):
         hooks: Sequence[Hooks] | None = None,
         lock: WorkerLock | None = None,
         check: Callable[[], None] | None = None,
+        history: int | None = None,
     ) -> None:
         self.queue = open_queue(connection)
         super().__init__(self.queue, connection, name, ttl=WORKER_TTL)
@@ -84,7 +86,7 @@ class BatchWorker(RqWorker):
         self.intake = Intake(
             self, self.queue, step, prepare_limit=prepare_limit, tell=self.tell, settling=self.settling, **limits
         )
-        self.committer = Committer(self, self.queue, self.intake, self.settling, self.tell)
+        self.committer = Committer(self, self.queue, self.intake, self.settling, self.tell, history)
         self.pulse = Pulse(heartbeat, self.beat)
         self.evictions = EvictionWatch(connection, lambda problem: self.tell("on_notice", MayEvict(problem)))
 

@@ -17,6 +17,7 @@ from producer.errors import TandemError
 from worker.apollo import NonFiniteGradient
 from worker.config.protocol import Torn, Unavailable, Update
 from worker.orchestrator.session import Session
+from worker.shared_weights.header import LeaseLostError
 from worker.utils.fault_injection import point
 
 
@@ -35,11 +36,14 @@ def apply_update(session: Session, update: Update) -> dict[str, float]:
     point("paused")
     try:
         session.weights.record.write(update.record())
-        header.begin()
+        header.begin(session.control.fence)
         point("applying")
         measured = _write(session, version)
     except Torn:
         raise
+    except LeaseLostError as error:
+        session.keeper.void(version)
+        raise Unavailable(str(error)) from error
     except BaseException:  # nothing was written
         session.keeper.void(version)
         _end_lease(session, before)

@@ -193,7 +193,7 @@ class Trainer:
     def _accumulate(self, examples: Sequence[Example], weighting: Weighting, most: float) -> dict[str, float]:
         """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
         or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
-        self.check_room(examples)
+        self._check_room(examples)
         counts = [example.trained_tokens for example in examples]
         bounds = torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
@@ -220,7 +220,7 @@ class Trainer:
             return make_batches(examples, pad_id=self.pad_id, widths=self.sizes, budget=self.budget)
         return pack(examples, pad_id=self.pad_id, sizes=self.sizes)
 
-    def check_room(self, examples: Sequence[Example]) -> None:
+    def _check_room(self, examples: Sequence[Example]) -> None:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
         if self.room.whole and not self.room.holds(examples):
             raise BatchError(
