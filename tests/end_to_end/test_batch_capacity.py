@@ -193,7 +193,7 @@ def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -
         tokens, taught = teach(session), site.everything()
         if found == APPLYING:
             session.control.pause()
-            session.weights.header.begin()  # as a worker does that then dies
+            session.weights.header.begin(session.control.fence)  # as a worker does that then dies
     if found == APPLYING:
         site.is_torn()
     else:

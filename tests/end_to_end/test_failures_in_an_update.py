@@ -2,10 +2,9 @@
 worker's loop in this process, and the stand-in, whose memory and sockets are real."""
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ from click.testing import CliRunner
 from durable_parts import QUIET, Site, transcripts
 
 from producer.transcript import Transcript
-from worker.apollo import ApolloMini
 from worker.checkpoint import rebuild
 from worker.checkpoint.batch_codec import Ready
-from worker.checkpoint.snapshots import Trained
 from worker.cli.resume import command as resume
 from worker.config.guard_options import GuardSettings
 from worker.config.hyperparameters import Hyperparameters
@@ -29,9 +26,9 @@ from worker.config.update_options import ApplySettings
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.live_update import LiveUpdate
-from worker.orchestrator.session import Session, open_session
+from worker.orchestrator.session import open_session
 from worker.orchestrator.worker_loop import WorkerLoop
-from worker.shared_weights.header import APPLYING, CLEAN
+from worker.shared_weights.header import APPLYING
 from worker.trainer.outliers import Guards
 from worker.trainer.trainer import Trainer
 from worker.versions import ledger, pause_switch
@@ -143,9 +140,10 @@ def test_a_canary_s_rollback_after_which_the_server_cannot_resume_ends_the_worke
 
 
 def test_a_canary_that_goes_back_is_followed_by_training_on_hold(site: Site, canary: Path) -> None:
-    settings = fail_at(site, canary)
+    settings = replace(fail_at(site, canary), rehearse=1.0)
     with pytest.raises(Unavailable, match=r"on hold.*version 3 is version 1 again"), worker(site, settings) as loop:
         loop.run()
+    assert loop.update.rehearsal is not None and [ready.id for ready in loop.update.rehearsal.known] == ["good-0"]
     assert site.agree() == 3 and site.digest() == site.manifest(1)["digest"]
     assert loop.session.trainer.optimizer.step_count == 1
 
@@ -211,35 +209,6 @@ def test_a_header_that_cannot_be_finished_tears(site: Site, monkeypatch: pytest.
             update.run(ready(update, "x"))
         assert session.weights.header.state == APPLYING
     site.is_torn()
-
-
-def stop_in_the_write(session: Session, number: int) -> Callable[[], None]:
-    """From now on the signal comes in the middle of the writes; what it returns takes that back."""
-    optimizer = session.trainer.optimizer
-    # The tiny model fits into one bucket: without any, some is written before and some after.
-    optimizer.streaming = partial(ApolloMini.streaming, optimizer, 0)  # type: ignore[method-assign]
-
-    def stop(gradient: torch.Tensor) -> None:
-        assert session.weights.header.state == APPLYING
-        signal.raise_signal(number)
-
-    handle = session.trainer.model.model.layers[1].mlp.up_proj.weight.register_hook(stop)
-    return lambda: handle.remove()
-
-
-def test_a_signal_in_the_write_waits_for_its_end(site: Site) -> None:
-    """As of `tandem train --attach`, which has no handlers of its own."""
-    settings = ApplySettings("streaming")
-    with open_session(site.run_dir, "here", H, state_dir=site.state, settings=settings) as session:
-        session.keeper.adopt(0, session.weights.header.lineage, Trained({}, {}))
-        update = LiveUpdate(session)
-        again = stop_in_the_write(session, signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            update.run(ready(update, "x"))
-        again()
-        assert session.weights.header.state == CLEAN and session.weights.header.version == 1
-        assert site.served()["state"] == "serving" and site.served()["version"] == 1
-        assert update.run(ready(update, "y")).version == 2
 
 
 def test_the_weights_decide_what_a_refused_batch_leaves(site: Site) -> None:

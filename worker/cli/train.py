@@ -29,6 +29,7 @@ from worker.config.update_options import (
     max_tokens_option,
     memory_option,
 )
+from worker.data.batch_capacity import Room
 from worker.data.examples import Example, ExampleError
 from worker.memory.planner import Way
 from worker.utils.unix_socket import default_run_dir
@@ -158,9 +159,21 @@ def train_attached(
 
         examples = load_examples(file, lambda transcript, id: update.prepare(id, transcript))
         batches = list(epochs(examples, count=count, batch=batch, seed=h.seed))
-        for some in batches:  # all of them before the first version, so that nothing is half done
-            session.trainer.check_room([ready.example for ready in some])
+        check_batches(file, batches, session.trainer.room)
         return run_steps(batches, step)
+
+
+def check_batches(file: str, batches: Sequence[list[Ready]], room: Room) -> None:
+    """The trainer takes every batch; asked before the first version is made. Raises `TandemError`."""
+    refused = [found for ready in batches if not room.holds(found := [item.example for item in ready])]
+    if refused:
+        most = max(map(room.needs, refused))
+        what = "a batch" if room.whole else "a transcript"
+        fewer = "a smaller --batch, " if room.whole else ""
+        raise TandemError(
+            f"{file}: nothing was trained: {what} has {most} tokens, and a forward pass here takes {room.longest} at"
+            f" most. Use {fewer}--max-tokens {most}, if the GPU's memory allows it, or a lower --max-length"
+        )
 
 
 @click.command()

@@ -83,7 +83,8 @@ def command(
             max_tokens=max_tokens,
         ) as session:
             agree(connection, session, new_lineage=new_lineage)
-            limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+            limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+            limits["history"] = policy.history
             empty = until_empty or burst
             WorkerLoop(connection, session, lock, guards, until_empty=empty, hooks=[LogHooks()], **limits).run()
             if policy.at_stop and (report := session.keeper.checkpoints.try_write()):

@@ -18,6 +18,7 @@ from producer.errors import TandemError
 from worker.checkpoint.rebuild import Plan, Rebuilt
 from worker.checkpoint.records import RollbackRecord
 from worker.config.protocol import Torn, Unavailable
+from worker.orchestrator.recovery import begin_rebuild
 from worker.orchestrator.reports import Report, RolledBack
 from worker.orchestrator.requeue import requeue as requeue_ids
 from worker.orchestrator.session import Session
@@ -77,7 +78,7 @@ def roll_back(
 def _write(session: Session, plan: Plan, version: int) -> Rebuilt:
     """Pause the server, make the weights what `plan` says, and let it go on under `version`."""
     try:
-        session.control.pause()
+        begin_rebuild(session.control, session.weights.header, len(plan.steps))
     except BaseException as error:
         session.keeper.void(version)
         if isinstance(error, TandemError):

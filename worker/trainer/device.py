@@ -10,6 +10,7 @@ Invariants: what does not fit is refused here, with numbers, before anything is 
 this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -152,6 +153,8 @@ def warm(trainer: Trainer) -> None:
             )
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
+    gc.collect()
+    gc.freeze()  # what lives as long as the worker is not looked through again, least of all in a pause
     log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
     used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
     log.info("in the warm-up at most %s were in use, and torch held %s", gigabytes(used), gigabytes(held))

@@ -124,7 +124,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
-        self.check_room(examples)
+        self._check_room(examples)
         self.begun = self.room.way_of(examples)
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
@@ -283,7 +283,7 @@ class Trainer:
             return make_batches(examples, pad_id=self.pad_id, widths=self.sizes, budget=self.budget)
         return pack(examples, pad_id=self.pad_id, sizes=self.sizes)
 
-    def check_room(self, examples: Sequence[Example]) -> None:
+    def _check_room(self, examples: Sequence[Example]) -> None:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
         if self.room.whole and not self.room.holds(examples):
             raise BatchError(
