@@ -83,7 +83,7 @@ def test_a_streaming_worker_makes_the_weights_of_a_burst(site: Site, burst: tupl
 
 def test_a_worker_by_factors_makes_the_weights_of_a_burst(site: Site, burst: tuple[str, int]) -> None:
     """Killed in its second write, and replayed in its own way; the norm is known before, as in a burst."""
-    site.send("x", 4)
+    send(site)
     site.killed("applying:2", *QUIET, *FACTORS)
     site.is_torn()
     said = site.work(*QUIET, *FACTORS)
