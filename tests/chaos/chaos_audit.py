@@ -42,7 +42,12 @@ def audit(cluster: Cluster, manifests: Manifests, transcripts: int) -> Verdict:
     model = check_books(cluster.redis, manifests.all, transcripts, verdict)
     header = cluster.header()
     known = ledger.state(cluster.redis)
-    expected = {"lineage": known.lineage, "version": known.version, "state": "CLEAN"}
+    expected = {
+        "lineage": known.lineage,
+        "version": known.version,
+        "state": "CLEAN",
+        "fence": (header or {}).get("fence"),
+    }
     verdict.equal("the header beside the weights", header, expected)
     live = live_digest(cluster)
     replayed = _undisturbed(cluster, model)

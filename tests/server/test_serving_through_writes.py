@@ -76,7 +76,7 @@ def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site
     stream, whole = Background(server, 4000, stream=True), Background(server, 4000, stream=False)
     assert stream.started.wait(60)
     control.begin_hogwild()
-    header.begin()
+    header.begin(control.fence)
     control.close()  # as the end of its process does, which a busy machine may put off
     site.is_torn()
     reason = site.served()["reason"]
