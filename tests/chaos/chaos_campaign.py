@@ -227,14 +227,17 @@ class Campaign:
     def _fail_the_canary(self, what: CanaryFails) -> None:
         """Every version fails from here: the worker holds training, and goes back to the last one that passed."""
         store = self.cluster.redis
-        before, good = ledger.state(store).version, store.hget(keys.STATE, GOOD)
+        if store.hget(keys.STATE, GOOD) is None:
+            worker = self.start("--canary-every", "1")
+            until(lambda: store.hget(keys.STATE, GOOD) is not None or not worker.alive(), "a version to pass", 300)
+            self._check_alive(worker)
+        before = ledger.state(store).version
         worker = self.start("--canary-bound", "0.001", "--canary-every", "1", fault=what.point)
 
         def over() -> bool:
             if not worker.alive():
                 return True
-            held = pause_switch.held(store) is not None
-            return held and (good is None or self.manifests.went_back_after(before))
+            return pause_switch.held(store) is not None and self.manifests.went_back_after(before)
 
         until(over, "the canary to fail", timeout=300)
         if not worker.alive():
@@ -244,7 +247,7 @@ class Campaign:
             else:
                 self.notes[f"canary: {self._clear_error(worker, code)[:60]}"] += 1
         else:
-            self.notes["the canary took the weights back" if good else "the canary held training"] += 1
+            self.notes["the canary took the weights back"] += 1
         self.cluster.kill_worker()
         pause_switch.resume(store)
 
