@@ -110,7 +110,7 @@ def test_no_case_is_forgotten_and_none_loses_learning_unasked() -> None:
         assert head["state"] == "CLEAN"
         if decision.action == "commit":
             assert rec is not None and rec.version == head["version"] == known.version + 1
-            assert rec["lineage"] == head["lineage"] and known.lineage in (None, head["lineage"])
+            assert rec.lineage == head["lineage"] and known.lineage in (None, head["lineage"])
         elif decision.action == "lineage":
             assert new and decision.version == known.version + 1 and known.lineage != head["lineage"]
         elif decision.action == "adopt":
