@@ -133,7 +133,7 @@ def test_an_error_in_the_heartbeat_is_raised_between_steps(
 
 
 def test_putting_back_may_be_repeated(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
-    """The answer to the first time was lost, say: each job is queued once all the same, in order, with no retry spent."""
+    """The first answer was lost, say: each job is queued once, in order, with no retry spent."""
     ids = [Producer(redis_url).enqueue(say("good"), id=f"t{i}").id for i in range(3)]
     worker = start(connection, weights, hooks=[])
     held, _ = transitions.take(worker.queue, 3, 0)
