@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from durable_parts import QUIET, Site
-
 from worker.tiny import make_tiny
 from worker.weights.attach import attach
 
