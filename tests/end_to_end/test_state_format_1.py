@@ -59,7 +59,7 @@ def test_every_version_comes_back_as_it_was(site: Site) -> None:
     wanted, answer = expected("weights"), site.folder / "answer.json"
     arguments = (str(site.run_dir), str(site.state), sorted(wanted), str(answer))
     process = Forked(rebuild_all, arguments, {}, site.folder / "all.log")
-    assert process.ended() == 0, process.said()
+    assert process.ended(280) == 0, process.said()
     found = json.loads(answer.read_text())
     seen = {int(version): facts for version, facts in found["seen"].items()}
     for version, facts in wanted.items():

@@ -35,7 +35,7 @@ def apply_update(session: Session, update: Update) -> dict[str, float]:
     leased = time.monotonic()
     point("paused")
     try:
-        session.weights.record.write(update.record())
+        session.weights.record.write(update.record().plain())
         header.begin(session.control.fence)
         point("applying")
         measured = _write(session, version)
