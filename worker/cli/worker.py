@@ -3,13 +3,11 @@
 import logging
 import os
 import socket
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import redis
-import torch
 
 from producer.cli import redis_option
 from producer.jobs import connect, redis_errors, resolve_url, safe_url
@@ -20,6 +18,7 @@ from worker.config.update_options import apply_options, apply_settings_of, max_t
 from worker.consumer.events import LogHooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
+from worker.trainer.threads import TrainingThreads
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 from worker.versions.rest_status import forget_rest
@@ -36,7 +35,11 @@ log = logging.getLogger("tandem")
 @click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
 @click.option("--burst", is_flag=True, help="Stop when the queue is empty.")
 @click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads for training (default: before each version, as many as CPUs are free).",
+)
 @state_options
 @guard_options
 @apply_options
@@ -56,8 +59,7 @@ def command(
 ) -> None:
     """Drain the queue and train the weights that the server of --run-dir is serving."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if threads:
-        torch.set_num_threads(threads)
+    cpu_threads = TrainingThreads(threads)
     policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     connection = connect(resolve_url(redis_url), redis.Redis.from_url)
@@ -79,7 +81,12 @@ def command(
             max_tokens=max_tokens,
         ) as step:
             agree(connection, step, new_lineage=new_lineage)
-            step.confirm = partial(confirm, connection, step)
+
+            def before_version() -> None:
+                confirm(connection, step)
+                cpu_threads.begin_version(step.weights.state.device)
+
+            step.confirm = before_version
             forget_rest(connection)
             hooks = [LogHooks(), *watch(connection, step, guards)]
             limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
