@@ -21,6 +21,7 @@ from contestants import Ours, make_peers, make_weights
 from flops import layer_weights, step_flops
 from load import ClosedLoop
 from record import OutOfTime, Part, Record, Until
+from serving_loads import Load
 from shapes import text_config, text_facts, write_shape
 from texts import build, conversation, random_examples, text_builder
 from transformers import AutoTokenizer
@@ -125,7 +126,7 @@ def endpoint() -> Iterator[tuple[str, list[str]]]:
 def test_the_load_counts_every_token_and_every_failure(endpoint: tuple[str, list[str]]) -> None:
     url, behaviours = endpoint
     behaviours += ["refuse", "say", "break"]
-    with ClosedLoop(url, "m", clients=2, max_tokens=5) as load:
+    with ClosedLoop(url, "m", load=Load.parse("2x8"), max_tokens=5) as load:
         started = time.monotonic()
         while load.between(started, time.monotonic()).requests < 4:
             time.sleep(0.01)
