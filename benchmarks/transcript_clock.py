@@ -1,7 +1,7 @@
 """Transcripts that arrive by a clock, whatever the worker does, and how long each takes until it is live.
 
-Must not know: what is served meanwhile. Invariant: transcripts come every `every` seconds from `with` on; none is sent
-after the block, and those on their way are waited for.
+Must not know: what is served meanwhile. Invariant: transcripts come every `every` seconds, the first with `with`; none
+is sent after the block, and those on their way are waited for, a minute at most.
 """
 
 import os
@@ -34,18 +34,19 @@ class TranscriptClock:
         sizes = [lengths[0]] if lengths[0] == lengths[1] else [draw.randint(*lengths) for _ in range(kinds)]
         self._texts = [conversation(builder, f"{self._name}-{number}", size) for number, size in enumerate(sizes)]
         self._waiting: dict[str, float] = {}
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._watch)]
+        self._over, self._all_sent = threading.Event(), threading.Event()
+        self._sender, self._watcher = (threading.Thread(target=work, daemon=True) for work in (self._send, self._watch))
 
     def __enter__(self) -> "TranscriptClock":
-        for thread in self._threads:
-            thread.start()
+        self._sender.start()
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        for thread in self._threads:
-            thread.join()
+        self._sender.join()
+        self._all_sent.set()
+        self._watcher.join()
 
     def plain(self) -> dict[str, float]:
         """Sent, live, and the latencies of those that are: median and worst."""
@@ -57,21 +58,21 @@ class TranscriptClock:
 
     def _send(self) -> None:
         due = time.monotonic()
-        while not self._over.wait(max(0.0, due - time.monotonic())):
+        while True:
             text: dict[str, Any] = self._texts[self.sent % len(self._texts)]
             id = f"{self._name}-{self.sent}-sent"
             self._waiting[id] = time.monotonic()
             self._rig.producer.enqueue_many([text | {"id": id}])
             self.sent += 1
             due += self._every
+            if self._over.wait(max(0.0, due - time.monotonic())):
+                return
 
     def _watch(self, patience: float = 60.0) -> None:
-        end = None
-        while not (self._over.is_set() and not self._waiting):
-            if self._over.is_set():
-                end = end or time.monotonic() + patience
-                if time.monotonic() > end:
-                    return
+        end = float("inf")
+        while not (self._all_sent.is_set() and not self._waiting) and time.monotonic() < end:
+            if self._all_sent.is_set() and end == float("inf"):
+                end = time.monotonic() + patience
             for id in list(self._waiting):
                 if self._rig.redis.hexists(keys.LEDGER, id):
                     self.latencies.append(time.monotonic() - self._waiting.pop(id))
