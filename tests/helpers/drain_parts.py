@@ -19,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from rq import Queue
+from rq.job import Job
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 
+from producer import keys
 from producer.errors import TandemError
+from producer.serializer import MsgpackSerializer
 from producer.transcript import Transcript
-from worker.consumer.batch_worker import BatchWorker, Torn, Unavailable, Update
-from worker.consumer.events import Hooks
+from worker.config.protocol import JobResult, Torn, Unavailable, Update
+from worker.consumer.batch_worker import BatchWorker
+from worker.consumer.events import Hooks, Notice
+from worker.consumer.jobs import FeedbackJob
+from worker.consumer.log_lines import sentence
 from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
 from worker.versions.reconcile import reconcile
@@ -101,7 +109,7 @@ class Weights:
         version = header["version"] + 1
         manifest = {"tokens": sum(ready.tokens for ready in good), "loss": 1.5}
         manifest |= {"update_rms": 2e-6, "weight_rms": 0.02}
-        results = {ready.id: {"version": version} for ready in good}
+        results = {ready.id: JobResult(version) for ready in good}
         update = Update(version, header["lineage"], manifest, results, rejected)
         self._replace("record", json.dumps(update.record()))
         time.sleep(self.pace)
@@ -135,8 +143,11 @@ class Lines(Hooks):
     def on_version(self, line: dict[str, Any]) -> None:
         self.versions.append(line)
 
-    def on_notice(self, sentence: str) -> None:
-        self.notices.append(sentence)
+    def on_notice(self, notice: Notice) -> None:
+        self.say(sentence(notice))
+
+    def say(self, text: str) -> None:
+        self.notices.append(text)
 
     def on_rejected(self, job_id: str, reason: str) -> None:
         self.rejected[job_id] = reason
@@ -161,6 +172,26 @@ def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = Fals
         lock.release()
         raise
     return BatchWorker(connection, weights, name=name, lock=lock, **options)
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+
+
+def job(connection: redis.Redis, job_id: str) -> Job:
+    return FeedbackJob.fetch(job_id, connection=connection, serializer=MsgpackSerializer)
+
+
+def counts(connection: redis.Redis) -> dict[str, int]:
+    kinds = {"failed": FailedJobRegistry, "finished": FinishedJobRegistry, "started": StartedJobRegistry}
+    found = {name: kind(keys.QUEUE, connection=connection).get_job_count(cleanup=False) for name, kind in kinds.items()}
+    return found | {"queued": Queue(keys.QUEUE, connection=connection).count}
+
+
+def drain(connection: redis.Redis, weights: Weights, **options: object) -> Lines:
+    lines = Lines()
+    start(connection, weights, hooks=[lines], **({"linger": 0.0} | options)).work(burst=True)
+    return lines
 
 
 if __name__ == "__main__":

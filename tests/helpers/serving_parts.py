@@ -29,7 +29,7 @@ for step in steps:
     elif step == "hogwild":
         control.begin_hogwild()
     elif step == "begin":
-        header.begin()
+        header.begin(control.fence)
     elif step == "finish":
         header.finish(header.version + 1)
 print("done", flush=True)

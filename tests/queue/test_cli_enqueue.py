@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from rq import Queue
 
 from producer import jsonl, keys
+from producer.eviction import Eviction
 from producer.serializer import MsgpackSerializer
+from worker.testing.redis_server import RedisServer
+from worker.versions.eviction_watch import publish
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
 TANDEM = [sys.executable, "-m", "worker.cli"]
@@ -25,7 +28,9 @@ TANDEM = [sys.executable, "-m", "worker.cli"]
 
 @pytest.fixture
 def store(redis_url: str) -> Iterator[redis.Redis]:
+    """The Redis of `redis_url`, of which a worker has published that it evicts nothing."""
     client = redis.Redis.from_url(redis_url)
+    publish(client, Eviction("noeviction", 0))
     yield client
     client.close()
 
@@ -110,7 +115,54 @@ def test_redis_away(tmp_path: Path) -> None:
     done = tandem("enqueue", str(file), url=f"unix://:hunter2@{tmp_path}/none")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: cannot reach Redis at unix://{tmp_path}/none")
-    assert "Everything before line 2" in done.stderr and "hunter2" not in done.stderr and "Traceback" not in done.stderr
+    assert "hunter2" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_redis_that_goes_away_in_the_middle(tmp_path: Path) -> None:
+    with (
+        RedisServer(tmp_path / "redis") as server,
+        subprocess.Popen(
+            [*TANDEM, "enqueue", "-", "--redis", server.url], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(line("a") + b"\n")
+        process.stdin.flush()
+        with redis.Redis.from_url(server.url) as client:
+            while "a" not in queued(client):
+                time.sleep(0.02)
+        server.stop()
+        process.stdin.write(line("b") + b"\n")
+        process.stdin.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert "error: cannot reach Redis" in said and "Everything before line 2 of <stdin> was dealt with" in said
+
+
+def test_a_redis_that_evicts_is_named_and_so_are_its_victims(tmp_path: Path) -> None:
+    file = tmp_path / "talks.jsonl"
+    talk = [TALK[0], {**TALK[1], "content": os.urandom(4000).hex()}]
+    file.write_bytes(b"\n".join(line(f"t{i}", messages=talk) for i in range(3000)))
+    with RedisServer(tmp_path / "redis") as server, redis.Redis.from_url(server.url) as client:
+        limit = client.info("memory")["used_memory"] + 6_000_000
+        client.config_set("maxmemory", limit)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        publish(client, Eviction("allkeys-lru", limit))
+        done = tandem("enqueue", str(file), url=server.url)
+        gone = [f"t{i}" for i in range(3000) if not client.exists(f"rq:job:t{i}")]
+    assert gone, "nothing was evicted"
+    warning, *errors = done.stderr.splitlines()
+    assert warning.startswith("warning: Redis evicts keys") and "(maxmemory-policy allkeys-lru)" in warning
+    assert errors == [f"error: {file}:{int(i[1:]) + 1}: {i} was queued, and Redis has evicted it" for i in gone]
+    assert done.stdout == f"queued 3,000, already known 0, rejected 0, lost {len(gone):,}\n" and done.returncode == 1
+
+
+def test_before_the_first_worker_the_policy_is_unknown(tmp_path: Path, redis_url: str) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_bytes(line("a"))
+    done = tandem("enqueue", str(file), url=redis_url)
+    assert done.returncode == 0
+    assert done.stderr == "note: eviction policy of Redis unknown: no worker has published it yet\n"
 
 
 def test_a_file_that_is_not_there(redis_url: str) -> None:

@@ -31,7 +31,9 @@ def as_json(redis_url: str, run_dir: Path) -> dict[str, Any]:
 def test_an_empty_redis_without_worker_and_server(redis_url: str, tmp_path: Path) -> None:
     code, text = run(redis_url, tmp_path)
     first = text.splitlines()[0]
-    assert code == 1 and first == "version 0 · 0 queued, 0 in hand, 0 failed · worker none · server unreachable"
+    assert code == 1 and (
+        first == "version 0 · 0 queued, 0 in hand, 0 failed · worker none · eviction noeviction · server unreachable"
+    )
     assert "start `tandem worker`" in text and "server cannot be reached" in text
 
 

@@ -62,7 +62,7 @@ def test_a_version_is_made_beside_a_client_that_streams_without_end(site: Site) 
     environment |= {"TANDEM_RUN_DIR": str(site.run_dir), "TANDEM_STATE_DIR": str(site.state)}
     site.send("busy", 1)
     with EndlessClient(server, 1500, 2500) as client:
-        command = [sys.executable, "-m", "worker.cli", "worker", "--burst", "--max-length", "512", *QUIET]
+        command = [sys.executable, "-m", "worker.cli", "worker", "--until-empty", "--max-length", "512", *QUIET]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
         assert done.returncode == 0, done.stderr
         assert site.agree() == before + 1
@@ -101,7 +101,7 @@ def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site
     stream, whole = Background(server, 4000, stream=True), Background(server, 4000, stream=False)
     assert stream.started.wait(60)
     control.begin_hogwild()
-    header.begin()
+    header.begin(control.fence)
     control.close()  # as the end of its process does, which a busy machine may put off
     site.is_torn()
     reason = site.served()["reason"]

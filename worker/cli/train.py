@@ -27,7 +27,8 @@ from worker.data.examples import Example, ExampleError
 from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:
-    from worker.checkpoint.replay import Ready
+    from worker.checkpoint.batch_codec import Ready
+    from worker.data.batch_capacity import Room
 
 T = TypeVar("T")
 
@@ -137,10 +138,10 @@ def train_attached(
     ) as shared:
         shared.base = shared.weights.header.version
         shared.confirm = partial(TrainingThreads().begin_version, shared.weights.state.device)
-        if shared.base and shared.keeper.latest() != (shared.base, shared.weights.header.lineage):
+        if shared.base and shared.keeper.history.latest() != (shared.base, shared.weights.header.lineage):
             raise TandemError(
-                "the state directory does not know these weights: run `tandem worker --burst` once, which takes note of"
-                " them, or name the right directory with --state-dir"
+                "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
+                " note of them, or name the right directory with --state-dir"
             )
 
         def step(examples: list[Ready]) -> float:
@@ -150,7 +151,22 @@ def train_attached(
             return float(update.manifest["loss"])
 
         examples = load_examples(file, lambda transcript, id: shared.prepare(id, transcript))
-        return run_steps(list(epochs(examples, count=count, batch=batch, seed=h.seed)), step)
+        batches = list(epochs(examples, count=count, batch=batch, seed=h.seed))
+        check_batches(file, batches, shared.trainer.room)
+        return run_steps(batches, step)
+
+
+def check_batches(file: str, batches: Sequence[list[Ready]], room: Room) -> None:
+    """The trainer takes every batch; asked before the first version is made. Raises `TandemError`."""
+    refused = [found for ready in batches if not room.holds(found := [item.example for item in ready])]
+    if refused:
+        most = max(map(room.needs, refused))
+        what = "a batch" if room.whole else "a transcript"
+        fewer = "a smaller --batch, " if room.whole else ""
+        raise TandemError(
+            f"{file}: nothing was trained: {what} has {most} tokens, and a forward pass here takes {room.longest} at"
+            f" most. Use {fewer}--max-tokens {most}, if the GPU's memory allows it, or a lower --max-length"
+        )
 
 
 @click.command()

@@ -16,6 +16,7 @@ from producer.errors import TandemError
 from producer.jobs import results_key, submission
 from producer.transcript import Transcript
 from worker.checkpoint.journal import Journal
+from worker.checkpoint.records import UpdateRecord
 from worker.consumer.jobs import open_queue
 
 
@@ -30,7 +31,7 @@ def requeue(connection: redis.Redis, journal: Journal, ids: list[str]) -> Callab
 
     def settle(pipe: Pipeline) -> None:
         for id in ids:
-            sent = submission(Transcript.from_dict(texts[id] | {"id": id}), connection)
+            sent = submission(Transcript.from_dict(texts[id] | {"id": id}))
             pipe.hdel(keys.LEDGER, id)
             pipe.delete(sent.job.key, results_key(id))
             pipe.zrem(finished, id)
@@ -43,7 +44,8 @@ def _texts(journal: Journal, ids: set[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for entry in journal.entries.values():
         if ids & set(entry.ids):
-            batch = journal.read(entry.version)["batch"] or []
+            record = journal.read(entry.version)
+            batch = (record.batch if isinstance(record, UpdateRecord) else None) or []
             found |= {item["id"]: item["transcript"] for item in batch}
     if missing := ids - found.keys():
         raise TextExpired(f"--requeue: the journal no longer has the text of {min(missing)} (--keep-transcripts)")
