@@ -7,7 +7,7 @@
 Servers, one after the other: `keep` and `recompute` are `tandem serve --running ...`, `plain` is vLLM without Tandem.
 On each, every load (serving_loads.py) runs alone and, but on `plain`, while transcripts arrive by a clock and a worker
 with its defaults trains them; rounds are interleaved, and figures are medians over them. Prefix caching is on. A gap is
-the time between two chunks of one stream, by the clients' clock. At last a prompt of before a version is asked again.
+the time between two chunks of one stream, by the clients' clock. First a prompt of before a version is asked again.
 """
 
 import statistics
@@ -71,6 +71,8 @@ def measure(
         if kind != "plain":
             worker = stack.enter_context(rig.worker(*phases.worker))
             record.about[f"worker ready, {kind}"] = worker.ready_s
+            longest = min(3500, max(max(load.lengths) for load in loads))
+            record.part(f"{kind}, old prefixes", lambda part: old_prefixes(rig, builder, longest, phases, part))
         for _ in range(phases.rounds):
             for load in loads:
 
@@ -83,9 +85,6 @@ def measure(
                     _judge(part)
 
                 record.part(part_name(kind, load), one)
-        if kind != "plain":
-            longest = min(3500, max(max(load.lengths) for load in loads))
-            record.part(f"{kind}, old prefixes", lambda part: old_prefixes(rig, builder, longest, phases, part))
 
 
 def part_name(kind: str, load: Load) -> str:
