@@ -26,13 +26,14 @@ import click
 import torch
 from finetune import LENGTH, length, pretrain
 from rich.progress import track
+from texts import text_builder
 
 from worker.checkpoint import model_directory
 from worker.cli.train import load_examples
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, ExampleBuilder
 from worker.testing.tiny_model import make_tiny
-from worker.trainer.trainer import make_builder, make_trainer
+from worker.trainer.trainer import make_trainer
 from worker.utils import torch_setup
 
 
@@ -134,7 +135,7 @@ def main(
         model, tokenizer, examples = taught_tiny(file, pretrain_steps)
     else:
         model, tokenizer = model_directory.load(directory)
-        examples = load_examples(file, make_builder(tokenizer, directory, h).build)
+        examples = load_examples(file, text_builder(directory).build)
         examples = [one for one in examples if length(one) <= max_length]
     model.eval()
     train, kept = examples[held:], examples[:held]
