@@ -18,7 +18,7 @@ def test_maintenance_leaves_the_batch_in_hand_alone(redis_url: str, connection: 
     run, seen = weights.run, []
 
     def maintains(prepared: Any) -> Any:
-        seen.append(upkeep.clean(worker.queue, {held.id for held in worker.intake.hands}))
+        seen.append(upkeep.clean(worker.queue, {held.id for held in worker.batcher.hands}))
         seen.append(counts(connection))
         return run(prepared)
 
