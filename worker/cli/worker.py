@@ -10,7 +10,7 @@ import click
 import redis
 
 from producer.cli import redis_option
-from producer.jobs import connect, redis_errors, resolve_url, safe_url
+from producer.connection import connect, redis_errors, resolve_url, safe_url
 from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
 from worker.config.retention import policy_of, state_options
