@@ -238,7 +238,7 @@ class SharedUpdate:
         """Let the server go on under `version`; time.monotonic() of when it stood still, at the latest."""
         try:
             if self.hogwild:
-                self.control.pause()  # drops what was computed with weights of two versions
+                self.control.pause()  # what was computed with weights of two versions stays with those that have it
             paused = time.monotonic()
             self.control.resume(version)
             return paused
