@@ -13,7 +13,8 @@ from typing import Any
 
 import redis
 import torch
-from chaos_processes import Forked, RealServer, run_stand_in, until
+from chaos_processes import Forked, RealServer, run_stand_in
+from patience import until
 from stack_parts import transcripts
 
 from producer import Producer, keys

@@ -26,7 +26,6 @@ from texts import build, conversation, random_examples, text_builder
 from transformers import AutoTokenizer
 
 from worker import torch_setup
-from worker.serving.process import free_port
 from worker.weights import bind
 
 
@@ -81,8 +80,8 @@ def test_agreement_is_of_the_same_tokens() -> None:
 def endpoint() -> Iterator[tuple[str, list[str]]]:
     """(url, behaviours) of an HTTP server that streams as vLLM does; each request takes the first behaviour."""
     behaviours: list[str] = []
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    port = free_port()
+    ready, stopping, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
+    ports: list[int] = []
 
     async def complete(request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -107,26 +106,26 @@ def endpoint() -> Iterator[tuple[str, list[str]]]:
         app.router.add_post("/v1/completions", complete)
         runner = web.AppRunner(app)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports.append(runner.addresses[0][1])
         ready.set()
+        await stopping.wait()
+        await runner.cleanup()
 
-    def run() -> None:
-        loop.run_until_complete(serve())
-        loop.run_forever()
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()
-    assert ready.wait(10)
-    yield f"http://127.0.0.1:{port}", behaviours
-    loop.call_soon_threadsafe(loop.stop)
+    assert ready.wait(60)
+    yield f"http://127.0.0.1:{ports[0]}", behaviours
+    loop.call_soon_threadsafe(stopping.set)
     thread.join()
+    loop.close()
 
 
 def test_the_load_counts_every_token_and_every_failure(endpoint: tuple[str, list[str]]) -> None:
     url, behaviours = endpoint
     behaviours += ["refuse", "say", "break"]
+    started = time.monotonic()  # before the first request, which may fail before this thread runs again
     with ClosedLoop(url, "m", clients=2, max_tokens=5) as load:
-        started = time.monotonic()
         while load.between(started, time.monotonic()).requests < 4:
             time.sleep(0.01)
     served = load.between(started, time.monotonic())

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import redis
 from drain_parts import Lines, Weights, start
+from patience import PATIENCE, until
 from redis.client import Pipeline
 from rq import Queue, Retry, Worker
 from rq.job import Job, JobStatus
@@ -68,7 +68,7 @@ def test_a_batch_is_one_version_and_every_job_has_its_own_result(
     assert weights.batches == [ids[:4], ids[4:8], ids[8:]]
     assert [line["jobs"] for line in lines.versions] == [4, 4, 2]
     assert producer.version() == 3 == weights.header["version"]
-    assert [producer.wait(i, timeout=5) for i in ids] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert [producer.wait(i, timeout=PATIENCE) for i in ids] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
     assert [job(connection, i).return_value()["version"] for i in ids[3:5]] == [1, 2]
     assert counts(connection) == {"failed": 0, "finished": 10, "started": 0, "queued": 0}
     assert ledger.versions(connection, ids) == {i: 1 + n // 4 for n, i in enumerate(ids)}
@@ -98,17 +98,20 @@ def test_tokens_end_a_batch_and_what_does_not_fit_comes_next_in_order(
 def test_linger_ends_a_batch_that_does_not_fill(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
     producer = Producer(redis_url)
     lines = Lines()
-    worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=0.4)
-    thread = threading.Thread(target=worker.work, kwargs={"max_versions": 2})
-    thread.start()
-    for i in range(3):
-        producer.enqueue(say("good"), id=f"a{i}")
-        time.sleep(0.05)
-    producer.wait("a2", timeout=20)
-    producer.enqueue(say("good"), id="b0")
-    thread.join(timeout=20)
-    assert weights.batches == [["a0", "a1", "a2"], ["b0"]]
-    assert lines.versions[0]["linger_s"] >= 0.4
+    prepare = weights.prepare
+
+    def more(job_id, transcript):  # type: ignore[no-untyped-def]
+        """The next job comes while the batch lingers: long before its end, also on a busy machine."""
+        if job_id in ("a0", "a1"):
+            producer.enqueue(say("good"), id="a1" if job_id == "a0" else "a2")
+        return prepare(job_id, transcript)
+
+    weights.prepare = more  # type: ignore[method-assign]
+    producer.enqueue(say("good"), id="a0")
+    worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=4.0)
+    assert worker.work(max_versions=1) == 1
+    assert weights.batches == [["a0", "a1", "a2"]]
+    assert lines.versions[0]["linger_s"] >= 4.0
 
 
 def test_poison_fails_alone_and_the_good_around_it_are_trained(
@@ -120,7 +123,7 @@ def test_poison_fails_alone_and_the_good_around_it_are_trained(
         for n in range(8):
             producer.enqueue(say("good"), id=f"good-{i}-{n}")
         producer.enqueue(say(text), id=text.replace(" ", "-"))
-    lines = drain(connection, weights, max_jobs=45, prepare_limit=1)
+    lines = drain(connection, weights, max_jobs=45, prepare_limit=4)
     good = {f"good-{i}-{n}" for i in range(len(bad)) for n in range(8)}
     assert sorted(weights.trained) == sorted(good)
     assert {name.replace(" ", "-") for name in bad} == set(lines.rejected)
@@ -130,7 +133,7 @@ def test_poison_fails_alone_and_the_good_around_it_are_trained(
     assert reasons["not finite"] == "loss is not finite"
     assert "drain_parts.py" in reasons["breaks the step"] and "\nRuntimeError (message w" in reasons["breaks the step"]
     assert "in prepare" in reasons["breaks prepare"] and "\nRuntimeError (message w" in reasons["breaks prepare"]
-    assert "took more than 1 s" in reasons["hangs prepare"]
+    assert "took more than 4 s" in reasons["hangs prepare"]
 
 
 def test_what_may_pass_is_retried_and_what_cannot_is_not(
@@ -199,13 +202,16 @@ def test_rq_sees_a_worker_and_running_jobs_during_a_step(
     run = weights.run
 
     def watch(prepared):  # type: ignore[no-untyped-def]
-        time.sleep(0.6)  # several heartbeats
         (worker,) = Worker.all(connection=connection)
         seen.update(state=worker.get_state(), executions=len(worker.get_current_executions()), **counts(connection))
-        before = connection.zrange(f"rq:wip:{keys.QUEUE}", 0, -1, withscores=True)
-        time.sleep(1.2)
-        after = connection.zrange(f"rq:wip:{keys.QUEUE}", 0, -1, withscores=True)
-        seen["renewed"] = after[0][1] > before[0][1]
+        connection.expire(keys.WORKER_LOCK, 50)
+
+        def leases() -> list[float]:
+            return [score for _, score in connection.zrange(f"rq:wip:{keys.QUEUE}", 0, -1, withscores=True)]
+
+        before = max(leases())
+        until(lambda: min(leases()) > before, "every job's lease is renewed")
+        until(lambda: connection.ttl(keys.WORKER_LOCK) > 50, "the lock is renewed")
         seen["lock"] = connection.ttl(keys.WORKER_LOCK)
         return run(prepared)
 
@@ -213,8 +219,8 @@ def test_rq_sees_a_worker_and_running_jobs_during_a_step(
     for i in range(3):
         Producer(redis_url).enqueue(say("good"), id=f"t{i}")
     drain(connection, weights, heartbeat=0.2)
-    assert seen["state"] == "busy" and seen["executions"] == 3 and seen["started"] == 3 and seen["renewed"]
-    assert 55 <= seen["lock"] <= 60
+    assert seen["state"] == "busy" and seen["executions"] == 3 and seen["started"] == 3
+    assert 50 < seen["lock"] <= 60
     assert Worker.all(connection=connection) == []
 
 
@@ -463,11 +469,8 @@ def test_what_is_wrong_with_a_job_does_not_cost_the_lock(
     def breaks_keys(prepared):  # type: ignore[no-untyped-def]
         connection.set("rq:executions:t0", "no set of executions any more")
         connection.expire(keys.WORKER_LOCK, 30)
-        for _ in range(500):
-            if connection.ttl(keys.WORKER_LOCK) > 40:
-                return run(prepared)
-            time.sleep(0.02)
-        raise AssertionError("the lock was not renewed")
+        until(lambda: connection.ttl(keys.WORKER_LOCK) > 40, "the lock is renewed")
+        return run(prepared)
 
     weights.run = breaks_keys  # type: ignore[method-assign]
     drain(connection, weights, heartbeat=0.1)
@@ -513,7 +516,7 @@ def test_an_error_in_the_heartbeat_is_raised_between_steps(
 
     def robbed(prepared):  # type: ignore[no-untyped-def]
         connection.set(keys.WORKER_LOCK, '{"name": "robber", "pid": 1}')
-        time.sleep(0.4)
+        until(lambda: worker.pulse.error is not None, "the heartbeat has noticed")
         return run(prepared)
 
     weights.run = robbed  # type: ignore[method-assign]
@@ -566,7 +569,7 @@ def test_merged_commands_do_what_the_single_ones_did(connection: redis.Redis) ->
 def test_the_benchmark_runs_and_batches_save_round_trips(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "queue.py"
     command = [sys.executable, str(script), "--jobs", "64", "--rounds", "1", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, check=True, capture_output=True)
     found = json.loads((tmp_path / "queue.json").read_text())["results"]
     trips = {name: row["round_trips_per_job"] for name, row in found.items()}
     assert trips["RQ SimpleWorker"] > 15 > trips["Tandem, batch 1"] > trips["Tandem, batch 8"]

@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 import redis
+from patience import PATIENCE
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.results import Result
@@ -176,7 +177,7 @@ def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis
     producer.enqueue(TALK, id="a")
     calls = store.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"]
     thread = once_blocked(store, lambda: train(store, "a", 4))
-    assert producer.wait("a", timeout=60) == 4
+    assert producer.wait("a", timeout=PATIENCE) == 4
     thread.join()
     assert store.info("commandstats")["cmdstat_xread"]["calls"] - calls <= 2
     assert producer.status("a") == Status("a", "finished", 4)
@@ -188,7 +189,7 @@ def test_wait_says_why_a_transcript_failed(producer: Producer, store: redis.Redi
     with pytest.raises(
         TranscriptFailed, match=r"transcript a failed: ExampleError: one turn is longer than 4,096 tokens"
     ):
-        producer.wait("a", timeout=60)
+        producer.wait("a", timeout=PATIENCE)
     thread.join()
     assert producer.status("a").state == "failed"
 
@@ -198,21 +199,21 @@ def test_wait_after_a_failed_job_was_requeued_and_trained(producer: Producer, st
     fail(store, "a", "x")
     Job.fetch("a", connection=store, serializer=MsgpackSerializer).requeue()
     thread = once_blocked(store, lambda: train(store, "a", 9))
-    assert producer.wait("a", timeout=60) == 9
+    assert producer.wait("a", timeout=PATIENCE) == 9
     thread.join()
 
 
 def test_wait_ends_for_cancelled_unknown_and_late(producer: Producer, store: redis.Redis) -> None:
     with pytest.raises(UnknownTranscript, match="'nobody'"):
-        producer.wait("nobody", timeout=60)
+        producer.wait("nobody", timeout=PATIENCE)
     producer.enqueue(TALK, id="a")
     with pytest.raises(WaitTimeout, match=r"still queued after 0\.1 s"):
         producer.wait("a", timeout=0.1)
     Job.fetch("a", connection=store, serializer=MsgpackSerializer).cancel()
     with pytest.raises(TranscriptFailed, match="canceled"):
-        producer.wait("a", timeout=60)
+        producer.wait("a", timeout=PATIENCE)
     with pytest.raises(InvalidTranscript):
-        producer.wait("../etc", timeout=60)
+        producer.wait("../etc", timeout=PATIENCE)
 
 
 def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +221,7 @@ def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monk
     producer.enqueue(TALK, id="a")
     thread = once_blocked(store, Job.fetch("a", connection=store, serializer=MsgpackSerializer).delete)
     with pytest.raises(UnknownTranscript):
-        producer.wait("a", timeout=60)
+        producer.wait("a", timeout=PATIENCE)
     thread.join()
 
 
@@ -253,7 +254,7 @@ def test_the_documented_rights_are_enough(app_url: str, store: redis.Redis) -> N
         assert app.enqueue(TALK, id="a").job is not None
         assert len(app.enqueue_many([{"id": "b", "messages": TALK}] * 2)) == 2
         thread = once_blocked(store, lambda: train(store, "a", 1))
-        assert app.wait("a", timeout=60) == 1
+        assert app.wait("a", timeout=PATIENCE) == 1
         thread.join()
         fail(store, "b", "no")
         assert (app.status("b").reason, app.version()) == ("no", 1)
@@ -384,7 +385,7 @@ def test_many_async_waits_leave_the_loop_free(redis_url: str, store: redis.Redis
     async def talk() -> list[int]:
         async with AsyncProducer(redis_url) as producer:
             ids = [(await producer.enqueue(TALK)).id for _ in range(60)]
-            waits = asyncio.gather(*(producer.wait(job_id, timeout=60) for job_id in ids))
+            waits = asyncio.gather(*(producer.wait(job_id, timeout=PATIENCE) for job_id in ids))
             while store.info("clients")["blocked_clients"] < 60:
                 await asyncio.sleep(0.01)
             assert (await producer.enqueue(TALK)).new

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chaos_processes import until
 from durable_parts import LEARNING, QUIET, Site, transcripts
+from patience import until
 
 from producer import keys
 from worker.journal import Journal
