@@ -170,8 +170,8 @@ def test_a_redis_that_restarts_is_waited_for(server: RedisServer, folder: Path) 
 
     for at in (2, 4):
         until(lambda v=at: weights.header["version"] >= v or worker.process.poll() is not None, "the next version")
-        server.stop()  # an orderly restart: nothing written is lost
         before = len(notices())
+        server.stop()  # an orderly restart: nothing written is lost
         until(lambda n=before: len(notices()) > n or worker.process.poll() is not None, "the worker misses Redis")
         server.start()
     assert worker.ended() == 0, (folder / "log").read_text()[-3000:]
