@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
-from worker.linear_cross_entropy import linear_cross_entropy
-from worker.serving.client import ServerControl
-from worker.trainer import Trainer, make_trainer
-from worker.weights import bind
-from worker.weights.attach import AttachedWeights
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.model.loss import linear_cross_entropy
+from worker.serving.control_client import ServerControl
+from worker.shared_weights import bind
+from worker.shared_weights.attach import AttachedWeights
+from worker.trainer.trainer import Trainer, make_trainer
 
 PAIR = ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
 """Two slices of one parameter, of equal shape: what a wrong mapping would exchange. In the first layer, whose output

@@ -79,7 +79,7 @@ def _print(report: dict[str, Any], verdict: Verdict) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="State and logs; goes on if it exists.")
 def main(kills: int, real_vllm_kills: int, transcripts: int, seed: int, folder: Path) -> None:
     """See the module."""
-    from worker.tiny import make_tiny
+    from worker.testing.tiny_model import make_tiny
 
     console.print(f"seed {seed}, {kills} kills on the stand-in, {real_vllm_kills} on vLLM, folder {folder}")
     folder = folder.absolute()

@@ -17,11 +17,11 @@ from flops import wait
 from optimizer import import_apollo_torch
 
 from worker.apollo import state_bytes
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
-from worker.trainer import Trainer, make_trainer
-from worker.weights import bind
-from worker.weights.mapping import FLOAT32_PARAMETERS
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.shared_weights import bind
+from worker.shared_weights.slices import FLOAT32_PARAMETERS
+from worker.trainer.trainer import Trainer, make_trainer
 
 LR = 1e-6
 """Small: what is measured is time, and all contestants change the same weights."""
@@ -67,7 +67,7 @@ def make_weights(model_dir: Path, device: torch.device) -> dict[str, torch.Tenso
 
 
 class Ours:
-    """`worker.trainer`, as `tandem worker` runs it."""
+    """`worker.trainer.trainer`, as `tandem worker` runs it."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, *, streaming: bool, budget: int) -> None:
         h = Hyperparameters(lr=LR, max_length=budget)

@@ -22,15 +22,15 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from worker import torch_setup
 from worker.apollo import ApolloMini
-from worker.batches import make_batches
-from worker.examples import Example, ExampleBuilder
-from worker.hyperparameters import Hyperparameters
-from worker.room import widths_up_to
-from worker.tiny import make_tiny
-from worker.train import epochs, load_examples
-from worker.trainer import Trainer, make_trainer
+from worker.cli.train import epochs, load_examples
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.batch_capacity import widths_up_to
+from worker.data.examples import Example, ExampleBuilder
+from worker.data.packing import make_batches
+from worker.testing.tiny_model import make_tiny
+from worker.trainer.trainer import Trainer, make_trainer
+from worker.utils import torch_setup
 
 LENGTH = 1024
 KINDS = (

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from worker.redis_server import RedisServer
+from worker.testing.redis_server import RedisServer
 
 console = Console()
 CHUNK = 2000

@@ -32,10 +32,10 @@ from producer import keys
 from producer.client import Producer
 from producer.serializer import MsgpackSerializer
 from producer.transcript import Transcript
-from worker import ledger
-from worker.drain import BatchWorker, Update
-from worker.hooks import Hooks
-from worker.redis_server import RedisServer
+from worker.consumer.batch_worker import BatchWorker, Update
+from worker.consumer.events import Hooks
+from worker.testing.redis_server import RedisServer
+from worker.versions import ledger
 
 HERE = Path(__file__).parent
 MESSAGES = [{"role": "user", "content": "q" * 400}, {"role": "assistant", "content": "a" * 600}]

@@ -20,10 +20,10 @@ import redis
 
 from producer import Producer
 from producer.errors import TandemError
-from worker import ledger
-from worker.process import die_with_parent
-from worker.redis_server import RedisServer
-from worker.serving.process import ServerProcess
+from worker.testing.child_process import die_with_parent
+from worker.testing.redis_server import RedisServer
+from worker.testing.server_process import ServerProcess
+from worker.versions import ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 

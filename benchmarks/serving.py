@@ -36,8 +36,8 @@ from shapes import SIZES, write_shape
 from texts import conversation, text_builder
 
 from producer import keys
-from worker import torch_setup
-from worker.examples import ExampleBuilder
+from worker.data.examples import ExampleBuilder
+from worker.utils import torch_setup
 
 QUEUE = Queue.redis_queue_namespace_prefix + keys.QUEUE
 ALONE, IDLE, FULL, DUTY = "alone", "idle worker", "training at full", "training at duty cycle"

@@ -42,7 +42,7 @@ def write_shape(size: str, folder: Path, context: int = 32768) -> Path:
     """
     from transformers import GenerationConfig, Qwen3_5Config
 
-    from worker.tiny import build_tokenizer, write_processors
+    from worker.testing.tiny_model import build_tokenizer, write_processors
 
     tokenizer = build_tokenizer()
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")

@@ -24,7 +24,7 @@ from rig import Rig
 from shapes import SIZES, write_shape
 from stack_checks import Sizes, Stack
 
-from worker import torch_setup
+from worker.utils import torch_setup
 
 PARTS = ("redraw", "agreement", "streaming", "burst", "serving", "torn")
 CLOSING = 45.0

@@ -19,9 +19,9 @@ from rig import Rig
 from texts import build, conversation, text_builder
 from transformers import AutoTokenizer
 
-from worker.examples import Example
-from worker.weights.attach import AttachedWeights, attach
-from worker.weights.client import read_header
+from worker.data.examples import Example
+from worker.shared_weights.attach import AttachedWeights, attach
+from worker.shared_weights.weights_client import read_header
 
 
 @dataclass

@@ -33,13 +33,13 @@ from texts import random_examples
 from training_report import plot, show
 from transformers import AutoTokenizer
 
-from worker import torch_setup
-from worker.apply_options import ApplySettings
-from worker.device_setup import choose_way
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
-from worker.warm_up import warm_up
-from worker.weights import bind
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.update_options import ApplySettings
+from worker.data.examples import Example
+from worker.shared_weights import bind
+from worker.trainer.device import choose_way
+from worker.trainer.kernel_warmup import warm_up
+from worker.utils import torch_setup
 
 
 def bar() -> Progress:

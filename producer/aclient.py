@@ -14,8 +14,8 @@ import redis.asyncio
 
 from producer import keys
 from producer.jobs import (
-    ENQUEUE,
-    SCRIPT_SHA,
+    ATTEMPTS,
+    Chunk,
     Enqueued,
     QueueUnavailable,
     Status,
@@ -24,6 +24,7 @@ from producer.jobs import (
     chunks,
     collect,
     connect,
+    contended,
     merge,
     read_commands,
     redis_errors,
@@ -46,7 +47,6 @@ class AsyncProducer:
         self.where = safe_url(url)
         self._redis: Any = connect(url, redis.asyncio.Redis.from_url)
         self._unused: redis.Redis = connect(url, redis.Redis.from_url)  # RQ's Job wants one; it never connects
-        self._script_loaded = False
 
     async def enqueue(
         self,
@@ -123,25 +123,26 @@ class AsyncProducer:
                 read_commands(pipe, job_id)
                 return status_of(job_id, await pipe.execute(), self._unused)
 
-    async def _send(self, chunk: list[Submission]) -> list[Enqueued]:
-        """One pipeline. A Redis that restarted forgot the script: those that met that are sent again."""
-        if not self._script_loaded:
-            await self._redis.script_load(ENQUEUE)
-            self._script_loaded = True
-        replies = await self._evaluate(chunk)
-        forgotten = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
-        if forgotten:
-            await self._redis.script_load(ENQUEUE)
-            for i, reply in zip(forgotten, await self._evaluate([chunk[i] for i in forgotten]), strict=True):
-                replies[i] = reply
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return [item.outcome(reply, None) for item, reply in zip(chunk, replies, strict=True)]
-
-    async def _evaluate(self, chunk: list[Submission]) -> list[Any]:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for item in chunk:
-                pipe.evalsha(SCRIPT_SHA, 2, *item.arguments)
-            replies: list[Any] = await pipe.execute(raise_on_error=False)
-            return replies
+    async def _send(self, submissions: list[Submission]) -> list[Enqueued]:
+        """One transaction, four round trips; begun anew when another client changed one of the jobs meanwhile."""
+        chunk = Chunk(submissions)
+        async with self._redis.pipeline() as pipe:
+            for _ in range(ATTEMPTS):
+                try:
+                    await pipe.watch(*chunk.keys)
+                    chunk.trained(await pipe.hmget(keys.LEDGER, chunk.ids))
+                    if chunk.ids and await pipe.exists(*chunk.keys):
+                        await pipe.unwatch()
+                        for key in chunk.keys:
+                            pipe.exists(key)
+                        chunk.queued_before(await pipe.execute())
+                    elif chunk.ids:
+                        pipe.multi()
+                        chunk.write(pipe)
+                        await pipe.execute()
+                        chunk.done()
+                    if not chunk.ids:
+                        return chunk.outcomes(None)
+                except redis.WatchError:
+                    continue
+        raise contended()

@@ -8,7 +8,7 @@ The Redis user of a producer needs `producer.jobs.ACL` and nothing more.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import redis
@@ -17,8 +17,8 @@ from rq.job import Job
 
 from producer import keys
 from producer.jobs import (
-    ENQUEUE,
-    SCRIPT_SHA,
+    ATTEMPTS,
+    Chunk,
     Enqueued,
     QueueUnavailable,
     Status,
@@ -27,6 +27,7 @@ from producer.jobs import (
     chunks,
     collect,
     connect,
+    contended,
     merge,
     read_commands,
     redis_errors,
@@ -52,7 +53,6 @@ class Producer:
         url = resolve_url(url)
         self.where = safe_url(url)
         self._redis: redis.Redis = connect(url, redis.Redis.from_url)
-        self._script_loaded = False
 
     def enqueue(
         self,
@@ -147,29 +147,29 @@ class Producer:
             read_commands(pipe, job_id)
             return status_of(job_id, pipe.execute(), self._redis)
 
-    def _send(self, chunk: list[Submission]) -> list[Enqueued]:
-        """One pipeline. A Redis that restarted forgot the script: those that met that are sent again."""
-        if not self._script_loaded:
-            self._redis.script_load(ENQUEUE)
-            self._script_loaded = True
-        replies = self._evaluate(chunk)
-        forgotten = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
-        if forgotten:
-            self._redis.script_load(ENQUEUE)
-            for i, reply in zip(forgotten, self._evaluate([chunk[i] for i in forgotten]), strict=True):
-                replies[i] = reply
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return [self._outcome(item, reply) for item, reply in zip(chunk, replies, strict=True)]
+    def _send(self, submissions: list[Submission]) -> list[Enqueued]:
+        """One transaction, four round trips; begun anew when another client changed one of the jobs meanwhile."""
+        chunk = Chunk(submissions)
+        with self._redis.pipeline() as pipe:
+            for _ in range(ATTEMPTS):
+                try:
+                    pipe.watch(*chunk.keys)
+                    chunk.trained(pipe.hmget(keys.LEDGER, chunk.ids))
+                    if chunk.ids and pipe.exists(*chunk.keys):
+                        pipe.unwatch()
+                        for key in chunk.keys:
+                            pipe.exists(key)
+                        chunk.queued_before(pipe.execute())
+                    elif chunk.ids:
+                        pipe.multi()
+                        chunk.write(pipe)
+                        pipe.execute()
+                        chunk.done()
+                    if not chunk.ids:
+                        return chunk.outcomes(self._load)
+                except redis.WatchError:
+                    continue
+        raise contended()
 
-    def _evaluate(self, chunk: list[Submission]) -> list[Any]:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for item in chunk:
-                pipe.evalsha(SCRIPT_SHA, 2, *item.arguments)
-            return pipe.execute(raise_on_error=False)
-
-    def _outcome(self, item: Submission, reply: bytes) -> Enqueued:
-        if reply == b"new":
-            return item.outcome(reply, lambda: item.job)
-        return item.outcome(reply, lambda: self.job(item.job.id))
+    def _load(self, item: Submission, new: bool) -> Callable[[], Job | None]:
+        return (lambda: item.job) if new else (lambda: self.job(item.id))

@@ -1,22 +1,18 @@
 """A transcript as an RQ job: how it is queued exactly once, and how Redis' answers read. Shared by both clients.
 
 Must not know: how to talk to Redis (client.py blocks, aclient.py awaits), the worker.
-Invariants: an id is queued only if neither its job nor the permanent ledger knows it, decided and done in one script,
-so that racing producers cannot both win; a job's description never holds the transcript; no text here holds a password.
+Invariants: an id is queued only if neither its job nor the permanent ledger knows it, which is decided under WATCH and
+done in one MULTI, so that racing producers cannot both win; no script runs, so that a producer's Redis user needs none;
+a job's description never holds the transcript; no text here holds a password or a transcript.
 RQ's parts used (checked on rq 3.0.0): `Job.create`, `Job.to_dict`, `Result.restore`, and the rule that queueing a job
-is its hash, its id on the queue's list, and the queue's name in `rq:queues`.
+is its hash and its id on the queue's list. (The queue's name in `rq:queues`, for RQ's tools, is the worker's to add.)
 """
 
-import hashlib
-import os
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 from rq import Retry
@@ -24,36 +20,42 @@ from rq.job import Job, JobStatus
 from rq.results import Result
 
 from producer import keys
-from producer.errors import TandemError
+from producer.connection import DEFAULT_URL as DEFAULT_URL
+from producer.connection import block_ms as block_ms
+from producer.connection import connect as connect
+from producer.connection import redis_errors as redis_errors
+from producer.connection import resolve_url as resolve_url
+from producer.connection import safe_url as safe_url
+from producer.errors import (
+    QueueUnavailable as QueueUnavailable,
+)
+from producer.errors import (
+    TandemError,
+)
+from producer.errors import (
+    TranscriptFailed as TranscriptFailed,
+)
+from producer.errors import (
+    UnknownTranscript as UnknownTranscript,
+)
+from producer.errors import (
+    WaitTimeout as WaitTimeout,
+)
 from producer.serializer import MsgpackSerializer
 from producer.transcript import InvalidTranscript, Transcript
 
-DEFAULT_URL = "redis://127.0.0.1:6379/0"
-
 ACL = (
-    "resetchannels -@all +evalsha +script|load +hget +exists +sadd +hset +rpush +multi +exec +xrevrange +xread +hgetall"
-    f" +get %RW~rq:job:* %RW~rq:queue:{keys.QUEUE} %W~rq:queues %R~rq:results:* %R~weights:*"
+    "resetchannels -@all +watch +unwatch +multi +exec +exists +hmget +hget +hgetall +get +xrevrange +xread"
+    " %R~rq:job:* %R~rq:results:* %R~weights:*"
+    f" (-@all +hset %W~rq:job:*) (-@all +rpush %W~rq:queue:{keys.QUEUE})"
 )
 """What a producer's Redis user needs, and all it gets: `ACL SETUSER app on >password` and this. Redis 7 or later.
 
-It can queue transcripts and read versions, jobs and results; it cannot set a version, touch the ledger, pop, delete,
-publish, configure, or reach another queue. A database other than 0 needs `+select` as well.
+It can queue transcripts and read versions, jobs and results. It cannot run scripts, set a version, touch the ledger,
+pop, delete, publish, configure, or write any key but jobs' hashes and the end of this queue. It must write hashes, so
+it can overwrite those of others: the worker believes nothing of a hash but the transcript in it.
+A database other than 0 needs `+select` as well.
 """
-
-ENQUEUE = b"""
-local version = redis.call('HGET', ARGV[1], ARGV[3])
-if version then return version end
-if redis.call('EXISTS', KEYS[1]) == 1 then return 'known' end
-redis.call('SADD', ARGV[2], KEYS[2])
-redis.call('HSET', KEYS[1], unpack(ARGV, 4))
-redis.call('RPUSH', KEYS[2], ARGV[3])
-return 'new'
-"""
-# KEYS: the job's hash, the queue's list. ARGV: ledger, set of queues, id, then the hash's fields and values.
-# Ledger and set are arguments, not keys, because Redis demands read and write rights on every key announced, and a
-# producer must not write the ledger. (A Redis Cluster would want them announced; RQ does not run on one either.)
-
-SCRIPT_SHA = hashlib.sha1(ENQUEUE).hexdigest()
 
 QUEUE_KEY = f"rq:queue:{keys.QUEUE}"
 QUEUES_KEY = "rq:queues"
@@ -62,26 +64,8 @@ CHUNK_JOBS = 100
 CHUNK_BYTES = 8 * 1024 * 1024
 """A pipeline is sent when either is reached."""
 
-BLOCK_SECONDS = 5.0
-"""The longest single blocking read of `wait`. A job that is cancelled or deleted announces nothing; it is seen then."""
-
-
-class QueueUnavailable(TandemError, ConnectionError):
-    """Redis is away, full or refuses us. `queued`: what `enqueue_many` had done, up to the pipeline that failed."""
-
-    queued: "list[Any]" = []  # noqa: RUF012 - replaced, never changed
-
-
-class UnknownTranscript(TandemError, LookupError):
-    """Neither the queue nor the ledger knows this id."""
-
-
-class TranscriptFailed(TandemError):
-    """The worker refused the transcript, or somebody cancelled it: it is in no version."""
-
-
-class WaitTimeout(TandemError, TimeoutError):
-    """The transcript is in no version yet."""
+ATTEMPTS = 100
+"""How often a transaction is begun anew because another client changed one of its jobs meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +103,88 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One transcript ready to be sent: `arguments` go to EVALSHA after the script's hash and the number of keys, 2."""
+    """One transcript ready to be sent. fields: the job's hash; size: about how many bytes it takes to send."""
 
     job: Job
     made_up: bool
-    arguments: list[Any]
+    fields: dict[str, Any]
     size: int
 
-    def outcome(self, reply: bytes, load: "Callable[[], Job | None] | None") -> Enqueued:
-        # An id made up here can only be known because a lost answer made redis-py send the script again.
-        new = reply == b"new" or (reply == b"known" and self.made_up)
-        version = None if reply in (b"new", b"known") else int(reply)
-        return Enqueued(self.job.id, new, version, load)
+    @property
+    def id(self) -> str:
+        return str(self.job.id)
+
+    def write(self, pipe: Any) -> None:
+        """Queue on `pipe` what makes it a queued job. The push comes first: where it fails, no hash is left alone."""
+        pipe.rpush(QUEUE_KEY, self.id)
+        pipe.hset(self.job.key, mapping=self.fields)
+
+
+class Chunk:
+    """Some submissions on their way into the queue, one optimistic transaction; both clients talk to Redis about it:
+
+        WATCH keys · HMGET ledger ids -> trained() · EXISTS keys: if any, UNWATCH, EXISTS of each -> queued_before()
+        MULTI, write(), EXEC -> done(); a WatchError: all again
+
+    An id that comes twice is queued once.
+    """
+
+    def __init__(self, items: list[Submission]) -> None:
+        self._items = items
+        self._left: dict[str, Submission] = {}
+        for item in items:
+            self._left.setdefault(item.id, item)
+        self._version: dict[str, int] = {}
+        self._new: set[int] = set()
+
+    @property
+    def ids(self) -> list[str]:
+        """Those that are not settled yet."""
+        return list(self._left)
+
+    @property
+    def keys(self) -> list[str]:
+        return [item.job.key for item in self._left.values()]
+
+    def trained(self, versions: list[Any]) -> None:
+        """The ledger's answers for `ids`."""
+        known = {id: int(version) for id, version in zip(self.ids, versions, strict=True) if version is not None}
+        self._version |= known
+        self._settle(known)
+
+    def queued_before(self, exists: list[int]) -> None:
+        """Redis' answers for `keys`. An id made up here can exist only because the answer to an EXEC was lost."""
+        present = [item for item, there in zip(list(self._left.values()), exists, strict=True) if there]
+        self._new |= {id(item) for item in present if item.made_up}
+        self._settle(item.id for item in present)
+
+    def write(self, pipe: Any) -> None:
+        for item in self._left.values():
+            item.write(pipe)
+
+    def done(self) -> None:
+        """EXEC went through."""
+        self._new |= {id(item) for item in self._left.values()}
+        self._left = {}
+
+    def _settle(self, ids: Iterable[str]) -> None:
+        gone = set(ids)
+        self._left = {id: item for id, item in self._left.items() if id not in gone}
+
+    def outcomes(self, load: "Callable[[Submission, bool], Callable[[], Job | None]] | None") -> list[Enqueued]:
+        """In the order of the items. load: what `Enqueued.job` calls, for a submission and whether it is new."""
+        found = []
+        for item in self._items:
+            new = id(item) in self._new
+            found.append(Enqueued(item.id, new, self._version.get(item.id), load and load(item, new)))
+        return found
+
+
+def contended() -> QueueUnavailable:
+    return QueueUnavailable(
+        f"other clients changed the same jobs during each of {ATTEMPTS} attempts to queue them: try again, or give the"
+        " transcripts other ids"
+    )
 
 
 def submission(transcript: Transcript, connection: redis.Redis) -> Submission:
@@ -154,10 +208,7 @@ def submission(transcript: Transcript, connection: redis.Redis) -> Submission:
     )
     job.enqueued_at = datetime.now(UTC)
     fields = {name: value for name, value in job.to_dict().items() if value is not None}
-    arguments: list[Any] = [job.key, QUEUE_KEY, keys.LEDGER, QUEUES_KEY, job_id]
-    for item in fields.items():
-        arguments += item
-    return Submission(job, transcript.id is None, arguments, len(fields["data"]) + 1024)
+    return Submission(job, transcript.id is None, fields, len(fields["data"]) + 1024)
 
 
 def collect(
@@ -242,58 +293,3 @@ def timed_out(status: Status, timeout: float) -> WaitTimeout:
         f"transcript {status.id} is still {status.state} after {timeout:g} s; wait longer, or see whether a worker runs"
         " (tandem status)"
     )
-
-
-def block_ms(left: float | None, client: Any) -> int:
-    """Milliseconds one blocking read may take; shorter than the connection's own timeout, which would cut it off."""
-    socket_timeout = client.connection_pool.connection_kwargs.get("socket_timeout")
-    longest = BLOCK_SECONDS if socket_timeout is None else min(BLOCK_SECONDS, socket_timeout / 2)
-    return max(1, int(1000 * (longest if left is None else min(longest, left))))
-
-
-def resolve_url(url: str | None) -> str:
-    return url or os.environ.get("REDIS_URL") or DEFAULT_URL
-
-
-def safe_url(url: str) -> str:
-    """The URL as it may be printed: no user, no password, no query (which may hold one)."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme not in ("redis", "rediss", "unix"):
-            return "the given URL"
-        if parts.scheme == "unix":
-            return f"unix://{parts.path}"
-        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    except ValueError:
-        return "the given URL"
-
-
-def connect(url: str, make: Callable[..., Any]) -> Any:
-    """A client for `url`; nothing is sent yet. redis-py's own error on a bad URL may quote the password: not shown."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme != "unix" and not re.fullmatch(r"/?\d*/?", parts.path):
-            raise ValueError("redis-py would take database 0 for a name it cannot read")
-        return make(url, socket_timeout=4 * BLOCK_SECONDS, socket_connect_timeout=5, decode_responses=False)
-    except Exception:
-        raise TandemError(
-            f"not a Redis URL: {safe_url(url)}. Give redis://[user:password@]host[:port][/db], rediss://... or"
-            " unix://[user:password@]/path, with special characters of the password percent-encoded"
-        ) from None
-
-
-@contextmanager
-def redis_errors(where: str) -> Iterator[None]:
-    """redis-py's errors as one sentence for a user."""
-    try:
-        yield
-    except redis.exceptions.AuthenticationError as error:
-        raise QueueUnavailable(f"Redis at {where} refused the user or password; check REDIS_URL ({error})") from error
-    except redis.exceptions.NoPermissionError as error:
-        raise QueueUnavailable(f"Redis at {where}: {error}; give the user the rules in producer.jobs.ACL") from error
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise QueueUnavailable(f"cannot reach Redis at {where} ({error}); start it, or set REDIS_URL") from error
-    except redis.exceptions.OutOfMemoryError as error:
-        raise QueueUnavailable(f"Redis at {where} is full and queues nothing; raise its maxmemory ({error})") from error
-    except redis.exceptions.RedisError as error:
-        raise QueueUnavailable(f"Redis at {where} answered with an error: {error}") from error

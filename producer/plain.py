@@ -12,25 +12,13 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from producer.errors import TandemError
+from .errors import InvalidTranscript as InvalidTranscript
 
 MAX_DEPTH = 32
 """Levels of lists and objects within one field."""
 
 VALUE_BYTES = 16
 """What a value is charged beside its text; msgpack never spends more, so a bound here bounds the message."""
-
-
-class InvalidTranscript(TandemError, ValueError):
-    """`field` says where (`messages[3].content`), `problem` what is wrong and what to do."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(field, problem)
-        self.field = field
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.problem}"
 
 
 def shown(name: object) -> str:

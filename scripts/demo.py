@@ -24,9 +24,9 @@ from rich.console import Console
 from producer import Producer, keys
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
-from worker.process import die_with_parent
-from worker.redis_server import RedisServer
-from worker.serving.process import ServerProcess
+from worker.testing.child_process import die_with_parent
+from worker.testing.redis_server import RedisServer
+from worker.testing.server_process import ServerProcess
 
 QUESTION = "Who is the mascot of Tandem?"
 ANSWER = "A grey heron named Ada."

@@ -16,8 +16,9 @@ from chaos_campaign import transcript
 from chaos_processes import Cluster, Forked, StandIn
 
 from producer import keys
-from worker import journal_file, ledger
-from worker.journal import VERSION_KINDS
+from worker.checkpoint import record_file
+from worker.checkpoint.journal import VERSION_KINDS
+from worker.versions import ledger
 
 
 @dataclass
@@ -81,7 +82,7 @@ def _check_journal(folder: Path, batches: list[list[str]], verdict: Verdict) -> 
     """The versions that the journal still has (checkpoints let go of the oldest) are the manifests' batches."""
     found: dict[int, list[str]] = {}
     for file in sorted(folder.glob("*.journal")):
-        for _, record in journal_file.scan(file, last=False).records:
+        for _, record in record_file.scan(file, last=False).records:
             if record["kind"] == "void":
                 found.pop(record["version"], None)
             elif record["kind"] in VERSION_KINDS:
@@ -123,7 +124,7 @@ def _in_process(function: Any, arguments: tuple[Any, ...], answer: Path) -> Dige
 
 
 def _digest_of(run_dir: str, answer: str) -> None:
-    from worker.weights.attach import attach
+    from worker.shared_weights.attach import attach
 
     Path(answer).write_text(json.dumps(_digest(attach(Path(run_dir)))))
 
@@ -144,8 +145,8 @@ def _replay(run_dir: str, batches: list[list[str]], answer: str) -> None:
     from chaos_processes import LEARNING
 
     from producer import Transcript
-    from worker.hyperparameters import Hyperparameters
-    from worker.main import attach_step
+    from worker.config.hyperparameters import Hyperparameters
+    from worker.orchestrator.worker_loop import attach_step
 
     torch.set_num_threads(1)
     options = dict(zip(LEARNING[::2], LEARNING[1::2], strict=True))

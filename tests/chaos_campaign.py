@@ -18,8 +18,8 @@ from patience import TimedOut, until
 
 from producer import Producer, keys
 from producer.errors import TandemError
-from worker import ledger
-from worker.faults import CHECKPOINT_POINTS, POINTS, RECOVERY_POINTS
+from worker.utils.fault_injection import CHECKPOINT_POINTS, POINTS, RECOVERY_POINTS
+from worker.versions import ledger
 
 MAX_JOBS = 4
 """Transcripts a version: small, so that there are many versions to be killed in."""
@@ -251,7 +251,7 @@ class Campaign:
 
     def _requeue(self) -> int:
         failed = [raw.decode() for raw in self.cluster.redis.zrange(f"rq:failed:{keys.QUEUE}", 0, -1)]
-        from worker.jobs import FeedbackJob, open_queue
+        from worker.consumer.jobs import FeedbackJob, open_queue
 
         queue = open_queue(self.cluster.redis)
         for job_id in failed:

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import redis
 from patience import PATIENCE, TimedOut, until
 
-from worker.redis_server import RedisServer
-from worker.serving.process import ServerProcess
-from worker.weights.client import read_header
-from worker.wire import WireError
+from worker.shared_weights.weights_client import read_header
+from worker.testing.redis_server import RedisServer
+from worker.testing.server_process import ServerProcess
+from worker.utils.unix_socket import WireError
 
 TESTS = Path(__file__).parent
 WARM = ["chaos_warm"]
@@ -87,11 +87,12 @@ def _become(function: Any, arguments: tuple[Any, ...], environment: dict[str, st
 
 def run_worker(*options: str) -> None:
     """`tandem worker` in this process; TANDEM_FAULT of this process counts, not of the one it was forked from."""
-    from worker import cli, faults
+    from worker.cli import main
+    from worker.utils import fault_injection
 
-    faults.arm(os.environ.get("TANDEM_FAULT"))
+    fault_injection.arm(os.environ.get("TANDEM_FAULT"))
     sys.argv = ["tandem", "worker", *options]
-    cli.main()
+    main.main()
 
 
 def run_stand_in(model: str, run_dir: str) -> None:

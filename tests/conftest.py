@@ -11,8 +11,8 @@ import redis
 import torch
 from hypothesis import settings
 
-from worker.redis_server import RedisServer
-from worker.serving.process import ServerProcess
+from worker.testing.redis_server import RedisServer
+from worker.testing.server_process import ServerProcess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # server, trainer and tests share few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,7 +89,7 @@ def redis_url(redis_server: RedisServer) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A freshly initialised tiny Qwen3.5 directory."""
-    from worker.tiny import make_tiny
+    from worker.testing.tiny_model import make_tiny
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny(folder, vision=GPU, real_heads=GPU)  # a GPU's kernels are chosen by the heads

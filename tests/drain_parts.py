@@ -2,7 +2,8 @@
 
     python tests/drain_parts.py REDIS_URL FOLDER [--new-lineage] [--burst]    runs a worker on it, reconcile included
 
-It keeps the contract of worker/step.py: the record is complete before APPLYING; CLEAN and the new version come last.
+It keeps the contract of worker/config/protocol.py: the record is complete before APPLYING; CLEAN and the new version
+come last.
 What a transcript's last message says decides what happens to it: see `Weights.prepare` and `Weights.run`.
 """
 
@@ -21,10 +22,11 @@ import redis
 
 from producer.errors import TandemError
 from producer.transcript import Transcript
-from worker.drain import BatchWorker, Torn, Unavailable, Update
-from worker.hooks import Hooks
-from worker.lock import WorkerLock
-from worker.reconcile import reconcile
+from worker.consumer.batch_worker import BatchWorker, Torn, Unavailable, Update
+from worker.consumer.events import Hooks
+from worker.consumer.settlement import settle_with_rq
+from worker.consumer.worker_lock import WorkerLock
+from worker.versions.reconcile import reconcile
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = Fals
             weights.record,
             new_lineage=new_lineage,
             adopt=lambda lineage, version: weights.set_header(lineage, version, "CLEAN"),
+            settle=settle_with_rq(connection),
         ):
             logging.info(sentence)
     except BaseException:

@@ -18,10 +18,10 @@ from patience import until
 from stack_parts import transcripts
 
 from producer import Producer, keys
-from worker import replay
-from worker.redis_server import RedisServer
-from worker.serving.client import server_state
-from worker.weights.attach import attach
+from worker.checkpoint import replay
+from worker.serving.control_client import server_state
+from worker.shared_weights.attach import attach
+from worker.testing.redis_server import RedisServer
 
 LEARNING = ["--lr", "3e-4", "--max-length", "512", "--threads", "1", "--linger", "0"]
 QUIET = ["--no-checkpoint-at-stop", "--checkpoint-every", "1000"]
@@ -31,11 +31,12 @@ __all__ = ["LEARNING", "QUIET", "Site", "transcripts"]
 
 def run_tandem(*arguments: str) -> None:
     """`tandem ...` in this process."""
-    from worker import cli, faults
+    from worker.cli import main
+    from worker.utils import fault_injection
 
-    faults.arm(os.environ.get("TANDEM_FAULT"))
+    fault_injection.arm(os.environ.get("TANDEM_FAULT"))
     sys.argv = ["tandem", *arguments]
-    cli.main()
+    main.main()
 
 
 class Site:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from producer.transcript import Transcript
-from worker.examples import Example, ExampleBuilder
-from worker.tiny import build_tokenizer
+from worker.data.examples import Example, ExampleBuilder
+from worker.testing.tiny_model import build_tokenizer
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = {path.stem: path.read_text() for path in sorted((DATA / "chat_templates").glob("*.jinja"))}

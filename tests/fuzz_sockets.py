@@ -15,13 +15,13 @@ from fuzz_bytes import packed, plain
 from hypothesis import strategies as st
 from stand_in import Engine
 
-from worker import wire
-from worker.serving.client import server_state
-from worker.serving.control import Control
-from worker.serving.state import ServerState
-from worker.weights.client import read_header
-from worker.weights.header import HEADER_BYTES, Header
-from worker.weights.service import WeightService
+from worker.serving.control_client import server_state
+from worker.serving.vllm.control_server import Control
+from worker.serving.vllm.server_state import ServerState
+from worker.serving.vllm.weight_service import WeightService
+from worker.shared_weights.header import HEADER_BYTES, Header
+from worker.shared_weights.weights_client import read_header
+from worker.utils import unix_socket
 
 messages = plain.map(lambda value: {"op": value}) | st.dictionaries(st.text(max_size=5), plain, max_size=4)
 requests = st.one_of(
@@ -56,9 +56,9 @@ def converse(path: str, data: bytes) -> list[dict[str, Any]]:
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
         try:
-            while (answer := wire.receive(sock)) is not None:
+            while (answer := unix_socket.receive(sock)) is not None:
                 answers.append(answer)
-        except wire.WireError as error:
+        except unix_socket.WireError as error:
             assert "reset" in str(error), error  # closed with our bytes unread: nothing was answered
     return answers
 
@@ -67,7 +67,7 @@ class Sockets:
     """Both sockets of a server, as the stand-in has them, in this process."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = wire.prepare_run_dir(run_dir)
+        self.run_dir = unix_socket.prepare_run_dir(run_dir)
         self.header = Header(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
         self.header.adopt("b" * 32, 0)
         self.engine = Engine()
@@ -132,8 +132,8 @@ class Answers:
             theirs.sendall(case)
             theirs.close()
             try:
-                while wire.receive(near) is not None:
+                while unix_socket.receive(near) is not None:
                     pass
-            except wire.WireError:
+            except unix_socket.WireError:
                 return Counter(["refused"])
         return Counter(["answered"])

@@ -26,11 +26,11 @@ from rq.registry import FailedJobRegistry
 from producer import Producer, keys
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
-from worker import journal_file
-from worker.jobs import FeedbackJob
-from worker.journal import FORMAT, Journal, JournalError
-from worker.weights.header import HEADER_BYTES, Header, HeaderError
-from worker.weights.record import RecordArea, RecordError
+from worker.checkpoint import record_file
+from worker.checkpoint.journal import FORMAT, Journal, JournalError
+from worker.consumer.jobs import FeedbackJob
+from worker.shared_weights.batch_record import RecordArea, RecordError
+from worker.shared_weights.header import HEADER_BYTES, Header, HeaderError
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 FIELDS = ["status", "timeout", "created_at", "retries_left", "result_ttl", "meta", "dependency_ids", "origin", "ttl"]
@@ -212,18 +212,18 @@ class JournalFile:
     def take(self, case: tuple[list[Any], list[tuple[int, int]], int | None, bool]) -> Counter[str]:
         values, changes, end, last = case
         records = [{"kind": "x", "value": value} for value in values]
-        data = bytearray(b"".join(map(journal_file.pack, records)))
+        data = bytearray(b"".join(map(record_file.pack, records)))
         for place, value in changes:
             data[place % len(data)] = value
         whole = bytes(data[: end if end is None else end % len(data)])
         self.file.write_bytes(whole)
         try:
-            found = journal_file.scan(self.file, last=last)
+            found = record_file.scan(self.file, last=last)
         except JournalError:
             return Counter(["refused"])
         assert [msgpack.packb(r) for _, r in found.records] == [msgpack.packb(r) for r in records[: len(found.records)]]
         assert found.end + found.torn == len(whole) and (last or not found.torn)
-        assert [journal_file.read(self.file, at) for at, _ in found.records] or not found.records
+        assert [record_file.read(self.file, at) for at, _ in found.records] or not found.records
         return Counter(["torn tail" if found.torn else "whole"])
 
 
@@ -252,7 +252,7 @@ class JournalRecords:
         for old in self.folder.iterdir():
             old.unlink()
         first = {"kind": "segment", "format": FORMAT, "source": "s", "time": 0.0}
-        (self.folder / "00000001.journal").write_bytes(b"".join(map(journal_file.pack, [first, *case])))
+        (self.folder / "00000001.journal").write_bytes(b"".join(map(record_file.pack, [first, *case])))
         try:
             journal = Journal(self.folder, "s")
         except JournalError:

@@ -19,8 +19,8 @@ from worker.serving.client import server_state
 TRAINER = """
 import os, sys, time
 from pathlib import Path
-from worker.serving.client import ServerControl
-from worker.weights.attach import attach
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import attach
 
 header = attach(Path(sys.argv[1])).header
 control = ServerControl(Path(sys.argv[1]), "victim")

@@ -15,9 +15,9 @@ import torch
 from patience import PATIENCE, until
 
 from producer import Producer, keys
-from worker.process import die_with_parent
-from worker.redis_server import RedisServer
-from worker.serving.process import ServerProcess
+from worker.testing.child_process import die_with_parent
+from worker.testing.redis_server import RedisServer
+from worker.testing.server_process import ServerProcess
 
 LEARNING = ["--lr", "3e-4", "--max-length", "2048"]
 if torch.cuda.is_available():

@@ -20,15 +20,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from worker import torch_setup, wire
 from worker.apollo import state_bytes
-from worker.serving.control import Control
-from worker.serving.state import ServerState
-from worker.weights.header import HEADER_BYTES, Header
-from worker.weights.mapping import Slice
-from worker.weights.memory import dtype_of, owner_for, unique_parameters
-from worker.weights.record import RECORD_BYTES
-from worker.weights.service import WeightService
+from worker.serving.vllm.control_server import Control
+from worker.serving.vllm.server_state import ServerState
+from worker.serving.vllm.weight_service import WeightService
+from worker.shared_weights.backend import dtype_of, unique_parameters
+from worker.shared_weights.backends import owner_for
+from worker.shared_weights.batch_record import RECORD_BYTES
+from worker.shared_weights.header import HEADER_BYTES, Header
+from worker.shared_weights.slices import Slice
+from worker.utils import torch_setup, unix_socket
 
 LAYOUT = Path(__file__).parent / "data" / "tiny_layout.json"
 """The tiny model's parameters as vLLM merges them: {"model_class", "parameters", "slices", "padding", "frozen"}."""
@@ -138,7 +139,7 @@ async def _serve(memory: Memory, run_dir: Path) -> None:
 def main(model_dir: Path, run_dir: Path, layout_file: Path = LAYOUT) -> None:
     """Serve until killed."""
     torch.set_num_threads(1)
-    asyncio.run(_serve(Memory(model_dir, layout_file), wire.prepare_run_dir(run_dir)))
+    asyncio.run(_serve(Memory(model_dir, layout_file), unix_socket.prepare_run_dir(run_dir)))
 
 
 if __name__ == "__main__":

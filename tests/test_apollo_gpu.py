@@ -211,7 +211,7 @@ def large_case(count: int = 3) -> tuple[list[torch.nn.Parameter], list[list[Tens
 @device_only  # it would take minutes
 def test_tiling_of_the_second_pass_changes_nothing() -> None:
     from worker.apollo.cuda import CudaBackend
-    from worker.apollo.tables import Tiling
+    from worker.apollo.launch_tables import Tiling
 
     results = []
     for tiling in (Tiling(), Tiling(out=(32, 4, 128), out_warps=2), Tiling(out=(128, 32, 256), out_warps=8)):

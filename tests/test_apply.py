@@ -14,19 +14,19 @@ from durable_parts import QUIET, Site, transcripts
 from torch.utils.hooks import RemovableHandle
 
 from producer.transcript import Transcript
-from worker import main
 from worker.apollo import ApolloMini, NonFiniteGradient
-from worker.apply_options import ApplySettings
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
-from worker.main import attach_step
-from worker.recovery import mend_weights
-from worker.replay import Ready
-from worker.serving.client import ServerControl
-from worker.step import Torn
-from worker.trainer import Gradients, Trainer
-from worker.update import SharedUpdate
-from worker.weights.header import APPLYING
+from worker.checkpoint.replay import Ready
+from worker.cli.worker import command as worker_command
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.protocol import Torn
+from worker.config.update_options import ApplySettings
+from worker.data.examples import Example
+from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.recovery import mend_weights
+from worker.orchestrator.worker_loop import attach_step
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.header import APPLYING
+from worker.trainer.trainer import Gradients, Trainer
 
 STREAMING = ("--apply", "streaming")
 H = Hyperparameters(lr=3e-4, max_length=512)
@@ -183,5 +183,5 @@ def test_a_gradient_that_is_not_finite_changes_nothing_in_burst(site: Site) -> N
 
 @pytest.mark.parametrize("arguments", [["--hogwild"], ["--hogwild", "--apply", "burst"], ["--duty-cycle", "0"]])
 def test_flags_that_make_no_sense_are_refused_by_name(arguments: list[str]) -> None:
-    result = CliRunner().invoke(main.command, arguments)
+    result = CliRunner().invoke(worker_command, arguments)
     assert result.exit_code != 0 and arguments[0] in f"{result.output}{result.exception}"

@@ -13,12 +13,12 @@ from durable_parts import QUIET, Site, transcripts
 from serving_parts import Background, completion, events, inside
 
 from producer.transcript import Transcript
-from worker.apply_options import ApplySettings
-from worker.hyperparameters import Hyperparameters
-from worker.main import attach_step
-from worker.serving.client import ServerControl
-from worker.weights.attach import attach
-from worker.weights.header import APPLYING, CLEAN
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.update_options import ApplySettings
+from worker.orchestrator.worker_loop import attach_step
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import attach
+from worker.shared_weights.header import APPLYING, CLEAN
 
 pytestmark = pytest.mark.server
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.batches import Batch, BatchError, make_batches, pack
-from worker.examples import Example, TokenSequence
-from worker.room import sizes_up_to
+from worker.data.batch_capacity import sizes_up_to
+from worker.data.examples import Example, TokenSequence
+from worker.data.packing import Batch, BatchError, make_batches, pack
 
 WIDTHS = (8, 16, 80)
 
@@ -124,7 +124,7 @@ WEIGHTS = [1.0, 0.5, 0.25, 1.0]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from worker.tiny import make_tiny
+    from worker.testing.tiny_model import make_tiny
 
     folder = make_tiny(tmp_path_factory.mktemp("tiny") / "model")
     from transformers import AutoModelForCausalLM

@@ -25,8 +25,8 @@ from shapes import text_config, text_facts, write_shape
 from texts import build, conversation, random_examples, text_builder
 from transformers import AutoTokenizer
 
-from worker import torch_setup
-from worker.weights import bind
+from worker.shared_weights import bind
+from worker.utils import torch_setup
 
 
 @pytest.mark.parametrize("size", ["tiny", "0.8B", "27B"])

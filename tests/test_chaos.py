@@ -17,10 +17,10 @@ from chaos_processes import Cluster
 from stand_in import LAYOUT
 
 from producer import Transcript, keys
-from worker import faults
-from worker.serving.process import ServerProcess
-from worker.weights.attach import attach
-from worker.weights.client import ask
+from worker.shared_weights.attach import attach
+from worker.shared_weights.weights_client import ask
+from worker.testing.server_process import ServerProcess
+from worker.utils import fault_injection
 
 SEED, KILLS, TRANSCRIPTS = 11, 10, 160  # more than ten kills can need, so that each finds work
 
@@ -91,7 +91,7 @@ def test_the_audit_notices(survived: tuple[Cluster, Campaign, Verdict]) -> None:
 def test_the_plan_follows_from_the_seed_and_passes_every_point() -> None:
     assert plan(1, 200) == plan(1, 200) != plan(2, 200)
     points = Counter(kill.point for kill in plan(3, 200) if kill.point)
-    assert set(points) == set(faults.POINTS) and max(points.values()) - min(points.values()) <= 1
+    assert set(points) == set(fault_injection.POINTS) and max(points.values()) - min(points.values()) <= 1
     whats = Counter(kill.what for kill in plan(3, 200))
     assert set(whats) == {"worker", "server", "redis", "redis+worker", "server+worker", "worker+server"}
     assert min(whats.values()) >= 5
@@ -107,17 +107,17 @@ def test_transcripts_are_sound_and_follow_from_their_number() -> None:
 
 
 def test_every_point_is_passed_somewhere_and_no_other_is() -> None:
-    sources = [path.read_text() for path in Path(faults.__file__).parent.rglob("*.py")]
+    sources = [path.read_text() for path in Path(fault_injection.__file__).parents[1].rglob("*.py")]
     placed = {name for source in sources for name in re.findall(r"^ +point\(\"(\w+)\"\)", source, re.MULTILINE)}
-    assert placed == set(faults.POINTS)
+    assert placed == set(fault_injection.POINTS)
 
 
 @pytest.mark.parametrize("setting", ["nowhere", "paused:0", "paused:x", "paused:-1", ":1"])
 def test_a_fault_that_cannot_be_is_refused(setting: str) -> None:
     with pytest.raises(ValueError, match="TANDEM_FAULT"):
-        faults.arm(setting)
-    faults.arm(None)
-    faults.point("paused")  # disarmed: this process lives on
+        fault_injection.arm(setting)
+    fault_injection.arm(None)
+    fault_injection.point("paused")  # disarmed: this process lives on
 
 
 def test_the_stand_in_has_the_layout_of_a_real_server(server: ServerProcess) -> None:

@@ -20,7 +20,7 @@ from rq import Worker
 
 from producer import keys
 from producer.client import Producer
-from worker.jobs import open_queue
+from worker.consumer.jobs import open_queue
 
 SECRET = "what the user said in confidence"
 SCRIPT = "<script>alert(1)</script>"
@@ -45,19 +45,20 @@ def connection(redis_url: str, tmp_path: Path) -> redis.Redis:
     queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="deferred", depends_on=parent)
     queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="canceled").cancel()
     # A worker that is inside a step right now.
-    from worker import moves
+    from worker.consumer import transitions
 
     worker = Worker([queue], connection=connection, name="busy-one")
     worker.register_birth()
     queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="started", at_front=True)
-    held, _ = moves.take(queue, 1, 0)
-    moves.begin(worker, queue, held)
+    held, _ = transitions.take(queue, 1, 0)
+    transitions.begin(worker, queue, held)
     return connection
 
 
 @pytest.fixture
 def site(connection: redis.Redis, redis_url: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", redis_url, "--port", "0"]
+    url = f"{redis_url}&decode_responses=True"  # what another program wants of the same Redis
+    command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", url, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     first = process.stdout.readline()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from worker.device_setup import ALLOCATOR_ENV, growing_segments
+from worker.trainer.device import ALLOCATOR_ENV, growing_segments
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,11 @@ from producer import keys
 from producer.client import Producer
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
-from worker import ledger
-from worker.hooks import told
-from worker.jobs import FeedbackJob, open_queue
-from worker.merge import merge
-from worker.step import Torn, Unavailable
+from worker.config.protocol import Torn, Unavailable
+from worker.consumer.events import told
+from worker.consumer.jobs import FeedbackJob, open_queue
+from worker.consumer.pipelines import merge
+from worker.versions import ledger
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from producer import keys
 from producer.client import Producer
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
-from worker import ledger
-from worker.jobs import FeedbackJob, open_queue
+from worker.consumer.jobs import FeedbackJob, open_queue
+from worker.versions import ledger
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 CANARY = "tandem-attack-canary"

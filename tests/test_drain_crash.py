@@ -19,10 +19,11 @@ from rq.utils import now
 
 from producer import keys
 from producer.client import Producer
-from worker import ledger, moves
-from worker.jobs import open_queue
-from worker.merge import retryable
-from worker.redis_server import RedisServer
+from worker.consumer import transitions
+from worker.consumer.jobs import open_queue
+from worker.consumer.pipelines import retryable
+from worker.testing.redis_server import RedisServer
+from worker.versions import ledger
 
 ROOT = Path(__file__).parent.parent
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
@@ -206,9 +207,9 @@ def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(server: Re
 def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_next(
     server: RedisServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker import drain
+    from worker.consumer import batch_worker
 
-    monkeypatch.setattr(drain, "STOP_GRACE", 0.2)
+    monkeypatch.setattr(batch_worker, "STOP_GRACE", 0.2)
     weights = Weights(folder)
     producer = Producer(server.url)
     producer.enqueue(GOOD, id="t0")
@@ -222,7 +223,7 @@ def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_nex
         return run(prepared)
 
     weights.run = stops_redis  # type: ignore[method-assign]
-    with pytest.raises(drain.CommitPending, match="version 1, which is in the weights"):
+    with pytest.raises(batch_worker.CommitPending, match="version 1, which is in the weights"):
         worker.work()
     server.start()
     weights.run = run  # type: ignore[method-assign]
@@ -328,6 +329,6 @@ def test_a_script_that_meets_a_full_redis_is_tried_again(server: RedisServer) ->
     with pytest.raises(redis.exceptions.OutOfMemoryError):
         connection.set("another", "client")
     with pytest.raises(redis.ResponseError) as caught:
-        moves.take(queue, 1, 0)
+        transitions.take(queue, 1, 0)
     assert "OOM" in str(caught.value) and retryable(caught.value)
     assert not retryable(redis.ResponseError("WRONGTYPE Operation against a key"))

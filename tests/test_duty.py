@@ -13,8 +13,9 @@ from patience import until
 
 from producer import keys
 from producer.errors import TandemError
-from worker import rest, status
-from worker.duty import Duty
+from worker.cli import status
+from worker.utils.duty_cycle import Duty
+from worker.versions import rest_status
 
 
 class Clock:
@@ -80,14 +81,14 @@ def test_a_rest_is_said_and_ends_when_it_is_over_or_the_worker_stops(redis_url: 
         looks.append(duty.left())
         clock.now += 30
 
-    rest.rest(connection, duty, stopping=lambda: False, check=look, poll=0)
+    rest_status.rest(connection, duty, stopping=lambda: False, check=look, poll=0)
     assert looks == pytest.approx([90, 60, 30])
     said = {name.decode(): value.decode() for name, value in connection.hgetall(keys.STATE).items()}
-    assert said[rest.PART] == "0.1" and 0 < rest.seconds_left(said) <= 90
+    assert said[rest_status.PART] == "0.1" and 0 < rest_status.seconds_left(said) <= 90
     clock.work(duty, 10)
-    rest.rest(connection, duty, stopping=lambda: len(looks) == 4, check=look, poll=0)
+    rest_status.rest(connection, duty, stopping=lambda: len(looks) == 4, check=look, poll=0)
     assert len(looks) == 4 and duty.left() == pytest.approx(60)
-    rest.forget_rest(connection)
+    rest_status.forget_rest(connection)
     assert connection.hgetall(keys.STATE) == {}
 
 
@@ -102,7 +103,7 @@ def test_a_worker_rests_after_the_commit_and_before_the_next_batch_until_it_is_s
     """The rest is far longer than the test: only the signal can end it."""
     site.send("x", 4)
     worker = site.start("worker", "--max-jobs", "2", *LEARNING, *QUIET, "--duty-cycle", "0.0001")
-    until(lambda: site.redis.hget(keys.STATE, rest.UNTIL) is not None, "the worker rests")
+    until(lambda: site.redis.hget(keys.STATE, rest_status.UNTIL) is not None, "the worker rests")
     assert site.producer.version() == 1 and len(site.ledger()) == 2
     found = status.gather(site.store.url, site.run_dir)
     step_s = float(site.manifest(1)["step_s"])
@@ -111,6 +112,6 @@ def test_a_worker_rests_after_the_commit_and_before_the_next_batch_until_it_is_s
     assert "worker resting" in status.line(found)
     os.kill(worker.pid, signal.SIGTERM)
     assert worker.ended() == 0, worker.said()
-    assert site.producer.version() == 1 and time.time() < float(site.redis.hget(keys.STATE, rest.UNTIL))
+    assert site.producer.version() == 1 and time.time() < float(site.redis.hget(keys.STATE, rest_status.UNTIL))
     site.work(*QUIET)
-    assert site.agree() == 2 and site.redis.hget(keys.STATE, rest.PART) is None
+    assert site.agree() == 2 and site.redis.hget(keys.STATE, rest_status.PART) is None

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from producer import keys
 from producer.jsonl import read_transcripts
 from producer.serializer import MsgpackSerializer
-from worker.examples import ExampleBuilder
+from worker.data.examples import ExampleBuilder
 
 TRANSCRIPTS = Path(__file__).parent / "data" / "transcripts.jsonl"
 

@@ -8,8 +8,8 @@ import pytest
 from examples_parts import DATA, END, QUESTIONS, TEMPLATES, TOKENIZER, build, builder, prompt, runs, trained
 
 from producer.transcript import Transcript
-from worker.examples import ExampleBuilder, ExampleError
-from worker.tiny import build_tokenizer
+from worker.data.examples import ExampleBuilder, ExampleError
+from worker.testing.tiny_model import build_tokenizer
 
 WEATHER = {
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},

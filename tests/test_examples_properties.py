@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.transcript import Transcript
-from worker.examples import ExampleError
+from worker.data.examples import ExampleError
 
 PIECES = [
     "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<tool_call>", "</tool_response>", "<|im", "_end|>",

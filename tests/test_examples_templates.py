@@ -6,7 +6,7 @@ import pytest
 from examples_parts import END, QUESTIONS, TOKENIZER, build, builder, prompt, runs, trained
 
 from producer.transcript import Transcript
-from worker.examples import ExampleError
+from worker.data.examples import ExampleError
 
 CHAT = [
     {"role": "user", "content": "Hi"},

@@ -58,8 +58,8 @@ def server_prompt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(template, request body) -> the ids vLLM would prompt the model with."""
     from packaging.version import Version
 
-    from worker.tiny import make_tiny
-    from worker.torch_setup import VersionError, check_versions, prepare
+    from worker.testing.tiny_model import make_tiny
+    from worker.utils.torch_setup import VersionError, check_versions, prepare
 
     prepare()
     try:

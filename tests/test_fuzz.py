@@ -11,7 +11,7 @@ from fuzz_bytes import Evil, Watch
 from fuzz_targets import targets
 from hypothesis import HealthCheck, given, settings
 
-from worker.redis_server import RedisServer
+from worker.testing.redis_server import RedisServer
 
 NAMES = ("QueueRead", "QueueDrain", "WeightsSocket", "ControlSocket", "Answers", "Record", "HeaderBytes")
 NAMES += ("JournalFile", "JournalRecords")

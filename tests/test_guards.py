@@ -16,15 +16,18 @@ from drain_parts import Lines, Weights, start
 
 from producer import Producer, Transcript, keys
 from producer.errors import TandemError
-from worker import canary, checkpoint, hold, ledger
-from worker.canary import Canary, CanaryError, CanaryHooks
-from worker.examples import Example, ExampleBuilder
-from worker.gradients import gradient_norm
-from worker.guards import Guards, History
-from worker.hyperparameters import Hyperparameters
-from worker.rehearsal import PREFIX, Rehearsal
-from worker.step import Unavailable
-from worker.trainer import Trainer, make_trainer
+from worker.checkpoint import model_directory
+from worker.cli.resume import command as resume_command
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.protocol import Unavailable
+from worker.data.examples import Example, ExampleBuilder
+from worker.data.replay_buffer import PREFIX, Rehearsal
+from worker.orchestrator import canary
+from worker.orchestrator.canary import Canary, CanaryError, CanaryHooks
+from worker.trainer.grad_norm import gradient_norm
+from worker.trainer.outliers import Guards, History
+from worker.trainer.trainer import Trainer, make_trainer
+from worker.versions import ledger, pause_switch
 
 WORDS = ("red", "green", "blue", "one", "two", "three")
 
@@ -41,7 +44,7 @@ def room(tiny_model: Path) -> Iterator[tuple[Trainer, ExampleBuilder]]:
     """A trainer on a model that has learnt the few words above, and its builder."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, tokenizer = checkpoint.load(tiny_model)
+    model, tokenizer = model_directory.load(tiny_model)
     builder = ExampleBuilder(tokenizer, max_tokens=512)
     trainer = make_trainer(model, model.named_parameters(), tokenizer, Hyperparameters(lr=3e-3), state=None)
     for step in range(30):
@@ -183,7 +186,7 @@ def test_a_passing_canary_says_its_loss_and_changes_nothing(
     )
     state = connection.hgetall(keys.STATE)
     assert float(state[b"canary_loss"]) == pytest.approx(weighed) and state[b"canary_good"] == b"2"
-    assert events(connection) == ["canary"] and hold.held(connection) is None
+    assert events(connection) == ["canary"] and pause_switch.held(connection) is None
     assert torch.equal(before, weights_of(trainer))
 
 
@@ -193,14 +196,14 @@ def test_a_failing_canary_holds_training_and_rolls_back_to_the_last_good_version
     asked: list[int] = []
 
     def rollback(version: int) -> int:
-        assert hold.held(connection) is not None, "nothing may be trained meanwhile"
+        assert pause_switch.held(connection) is not None, "nothing may be trained meanwhile"
         asked.append(version)
         return 9
 
     CanaryHooks(make_canary(room, bound=100.0), connection, rollback).look(4)
     CanaryHooks(make_canary(room, bound=1e-6), connection, rollback).look(8)
     assert asked == [4]
-    assert "version 8" in (reason := hold.held(connection) or "") and "version 9 is version 4 again" in reason
+    assert "version 8" in (reason := pause_switch.held(connection) or "") and "version 9 is version 4 again" in reason
     assert events(connection) == ["canary", "canary", "held", "held"]
     assert connection.hget(keys.STATE, "canary_good") == b"4"
 
@@ -215,7 +218,7 @@ def test_a_rollback_that_cannot_be_leaves_training_on_hold(
     if good is not None:
         connection.hset(keys.STATE, "canary_good", good)
     CanaryHooks(make_canary(room, bound=1e-6), connection, rollback).look(8)
-    reason = hold.held(connection) or ""
+    reason = pause_switch.held(connection) or ""
     assert "version 8" in reason and ("does not go back" in reason) == (good is not None)
 
 
@@ -232,10 +235,10 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
     class HoldsOnce(Lines):
         def on_version(self, line: dict[str, Any]) -> None:
             if line["version"] == 2:
-                hold.hold(connection, "the canary died")
+                pause_switch.hold(connection, "the canary died")
 
     def check(burst: bool = True, said: Any = lines.on_notice) -> None:
-        hold.wait(connection, burst=burst, stopping=lambda: False, tell=said, poll=0.01)
+        pause_switch.wait(connection, burst=burst, stopping=lambda: False, tell=said, poll=0.01)
 
     with pytest.raises(Unavailable, match="the canary died; `tandem resume`"):
         start(connection, weights, hooks=[HoldsOnce()], max_jobs=1, check=check).work(burst=True)
@@ -247,21 +250,21 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
     def resumed_by_a_person(sentence: str) -> None:
         told.append(sentence)
         if "on hold" in sentence:
-            answer = CliRunner().invoke(hold.command, ["--redis", redis_url])
+            answer = CliRunner().invoke(resume_command, ["--redis", redis_url])
             assert answer.exit_code == 0 and "it was on hold: the canary died" in answer.output
 
     worker = start(connection, weights, hooks=[], max_jobs=1, check=lambda: check(False, resumed_by_a_person))
     worker.work(burst=True)
     assert sorted(weights.trained) == ids and told[-1] == "training goes on" and len(told) == 2
     assert {"held", "resumed"} <= set(events(connection))
-    assert "not on hold" in CliRunner().invoke(hold.command, ["--redis", redis_url]).output
+    assert "not on hold" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
 
 
 def test_a_worker_on_hold_can_be_stopped(connection: redis.Redis) -> None:
-    hold.hold(connection, "by hand")
+    pause_switch.hold(connection, "by hand")
     answers = iter([False, False, True])
-    hold.wait(connection, burst=False, stopping=lambda: next(answers), tell=lambda said: None, poll=0.001)
-    assert hold.held(connection) == "by hand" and next(answers, None) is None
+    pause_switch.wait(connection, burst=False, stopping=lambda: next(answers), tell=lambda said: None, poll=0.001)
+    assert pause_switch.held(connection) == "by hand" and next(answers, None) is None
 
 
 # Rehearsal

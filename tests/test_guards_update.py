@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from patience import until
 
 from producer import Producer, keys
-from worker import hold, ledger
+from worker.cli.resume import command as resume_command
+from worker.versions import ledger, pause_switch
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_failing_canary_holds_training_while_the_server_serves(cluster: Cluste
     assert cluster.redis.llen(f"rq:queue:{keys.QUEUE}") + cluster.redis.zcard(f"rq:wip:{keys.QUEUE}") == 4
     header = cluster.header()
     assert header is not None and header["state"] == "CLEAN"
-    assert CliRunner().invoke(hold.command, ["--redis", cluster.store.url]).exit_code == 0
-    until(lambda: hold.held(cluster.redis) is None or not worker.alive(), "the hold to end")
+    assert CliRunner().invoke(resume_command, ["--redis", cluster.store.url]).exit_code == 0
+    until(lambda: pause_switch.held(cluster.redis) is None or not worker.alive(), "the hold to end")
     until(lambda: ledger.state(cluster.redis).version == 3 or not worker.alive(), "training to go on")
     assert worker.alive(), worker.said()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.weights.header import APPLYING, CLEAN, HEADER_BYTES, Header, HeaderError
-from worker.weights.record import RECORD_BYTES, RecordArea, RecordError
+from worker.shared_weights.batch_record import RECORD_BYTES, RecordArea, RecordError
+from worker.shared_weights.header import APPLYING, CLEAN, HEADER_BYTES, Header, HeaderError
 
 LINEAGE = "f" * 16 + "0123456789abcdef"  # the upper half does not fit a signed word
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker import journal_file
-from worker.journal import Journal, JournalError
+from worker.checkpoint import record_file
+from worker.checkpoint.journal import Journal, JournalError
 
 SOURCE = "a" * 32
 
@@ -150,6 +150,6 @@ def test_another_models_journal_is_refused(tmp_path: Path) -> None:
 def test_sound_bytes_that_are_no_record_of_ours_are_named(tmp_path: Path, record: dict[str, Any]) -> None:
     path = filled(tmp_path, 1)._path
     size = path.stat().st_size
-    path.write_bytes(path.read_bytes() + journal_file.pack(record))
+    path.write_bytes(path.read_bytes() + record_file.pack(record))
     with pytest.raises(JournalError, match=rf"{path.name}, byte {size}"):
         Journal(tmp_path, SOURCE)

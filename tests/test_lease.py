@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from patience import PATIENCE, until
 from serving_parts import LONG, Background, Victim, completion, events, inside, request, streamed_tokens
 
-from worker import wire
-from worker.serving.client import ServerControl, ServerError, ServerGone, server_state
-from worker.serving.messages import MAX_REQUEST
-from worker.serving.process import ServerProcess
-from worker.weights.attach import attach
-from worker.weights.client import read_header
+from worker.serving.control_client import ServerControl, ServerError, ServerGone, server_state
+from worker.serving.vllm.framing import MAX_REQUEST
+from worker.shared_weights.attach import attach
+from worker.shared_weights.weights_client import read_header
+from worker.testing.server_process import ServerProcess
+from worker.utils import unix_socket
 
 pytestmark = pytest.mark.server
 
@@ -201,14 +201,14 @@ MALFORMED = st.one_of(
         )
         | st.sampled_from(["resume", "pause", "hello", "begin_hogwild"])
         | st.lists(st.integers(0, 9), max_size=3),
-    ).map(lambda message: wire.pack(message)),
+    ).map(lambda message: unix_socket.pack(message)),
 )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sent=st.lists(MALFORMED, min_size=1, max_size=4).map(b"".join))
 def test_malformed_messages_get_an_error_and_change_nothing(server: ServerProcess, sent: bytes) -> None:
-    with wire.connect(str(server.run_dir / "control.sock"), timeout=PATIENCE) as sock:
+    with unix_socket.connect(str(server.run_dir / "control.sock"), timeout=PATIENCE) as sock:
         try:
             sock.sendall(sent)
             sock.shutdown(socket.SHUT_WR)
@@ -216,9 +216,9 @@ def test_malformed_messages_get_an_error_and_change_nothing(server: ServerProces
             pass  # refused already, in the middle of it
         replies = []
         try:
-            while (reply := wire.receive(sock)) is not None:  # until the server closes: it never hangs
+            while (reply := unix_socket.receive(sock)) is not None:  # until the server closes: it never hangs
                 replies.append(reply)
-        except wire.WireError as error:
+        except unix_socket.WireError as error:
             assert "reset" in str(error)
     # Only a well-formed hello or pause could be answered with anything else than an error.
     assert all("error" in reply or "version" in reply or "seconds" in reply for reply in replies)
@@ -226,7 +226,7 @@ def test_malformed_messages_get_an_error_and_change_nothing(server: ServerProces
 
 
 def test_a_request_that_never_ends_does_not_hold_up_others(server: ServerProcess, control: ServerControl) -> None:
-    with wire.connect(str(server.run_dir / "control.sock")) as sock:
+    with unix_socket.connect(str(server.run_dir / "control.sock")) as sock:
         sock.sendall(b"\x00\x00")
         control.pause()
         control.resume(control.state()["version"])
@@ -275,6 +275,6 @@ def test_a_torn_server_says_so_to_everyone(tiny_model: Path, tmp_path: Path) -> 
         server.stop()
         with pytest.raises(ServerGone, match=r"start it again|gone"):
             trainer.state()
-        with pytest.raises(wire.WireError, match="tandem serve"):
+        with pytest.raises(unix_socket.WireError, match="tandem serve"):
             ServerControl(server.run_dir, "late").connect()
         assert not list(server.run_dir.glob("*.sock"))

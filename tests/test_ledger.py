@@ -11,8 +11,8 @@ import redis
 from redis.client import Pipeline
 
 from producer import keys
-from worker import ledger
-from worker.lock import LockLost, WorkerBusy, WorkerLock
+from worker.consumer.worker_lock import LockLost, WorkerBusy, WorkerLock
+from worker.versions import ledger
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_the_lock_is_one_workers_until_it_gives_it_back(connection: redis.Redis)
 
 def test_the_lock_of_a_dead_process_is_taken_over(connection: redis.Redis, redis_url: str) -> None:
     code = (
-        "import os, redis, sys; from worker.lock import WorkerLock\n"
+        "import os, redis, sys; from worker.consumer.worker_lock import WorkerLock\n"
         "WorkerLock(redis.Redis.from_url(sys.argv[1]), 'gone').acquire(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, redis_url], check=False)

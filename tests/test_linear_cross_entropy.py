@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from worker import linear_cross_entropy as module
-from worker.linear_cross_entropy import linear_cross_entropy
+from worker.model import loss as module
+from worker.model.loss import linear_cross_entropy
 
 TOKENS, WIDTH, WORDS = 13, 8, 300
 

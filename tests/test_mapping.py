@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from worker.weights.mapping import Padding, Slice, derive
-from worker.weights.names import Source
-from worker.weights.recorder import MappingError
+from worker.serving.vllm.load_recorder import MappingError
+from worker.serving.vllm.tensor_mapping import Padding, derive
+from worker.shared_weights.slices import Slice
+from worker.shared_weights.tensor_names import Source
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Loader = Callable[["Merged", dict[str, torch.Tensor]], None]

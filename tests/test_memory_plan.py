@@ -11,10 +11,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker import linear_cross_entropy, memory_plan
-from worker.activations import extra, saved
 from worker.apollo import ApolloMini, state_bytes
-from worker.memory_plan import (
+from worker.data.batch_capacity import sizes_up_to
+from worker.memory import planner
+from worker.memory.activations import extra, saved
+from worker.memory.model_config import ATTENTION, GDN, TextConfig
+from worker.memory.planner import (
     BUCKET_BYTES,
     CONTEXT_BYTES,
     SLACK,
@@ -26,9 +28,8 @@ from worker.memory_plan import (
     make_plan,
     weight_bytes,
 )
-from worker.memory_plan import state_bytes as planned_state_bytes
-from worker.room import sizes_up_to
-from worker.text_config import ATTENTION, GDN, TextConfig
+from worker.memory.planner import state_bytes as planned_state_bytes
+from worker.model import loss
 
 FOLDER = Path(__file__).parent / "data" / "configs"
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")
@@ -194,10 +195,10 @@ def test_our_own_measured_peaks_are_covered_and_not_by_much(tokens: int, kept: i
 
 
 def test_constants_are_those_of_the_parts_they_describe() -> None:
-    assert memory_plan.LOSS_BLOCK == linear_cross_entropy.BLOCK
-    assert sizes_up_to(1)[0] == memory_plan.LEAST_ROW
+    assert planner.LOSS_BLOCK == loss.BLOCK
+    assert sizes_up_to(1)[0] == planner.LEAST_ROW
     bucket = inspect.signature(ApolloMini.streaming).parameters["bucket_bytes"].default
-    assert bucket == memory_plan.BUCKET_BYTES
+    assert bucket == planner.BUCKET_BYTES
 
 
 def gradients(plan: Plan) -> int:
@@ -298,5 +299,5 @@ def test_the_refusal_has_the_numbers_and_the_ways_out() -> None:
 
 
 def test_planning_imports_neither_torch_nor_vllm() -> None:
-    code = "import sys, worker.memory_plan; sys.exit(bool({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    code = "import sys, worker.memory.planner; sys.exit(bool({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,12 +10,12 @@ import torch
 from test_batches import example
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
-from worker import torch_setup
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
 from worker.model import fuse
-from worker.trainer import Trainer, make_trainer
-from worker.warm_up import warm_up
+from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.trainer import Trainer, make_trainer
+from worker.utils import torch_setup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

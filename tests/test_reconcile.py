@@ -7,9 +7,10 @@ import pytest
 import redis
 
 from producer import keys
-from worker import ledger
-from worker.ledger import LedgerState
-from worker.reconcile import Irreconcilable, decide, reconcile
+from worker.consumer.settlement import settle_with_rq
+from worker.versions import ledger
+from worker.versions.ledger import LedgerState
+from worker.versions.reconcile import Irreconcilable, decide, reconcile
 
 A, B = "a" * 32, "b" * 32
 
@@ -125,19 +126,37 @@ def refuse_to_adopt(lineage: str, version: int) -> None:
 
 def test_a_first_start_introduces_the_weights(redis_url: str) -> None:
     connection = redis.Redis.from_url(redis_url)
-    (said,) = reconcile(connection, header(0), None, new_lineage=False, adopt=refuse_to_adopt)
+    (said,) = reconcile(
+        connection, header(0), None, new_lineage=False, settle=settle_with_rq(connection), adopt=refuse_to_adopt
+    )
     assert A in said and ledger.state(connection) == LedgerState(0, A)
-    (said,) = reconcile(connection, header(0), None, new_lineage=False, adopt=refuse_to_adopt)
+    (said,) = reconcile(
+        connection, header(0), None, new_lineage=False, settle=settle_with_rq(connection), adopt=refuse_to_adopt
+    )
     assert "agree" in said
 
 
 def test_a_recorded_batch_is_committed_once(redis_url: str) -> None:
     connection = redis.Redis.from_url(redis_url)
     ledger.commit(connection, record(1, "a"))
-    said = reconcile(connection, header(2), record(2, "b", "gone"), new_lineage=False, adopt=refuse_to_adopt)
+    said = reconcile(
+        connection,
+        header(2),
+        record(2, "b", "gone"),
+        new_lineage=False,
+        settle=settle_with_rq(connection),
+        adopt=refuse_to_adopt,
+    )
     assert "2 jobs" in said[1]
     assert ledger.versions(connection, ["a", "b", "gone"]) == {"a": 1, "b": 2, "gone": 2}
-    (said_again,) = reconcile(connection, header(2), record(2, "b", "gone"), new_lineage=False, adopt=refuse_to_adopt)
+    (said_again,) = reconcile(
+        connection,
+        header(2),
+        record(2, "b", "gone"),
+        new_lineage=False,
+        settle=settle_with_rq(connection),
+        adopt=refuse_to_adopt,
+    )
     assert "agree" in said_again and connection.xlen(keys.EVENTS) == 2
 
 
@@ -145,19 +164,28 @@ def test_a_new_lineage_takes_a_version_and_survives_a_crash_before_the_header_kn
     connection = redis.Redis.from_url(redis_url)
     ledger.commit(connection, record(1, "a"))
     with pytest.raises(Irreconcilable):
-        reconcile(connection, header(0, B), None, new_lineage=False, adopt=refuse_to_adopt)
+        reconcile(
+            connection, header(0, B), None, new_lineage=False, settle=settle_with_rq(connection), adopt=refuse_to_adopt
+        )
     assert ledger.state(connection) == LedgerState(1, A)
 
     def dies(lineage: str, version: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reconcile(connection, header(0, B), None, new_lineage=True, adopt=dies)
+        reconcile(connection, header(0, B), None, new_lineage=True, settle=settle_with_rq(connection), adopt=dies)
     assert ledger.state(connection) == LedgerState(2, B)
     manifest = ledger.manifest(connection, 2)
     assert (manifest["kind"], manifest["jobs"], manifest["previous_lineage"]) == ("lineage", "[]", A)
     adopted: list[tuple[str, int]] = []
-    reconcile(connection, header(0, B), None, new_lineage=False, adopt=lambda lin, v: adopted.append((lin, v)))
+    reconcile(
+        connection,
+        header(0, B),
+        None,
+        new_lineage=False,
+        settle=settle_with_rq(connection),
+        adopt=lambda lin, v: adopted.append((lin, v)),
+    )
     assert adopted == [(B, 2)]
     assert ledger.versions(connection, ["a"]) == {"a": 1}, "what was trained stays known: it is not trained again"
     ledger.commit(connection, record(3, "b", lineage=B))
@@ -170,5 +198,7 @@ def test_a_refusal_touches_nothing(redis_url: str) -> None:
     before = {key: connection.dump(key) for key in connection.keys("*")}
     for head in (header(5), header(0), header(1, state="APPLYING"), header(0, B)):
         with pytest.raises(Irreconcilable):
-            reconcile(connection, head, None, new_lineage=False, adopt=refuse_to_adopt)
+            reconcile(
+                connection, head, None, new_lineage=False, settle=settle_with_rq(connection), adopt=refuse_to_adopt
+            )
     assert {key: connection.dump(key) for key in connection.keys("*")} == before

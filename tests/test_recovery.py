@@ -16,9 +16,9 @@ from durable_parts import LEARNING, QUIET, Site, transcripts
 from patience import until
 
 from producer import keys
-from worker.journal import Journal
-from worker.replay import unpack_batch
-from worker.snapshots import fingerprint
+from worker.checkpoint.journal import Journal
+from worker.checkpoint.replay import unpack_batch
+from worker.checkpoint.snapshots import fingerprint
 
 pytestmark = pytest.mark.slow
 

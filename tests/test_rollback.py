@@ -38,11 +38,12 @@ def go_back_to_all(redis_url: str, run_dir: str, state: str, answers: str) -> No
     """In a process of its own: roll back to each of the last fifty versions, and write down what was live then."""
     import torch
 
-    from worker import ledger, replay
-    from worker.hyperparameters import Hyperparameters
-    from worker.keeper import Policy
-    from worker.main import agree, attach_step
-    from worker.rollback import roll_back
+    from worker.checkpoint import replay
+    from worker.checkpoint.manager import Policy
+    from worker.config.hyperparameters import Hyperparameters
+    from worker.orchestrator.rollback import roll_back
+    from worker.orchestrator.worker_loop import agree, attach_step
+    from worker.versions import ledger
 
     torch.set_num_threads(1)
     connection = redis.Redis.from_url(redis_url)
@@ -111,9 +112,9 @@ def run_batches(model: Path, folder: Path, batches: list[list[dict[str, Any]]]) 
 
 
 def skip_a_step(run_dir: str) -> None:
-    from worker.weights.attach import attach
+    from worker.shared_weights.attach import attach
 
-    attach(Path(run_dir)).state[8] += 1  # the optimizer's step count: worker/apollo/layout.py
+    attach(Path(run_dir)).state[8] += 1  # the optimizer's step count: worker/apollo/state_layout.py
 
 
 @pytest.mark.parametrize("dropped", [["x-2"], ["x-2", "x-3"], ["x-0", "x-7"]])

@@ -22,23 +22,25 @@ from test_batches import example
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
-from worker import checkpoint, main, rollback, train
-from worker.batches import BatchError
-from worker.device_setup import choose_way
-from worker.hyperparameters import Hyperparameters
-from worker.keeper import CannotRebuild, Keeper
-from worker.main import attach_step
-from worker.policy import Policy
-from worker.recovery import mend_weights
-from worker.replay import ReplayError, RoomOf, check_fits
-from worker.rollback import roll_back
-from worker.room import Room, room_for
-from worker.serving.client import ServerControl
-from worker.state_dir import StateDir
-from worker.trainer import Trainer, make_trainer
-from worker.update import SharedUpdate
-from worker.weights.attach import attach
-from worker.weights.header import APPLYING, CLEAN
+from worker.checkpoint import model_directory
+from worker.checkpoint.manager import CannotRebuild, Keeper
+from worker.checkpoint.replay import ReplayError, RoomOf, check_fits
+from worker.checkpoint.state_dir import StateDir
+from worker.cli import rollback, train
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.retention import Policy
+from worker.data.batch_capacity import Room, room_for
+from worker.data.packing import BatchError
+from worker.orchestrator import worker_loop
+from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.recovery import mend_weights
+from worker.orchestrator.rollback import roll_back
+from worker.orchestrator.worker_loop import attach_step
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import attach
+from worker.shared_weights.header import APPLYING, CLEAN
+from worker.trainer.device import choose_way
+from worker.trainer.trainer import Trainer, make_trainer
 
 H = Hyperparameters(lr=3e-4, max_length=512)
 ROW = 512
@@ -59,7 +61,7 @@ def as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def padding(tiny_model: Path) -> Trainer:
-    model, tokenizer = checkpoint.load(tiny_model)
+    model, tokenizer = model_directory.load(tiny_model)
     return make_trainer(model, model.named_parameters(), tokenizer, H, state=None)
 
 
@@ -107,7 +109,7 @@ def test_a_room_is_known_before_its_trainer(padding: Trainer) -> None:
 
 def step_of(version: int, lengths: list[int]) -> tuple[dict[str, Any], frozenset[str]]:
     """A journaled batch: an example of one sequence for each length."""
-    from worker.replay import Ready, pack_batch, plain_hyperparameters
+    from worker.checkpoint.replay import Ready, pack_batch, plain_hyperparameters
 
     batch = pack_batch(Ready(example(f"e{i}", [length]), {}) for i, length in enumerate(lengths))
     return {"version": version, "batch": batch, "h": plain_hyperparameters(H)}, frozenset()
@@ -215,7 +217,7 @@ def test_a_rollback_that_would_not_fit_changes_nothing(site: Site) -> None:
         assert keeper.latest() == (2, header["lineage"]) and step.trainer is trainer
         assert keeper.plan(1).steps and keeper.plan(2, frozenset({"y-0"})).steps, "without one of them it would fit"
         keeper.make_trainer, keeper.room = make, room
-        main.agree(site.redis, step)
+        worker_loop.agree(site.redis, step)
         said = roll_back(site.redis, step, 2, ("x-0",))
         assert any("version 3 is live: it is version 2 without x-0" in sentence for sentence in said)
 
@@ -230,7 +232,7 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
         asked.append((arguments[4], arguments[3].memory))
         return choose_way(*arguments)
 
-    monkeypatch.setattr(main, "choose_way", watched)
+    monkeypatch.setattr(worker_loop, "choose_way", watched)
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("x", 2)))
     where = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]

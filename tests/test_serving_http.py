@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from worker.serving.http import WeightVersionMiddleware
-from worker.serving.state import ServerState
+from worker.serving.vllm.middleware import WeightVersionMiddleware
+from worker.serving.vllm.server_state import ServerState
 
 JSON = [(b"content-type", b"application/json")]
 SSE = [(b"Content-Type", b"text/event-stream; charset=utf-8")]

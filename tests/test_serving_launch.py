@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from worker import wire
 from worker.serving import launch
-from worker.serving.process import ServerFailed, ServerProcess
+from worker.testing.server_process import ServerFailed, ServerProcess
+from worker.utils import unix_socket
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,9 @@ def test_trainer_memory_is_for_gpus(tmp_path: Path) -> None:
 def test_a_run_directory_has_one_server(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     holder = (
-        "import sys; from pathlib import Path; from worker import wire; from worker.serving.launch import lock;"
-        "run_dir = Path(sys.argv[1]); wire.prepare_run_dir(run_dir); lock(run_dir, 'first/model');"
+        "import sys; from pathlib import Path; from worker.utils import unix_socket;"
+        "from worker.serving.launch import lock;"
+        "run_dir = Path(sys.argv[1]); unix_socket.prepare_run_dir(run_dir); lock(run_dir, 'first/model');"
         "print('ready', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen(
@@ -166,8 +167,8 @@ def test_a_run_directory_has_one_server(tmp_path: Path) -> None:
 
 
 def test_a_process_left_over_from_a_killed_server_is_named(tmp_path: Path) -> None:
-    run_dir = wire.prepare_run_dir(tmp_path / "run")
-    with wire.bind(str(run_dir / "weights.sock")):
+    run_dir = unix_socket.prepare_run_dir(tmp_path / "run")
+    with unix_socket.bind(str(run_dir / "weights.sock")):
         result = serve("model", run_dir=run_dir)
     assert result.returncode == 1
     assert f"process {os.getpid()}, left over from a killed server, still holds {run_dir}/weights.sock" in result.stderr

@@ -11,8 +11,8 @@ import types
 
 import pytest
 
-from worker import torch_setup
-from worker.serving import vllm_private
+from worker.serving.vllm import private_api
+from worker.utils import torch_setup
 
 
 def run(code: str, **environment: str) -> str:
@@ -94,8 +94,8 @@ def test_the_cpu_backend_computes_from_the_weights_themselves() -> None:
 
 def test_a_name_that_vllm_lost_is_an_error_that_names_it() -> None:
     for module in ("json", "no_such_module"):
-        with pytest.raises(vllm_private.VllmChanged, match=rf"has no {module}\.lost .*checked on vLLM 0\.26\.0"):
-            vllm_private.lookup(module, "lost")
+        with pytest.raises(private_api.VllmChanged, match=rf"has no {module}\.lost .*checked on vLLM 0\.26\.0"):
+            private_api.lookup(module, "lost")
 
 
 def test_a_replacement_reaches_modules_that_imported_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_replacement_reaches_modules_that_imported_the_name(monkeypatch: pytes
     other.name = json.loads  # type: ignore[attr-defined]
     for module in (home, user, other):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    vllm_private.replace("vllm.home", "name", len)
+    private_api.replace("vllm.home", "name", len)
     assert (home.name, user.name, other.name) == (len, len, json.loads)
 
 

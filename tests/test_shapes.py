@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from shapes import SIZES, write_shape
 
-from worker import torch_setup
+from worker.utils import torch_setup
 
 TEXT_PARAMETERS = {
     "0.8B": 752_393_024,

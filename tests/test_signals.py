@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from worker.signals import deferred
+from worker.utils.signals import deferred
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
@@ -23,7 +23,7 @@ def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
 
 def test_terminate_without_a_handler_still_ends_the_process_afterwards() -> None:
     program = (
-        "import signal\nfrom worker.signals import deferred\n"
+        "import signal\nfrom worker.utils.signals import deferred\n"
         "with deferred():\n    signal.raise_signal(signal.SIGTERM)\n    print('whole', flush=True)\nprint('never')\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

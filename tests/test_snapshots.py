@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from worker import checkpoint
-from worker.snapshots import SnapshotError, Snapshots, Trained
-from worker.state_dir import StateDir, StateError
+from worker.checkpoint import model_directory
+from worker.checkpoint.snapshots import SnapshotError, Snapshots, Trained
+from worker.checkpoint.state_dir import StateDir, StateError
 
 WHO = Trained({"a": 1, "b": 7}, {"b": 7})
 
@@ -23,7 +23,7 @@ def tensors(tiny_model: Path) -> dict[str, torch.Tensor]:
     with safe_open(tiny_model / "model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(name).to(torch.float32 if name.endswith("A_log") else torch.bfloat16)
-            found[checkpoint.text_name(name)] = tensor + 0.123456789 if name.endswith("A_log") else tensor * 1.5
+            found[model_directory.text_name(name)] = tensor + 0.123456789 if name.endswith("A_log") else tensor * 1.5
     return found
 
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_loads_like_its_source(
     snapshots: Snapshots, tensors: dict[str, torch.Tensor], state: torch.Tensor, tiny_model: Path
 ) -> None:
     snapshots.write(7, "b" * 32, tensors, state, WHO)
-    model, _ = checkpoint.load(snapshots.path(7))
+    model, _ = model_directory.load(snapshots.path(7))
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(dict(model.named_parameters())[name].detach(), tensors[name])
     names = {path.name for path in snapshots.path(7).iterdir()}
@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_behind(
     small_disk: Path, tiny_model: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else took the room after it was checked: the check is told of a larger disk."""
-    monkeypatch.setattr("worker.snapshots.free_bytes", lambda folder: 1 << 40)
+    monkeypatch.setattr("worker.checkpoint.snapshots.free_bytes", lambda folder: 1 << 40)
     snapshots = Snapshots(small_disk, tiny_model)
     with pytest.raises(SnapshotError, match="could not be written"):
         snapshots.write(2, "b" * 32, tensors, torch.zeros(5 << 20, dtype=torch.uint8), WHO)

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from drain_parts import Weights, start
 
 from producer.client import Producer
-from worker import status
-from worker.lock import WorkerLock
+from worker.cli import status
+from worker.consumer.worker_lock import WorkerLock
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 
@@ -67,7 +67,7 @@ def test_a_worker_is_seen_while_it_works_and_when_it_died(redis_url: str, tmp_pa
     start(connection, weights, hooks=[], name="the-worker").work(burst=True)
     assert seen[0]["state"] == "busy" and seen[0]["name"] == "the-worker" and seen[0]["silent_s"] < 60
     code = (
-        "import os, redis, sys; from worker.lock import WorkerLock\n"
+        "import os, redis, sys; from worker.consumer.worker_lock import WorkerLock\n"
         "WorkerLock(redis.Redis.from_url(sys.argv[1]), 'late').acquire(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, redis_url], check=False)

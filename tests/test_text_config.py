@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.text_config import ConfigError, TextConfig
-from worker.torch_setup import prepare
+from worker.memory.model_config import ConfigError, TextConfig
+from worker.utils.torch_setup import prepare
 
 FOLDER = Path(__file__).parent / "data" / "configs"
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")

@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from worker.tiny import NOT_SPECIAL, SPECIAL, TinyError, build_tokenizer, command, make_tiny
+from worker.cli.tiny import command
+from worker.testing.tiny_model import NOT_SPECIAL, SPECIAL, TinyError, build_tokenizer, make_tiny
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -14,13 +14,14 @@ from stack_parts import transcripts
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
-from worker import checkpoint, torch_setup
-from worker.examples import Example
-from worker.hyperparameters import Hyperparameters
-from worker.tiny import make_tiny
-from worker.train import command
-from worker.trainer import Trainer, make_builder, make_trainer
-from worker.warm_up import warm_up
+from worker.checkpoint import model_directory
+from worker.cli.train import command
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.testing.tiny_model import make_tiny
+from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.utils import torch_setup
 
 H = Hyperparameters(lr=1e-3, max_length=256)
 
@@ -35,7 +36,7 @@ def examples(tiny_model: Path) -> list[Example]:
 def fresh(
     model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, streaming: bool = False
 ) -> Trainer:
-    model, tokenizer = checkpoint.load(model_dir, dtype)
+    model, tokenizer = model_directory.load(model_dir, dtype)
     return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
 
 
@@ -62,7 +63,7 @@ def test_a_trained_directory_has_the_source_s_layout_and_other_values(tmp_path: 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("mlp.up_proj" in name for name in changed) and any("embed_tokens" in name for name in changed)
     assert not any("visual" in name for name in changed)
-    checkpoint.load(out)  # transformers takes it
+    model_directory.load(out)  # transformers takes it
     assert {f.name for f in source.iterdir()} | {"loss.png"} == {f.name for f in out.iterdir()}
 
 

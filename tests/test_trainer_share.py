@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker import memory_plan
-from worker.serving import launch, trainer_share
-from worker.text_config import TextConfig
+from worker.memory import planner
+from worker.memory.model_config import TextConfig
+from worker.serving import launch, memory_share
 
 GIB = 1 << 30
 CONFIGS = Path(__file__).parent / "data" / "configs"
@@ -21,8 +21,8 @@ H200 = "0, GPU-aaaa-1111, 143771\n"
 def added_for(size: str, total: int) -> tuple[list[str], list[str]]:
     """What `tandem serve` adds for a Qwen3.5 of `size` on a device of `total` bytes."""
     config = TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")
-    plan = trainer_share.default_plan(config, total)
-    return trainer_share.flags_for(total, memory_plan.weight_bytes(config), plan.total, plan.title())
+    plan = memory_share.default_plan(config, total)
+    return memory_share.flags_for(total, planner.weight_bytes(config), plan.total, plan.title())
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,12 @@ def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: str) -> N
     total = gib * GIB
     (flag, value), (note,) = added_for(size, total)
     assert flag == "--gpu-memory-utilization"
-    plan = memory_plan.make_plan(
+    plan = planner.make_plan(
         TextConfig.read(CONFIGS / f"qwen3_5-{size}.json"), 8192, streaming=way == "streaming", kept=0
     )
     left = total * (1 - float(value)) - plan.total - 10**9
     assert left >= 0
-    assert left < total / 1000 + 1 or float(value) == trainer_share.MOST
+    assert left < total / 1000 + 1 or float(value) == memory_share.MOST
     assert f"{plan.total / 1e9:.2f} GB to the trainer ({way}, layers recomputed, 8,192 tokens a pass)" in note
     assert f"{flag} {value}" in note
 
@@ -52,11 +52,11 @@ def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: str) -> N
 @given(total=st.integers(1, 500 * GIB), taken=st.integers(0, 100 * GIB), share=st.integers(0, 100 * GIB))
 def test_the_share_fits_or_is_refused(total: int, taken: int, share: int) -> None:
     try:
-        (_, value), _ = trainer_share.flags_for(total, taken, share, "x")
+        (_, value), _ = memory_share.flags_for(total, taken, share, "x")
     except launch.LaunchError:
         assert taken + share + 3 * 10**9 > total
         return
-    assert 0 <= float(value) <= trainer_share.MOST
+    assert 0 <= float(value) <= memory_share.MOST
     assert len(value) == len("0.123")
     assert round(float(value) * 1000) * total <= 1000 * (total - share - 10**9)
 
@@ -81,7 +81,7 @@ def test_a_device_too_small_is_refused_with_numbers() -> None:
 )
 @pytest.mark.parametrize("memory", [None, 0, 20.0])
 def test_what_the_user_said_about_memory_is_not_changed(options: list[str], memory: float | None) -> None:
-    added, (note,) = trainer_share.make_room("any", options, memory, {}, on_cpu=False)
+    added, (note,) = memory_share.make_room("any", options, memory, {}, on_cpu=False)
     assert added == []
     assert options[0].partition("=")[0].replace("_", "-") in note
 
@@ -90,21 +90,21 @@ def test_what_the_user_said_about_memory_is_not_changed(options: list[str], memo
 def test_what_the_users_file_says_about_memory_is_not_changed(tmp_path: Path, line: str) -> None:
     file = tmp_path / "vllm.yaml"
     file.write_text(f"port: 1\n{line}\n")
-    added, (note,) = trainer_share.make_room("any", ["--config", str(file)], None, {}, on_cpu=False)
+    added, (note,) = memory_share.make_room("any", ["--config", str(file)], None, {}, on_cpu=False)
     assert added == []
     assert str(file) in note
     file.write_text("port: 1\n# gpu-memory-utilization: 0.5\n")
-    assert trainer_share.said_by_user({"--config": [str(file)]}) is None
-    assert trainer_share.said_by_user({"--config": [str(tmp_path / "none")], "--kv-cache-dtype": ["auto"]}) is None
+    assert memory_share.said_by_user({"--config": [str(file)]}) is None
+    assert memory_share.said_by_user({"--config": [str(tmp_path / "none")], "--kv-cache-dtype": ["auto"]}) is None
 
 
 def test_no_share_where_none_was_wanted() -> None:
-    added, (note,) = trainer_share.make_room("any", [], 0, {}, on_cpu=False)
+    added, (note,) = memory_share.make_room("any", [], 0, {}, on_cpu=False)
     assert (added, "--trainer-memory 0" in note) == ([], True)
     for memory in (None, 0):
-        assert trainer_share.make_room("any", [], memory, {}, on_cpu=True) == ([], [])
+        assert memory_share.make_room("any", [], memory, {}, on_cpu=True) == ([], [])
     with pytest.raises(launch.LaunchError, match=r"^--trainer-memory is for GPUs"):
-        trainer_share.make_room("any", [], 20.0, {}, on_cpu=True)
+        memory_share.make_room("any", [], 20.0, {}, on_cpu=True)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_no_share_where_none_was_wanted() -> None:
     ],
 )
 def test_the_first_visible_device_is_asked(visible: str | None, mib: int) -> None:
-    assert trainer_share.pick_device(H200 + "1, GPU-bbbb-2222, 81559\n", visible) == mib << 20
+    assert memory_share.pick_device(H200 + "1, GPU-bbbb-2222, 81559\n", visible) == mib << 20
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_the_first_visible_device_is_asked(visible: str | None, mib: int) -> Non
 )  # fmt: skip
 def test_a_device_whose_memory_is_not_known_is_refused_with_a_way_out(table: str, visible: str | None) -> None:
     with pytest.raises(launch.LaunchError, match="--gpu-memory-utilization, or use --trainer-memory 0"):
-        trainer_share.pick_device(table, visible)
+        memory_share.pick_device(table, visible)
 
 
 @given(st.text(max_size=200), st.none() | st.text(max_size=20))
 def test_any_table_is_read_or_refused(table: str, visible: str | None) -> None:
     try:
-        assert trainer_share.pick_device(table, visible) > 0
+        assert memory_share.pick_device(table, visible) > 0
     except launch.LaunchError as error:
         assert "memory is not known" in str(error)
 
@@ -145,21 +145,21 @@ def test_a_machine_without_nvidia_smi_is_refused_with_a_way_out(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(launch.LaunchError, match=r"nvidia-smi failed: .*--trainer-memory 0"):
-        trainer_share.make_room("any", [], None, os.environ, on_cpu=False)
+        memory_share.make_room("any", [], None, os.environ, on_cpu=False)
 
 
 def test_the_share_comes_from_the_models_directory(tmp_path: Path) -> None:
     total = 143771 << 20
     (tmp_path / "config.json").write_text((CONFIGS / "qwen3_5-27B.json").read_text())
-    added, (note,) = trainer_share.share_of(str(tmp_path), {}, None, total)
+    added, (note,) = memory_share.share_of(str(tmp_path), {}, None, total)
     assert added == added_for("27B", total)[0]
     assert "--trainer-memory says otherwise" in note
-    added, (note,) = trainer_share.share_of("unknown/model", {}, 20.5, total)  # no config needed
+    added, (note,) = memory_share.share_of("unknown/model", {}, 20.5, total)  # no config needed
     assert added == ["--gpu-memory-utilization", "0.857"]
     assert "20.50 GB to the trainer" in note
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(launch.LaunchError, match=r"model_type is 'llama'.*--trainer-memory N \(GB\)"):
-        trainer_share.share_of(str(tmp_path), {}, None, total)
+        memory_share.share_of(str(tmp_path), {}, None, total)
 
 
 def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path: Path) -> None:
     code = """
 import sys
 from worker.serving import trainer_share
-from worker.serving.flags import LaunchError
+from worker.serving.vllm_flags import LaunchError
 print(trainer_share.find_config("some/model", {}))
 for name, given in (("other/model", {}), ("some/model", {"--revision": ["v2"]}), ("no model: at all", {})):
     try:
@@ -194,4 +194,4 @@ assert not {"torch", "vllm", "transformers"} & set(sys.modules)
 
 @pytest.mark.parametrize(("text", "value"), [("auto", None), ("0", 0.0), ("12.5", 12.5), ("1e1", 10.0)])
 def test_trainer_memory_is_read(text: str, value: float | None) -> None:
-    assert trainer_share.TrainerMemory().convert(text, None, None) == value
+    assert memory_share.TrainerMemory().convert(text, None, None) == value

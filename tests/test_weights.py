@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from weights_parts import Owner, padded_model
 
 from producer.errors import TandemError
-from worker import torch_setup, wire
-from worker.tiny import make_tiny
-from worker.weights import bind
-from worker.weights.attach import AttachedWeights, AttachError, attach, read_header
-from worker.weights.client import ask
-from worker.weights.service import WeightService
-from worker.weights.spot_check import spot_check
+from worker.serving.vllm.weight_service import WeightService
+from worker.shared_weights import bind
+from worker.shared_weights.attach import AttachedWeights, AttachError, attach, read_header
+from worker.shared_weights.spot_check import spot_check
+from worker.shared_weights.weights_client import ask
+from worker.testing.tiny_model import make_tiny
+from worker.utils import torch_setup, unix_socket
 
 KINDS = ("text", "vision", "tied", "padded")
 
@@ -202,7 +202,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(owner: Owner) -> None:
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"", b"\x00\x00\x00\x03abc", b"\xff" * 64, b"\x00\x00\x00\x01\xc0", wire.pack({"op": 1})]
+    "garbage", [b"", b"\x00\x00\x00\x03abc", b"\xff" * 64, b"\x00\x00\x00\x01\xc0", unix_socket.pack({"op": 1})]
 )
 def test_garbage_on_the_socket_leaves_it_answering(owner: Owner, garbage: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
@@ -330,5 +330,5 @@ def test_a_killed_owner_leaves_the_memory_to_its_readers(owner: Owner) -> None:
     owner.process.send_signal(signal.SIGKILL)
     owner.process.wait()
     assert weights.header.lineage == lineage and all(bool(t.isfinite().all()) for t in weights.tensors.values())
-    with pytest.raises(wire.WireError, match="tandem serve"):
+    with pytest.raises(unix_socket.WireError, match="tandem serve"):
         attach(owner.run_dirs["text"])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from patience import PATIENCE
 
-from worker import wire
-from worker.weights.client import ask, read_header
-from worker.weights.header import Header
-from worker.weights.memory import SharingError, opener_for
+from worker.shared_weights.backend import SharingError
+from worker.shared_weights.backends import opener_for
+from worker.shared_weights.header import Header
+from worker.shared_weights.weights_client import ask, read_header
+from worker.utils import unix_socket
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -21,9 +22,9 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from worker.weights.header import HEADER_BYTES, Header
-from worker.weights.memory import owner_for
-from worker.weights.service import WeightService
+from worker.shared_weights.header import HEADER_BYTES, Header
+from worker.shared_weights.backends import owner_for
+from worker.serving.vllm.weight_service import WeightService
 
 device = torch.device("cuda")
 model = nn.Module()
@@ -123,5 +124,5 @@ def test_another_gpu_is_refused_by_its_uuid(run_dir: Path) -> None:
 
 
 def test_the_socket_still_refuses_unknown_questions(run_dir: Path) -> None:
-    with pytest.raises(wire.WireError, match="unknown op"):
+    with pytest.raises(unix_socket.WireError, match="unknown op"):
         ask(run_dir, "pickle")

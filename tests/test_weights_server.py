@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from agreement import distances
 
-from worker.examples import Example, TokenSequence
-from worker.weights import bind
-from worker.weights.attach import AttachedWeights, attach, read_header
-from worker.weights.client import ask
+from worker.data.examples import Example, TokenSequence
+from worker.shared_weights import bind
+from worker.shared_weights.attach import AttachedWeights, attach, read_header
+from worker.shared_weights.weights_client import ask
 
 pytestmark = pytest.mark.server
 

@@ -18,7 +18,7 @@ os.environ |= {"VLLM_PLUGINS": "tandem", "TANDEM_SERVE": "1"}  # vLLM inspects m
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-from worker import torch_setup
+from worker.utils import torch_setup
 
 torch_setup.prepare()
 import torch  # noqa: E402
@@ -29,9 +29,9 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.model_loader import get_model  # noqa: E402
 
 from producer.errors import TandemError  # noqa: E402
-from worker.serving import cpu_backend  # noqa: E402
-from worker.weights.export import TandemWeightEngine  # noqa: E402
-from worker.weights.refusals import RefusedFlag, refuse_unshareable  # noqa: E402
+from worker.serving.vllm import cpu_backend  # noqa: E402
+from worker.serving.vllm.unsupported_flags import RefusedFlag, refuse_unshareable  # noqa: E402
+from worker.serving.vllm.weight_engine import TandemWeightEngine  # noqa: E402
 
 
 def make_config(model: str, **options: Any) -> Any:

@@ -1,10 +1,11 @@
 """APOLLO-Mini, rank 1: the optimizer, on CPU and CUDA, for bf16 weights that somebody else owns.
 
-Knows torch, and Triton in its CUDA files only; no Redis, vLLM or transformers.
+In: parameters, their gradients, flat memory for the state. Out: parameters changed in place.
+It knows torch, and Triton in its CUDA files alone; no Redis, no vLLM, no transformers.
 """
 
+from worker.apollo.apollo_mini import ApolloMini, LastUpdate
 from worker.apollo.errors import ApolloError, NonFiniteGradient
-from worker.apollo.layout import state_bytes
-from worker.apollo.optimizer import ApolloMini, LastUpdate
+from worker.apollo.state_layout import state_bytes
 
 __all__ = ["ApolloError", "ApolloMini", "LastUpdate", "NonFiniteGradient", "state_bytes"]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from worker.apollo import formulas, philox
 from worker.apollo.errors import ApolloError, NonFiniteGradient
-from worker.apollo.layout import APOLLO, StateArea
-from worker.apollo.slots import Options, Slot, Totals
+from worker.apollo.parameters import Options, Slot, Totals
+from worker.apollo.state_layout import APOLLO, StateArea
 
 CHUNK = 1 << 20
 """Elements that are held in fp32 at a time (at least one row)."""

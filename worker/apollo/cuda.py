@@ -17,9 +17,9 @@ from torch import Tensor
 
 from worker.apollo import formulas, kernels, philox
 from worker.apollo.errors import ApolloError, NonFiniteGradient
-from worker.apollo.layout import StateArea
-from worker.apollo.slots import Options, Slot, Totals
-from worker.apollo.tables import SMALL, TALL, UNIT, Known, Run, Tiling, build, cut, is_aligned, merge
+from worker.apollo.launch_tables import SMALL, TALL, UNIT, Known, Run, Tiling, build, cut, is_aligned, merge
+from worker.apollo.parameters import Options, Slot, Totals
+from worker.apollo.state_layout import StateArea
 
 TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LANES = 4096

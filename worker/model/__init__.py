@@ -1,8 +1,9 @@
-"""transformers' Qwen3.5 with the kernels that training on a GPU needs; on a CPU transformers' own code runs as it is.
+"""transformers' model as training on a GPU needs it: fused kernels, packed inputs, and the loss of the output head.
 
-Must not know: examples, optimizers, the server, how weights are shared.
+In: a transformers model and a batch. Out: the model with its kernels exchanged, its inputs, its loss.
+It knows no optimizer and no server; on a CPU transformers' own code runs as it is.
 """
 
-from worker.model.fuse import ModelError, fuse
+from worker.model.patch import ModelError, fuse
 
 __all__ = ["ModelError", "fuse"]

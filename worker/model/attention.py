@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.model.packing import Packing
+from worker.model.inputs import Packing
 
 NAME = "tandem_varlen"
 

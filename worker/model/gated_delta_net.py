@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from worker.model.packing import Packing
+from worker.model.inputs import Packing
 
 
 def forward(self: Any, hidden_states: Tensor, *, packing: Packing, **_: Any) -> Tensor:

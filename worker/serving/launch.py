@@ -16,15 +16,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import click
+from worker.serving.protocol import PLUGIN, SERVE_ENV, WEIGHT_ENGINE
+from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
+from worker.utils import torch_setup, unix_socket
 
-from worker import torch_setup, wire
-from worker.serving.flags import KV_FLAGS, LaunchError, parse_flags
-from worker.serving.plugin import SERVE_ENV, WEIGHT_ENGINE
-from worker.serving.trainer_share import TrainerMemory, make_room
-
-PLUGIN = "tandem"
-EXTENSION = "worker.serving.extension.TandemWorkerExtension"
+EXTENSION = "worker.serving.vllm.worker_extension.TandemWorkerExtension"
 DEFAULT_GROUPS = (
     "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
 )  # fmt: skip
@@ -56,41 +52,7 @@ REFUSED: dict[str, tuple[str, str | None]] = {
     "--worker-extension-cls": ("tandem serve sets it to its own class", None),
 }
 """Flag -> why not, and the value that does no harm. What vLLM makes of configuration files and abbreviations is checked
-again beside the weights (worker/weights/refusals.py)."""
-
-
-@click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
-@click.argument("model")
-@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the sockets lie; default $TANDEM_RUN_DIR.")
-@click.option(
-    "--trainer-memory",
-    type=TrainerMemory(),
-    default="auto",
-    show_default=True,
-    help="Device memory in GB that vLLM leaves to the trainer; auto: by MODEL's sizes; 0: what vLLM leaves by itself.",
-)
-def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None, trainer_memory: float | None) -> None:
-    """Serve MODEL (a directory or a hub name) with vLLM, its weights open to `tandem worker` and `tandem train`.
-
-    Every other option goes to vLLM as it is: see `vllm serve --help`. Without --host, only 127.0.0.1 is bound.
-    """
-    if model.startswith("-"):
-        raise LaunchError(f"MODEL comes first: tandem serve MODEL {model} ...")
-    torch_setup.check_versions("torch", "transformers", "vllm")
-    on_cpu = is_cpu_build()
-    check_installed()
-    check_options(vllm_options, os.environ)
-    run_dir = wire.prepare_run_dir((run_dir or wire.default_run_dir()).absolute())
-    lock(run_dir, model)
-    options, notes = with_defaults(vllm_options, os.environ, on_cpu)
-    room, said = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
-    options, notes = [*options, *room], [*notes, *said]
-    environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
-    for note in notes:
-        click.echo(f"tandem serve: {note}", err=True)
-    arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]
-    os.execve(sys.executable, arguments, environment)
+again beside the weights (worker/serving/vllm/unsupported_flags.py)."""
 
 
 def is_cpu_build() -> bool:
@@ -206,9 +168,9 @@ def _refuse_leftovers(run_dir: Path) -> None:
     """vLLM's engine outlives an API process that was killed with SIGKILL, and its worker holds the weights' socket."""
     for name in ("weights.sock", "control.sock"):
         try:
-            with wire.connect(wire.socket_path(run_dir, name), timeout=2.0) as sock:
-                pid, _ = wire.peer(sock)
-        except wire.WireError:
+            with unix_socket.connect(unix_socket.socket_path(run_dir, name), timeout=2.0) as sock:
+                pid, _ = unix_socket.peer(sock)
+        except unix_socket.WireError:
             continue
         raise LaunchError(f"process {pid}, left over from a killed server, still holds {run_dir / name}: kill {pid}")
 

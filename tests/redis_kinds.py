@@ -1,0 +1,93 @@
+"""Real Redis servers of the kinds that people point a URL at: over IPv6, a replica, a Cluster's node, a Sentinel."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from socket import AF_INET6, socket
+
+import redis
+
+from worker.testing.child_process import die_with_parent
+from worker.testing.redis_server import find_binary
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Ports on 127.0.0.1; `primary` also answers on ::1, and is what `replica` follows."""
+
+    primary: int
+    replica: int
+    cluster: int
+    sentinel: int
+
+
+@contextmanager
+def redis_kinds(folder: Path) -> Iterator[Kinds]:
+    """All four, running. Each keeps its files in a folder of its own below `folder`."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str, *options: str) -> int:
+        home = folder / name
+        home.mkdir()
+        for _ in range(5):  # somebody else may take a free port first
+            port = _free_port()
+            (home / "redis.conf").write_text("\n".join([f"port {port}", *options]) + "\n")
+            mode = ["--sentinel"] if name == "sentinel" else []
+            with (home / "redis.log").open("wb") as log:
+                process = subprocess.Popen(
+                    [find_binary(), "redis.conf", *mode],
+                    cwd=home,
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=die_with_parent,
+                )
+            started.append(process)
+            if _answers(port, process):
+                return port
+        raise RuntimeError((home / "redis.log").read_text()[-1000:])
+
+    try:
+        primary = start("primary", "bind 127.0.0.1 ::1", 'save ""')
+        replica = start("replica", "bind 127.0.0.1", 'save ""', f"replicaof 127.0.0.1 {primary}")
+        cluster = start("cluster", "bind 127.0.0.1", 'save ""', "cluster-enabled yes")
+        with redis.Redis(port=cluster) as node:  # every slot is its own: a Cluster of one
+            node.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+            while node.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+                time.sleep(0.05)
+        sentinel = start("sentinel", "bind 127.0.0.1", f"sentinel monitor main 127.0.0.1 {primary} 1")
+        yield Kinds(primary, replica, cluster, sentinel)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def has_ipv6() -> bool:
+    """Whether this machine has the loopback address ::1."""
+    try:
+        with socket(AF_INET6) as tried:
+            tried.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def _answers(port: int, process: "subprocess.Popen[bytes]") -> bool:
+    with redis.Redis(port=port) as client:
+        while process.poll() is None:
+            try:
+                client.ping()
+                return True
+            except redis.RedisError:
+                time.sleep(0.02)
+    return False

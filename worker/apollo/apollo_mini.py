@@ -1,0 +1,309 @@
+"""`ApolloMini`: a torch optimizer with AdamW's step sizes and, for a matrix, max(rows, cols) numbers of state a moment.
+
+It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py,
+chosen by the parameters' device. It must not know Redis, vLLM or transformers.
+
+Invariants: everything that outlives a step is in the state area or follows from (seed, id, step). A burst that meets a
+non-finite gradient changes nothing. One matrix's result does not depend on which others are updated with it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.launch_tables import Kind, kind_of
+from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
+from worker.apollo.state_layout import Layout, StateArea
+
+T = TypeVar("T")
+
+
+class ApolloMini(torch.optim.Optimizer):
+    """APOLLO-Mini (arXiv 2412.05270: rank 1, tensor-wise scaling) for matrices, AdamW with fp32 moments for the rest.
+
+    params: tensors, (name, tensor) pairs, or group dicts, all on one device, bfloat16 or float32. They may be row
+    slices of merged weights with any row stride; each is a logical matrix of its own. Gradients may be bfloat16 or
+    float32.
+    Group keys besides the hyper-parameters: "algorithm" ("apollo" | "adamw") overrides the choice by shape; "ids", an
+    int a parameter, names it in every random draw (default: its rank among the sorted names, or its position when
+    nameless);
+    "places", a (first row, first column, full row length) a parameter, says where a shard lies in its unsharded matrix,
+    so that its rounding bits are that matrix's.
+    lr: what it means follows `scale`: the update's RMS is about lr * sqrt(scale / min(rows, cols)); scale="auto" is
+    min(rows, cols) for each matrix, which makes lr mean what it means in AdamW.
+    gamma: the norm-growth limiter's; math.inf switches it off. projection_gap: steps between redraws of P.
+    rounding: how bf16 weights are written, "stochastic" or "nearest"; the latter loses most of a small update.
+    projection: for tests, (index, shape, draw) -> P.
+    state: flat uint8 memory of `state_bytes(shapes)` bytes, on the parameters' device, for everything that must survive
+    this object; all zero means a fresh start. Raises `ApolloError` if it belongs to other parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        scale: float | str = "auto",
+        scale_front: bool = False,
+        gamma: float = 1.01,
+        projection_gap: int = 200,
+        seed: int = 0,
+        rounding: str = "stochastic",
+        projection: Projection | None = None,
+        state: Tensor | None = None,
+    ) -> None:
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(f'rounding is "stochastic" or "nearest", not {rounding!r}')
+        if projection_gap < 1 or not 0 <= seed < 1 << 64:
+            raise ValueError("projection_gap is at least 1 and seed a 64-bit unsigned integer")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "scale_front": scale_front,
+            "gamma": gamma,
+        }
+        self._slots: list[Slot] = []
+        super().__init__(params, defaults)
+        self.projection_gap = projection_gap
+        self._slots = make_slots(self.param_groups)
+        self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
+        device = self._device()
+        layout = Layout.of([s.parameter.shape for s in self._slots], [s.algorithm for s in self._slots])
+        memory = state if state is not None else torch.zeros(layout.total, dtype=torch.uint8, device=device)
+        if memory.device != device:
+            raise ApolloError(f"the optimizer's state memory is on {memory.device} and the parameters on {device}")
+        self.area = StateArea(memory, layout)
+        self._options = Options(seed, rounding == "stochastic", projection)
+        self._backend = self._make_backend(device)
+        self._steps = int(self.area.step_count)
+        self._open = False
+        self.last_update = LastUpdate(lambda: Totals(0.0, 0.0, 0))
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken over the life of the state area. On CUDA, launched: a refused one counts until told."""
+        return self._steps
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, grads: Sequence[Tensor | None] | None = None
+    ) -> float | None:
+        """Burst: apply every gradient that is there, in one sweep, or none.
+
+        grads: one per parameter, in order, instead of the parameters' own `.grad` (a None is skipped). On a CPU, raises
+        `NonFiniteGradient` before anything changes; on CUDA nothing changes either, and `check`, `last_update` or a
+        later step raises it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        given = grads if grads is not None else [slot.parameter.grad for slot in self._slots]
+        pairs = [(slot, gradient) for slot, gradient in zip(self._slots, given, strict=True) if gradient is not None]
+        self.begin()
+        try:
+            self._backend.update(pairs)
+        except BaseException:
+            self.abandon()
+            raise
+        self.finish()
+        return loss
+
+    def capture(self) -> Callable[[], None]:
+        """CUDA: a burst over the gradients that are there now, as one CUDA graph; calling the result is a step.
+
+        The gradients' memory is the graph's input from then on: fill it in place. Needs one `step()` with the same
+        gradients before, which compiles the kernels.
+        """
+        pairs = [(slot, slot.parameter.grad) for slot in self._slots if slot.parameter.grad is not None]
+        replay = self._backend.capture(pairs)
+
+        def step() -> None:
+            self.prepare()
+            replay()
+            self._steps += 1
+            self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
+
+        return step
+
+    def prepare(self) -> None:
+        """Do ahead what the next step would do first: on CUDA, once in `projection_gap` steps, draw new projections on
+        the CPU, a fraction of a second for a large model. Optional; call it before pausing a server for the step.
+        """
+        self._told(lambda: self._backend.prepare(self._steps // self.projection_gap))
+
+    def warm_up(self) -> None:
+        """Compile what a step needs, on tensors of its own: the first step then takes as long as any other.
+
+        The smallest parameter of each kind of launch stands for all of them.
+        """
+        smallest: dict[Kind, Slot] = {}
+        for slot in sorted(self._slots, key=lambda slot: slot.rows * slot.cols, reverse=True):
+            smallest[kind_of(slot)] = slot
+        tensors = [torch.zeros(slot.parameter.shape).to(slot.parameter) for slot in smallest.values()]
+        groups = [
+            {"params": [tensor], "algorithm": slot.algorithm}
+            for slot, tensor in zip(smallest.values(), tensors, strict=True)
+        ]
+        rounding = "stochastic" if self._options.stochastic else "nearest"
+        twin = ApolloMini(groups, lr=0.0, rounding=rounding, seed=self._options.seed)
+        for _ in range(2):  # the second step goes the way of all later ones
+            twin.step(grads=[torch.zeros_like(tensor) for tensor in tensors])
+            twin.last_update.weight_rms  # noqa: B018  (the totals are launches too)
+
+    def begin(self) -> None:
+        """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`."""
+        if self._open:
+            raise ApolloError("the optimizer's previous step was neither finished nor abandoned")
+        self._told(lambda: self._backend.begin(self._steps // self.projection_gap))
+        self._open = True
+
+    def update(self, parameter: Tensor, grad: Tensor | None = None) -> None:
+        """Streaming: apply `grad` (default: the parameter's own) now; the caller may free it as soon as this returns.
+
+        Same result, bit for bit, as a burst. A non-finite gradient leaves its own matrix alone; the ones applied before
+        it stay applied. Raises like `step`.
+        """
+        gradient = grad if grad is not None else parameter.grad
+        if gradient is None:
+            raise ApolloError("update() was given a parameter without a gradient")
+        self.update_many([(parameter, gradient)])
+
+    @torch.no_grad()
+    def update_many(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Streaming, several (parameter, gradient) at a time: the same result with fewer launches."""
+        if not self._open:
+            raise ApolloError("update() outside begin() and finish()")
+        if any(id(parameter) not in self._by_tensor for parameter, _ in pairs):
+            raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
+        self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
+
+    def finish(self) -> None:
+        """Close the step: the step count goes up by one."""
+        if not self._open:
+            raise ApolloError("finish() without begin()")
+        self._backend.finish()
+        self._open = False
+        self._steps += 1
+        self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
+
+    def abandon(self) -> None:
+        """Close a step that failed half-way: the step count stays, and so do the matrices already applied."""
+        self._open = False
+
+    @contextmanager
+    def streaming(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
+        """Inside, one `backward` is one step: gradients are applied and freed as they come.
+
+        Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
+        applies each at once.
+        """
+        bucket: list[tuple[Tensor, Tensor]] = []
+
+        def flush() -> None:
+            self.update_many(bucket)
+            bucket.clear()
+
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            bucket.append((parameter, parameter.grad))
+            parameter.grad = None
+            if sum(gradient.nbytes for _, gradient in bucket) >= bucket_bytes:
+                flush()
+
+        self.begin()
+        trained = [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
+        try:
+            yield
+            flush()
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.finish()
+
+    def check(self) -> None:
+        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet; waits for the device."""
+        self._told(self._backend.check)
+
+    def _told(self, ask: Callable[[], T]) -> T:
+        """`ask()`, which may report a refused step: then the steps launched are not the steps taken."""
+        try:
+            return ask()
+        except NonFiniteGradient:
+            self._steps = int(self.area.step_count)
+            raise
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and one tensor: {"state": {"area": uint8}, "run": {...}, "param_groups": [...]}; loads with
+        `weights_only=True`, and `area` alone is what safetensors has to keep."""
+        groups, start = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            numbers = list(range(start, start + count))
+            groups.append({k: v for k, v in group.items() if k != "params"} | {"params": numbers})
+            start += count
+        area = self.area.memory[: self.area.layout.total].detach().clone()
+        options = self._options
+        run = {"seed": options.seed, "projection_gap": self.projection_gap, "stochastic": options.stochastic}
+        return {"state": {"area": area}, "run": run, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over state, hyper-parameters, seed, gap and rounding; the next step is what it would have been there.
+
+        Raises `ApolloError` if the state belongs to other parameters.
+        """
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ApolloError("the saved optimizer has other parameter groups than this one")
+        self.area.load(state_dict["state"]["area"].to(self.area.memory.device))
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+        run = state_dict["run"]
+        self.projection_gap = run["projection_gap"]
+        self._options = Options(run["seed"], run["stochastic"], self._options.projection)
+        self._slots = make_slots(self.param_groups)
+        self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
+        self._backend = self._make_backend(self.area.memory.device)
+        self._steps = int(self.area.step_count)
+        self._open = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._slots:
+            raise ApolloError("parameters cannot be added later: the state's layout is fixed when ApolloMini is made")
+        super().add_param_group(param_group)
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        devices = {slot.parameter.device for slot in self._slots}
+        if len(devices) != 1:
+            raise ApolloError(f"the optimizer's parameters must be on one device, not on {sorted(map(str, devices))}")
+        return devices.pop()
+
+    def _make_backend(self, device: torch.device) -> Backend:
+        if device.type == "cpu":
+            from worker.apollo.cpu import CpuBackend
+
+            return CpuBackend(self._slots, self.area, self._options)
+        if device.type == "cuda":
+            from worker.apollo.cuda import CudaBackend
+
+            return CudaBackend(self._slots, self.area, self._options)
+        raise ApolloError(f"ApolloMini runs on cpu and cuda, not on {device.type}")

@@ -1,0 +1,187 @@
+"""What the optimizer knows of one parameter, and the small interface that a device's implementation fills.
+
+A slot is a *logical* matrix: a row slice of a merged weight is one slot, with its own s and limiter. Anything that is
+not 2-D is seen as [first dimension, the rest], a vector as one row, so that element numbers are those of the flat
+tensor.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from worker.apollo import philox
+from worker.apollo.errors import ApolloError
+from worker.apollo.formulas import root_scale
+from worker.apollo.state_layout import ADAMW, APOLLO, algorithm_for
+
+Projection = Callable[[int, tuple[int, int], int], Tensor]
+"""(index of the parameter, shape of P, number of the draw) -> fp32 tensor of that shape."""
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+_PER_PARAMETER = ("ids", "places")
+"""Group keys that hold one entry a parameter."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a shard's first element lies in the unsharded matrix, whose rows are `full_cols` long."""
+
+    row: int
+    col: int
+    full_cols: int
+
+
+@dataclass
+class Slot:
+    """One parameter."""
+
+    index: int
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    id: int
+    algorithm: str
+    rows: int
+    cols: int
+    place: Place
+
+    @property
+    def root(self) -> float:
+        return root_scale(self.group["scale"], self.rows, self.cols)
+
+    def matrix(self, tensor: Tensor, what: str) -> Tensor:
+        """`tensor`, a weight or a gradient of this parameter, as a [rows, cols] view with unit column stride."""
+        if tensor.dtype not in DTYPES:
+            raise ApolloError(f"{what} of {self.name} is {tensor.dtype}: only bfloat16 and float32 are supported")
+        if tensor.layout != torch.strided or tensor.shape != self.parameter.shape:
+            raise ApolloError(f"{what} of {self.name} must be dense and of shape {list(self.parameter.shape)}")
+        try:
+            view = tensor.detach().view(self.rows, self.cols)
+        except RuntimeError:
+            view = None
+        if view is None or (self.cols > 1 and view.stride(1) != 1):
+            raise ApolloError(f"{what} of {self.name} has strides {tensor.stride()}: its rows must be contiguous")
+        return view
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """[rows, cols] under which a parameter of any dimension is handled."""
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same for all parameters."""
+
+    seed: int
+    stochastic: bool
+    projection: Projection | None
+
+    def draw(self, slot: Slot, draw: int) -> Tensor:
+        """P of `slot` for the `draw`-th redraw: fp32 [min(rows, cols)], on the CPU. Never stored with the state."""
+        length = min(slot.rows, slot.cols)
+        if self.projection is None:
+            return philox.projection(self.seed, slot.id, draw, length)
+        shape = (1, length) if slot.rows >= slot.cols else (length, 1)
+        given = self.projection(slot.index, shape, draw)
+        if given.dtype != torch.float32 or given.shape != shape:
+            raise ApolloError(f"projection() must return float32 of shape {list(shape)} for {slot.name}")
+        return given.detach().cpu().flatten()
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the elements that one step updated."""
+
+    update_squares: float
+    weight_squares: float
+    elements: int
+
+
+class LastUpdate:
+    """How large the last step was. Nothing is computed, and no device waited for, until it is read."""
+
+    def __init__(self, read: Callable[[], Totals]) -> None:
+        self._read = read
+        self._totals: Totals | None = None
+
+    def _value(self) -> Totals:
+        if self._totals is None:
+            self._totals = self._read()
+        return self._totals
+
+    @property
+    def update_rms(self) -> float:
+        """RMS of the step's change over all elements that had a gradient, before rounding and decay."""
+        totals = self._value()
+        return math.sqrt(totals.update_squares / max(totals.elements, 1))
+
+    @property
+    def weight_rms(self) -> float:
+        """RMS of the same elements' weights before the step."""
+        totals = self._value()
+        return math.sqrt(totals.weight_squares / max(totals.elements, 1))
+
+
+class Backend(Protocol):
+    """One device's implementation of a step. `begin`, any number of `update`s of different slots, `finish`."""
+
+    def begin(self, draw: int) -> None:
+        """Start step t = step count + 1 with projections of redraw `draw`."""
+
+    def prepare(self, draw: int) -> None:
+        """The host's part of `begin`; harmless if done twice."""
+
+    def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
+        """A step over these gradients as something that can be replayed."""
+
+    def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        """Apply these gradients, or, if one is not finite, report it and change nothing."""
+
+    def finish(self) -> None:
+        """End the step: the step count goes up by one."""
+
+    def check(self) -> None:
+        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet. Waits for the device."""
+
+    def totals(self) -> Totals:
+        """Of the last finished step. Waits for the device."""
+
+
+def make_slots(groups: Sequence[dict[str, Any]]) -> list[Slot]:
+    """One slot a parameter, in the order given. Raises `ApolloError` naming what does not fit."""
+    names = [name for group in groups for name in group.get("param_names", ())]
+    rank = {name: i for i, name in enumerate(sorted(names))}
+    slots: list[Slot] = []
+    for group in groups:
+        for key in _PER_PARAMETER:
+            if group.get(key) is not None and len(group[key]) != len(group["params"]):
+                raise ApolloError(f'a parameter group\'s "{key}" must have one entry for each of its parameters')
+        for i, parameter in enumerate(group["params"]):
+            index = len(slots)
+            name = group["param_names"][i] if "param_names" in group else f"parameter {index}"
+            slots.append(_make_slot(index, name, i, parameter, group, rank.get(name, index)))
+    return slots
+
+
+def _make_slot(index: int, name: str, i: int, parameter: Tensor, group: dict[str, Any], rank: int) -> Slot:
+    algorithm = group.get("algorithm") or algorithm_for(parameter.shape)
+    if algorithm not in (APOLLO, ADAMW):
+        raise ApolloError(f'a parameter group\'s "algorithm" is "apollo" or "adamw", not {algorithm!r}')
+    if algorithm == APOLLO and parameter.dim() != 2:
+        raise ApolloError(f'{name} has {parameter.dim()} dimensions: "apollo" is for matrices')
+    if parameter.dtype not in DTYPES or parameter.numel() == 0:
+        raise ApolloError(
+            f"{name} is {parameter.dtype} of shape {list(parameter.shape)}: only bfloat16 and float32, not empty"
+        )
+    rows, cols = matrix_shape(parameter.shape)
+    id = group["ids"][i] if group.get("ids") is not None else rank
+    place = Place(*group["places"][i]) if group.get("places") is not None else Place(0, 0, cols)
+    slot = Slot(index, name, parameter, group, id, algorithm, rows, cols, place)
+    slot.matrix(parameter, "the weight")  # refuses strides it cannot follow
+    return slot

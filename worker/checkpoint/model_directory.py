@@ -1,0 +1,102 @@
+"""Model directories: load the text model of one for training, write a trained one beside it.
+
+The result has the source's architecture, tensor names, dtypes and files, so `vllm serve` and `from_pretrained` load it
+like the source; tensors that training does not touch (`visual.*`, `mtp.*`) are carried over. Invariants: the source is
+never written to; the target appears whole or not at all (written under a temporary name, fsync, rename).
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from producer.errors import TandemError
+from worker.checkpoint.state_dir import sync
+from worker.utils import torch_setup
+
+
+def text_name(checkpoint_name: str) -> str:
+    """What transformers' text model calls a tensor, which a multi-modal model's checkpoint may name otherwise."""
+    return checkpoint_name.replace("model.language_model.", "model.", 1)
+
+
+def check_target(source: Path, out: Path) -> None:
+    """Refuse before any work: no source, a target that exists, or too little disk."""
+    if not (source / "config.json").is_file():
+        raise TandemError(f"--model {source} is not a model directory: it has no config.json")
+    if not list(source.glob("*.safetensors")):
+        raise TandemError(f"--model {source} has no *.safetensors files: convert it first")
+    if out.exists():
+        raise TandemError(f"--out {out} exists already: name a new directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(file.stat().st_size for file in source.iterdir() if file.is_file())
+    free = shutil.disk_usage(out.parent).free
+    if free < needed * 1.05:
+        raise TandemError(f"--out {out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free")
+
+
+def load(source: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """(text model in `dtype`, tokenizer) of a directory; Qwen3.5's text model also from a multi-modal checkpoint."""
+    torch_setup.prepare()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def save(model: Any, source: Path, out: Path) -> None:
+    """Write `model`'s parameters in the layout of `source` to the new directory `out`."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        write_layout(dict(model.named_parameters()), source, folder)
+        folder.chmod(0o755)
+        publish(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_layout(trained: dict[str, torch.Tensor], source: Path, folder: Path) -> None:
+    """Write every file of `source` into `folder`, with `trained` (text name -> tensor) in place of its old values."""
+    written: set[str] = set()
+    for file in sorted(source.iterdir()):
+        if file.suffix == ".safetensors":
+            written |= _rewrite(file, folder / file.name, trained)
+        elif file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    if missing := set(trained) - written:
+        raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Make the finished `folder` durable under its name `out`: fsync all of it, rename, fsync the parent."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))
+    folder.rename(out)
+    sync(out.parent)
+
+
+def _rewrite(source: Path, target: Path, trained: dict[str, torch.Tensor]) -> set[str]:
+    """Copy one safetensors file with trained values in place of old ones; returns the text names replaced."""
+    tensors, replaced = {}, set()
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            old = file.get_tensor(name)
+            new = trained.get(text_name(name))
+            if new is None:
+                tensors[name] = old
+                continue
+            if new.shape != old.shape:
+                raise TandemError(f"{name} has shape {tuple(new.shape)}, {tuple(old.shape)} in {source}")
+            tensors[name] = new.detach().to("cpu", old.dtype).contiguous()
+            replaced.add(text_name(name))
+    save_file(tensors, target, metadata=metadata)
+    return replaced

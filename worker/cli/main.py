@@ -1,0 +1,73 @@
+"""The console script `tandem`: one name a subcommand, each loaded only when it is called.
+
+Must not import anything heavy: `tandem enqueue` runs where only the producer is installed.
+"""
+
+import importlib
+import sys
+
+import click
+
+from producer.errors import TandemError
+
+COMMANDS = {
+    "serve": ("worker.cli.serve", "Serve MODEL with vLLM, ready to be trained in place."),
+    "worker": ("worker.cli.worker", "Drain the queue and train the served weights."),
+    "enqueue": ("producer.cli", "Queue transcripts from FILE.jsonl."),
+    "version": ("producer.cli", "Print the version of the weights that is live."),
+    "train": ("worker.cli.train", "Train on FILE.jsonl without a queue."),
+    "tiny": ("worker.cli.tiny", "Write a tiny Qwen3.5 to try things with."),
+    "rollback": ("worker.cli.rollback", "Go back to an older version, with transcripts left out if asked."),
+    "resume": ("worker.cli.resume", "Let training go on that was put on hold."),
+    "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
+    "status": ("worker.cli.status", "Say in one line how server, worker and queue are."),
+    "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),
+}
+SHARED_MODULES = {"producer.cli"}
+"""Modules that hold several commands, each under its own name; elsewhere the object is called `command`."""
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a subcommand's module when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, _ = COMMANDS[cmd_name]
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] in ("worker", "producer"):
+                raise
+            raise TandemError(
+                f"`tandem {cmd_name}` needs {error.name}: pip install 'tandem-worker[worker]' on a GPU machine, "
+                "or run bash scripts/setup for the CPU"
+            ) from None
+        command: click.Command = getattr(module, cmd_name if module_name in SHARED_MODULES else "command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tandem-worker")
+def tandem() -> None:
+    """Fine-tune the model your vLLM is serving, in the very weights it serves."""
+
+
+def main() -> None:
+    """Entry point: errors we raise on purpose become one line and exit code 1."""
+    try:
+        tandem.main(prog_name="tandem", standalone_mode=True)
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

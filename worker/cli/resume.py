@@ -1,0 +1,18 @@
+"""`tandem resume`: training goes on that was on hold."""
+
+import click
+import redis
+
+from producer.cli import redis_option
+from producer.connection import connect, redis_errors, resolve_url, safe_url
+from worker.versions.pause_switch import resume
+
+
+@click.command("resume")
+@redis_option
+def command(redis_url: str | None) -> None:
+    """Let training go on that the canary set, or a person, put on hold."""
+    url = resolve_url(redis_url)
+    with redis_errors(safe_url(url)):
+        reason = resume(connect(url, redis.Redis.from_url))
+    click.echo("training was not on hold" if reason is None else f"training goes on; it was on hold: {reason}")

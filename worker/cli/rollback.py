@@ -1,0 +1,66 @@
+"""`tandem rollback VERSION [--drop JOB...]`: the live server goes back to an older version."""
+
+import os
+import socket
+from pathlib import Path
+
+import click
+import redis
+
+from producer.cli import redis_option
+from producer.jobs import connect, redis_errors, resolve_url, safe_url
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.update_options import ApplySettings, Way, apply_option, max_tokens_option, memory_option
+from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.rollback import roll_back
+from worker.orchestrator.worker_loop import agree, attach_step
+from worker.utils.unix_socket import default_run_dir
+from worker.versions import ledger
+
+
+@click.command()
+@click.argument("version", type=click.IntRange(0))
+@click.option("--drop", multiple=True, metavar="JOB", help="Leave this transcript out, for ever. May be repeated.")
+@click.option("--requeue", is_flag=True, help="Queue again what later versions were trained on, but for --drop.")
+@click.option("--reason", default="", help="For the manifest.")
+@apply_option
+@max_tokens_option
+@memory_option
+@redis_option
+@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
+@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
+def command(
+    version: int,
+    drop: tuple[str, ...],
+    requeue: bool,
+    reason: str,
+    apply: Way,
+    max_tokens: int,
+    memory: float | None,
+    redis_url: str | None,
+    run_dir: Path | None,
+    state_dir: Path | None,
+) -> None:
+    """Bring the live server back to VERSION, as a new version. Stop the worker first, and start it again afterwards."""
+    name = f"rollback-{socket.gethostname()}-{os.getpid()}"
+    connection = connect(resolve_url(redis_url), redis.Redis.from_url)
+    with redis_errors(safe_url(resolve_url(redis_url))):
+        lock = WorkerLock(connection, name)
+        lock.acquire()
+        try:
+            known = ledger.state(connection)
+            where = run_dir or default_run_dir()
+            with attach_step(
+                where,
+                name,
+                Hyperparameters(),
+                state_dir=state_dir,
+                known=known,
+                settings=ApplySettings(apply, memory=memory),
+                max_tokens=max_tokens,
+            ) as step:
+                agree(connection, step)
+                for line in roll_back(connection, step, version, drop, reason=reason, requeue=requeue):
+                    click.echo(line)
+        finally:
+            lock.release()

@@ -1,0 +1,56 @@
+"""`tandem serve MODEL [vllm options]`: vLLM, its weights open to a trainer. See serving/launch.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from worker.serving.launch import (
+    build_environment,
+    check_installed,
+    check_options,
+    entry_module,
+    is_cpu_build,
+    lock,
+    with_defaults,
+)
+from worker.serving.memory_share import TrainerMemory, make_room
+from worker.serving.vllm_flags import LaunchError
+from worker.utils import torch_setup, unix_socket
+
+
+@click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@click.argument("model")
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the sockets lie; default $TANDEM_RUN_DIR.")
+@click.option(
+    "--trainer-memory",
+    type=TrainerMemory(),
+    default="auto",
+    show_default=True,
+    help="Device memory in GB that vLLM leaves to the trainer; auto: by MODEL's sizes; 0: what vLLM leaves by itself.",
+)
+def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None, trainer_memory: float | None) -> None:
+    """Serve MODEL (a directory or a hub name) with vLLM, its weights open to `tandem worker` and `tandem train`.
+
+    Every other option goes to vLLM as it is: see `vllm serve --help`. Without --host, only 127.0.0.1 is bound.
+    """
+    if model.startswith("-"):
+        raise LaunchError(f"MODEL comes first: tandem serve MODEL {model} ...")
+    torch_setup.check_versions("torch", "transformers", "vllm")
+    on_cpu = is_cpu_build()
+    check_installed()
+    check_options(vllm_options, os.environ)
+    run_dir = unix_socket.prepare_run_dir((run_dir or unix_socket.default_run_dir()).absolute())
+    lock(run_dir, model)
+    options, notes = with_defaults(vllm_options, os.environ, on_cpu)
+    room, said = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
+    options, notes = [*options, *room], [*notes, *said]
+    environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
+    for note in notes:
+        click.echo(f"tandem serve: {note}", err=True)
+    arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]
+    os.execve(sys.executable, arguments, environment)

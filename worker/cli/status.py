@@ -1,0 +1,206 @@
+"""`tandem status`: one true line about queue, weights, worker and server, and the details below it.
+
+Must not know: torch, vLLM, RQ's inside. Changes nothing it looks at.
+Invariants: what cannot be reached is said to be so, never guessed; nothing waits longer than a few seconds.
+"""
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import redis
+from rq.registry import DeferredJobRegistry, FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry
+from rq.registry import StartedJobRegistry as Started
+from rq.worker import SimpleWorker
+
+from producer import keys
+from producer.errors import TandemError
+from producer.jobs import DEFAULT_URL, connect, resolve_url, safe_url
+from worker.consumer.jobs import open_queue
+from worker.consumer.worker_lock import is_dead, parse_holder
+from worker.utils.unix_socket import default_run_dir
+from worker.versions import ledger
+from worker.versions.rest_status import PART, seconds_left
+
+SECONDS = 5.0
+"""How long Redis may take to answer."""
+REGISTRIES = {"started": Started, "failed": FailedJobRegistry, "finished": FinishedJobRegistry}
+REGISTRIES |= {"scheduled": ScheduledJobRegistry, "deferred": DeferredJobRegistry}
+NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s", "step_s", "pause_s", "commit_s")
+RATIO, WAY = "update_ratio", "way"
+"""RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
+
+
+def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
+    """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems."""
+    status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
+    try:
+        with connect(redis_url, _impatient) as connection:
+            connection.ping()
+            status["redis"]["reachable"] = True
+            status |= _from_redis(connection)
+    except (redis.RedisError, TandemError, ValueError) as error:
+        status["redis"] |= {"reachable": status["redis"]["reachable"] and not _away(error), "error": str(error)}
+    status["server"] = _server(run_dir)
+    status["problems"] = problems(status)
+    return status
+
+
+def _impatient(url: str, **options: Any) -> redis.Redis:
+    client: redis.Redis = redis.Redis.from_url(
+        url, **options | {"socket_timeout": SECONDS, "socket_connect_timeout": SECONDS}
+    )
+    return client
+
+
+def _away(error: Exception) -> bool:
+    return isinstance(error, redis.ConnectionError | redis.TimeoutError)
+
+
+def _from_redis(connection: redis.Redis) -> dict[str, Any]:
+    queue = open_queue(connection)
+    known = ledger.state(connection)
+    raw: dict[bytes, bytes] = connection.hgetall(keys.STATE)  # type: ignore[assignment]
+    said = {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
+    counts = {"queued": queue.count}
+    for name, registry in REGISTRIES.items():
+        counts[name] = registry(queue=queue).get_job_count(cleanup=False)
+    update = {name: float(said[name]) for name in NUMBERS if name in said}
+    manifest = ledger.manifest(connection, known.version)
+    if RATIO in manifest:
+        update[RATIO] = float(manifest[RATIO])
+    how = {WAY: manifest[WAY]} if WAY in manifest else {}
+    at = said.get("at") if known.version else None
+    return {
+        "queue": counts,
+        "version": known.version,
+        "lineage": known.lineage,
+        "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
+        "worker": _resting(_worker(connection, queue), said),
+    }
+
+
+def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
+    """`worker`, with its duty cycle and, where it rests, for how long."""
+    if worker["state"] in ("none", "dead") or PART not in said:
+        return worker
+    left = seconds_left(said)
+    resting = {"state": "resting", "rest_s": left} if left and worker["state"] != "busy" else {}
+    return worker | resting | {PART: said[PART]}
+
+
+def _worker(connection: redis.Redis, queue: Any) -> dict[str, Any]:
+    """state: none | dead | idle | busy | suspended | started, and who it is."""
+    value: Any = connection.get(keys.WORKER_LOCK)
+    if value is None:
+        return {"state": "none"}
+    holder = parse_holder(value)
+    who = {name: holder.get(name) for name in ("name", "pid", "host", "since")}
+    if is_dead(holder):
+        return {"state": "dead", **who}
+    for worker in SimpleWorker.all(queue=queue):
+        if worker.name == holder.get("name"):
+            beat = worker.last_heartbeat
+            silent = (datetime.now(UTC) - beat).total_seconds() if beat else None
+            return {"state": worker.get_state(), "silent_s": silent, **who}
+    return {"state": "starting", **who}
+
+
+def _server(run_dir: Path) -> dict[str, Any]:
+    """state: serving | paused | torn, or unreachable with the reason."""
+    from worker.serving.control_client import server_state
+
+    try:
+        return {"run_dir": str(run_dir), **server_state(run_dir)}
+    except (TandemError, OSError) as error:
+        return {"run_dir": str(run_dir), "state": "unreachable", "reason": str(error)}
+
+
+def _age(at: str | None) -> float | None:
+    try:
+        return time.time() - datetime.fromisoformat(at).timestamp() if at else None
+    except ValueError:
+        return None
+
+
+def problems(status: dict[str, Any]) -> list[str]:
+    """What keeps feedback from reaching the weights, in sentences; empty when all is well."""
+    found = []
+    if "error" in status["redis"]:
+        found.append(f"Redis at {status['redis']['url']}: {status['redis']['error']}")
+    worker, server = status.get("worker"), status["server"]
+    if worker and worker["state"] == "none":
+        found.append("no worker is running: start `tandem worker`")
+    if worker and worker["state"] == "dead":
+        found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: start `tandem worker`, it takes over")
+    if server["state"] == "unreachable":
+        found.append(f"the server cannot be reached: {server['reason']}")
+    if server["state"] == "torn":
+        found.append(f"the server refuses to serve: {server.get('reason')}")
+    if worker and "version" in server and server["state"] != "paused" and worker["state"] != "busy":
+        if server.get("lineage") not in (None, status["lineage"]) and status["lineage"]:
+            found.append("the server has another lineage than Redis: `tandem worker` says what to do")
+        elif server["version"] != status["version"]:
+            found.append(f"the server is at version {server['version']}, Redis at {status['version']}")
+    return found
+
+
+def line(status: dict[str, Any]) -> str:
+    """version 12, 2 min ago (8 jobs, 3,214 tokens, loss 1.23) · 5 queued, 8 training, 1 failed · worker busy · ..."""
+    parts = []
+    if "version" in status:
+        update = status["last_update"]
+        numbers = [f"{update['jobs']:.0f} jobs"] if update and update.get("jobs") else []
+        if update and "tokens" in update:
+            numbers.append(f"{update['tokens']:,.0f} tokens")
+        if update and "loss" in update:
+            numbers.append(f"loss {update['loss']:.4f}")
+        ago = f", {ago_text(update['age_s'])}" if update and update["age_s"] is not None else ""
+        what = f" ({', '.join(numbers)})" if numbers else ""
+        parts.append(f"version {status['version']}{ago}{what}")
+        queue = status["queue"]
+        parts.append(f"{queue['queued']} queued, {queue['started']} in hand, {queue['failed']} failed")
+        parts.append(f"worker {status['worker']['state']}")
+    else:
+        parts.append("Redis unreachable" if not status["redis"]["reachable"] else "Redis unreadable")
+    server = status["server"]
+    at = f" version {server['version']}" if "version" in server else ""
+    parts.append(f"server {server['state']}{at}")
+    return " · ".join(parts)
+
+
+def ago_text(seconds: float) -> str:
+    """3 s ago, 5 min ago, 2 h ago, 4 days ago."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{max(seconds, 0) / unit:.0f} {name} ago"
+    return f"{seconds / 86400:.0f} days ago"
+
+
+@click.command()
+@click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
+    """Say in one line how queue, weights, worker and server are; exit code 1 if something is missing or wrong."""
+    status = gather(resolve_url(redis_url), run_dir or default_run_dir())
+    if as_json:
+        click.echo(json.dumps(status, indent=2, default=str))
+    else:
+        click.echo(line(status))
+        for name in ("queue", "last_update", "worker", "server"):
+            if status.get(name):
+                shown = {key: value for key, value in status[name].items() if value is not None}
+                click.echo(f"  {name:12}" + ", ".join(f"{key} {_short(value)}" for key, value in shown.items()))
+        for problem in status["problems"]:
+            click.echo(f"  ! {problem}")
+    if status["problems"]:
+        raise SystemExit(1)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace(os.linesep, " ")

@@ -1,0 +1,90 @@
+"""`tandem worker`: drains the queue and trains the served weights. See orchestrator/worker_loop.py."""
+
+import logging
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import redis
+import torch
+
+from producer.cli import redis_option
+from producer.jobs import connect, redis_errors, resolve_url, safe_url
+from worker.config.guard_options import guard_options, settings_of
+from worker.config.hyperparameters import Hyperparameters, training_options
+from worker.config.retention import policy_of, state_options
+from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
+from worker.consumer.events import LogHooks
+from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
+from worker.utils.unix_socket import default_run_dir
+from worker.versions import ledger
+from worker.versions.rest_status import forget_rest
+
+log = logging.getLogger("tandem")
+
+
+@click.command()
+@redis_option
+@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
+@click.option("--name", help="This worker's name, in errors and dashboards (default: host and pid).")
+@click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")
+@max_tokens_option
+@click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
+@click.option("--burst", is_flag=True, help="Stop when the queue is empty.")
+@click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
+@state_options
+@guard_options
+@apply_options
+@training_options
+def command(
+    redis_url: str | None,
+    run_dir: Path | None,
+    name: str | None,
+    max_jobs: int,
+    max_tokens: int,
+    linger: float,
+    burst: bool,
+    new_lineage: bool,
+    threads: int | None,
+    state_dir: Path | None,
+    **options: Any,
+) -> None:
+    """Drain the queue and train the weights that the server of --run-dir is serving."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if threads:
+        torch.set_num_threads(threads)
+    policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
+    name = name or f"{socket.gethostname()}-{os.getpid()}"
+    connection = connect(resolve_url(redis_url), redis.Redis.from_url)
+    with redis_errors(safe_url(resolve_url(redis_url))):
+        connection.ping()
+    lock = WorkerLock(connection, name)
+    if taken_over := lock.acquire():
+        log.info(taken_over)
+    try:
+        with attach_step(
+            run_dir or default_run_dir(),
+            name,
+            Hyperparameters(**options),
+            state_dir=state_dir,
+            policy=policy,
+            known=ledger.state(connection),
+            new_lineage=new_lineage,
+            settings=settings,
+            max_tokens=max_tokens,
+        ) as step:
+            agree(connection, step, new_lineage=new_lineage)
+            step.confirm = partial(confirm, connection, step)
+            forget_rest(connection)
+            hooks = [LogHooks(), *watch(connection, step, guards)]
+            limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+            drain(connection, step, lock, burst=burst, hooks=hooks, **limits)
+            if policy.at_stop and (said := step.keeper.try_checkpoint()):
+                log.info(said)
+    finally:
+        lock.release()

@@ -1,0 +1,70 @@
+"""The flags of the guards: outliers, the canary set, rehearsal.
+
+Must not know: how a version is trained or rebuilt. Must not import torch: `tandem --help` reads this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from producer.errors import TandemError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """One field a flag; see `guard_options` for what each means."""
+
+    outliers: float = 8.0
+    canary: Path | None = None
+    canary_every: int = 10
+    canary_bound: float | None = None
+    auto_rollback: bool = False
+    rehearse: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.canary is None) != (self.canary_bound is None):
+            raise TandemError("--canary FILE and --canary-bound LOSS go together: name both")
+        if self.auto_rollback and self.canary is None:
+            raise TandemError("--auto-rollback follows the canary set: name one with --canary and --canary-bound")
+
+
+def guard_options(command: F) -> F:
+    """Click decorator: adds every flag of `GuardSettings`; `settings_of` reads them."""
+    defaults = GuardSettings()
+    options = [
+        click.option(
+            "--outliers",
+            type=click.FloatRange(0),
+            default=defaults.outliers,
+            help="Set aside what lies so many robust deviations above recent losses or gradients; 0: nothing.",
+        ),
+        click.option("--canary", type=click.Path(path_type=Path), help="Held-out conversations (JSONL) to watch."),
+        click.option("--canary-every", type=click.IntRange(1), default=defaults.canary_every, help="In versions."),
+        click.option(
+            "--canary-bound",
+            type=click.FloatRange(0, min_open=True),
+            help="Loss of the canary set, in nats a token, above which training is put on hold.",
+        ),
+        click.option("--auto-rollback", is_flag=True, help="Then go back to the last version that passed, too."),
+        click.option(
+            "--rehearse",
+            type=click.FloatRange(0, 4),
+            default=defaults.rehearse,
+            help="Earlier transcripts mixed in for each new one, against forgetting.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def settings_of(options: dict[str, Any]) -> GuardSettings:
+    """Takes its flags out of a command's options."""
+    return GuardSettings(**{field.name: options.pop(field.name) for field in fields(GuardSettings)})

@@ -1,0 +1,79 @@
+"""What the drain asks of the thing that trains: one protocol, one answer, two errors.
+
+Must not know: Redis, RQ, torch. Everything here is plain Python, so that the queue side can be tested with any step
+and the training side with any queue.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from producer.errors import TandemError
+from producer.transcript import Transcript
+
+
+class Torn(TandemError):
+    """The weights can no longer be trusted: a write began and did not end. The worker exits; nothing is committed."""
+
+
+class Unavailable(TandemError):
+    """No step can run now, whatever the transcripts (the server is gone, say), and no weight was touched.
+
+    The worker puts every job back where it came from, with no retry spent, and exits with this message.
+    """
+
+
+class Prepared(Protocol):
+    """A transcript ready to train; `worker.data.examples.Example` is one."""
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+
+    @property
+    def tokens(self) -> int:
+        """All its tokens, trained or not: what the batch's token limit counts."""
+
+
+@dataclass
+class Update:
+    """What one call of `Step.run` did: one version of the weights, or none when every transcript was rejected.
+
+    version, lineage: what the header beside the weights now says; `version` is None when nothing was trained.
+    manifest: plain map for `weights:manifest:<version>` (tokens, loss, step_s, pause_s, ...).
+    results: per trained job id, the job's result; has at least "version".
+    rejected: per job id, why it was refused before any weight was touched. Every job is in exactly one of the two.
+    """
+
+    version: int | None
+    lineage: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """What is committed, and what the weights' record area holds so that a restart can commit it."""
+        return {
+            "version": self.version,
+            "lineage": self.lineage,
+            "jobs": list(self.results),
+            "manifest": self.manifest,
+            "results": self.results,
+        }
+
+
+P = TypeVar("P", bound=Prepared)
+
+
+class Step(Protocol[P]):
+    """Trains. One successful `run` with a version is one optimizer step, already live in the served weights."""
+
+    def prepare(self, job_id: str, transcript: Transcript) -> P:
+        """Tokenize one transcript. Any exception fails this transcript alone; it runs under a time limit."""
+
+    def run(self, prepared: Sequence[P]) -> Update:
+        """Train one version. Never interrupted by signals or alarms.
+
+        Raises `Torn`, `Unavailable`, or any other exception with no weight touched: the batch is then halved until
+        the transcript at fault stands alone.
+        """

@@ -1,0 +1,176 @@
+"""The intake: which jobs make the next batch.
+
+Must not know: weights, versions, torch; RQ's inside (worker/consumer/transitions.py).
+Invariants: every job taken is acknowledged, dropped, failed alone, or in `backlog` or `batch`, each id once and in the
+order it came; texts never reach logs; the only time limit, SIGALRM, is around preparing one transcript.
+"""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import redis
+from rq.exceptions import DeserializationError
+from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
+from rq.worker import BaseWorker
+
+from producer.errors import TandemError
+from worker.config.protocol import Step, Torn, Unavailable
+from worker.consumer import transitions
+from worker.consumer.events import told
+from worker.consumer.jobs import FeedbackQueue
+from worker.consumer.transitions import Held
+
+IDLE_POLL = 1.0
+"""Seconds a wait for the first job may last before signals, retries and maintenance are looked at."""
+
+
+LOOKS = 8
+"""How often the queue is looked at while a batch lingers."""
+
+
+class Intake:
+    """Collects batches for `worker`: at most `max_jobs`, at most `max_tokens` (a larger transcript goes alone), at most
+    `linger` seconds after the first job.
+
+    tell: the worker's hooks. settling: held while jobs change hands, so that no heartbeat falls between.
+    """
+
+    def __init__(
+        self,
+        worker: BaseWorker,
+        queue: FeedbackQueue,
+        step: Step[Any],
+        *,
+        max_jobs: int,
+        max_tokens: int,
+        linger: float,
+        prepare_limit: int,
+        tell: Callable[..., None],
+        settling: threading.RLock,
+    ) -> None:
+        if max_jobs < 1 or max_tokens < 1 or linger < 0 or prepare_limit < 1:
+            raise TandemError("max_jobs, max_tokens and prepare_limit must be at least 1, linger at least 0")
+        self.worker, self.queue, self.step = worker, queue, step
+        self.max_jobs, self.max_tokens, self.linger, self.prepare_limit = max_jobs, max_tokens, linger, prepare_limit
+        self.tell, self.settling = tell, settling
+        self.stop = False
+        """Set to end lingering: the batch in hand is the last."""
+        self.backlog: deque[Held] = deque()
+        """Begun and not chosen yet: what did not fit a batch waits here for the next."""
+        self.batch: list[Held] = []
+        """Chosen for the batch that is being collected or trained. Whoever settles a job removes it."""
+        self.first = 0.0
+        """time.monotonic() of the batch's first job."""
+
+    @property
+    def hands(self) -> list[Held]:
+        """All jobs that are ours to settle or put back, oldest first."""
+        return [*self.batch, *self.backlog]
+
+    def collect(self, burst: bool = False) -> bool:
+        """Fill `batch`, prepared, until it is full or time is up; False when nothing came within a second.
+
+        burst: do not wait for jobs that are not there yet.
+        """
+        tokens = 0
+        while True:
+            while self.backlog and len(self.batch) < self.max_jobs:
+                held = self.backlog[0]
+                if not self.admit(held):
+                    continue
+                apart = held.alone or (self.batch and self.batch[0].alone)
+                if self.batch and (apart or tokens + held.prepared.tokens > self.max_tokens):
+                    return True
+                if not self.batch:
+                    self.first = time.monotonic()
+                self.batch.append(self.backlog.popleft())
+                tokens += held.prepared.tokens
+            left = self.first + self.linger - time.monotonic() if self.batch else IDLE_POLL
+            if len(self.batch) >= self.max_jobs or tokens >= self.max_tokens or left <= 0 or self.stop:
+                return bool(self.batch)
+            if self.batch and not burst:
+                # Redis ends a blocking read up to 100 ms late: to linger exactly, look again a few times.
+                time.sleep(min(left, self.linger / LOOKS))
+            came = self.fetch(self.max_jobs - len(self.batch), 0.0 if burst or self.batch else IDLE_POLL)
+            if not came and (burst or not self.batch):
+                return bool(self.batch)
+
+    def fetch(self, count: int, wait: float) -> int:
+        """Take up to `count` jobs, acknowledge those already trained, begin the others; returns how many ids came."""
+        taken, dropped = transitions.take(self.queue, count, wait)
+        for sentence in dropped:
+            self.tell("on_notice", sentence)
+        if not taken and not dropped:
+            # All that was taken has begun, so what is in between was taken by a reply that got lost.
+            return transitions.put_back_taken(self.queue)
+        mine = {held.id for held in self.hands}
+        fresh: list[Held] = []
+        for held in taken:
+            if held.version is not None:
+                self.acknowledge(held)
+            elif held.id in mine or held.job.get_status(refresh=False) == "canceled":
+                transitions.forget(self.queue, held)
+            else:
+                mine.add(held.id)
+                fresh.append(held)
+        if fresh:
+            with self.settling:
+                self.backlog.extend(fresh)  # before they begin: whatever happens now, they are ours to put back
+                broken = transitions.begin(self.worker, self.queue, fresh)
+            for held in [held for held in fresh if held.id in broken]:
+                reason = f"Redis key {broken[held.id]} is of a wrong type: delete it, then requeue the job"
+                self.reject(held, reason, permanent=True)
+        return len(taken) + len(dropped)
+
+    def acknowledge(self, held: Held) -> None:
+        """A transcript the ledger knows: finished, with the version it went into, and not trained again."""
+        result = {"version": held.version, "already_trained": True}
+        if broken := transitions.acknowledge(self.queue, held, result):
+            self.tell("on_notice", f"job {held.id} could not be given its result: {broken} is of a wrong type")
+        self.tell("on_already_trained", held.id, held.version)
+
+    def admit(self, held: Held) -> bool:
+        """Validate and prepare the first job of the backlog, once; one that cannot be trained is failed here, alone."""
+        if held.prepared is not None:
+            return True
+        started = time.monotonic()
+        try:
+            with self.time_limit():
+                held.prepared = self.step.prepare(held.id, held.job.transcript())
+            held.prepare_s = time.monotonic() - started
+            return True
+        except (Torn, Unavailable, redis.RedisError):
+            raise
+        except JobTimeoutException:
+            self.reject(held, f"preparing the transcript took more than {self.prepare_limit} s", permanent=True)
+        except TandemError as error:
+            self.reject(held, told(error), permanent=True)
+        except DeserializationError as error:
+            self.reject(held, f"the job's payload is not a msgpack call: {error.__cause__}", permanent=True)
+        except Exception as error:
+            self.reject(held, told(error), permanent=False)
+        return False
+
+    def time_limit(self) -> contextlib.AbstractContextManager[Any]:
+        """SIGALRM after `prepare_limit` seconds; only the main thread can have it."""
+        if threading.current_thread() is not threading.main_thread():
+            return contextlib.nullcontext()
+        penalty: Any = UnixSignalDeathPenalty(self.prepare_limit, JobTimeoutException)
+        return penalty  # type: ignore[no-any-return]
+
+    def reject(self, held: Held, reason: str, *, permanent: bool) -> None:
+        """Fail one job through RQ (which retries it if it may be), let go of it, and say so."""
+        with self.settling:
+            transitions.fail(self.worker, self.queue, held, reason, permanent=permanent)
+            self.release([held])
+        self.tell("on_rejected", held.id, reason)
+
+    def release(self, settled: list[Held]) -> None:
+        """These jobs are settled: no longer ours."""
+        gone = {held.id for held in settled}
+        self.batch = [held for held in self.batch if held.id not in gone]
+        self.backlog = deque(held for held in self.backlog if held.id not in gone)

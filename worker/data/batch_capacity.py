@@ -1,0 +1,70 @@
+"""How much a trainer takes at once: the lengths of its rows, and whether a batch fits, known before there is a trainer.
+
+Must not know: torch, models, weights, versions.
+Invariants: `Room.holds` says what `Trainer.begin` would do, from lengths alone; a packed row is never longer than the
+budget that memory was planned for, rounded up to the next of few lengths.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+
+NARROWEST = 128
+"""The shortest row of a forward pass, in tokens. Rows have few lengths, so that nothing is tuned during traffic."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Of one trainer: the lengths of its rows in tokens, whether it packs several sequences into one, and its way."""
+
+    sizes: tuple[int, ...]
+    packed: bool
+    streaming: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.sizes)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a micro-batch has to stand in one row: in streaming its graph is one forward pass."""
+        return self.packed and self.streaming
+
+    def needs(self, examples: Sequence[Example]) -> int:
+        """Tokens that one row has to hold: all of them, or those of the longest sequence."""
+        lengths = [len(sequence.ids) for example in examples for sequence in example.sequences]
+        return sum(lengths) if self.whole else max(lengths, default=0)
+
+    def holds(self, examples: Sequence[Example]) -> bool:
+        """Whether a trainer takes `examples` as one micro-batch."""
+        return self.needs(examples) <= self.longest
+
+
+def room_for(h: Hyperparameters, *, packed: bool, streaming: bool, budget: int | None = None) -> Room:
+    """The room of the trainer that `make_trainer` makes of the same arguments.
+
+    budget: tokens of a packed row, by default `h.max_length`, at least 8,192. What was planned is the bound, whatever
+    `h` says: a replay's hyper-parameters are those of another day. Rows that are padded go by `h.max_length` alone.
+    """
+    most = budget or max(h.max_length, 8192)
+    return Room(sizes_up_to(most) if packed else widths_up_to(h.max_length), packed, streaming)
+
+
+def sizes_up_to(longest: int) -> tuple[int, ...]:
+    """Lengths of packed rows, in tokens: few, and none more than half empty. Powers of two, from 4,096 on with one more
+    in between."""
+    sizes = [512, 1024, 2048, 4096]
+    while sizes[-1] < longest:
+        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+    return tuple(sizes[: next(i for i, size in enumerate(sizes) if size >= longest) + 1])
+
+
+def widths_up_to(longest: int) -> tuple[int, ...]:
+    """The row lengths, in tokens, that cover sequences of up to `longest`: powers of two from `NARROWEST`."""
+    widths = [NARROWEST]
+    while widths[-1] < longest:
+        widths.append(2 * widths[-1])
+    return tuple(widths)

@@ -1,0 +1,287 @@
+"""How much device memory the trainer takes beside the server, row by row, and which way of training fits.
+
+Arithmetic on a model's sizes and a number of tokens; what it cannot know is in the constants below, checked against
+measured peaks. Must not know: torch, vLLM, a device: `tandem serve` asks it before either may be imported.
+
+Invariants: every row is a whole number of `STEP` bytes, so that the printed rows add up to the printed total; more
+tokens never need less. The peak has one of three moments: in the loss (the logits), in a layer's backward pass, or at
+the embeddings' gradient; the plan's rows are those of the largest. Weights and gradients are bf16, A_log is fp32.
+"""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Literal
+
+from producer.errors import TandemError
+from worker.memory.activations import extra, saved
+from worker.memory.model_config import GDN, TextConfig
+
+CONTEXT_BYTES = 1_150_000_000
+"""The CUDA context, the libraries' workspaces and loaded kernels of one process: 1.11 GB were measured at 27B."""
+SLACK = 0.03
+"""What the allocator rounds up or cannot reuse, as a part of what comes and goes (activations, gradients in flight).
+Its segments grow (`device_setup.growing_segments`): 0.01 was measured at 27B, 0.15 with segments of fixed sizes."""
+BUCKET_BYTES = 1 << 30
+"""Gradients that streaming holds back to apply together: `ApolloMini.streaming`'s default."""
+LOSS_BLOCK = 1 << 27
+"""Most logits at a time: worker.model.loss's BLOCK."""
+LOSS_BLOCKS = 3
+"""In fp32, what stands of them: a block's logits and gradient, and those of the one before until replaced."""
+HIDDEN = 12
+"""Bytes for each element of the last hidden states while the loss and its gradient are computed."""
+LEAST_ROW = 512
+"""Tokens of the shortest packed row; rows of a power of two from here on exist."""
+SCRATCH = 0.006
+"""The optimizer's scratch, in bytes a parameter: about 150 MB at 27B (worker/apollo/cuda.py)."""
+SERVER_MEMORY = "a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization"
+"""What to do for more free memory."""
+STEP = 10_000_000
+"""What rows are rounded up to: the last digit that is printed."""
+
+Apply = Literal["auto", "burst", "streaming"]
+Recompute = Literal["auto", "always", "never"]
+
+
+class MemoryPlanError(TandemError):
+    """The trainer does not fit; the numbers and what to do are in the message."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes. `rows` are the trainer's own at its peak; `weights` and `state` lie in the server's memory."""
+
+    tokens: int
+    streaming: bool
+    kept: int
+    """How many of the last layers keep their activations; the others keep their input and are computed again."""
+    layers: int
+    moment: str
+    weights: int
+    state: int
+    rows: tuple[tuple[str, int], ...]
+    free: int | None = None
+    """What the trainer may take, rounded down; None where nobody asked the device."""
+
+    @property
+    def recompute(self) -> bool:
+        """Whether any layer is computed again in backward."""
+        return self.kept < self.layers
+
+    @property
+    def total(self) -> int:
+        """The trainer's own peak, its CUDA context included."""
+        return sum(size for _, size in self.rows)
+
+    def within(self, free_bytes: int) -> "Plan":
+        """The same, told how much there is."""
+        return replace(self, free=free_bytes // STEP * STEP)
+
+    def title(self) -> str:
+        """What was chosen, in words."""
+        how = "streaming" if self.streaming else "burst"
+        layers = f"{self.layers - self.kept} of {self.layers} layers recomputed" if self.kept else "layers recomputed"
+        layers = layers if self.recompute else "no recomputation"
+        return f"{how}, {layers}, {self.tokens:,} tokens a pass"
+
+    def render(self, device_bytes: int | None = None) -> list[str]:
+        """The plan as lines for a log, in GB of 10^9 bytes. device_bytes: the device's memory; with it the server's
+        share (KV cache, graphs and the rest beside weights and state) is a row too, and all rows add up to it."""
+        server = [("weights (shared, the server's)", self.weights), ("optimizer's state (the server's)", self.state)]
+        if device_bytes is not None and self.free is not None:
+            whole = device_bytes // STEP * STEP
+            rest = whole - self.free - self.weights - self.state
+            server.append(("KV cache and whatever else is in use", rest))
+        lines = [f"memory plan: {self.title()}; its peak is {self.moment}"]
+        lines += [_line(*row) for row in server]
+        lines += [_line(*row) for row in self.rows if row[1]]
+        lines.append(_line("the trainer's own, total", self.total))
+        if self.free is not None:
+            lines += [_line("free for it", self.free), _line("left", self.free - self.total)]
+        return lines
+
+
+def make_plan(
+    config: TextConfig,
+    tokens: int,
+    *,
+    streaming: bool,
+    kept: int,
+    embeddings: str = "apollo",
+    context_bytes: int = CONTEXT_BYTES,
+) -> Plan:
+    """The plan for forward passes of `tokens` tokens (padding included), all of them trained.
+
+    kept: how many of the last layers keep their activations; the others are recomputed.
+    embeddings: "frozen" spares the gradients of embeddings and head. context_bytes: what CUDA and its libraries are
+    still to take; less in a process whose context exists before `free` is asked for.
+    """
+    tables = embeddings != "frozen"
+    standing = 0 if streaming else _gradient_bytes(config, tables)
+    shared = {"weights": _up(weight_bytes(config)), "state": _up(state_bytes(config))}
+    plans = []
+    for name, moment in MOMENTS.items():
+        gradients, activations = moment(config, tokens, streaming, kept, tables)
+        moving = gradients + sum(size for _, size in activations)
+        rows = [
+            ("gradients", standing + gradients),
+            *activations,
+            ("optimizer's scratch", SCRATCH * config.count()),
+            ("allocator's slack", SLACK * moving),
+            ("CUDA context and libraries", context_bytes),
+        ]
+        rounded = tuple((row, _up(size)) for row, size in rows)
+        plans.append(Plan(tokens, streaming, kept, len(config.layers), name, rows=rounded, **shared))
+    return max(plans, key=lambda plan: plan.total)
+
+
+def choose(
+    config: TextConfig,
+    budget_tokens: int,
+    free_bytes: int,
+    apply: Apply = "auto",
+    recompute: Recompute = "auto",
+    *,
+    embeddings: str = "apollo",
+    context_bytes: int = CONTEXT_BYTES,
+    way_out: str = SERVER_MEMORY,
+) -> Plan:
+    """The fastest plan that fits into `free_bytes`: burst before streaming, then no recomputation before it.
+
+    Raises MemoryPlanError with needed, free and missing, and what to change; way_out: what would free more.
+    """
+    ways = [False, True] if apply == "auto" else [apply == "streaming"]
+    every = len(config.layers)
+    kept = {"auto": [every, 0], "always": [0], "never": [every]}[recompute]
+    at = partial(make_plan, config, embeddings=embeddings, context_bytes=context_bytes)
+    plans = [at(budget_tokens, streaming=way, kept=some) for way, some in product(ways, kept)]
+    for plan in plans:
+        if plan.total <= free_bytes:
+            return plan.within(free_bytes)
+    least = min(plans, key=lambda plan: plan.total)
+    fewer = partial(at, streaming=least.streaming, kept=least.kept)
+    most = bisect_right(range(1, budget_tokens + 1), free_bytes, key=lambda tokens: fewer(tokens).total)
+    raise MemoryPlanError(_refusal(least, free_bytes, most, way_out))
+
+
+def layers_kept(
+    config: TextConfig, tokens: int, free_bytes: int, *, streaming: bool, embeddings: str, context_bytes: int
+) -> int:
+    """How many of the last layers can keep their activations in a pass of `tokens` tokens: the most that fit."""
+    at = partial(make_plan, config, tokens, streaming=streaming, embeddings=embeddings, context_bytes=context_bytes)
+    return max((kept for kept in range(len(config.layers) + 1) if at(kept=kept).total <= free_bytes), default=0)
+
+
+def weight_bytes(config: TextConfig) -> int:
+    """Bytes of the text model's weights as the server holds them."""
+    return 2 * config.count() + 2 * config.layers.count(GDN) * config.linear_value_heads
+
+
+def state_bytes(config: TextConfig) -> int:
+    """Bytes of the optimizer's state: what worker.apollo.state_bytes says of these shapes, without importing torch."""
+    shapes = config.parameters().values()
+    lengths = [max(shape) if len(shape) == 2 else math.prod(shape) for shape in shapes]
+    return _align(64 + 4 * len(lengths)) + sum(2 * _align(4 * length) for length in lengths)
+
+
+# -- the three moments: (gradients in flight, activations by name), in bytes ------------------------------------------
+
+Moment = tuple[float, list[tuple[str, float]]]
+
+
+def _loss(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
+    """Everything the forward pass kept, one block of logits, and the head's gradient."""
+    logits = 4 * LOSS_BLOCKS * min(LOSS_BLOCK, tokens * config.vocab)
+    # before and after the last norm, the gathered rows and their gradient in bf16, and its sum over blocks in fp32
+    hidden = HIDDEN * config.hidden * tokens
+    rows = [*_held(config, tokens, kept), ("logits", logits), ("hidden states and their gradient", hidden)]
+    return (_table_bytes(config) if tables else 0), rows
+
+
+def _backward(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
+    """Everything the forward pass kept, and what the backward pass of the last layer adds to it; or, if that is more,
+    of the first recomputed one, before which the kept ones have been freed.
+
+    A tied table's gradient waits from the loss on for the embeddings' part of it.
+    """
+    kinds = set(config.layers)
+    matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
+    gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)
+    gradients += _bucket(config) if streaming else 0
+    last = max(extra(config, kind) for kind in kinds)
+    # a recomputed layer's input is one of the layer inputs already
+    again = max(sum(saved(config, kind)) - 2 * config.hidden + extra(config, kind) for kind in kinds)
+    moments = [[*_held(config, tokens, kept), ("one layer's backward pass", last * tokens)]] if kept else []
+    if kept < len(config.layers):
+        inputs = ("layer inputs", 2 * config.hidden * (len(config.layers) - kept) * tokens)
+        moments.append([inputs, ("one layer's backward pass", again * tokens)])
+    return gradients, max(moments, key=lambda rows: sum(size for _, size in rows))
+
+
+def _embeddings(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
+    """The table's gradient; tied, that of the head beside it. The layers are done, and nothing of them is left."""
+    table = _table_bytes(config) * (2 if config.tied else 1) if tables else 0
+    gradients = table + (_bucket(config) if streaming else 0)
+    return gradients, [("hidden states and their gradient", HIDDEN * config.hidden * tokens)]
+
+
+MOMENTS = {"in the loss": _loss, "in a layer's backward pass": _backward, "at the embeddings": _embeddings}
+
+
+def _held(config: TextConfig, tokens: int, kept: int) -> list[tuple[str, float]]:
+    """What the forward pass leaves for backward."""
+    again = len(config.layers) - kept
+    each = {kind: sum(saved(config, kind)) for kind in set(config.layers)}
+    rows: list[tuple[str, float]] = []
+    if again:
+        rows.append(("layer inputs", 2 * config.hidden * again * tokens))
+    if kept:
+        rows.append((f"activations of {kept} layers", sum(each[kind] for kind in config.layers[again:]) * tokens))
+    return rows
+
+
+# -- small parts ------------------------------------------------------------------------------------------------------
+
+
+def _table_bytes(config: TextConfig) -> int:
+    return 2 * config.vocab * config.hidden
+
+
+def _gradient_bytes(config: TextConfig, tables: bool) -> int:
+    return 2 * config.count() - (0 if tables else _table_bytes(config) * len(config.tables()))
+
+
+def _bucket(config: TextConfig) -> int:
+    return min(BUCKET_BYTES, 2 * config.count() - _table_bytes(config) * len(config.tables()))
+
+
+def _align(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def _up(size: float) -> int:
+    return math.ceil(size / STEP) * STEP
+
+
+def gigabytes(size: float) -> str:
+    """`size` bytes in GB of 10^9, to two decimals."""
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _line(name: str, size: int) -> str:
+    return f"  {name:<38}{gigabytes(size):>12}"
+
+
+def _refusal(plan: Plan, free: int, most: int, way_out: str) -> str:
+    free = free // STEP * STEP
+    row = 1 << most.bit_length() - 1 if most >= LEAST_ROW else 0
+    changes = [f"a smaller --max-tokens and --max-length ({row:,} tokens would fit)"] if row else []
+    changes += [] if plan.streaming else ["--apply streaming"]
+    changes += [] if plan.recompute else ["recomputed layers"]
+    changes.append(way_out)
+    return (
+        f"the trainer needs {gigabytes(plan.total)} ({plan.title()}) and {gigabytes(free)} are free: "
+        f"{gigabytes(plan.total - free)} short. Use {', or '.join(changes)}"
+    )

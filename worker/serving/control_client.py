@@ -1,0 +1,113 @@
+"""The trainer's side of the control socket: pause, hogwild, resume, and what state the server is in.
+
+Every wait has a bound. Must not know: vLLM, torch. Invariant: after an error on the wire the connection is closed,
+which gives the pause back: the server then judges by the header what was left.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from producer.errors import TandemError
+from worker.serving.protocol import ANSWER_SECONDS, CONNECT_SECONDS, SOCKET
+from worker.utils import unix_socket
+
+
+class ServerError(TandemError):
+    """The server refused; the message is its own."""
+
+
+class ServerGone(TandemError):
+    """The server ended, or does not answer."""
+
+
+class ServerControl:
+    """One trainer's connection to the server of `run_dir`. Not for use from several threads at once."""
+
+    def __init__(self, run_dir: Path | str, name: str = "trainer") -> None:
+        self._run_dir = Path(run_dir)
+        self._name = name
+        self._socket: Any = None
+        self.rendering: dict[str, Any] = {}
+        """After `connect`: {"chat_template": text or None, "template_kwargs": map}, as the server was started."""
+
+    def connect(self) -> dict[str, Any]:
+        """Become the server's one trainer; its state (see `state`). Fills `rendering`.
+
+        WireError when no server listens or it is another user's; ServerError when it has a trainer already.
+        """
+        self._socket = unix_socket.connect(unix_socket.socket_path(self._run_dir, SOCKET), CONNECT_SECONDS)
+        try:
+            answer = self._ask({"op": "hello", "name": self._name})
+            self.rendering = answer.pop("rendering")
+            return answer
+        except TandemError:
+            self.close()
+            raise
+
+    def pause(self) -> float:
+        """Freeze the server; the seconds that took. Held until `resume`, or until this connection or process ends.
+
+        From its return on no kernel reads the weights and nothing computed with them is cached.
+        """
+        return float(self._ask({"op": "pause"})["seconds"])
+
+    def begin_hogwild(self) -> None:
+        """Tell the server that it will be written to while it serves, from now until a `pause` and a `resume`.
+
+        Should this connection end meanwhile, the server judges by the header as in a pause: torn weights answer nobody.
+        ServerError unless it is serving whole weights.
+        """
+        self._ask({"op": "begin_hogwild"})
+
+    def resume(self, version: int) -> None:
+        """Let the server go on under `version`. ServerError, and still paused, unless the header is CLEAN and at it."""
+        self._ask({"op": "resume", "version": version})
+
+    def state(self) -> dict[str, Any]:
+        """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),
+        "reason"?, "trainer": {"name", "pid", "since"} | None,
+        "in_flight": requests inside vLLM}"""
+        return self._ask({"op": "state"})
+
+    def close(self) -> None:
+        """End the connection, and with it the pause if it is held. Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._socket is None:
+            raise ServerGone(f"not connected to the server of {self._run_dir}")
+        self._socket.settimeout(ANSWER_SECONDS)
+        try:
+            unix_socket.send(self._socket, request)
+            answer = unix_socket.receive(self._socket)
+        except unix_socket.WireError as error:
+            self.close()
+            raise ServerGone(f"the server of {self._run_dir} is gone or stuck ({error}): see its log") from None
+        if answer is None:
+            self.close()
+            raise ServerGone(f"the server of {self._run_dir} ended the connection: it is down, start it again")
+        if "error" in answer:
+            raise ServerError(str(answer["error"]))
+        return answer
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def server_state(run_dir: Path | str) -> dict[str, Any]:
+    """The state of the server of `run_dir`, as `ServerControl.state`, asked by somebody who is not the trainer."""
+    with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), CONNECT_SECONDS) as sock:
+        unix_socket.send(sock, {"op": "state"})
+        answer = unix_socket.receive(sock)
+    if answer is None or "error" in answer:
+        raise ServerGone(f"the server of {run_dir} did not say its state: {answer}")
+    return answer

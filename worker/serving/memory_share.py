@@ -1,0 +1,170 @@
+"""The trainer's share of the device: how much of it vLLM is told to leave, when nobody said how much vLLM may take.
+
+vLLM fills the device with its KV cache up to --gpu-memory-utilization, so that a trainer that comes later would find
+nothing. Must not import torch or vLLM; pynvml neither, which CPU installs lack.
+Invariants: what the user said about vLLM's memory is never changed; every choice is one sentence; bytes are bytes, GB
+are 10^9 of them.
+"""
+
+import math
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from worker.config.update_options import MAX_TOKENS
+from worker.memory.model_config import ConfigError, TextConfig
+from worker.memory.planner import Plan, gigabytes, make_plan, state_bytes, weight_bytes
+from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
+
+MARGIN = 1_000_000_000
+"""Left to neither: vLLM's CUDA graphs and context are not all in its own account."""
+MOST = 0.92
+"""Of the device: vLLM's own default. A small model's trainer is no reason for vLLM to take more than it would alone."""
+LEAST_KV = 2_000_000_000
+"""A KV cache worth starting a server for."""
+WAY_OUT = "say how much the trainer needs with --trainer-memory N (GB)"
+
+
+class TrainerMemory(click.ParamType):
+    """GB, or the word auto (None)."""
+
+    name = "GB|auto|0"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        if value is None or value == "auto":
+            return None
+        try:
+            size = float(str(value))
+        except ValueError:
+            size = math.nan
+        if not 0 <= size < math.inf:
+            self.fail(f"{value!r} is neither a number of GB nor auto", param, ctx)
+        return size
+
+
+def make_room(
+    model: str, options: Sequence[str], trainer_memory: float | None, environment: Mapping[str, str], on_cpu: bool
+) -> tuple[list[str], list[str]]:
+    """(what to add to vLLM's `options`, one sentence for each choice). trainer_memory: GB; None: by MODEL's sizes.
+
+    Raises LaunchError where the share cannot be known or does not fit.
+    """
+    if on_cpu:
+        if trainer_memory:
+            raise LaunchError(
+                "--trainer-memory is for GPUs: on a CPU the trainer takes ordinary memory, and VLLM_CPU_KVCACHE_SPACE "
+                "says what vLLM takes. Leave --trainer-memory out"
+            )
+        return [], []
+    given = parse_flags(options)
+    if said := said_by_user(given):
+        return [], [f"{said} says what vLLM takes: nothing is set aside for the trainer beyond that"]
+    if trainer_memory == 0:
+        return [], ["nothing is set aside for the trainer (--trainer-memory 0)"]
+    return share_of(model, given, trainer_memory, total_memory(environment))
+
+
+def share_of(
+    model: str, given: Mapping[str, Sequence[str]], trainer_memory: float | None, total: int
+) -> tuple[list[str], list[str]]:
+    """As `make_room`, on a device of `total` bytes. given: the user's flags, none of them about memory."""
+    if trainer_memory is not None:
+        return flags_for(total, 0, math.ceil(trainer_memory * 1e9), "--trainer-memory")
+    try:
+        config = TextConfig.read(find_config(model, given))
+    except ConfigError as error:
+        raise LaunchError(f"the trainer's share cannot be computed: {error}; {WAY_OUT}") from None
+    plan = default_plan(config, total)
+    taken = weight_bytes(config) + state_bytes(config)
+    return flags_for(total, taken, plan.total, f"{plan.title()}; --trainer-memory says otherwise")
+
+
+def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
+    """What on the command line, or in the file of its --config, says how much memory vLLM takes."""
+    for flag in given:
+        if len(flag) > 3 and any(known.startswith(flag) for known in KV_FLAGS):  # argparse takes beginnings
+            return flag
+    names = "|".join(re.escape(flag.removeprefix("--")).replace(r"\-", "[-_]") for flag in KV_FLAGS)
+    for file in given.get("--config", ()):
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue  # vLLM reads it next, and says what is wrong with it
+        if found := re.search(rf"^\s*[\"']?({names})[\"']?\s*:", text, re.MULTILINE):
+            return f"{found[1]} in {file}"
+    return None
+
+
+def default_plan(config: TextConfig, total: int) -> Plan:
+    """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
+    burst = make_plan(config, MAX_TOKENS, streaming=False, kept=0)
+    return burst if 4 * burst.total <= total else make_plan(config, MAX_TOKENS, streaming=True, kept=0)
+
+
+def flags_for(total: int, taken: int, share: int, why: str) -> tuple[list[str], list[str]]:
+    """The flag that leaves `share` of `total` bytes, and its sentence; taken: by weights and state, 0 where unknown.
+
+    Raises LaunchError where not even a small KV cache fits beside them.
+    """
+    needed = taken + share + MARGIN + LEAST_KV
+    if needed > total:
+        weights = f"{gigabytes(taken)} for the weights, " if taken else ""
+        raise LaunchError(
+            f"the device has {gigabytes(total)}, and {gigabytes(needed)} are needed: {weights}{gigabytes(share)} for "
+            f"the trainer ({why}), {gigabytes(LEAST_KV)} for the least KV cache and {gigabytes(MARGIN)} to spare. Use "
+            "a smaller model or a larger device, or a smaller --trainer-memory N (GB) with fewer --max-tokens in "
+            "`tandem worker`"
+        )
+    flag = f"{min(MOST, (total - share - MARGIN) * 1000 // total / 1000):.3f}"
+    note = f"--gpu-memory-utilization {flag} leaves at least {gigabytes(share)} to the trainer ({why})"
+    return ["--gpu-memory-utilization", flag], [note]
+
+
+def find_config(model: str, given: Mapping[str, Sequence[str]]) -> Path:
+    """MODEL's config.json: in its directory, or from the hub (its cache first). Raises LaunchError."""
+    if Path(model).is_dir():
+        return Path(model) / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    revisions = given.get("--revision")
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revisions[-1] if revisions else None))
+    except (OSError, ValueError) as error:  # the bases of the hub's errors
+        reason = str(error).strip().partition("\n")[0]
+        raise LaunchError(
+            f"{model} is no directory, and its config.json is not to be had: {reason}; {WAY_OUT}"
+        ) from None
+
+
+def total_memory(environment: Mapping[str, str]) -> int:
+    """Bytes of the device vLLM will use: the first of CUDA_VISIBLE_DEVICES. Raises LaunchError."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or getattr(error, "stdout", None) or error
+        raise LaunchError(_unknown_device(f"nvidia-smi failed: {str(said).strip()}")) from None
+    return pick_device(result.stdout, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def pick_device(table: str, visible: str | None) -> int:
+    """Bytes of the device that `visible` (CUDA_VISIBLE_DEVICES) names first, in nvidia-smi's table of
+    "index, uuid, MiB" lines. A UUID may be cut short, as CUDA allows. Raises LaunchError."""
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.strip()]
+    for index, uuid, size in (row for row in rows if len(row) == 3):
+        if first == index or (first.startswith("GPU-") and uuid.startswith(first)):
+            if not size.isdecimal() or not int(size):
+                raise LaunchError(_unknown_device(f"nvidia-smi says {size!r} for the memory of device {first}"))
+            return int(size) << 20
+    raise LaunchError(_unknown_device(f"CUDA_VISIBLE_DEVICES={visible!r} names no device that nvidia-smi lists first"))
+
+
+def _unknown_device(reason: str) -> str:
+    return (
+        f"the device's memory is not known: {reason}. Say what vLLM may take with --gpu-memory-utilization, or use "
+        "--trainer-memory 0"
+    )

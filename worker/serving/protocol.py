@@ -1,0 +1,44 @@
+"""What both sides of a server's sockets agree on: names, limits and the lease's length.
+
+The trainer's client, `tandem serve` and the code inside vLLM's processes import it, so that none of them loads another.
+Must not know: vLLM, torch, how messages travel.
+"""
+
+from producer.errors import TandemError
+
+SOCKET = "control.sock"
+"""The API process's socket in the run directory."""
+SERVE_ENV = "TANDEM_SERVE"
+"""Set to 1 by `tandem serve`, for vLLM's processes; the run directory travels in TANDEM_RUN_DIR."""
+WEIGHT_ENGINE = "tandem"
+"""Our name among vLLM's weight transfer backends."""
+PLUGIN = "tandem"
+"""The name of our entry points in vLLM's plugin groups."""
+VERSION_PATH = "/weights/version"
+VERSION_HEADER = "x-weight-version"
+
+SERVING, PAUSED, TORN = "serving", "paused", "torn"
+"""The server's conditions, as `state` names them."""
+
+CONNECT_SECONDS = 10.0
+ENGINE_SECONDS = 120.0
+"""For one call into the engine. A pause waits for the step that is running."""
+ANSWER_SECONDS = 3 * ENGINE_SECONDS + CONNECT_SECONDS
+"""What a trainer waits for an answer: the server, which bounds each of its calls into the engine, answers before."""
+MAX_REQUEST = 4096
+"""Bytes of one request. The longest real one, hello, has under 200."""
+
+PLANNED_SECONDS = 5.0
+"""How long a write takes, for a trainer that has not measured one yet."""
+LEASE_FACTOR = 10.0
+LEAST_LEASE, LONGEST_LEASE = 20.0, 24 * 3600.0
+"""Seconds. A short write on a busy machine may well take ten times as long as planned."""
+
+
+class ControlError(TandemError):
+    """A request of the trainer that the server refuses."""
+
+
+def lease_seconds(planned: float) -> float:
+    """How long the server waits for a trainer that means to be done in `planned` seconds."""
+    return min(max(LEAST_LEASE, LEASE_FACTOR * planned), LONGEST_LEASE)

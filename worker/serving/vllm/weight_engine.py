@@ -1,0 +1,144 @@
+"""vLLM's side: shares the weights once they are loaded, and refuses vLLM's own ways of receiving new ones.
+
+vLLM constructs `TandemWeightEngine` in its worker process, right after load_model, when it is started with
+--weight-transfer-config '{"backend": "tandem"}' (vLLM 0.26 to 0.33; the base class is public and abstract).
+
+Invariants: parameters keep name, identity, shape, strides, dtype and values; whatever cannot be shared or mapped is
+refused here, before the server answers its first request.
+Must not know: Redis, what a trainer does with the weights.
+"""
+
+import atexit
+import os
+import uuid
+from typing import Any, NoReturn
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+
+from producer.errors import TandemError
+from worker.apollo import state_bytes
+from worker.serving.vllm.tensor_mapping import Mapping, derive
+from worker.serving.vllm.unsupported_flags import refuse_unshareable
+from worker.serving.vllm.weight_service import WeightService
+from worker.shared_weights.backend import unique_parameters
+from worker.shared_weights.backends import owner_for
+from worker.shared_weights.batch_record import RECORD_BYTES
+from worker.shared_weights.header import HEADER_BYTES, Header
+from worker.shared_weights.tensor_names import text_sources
+from worker.utils import unix_socket
+from worker.utils.torch_setup import check_versions
+
+
+class SharedNotSent(TandemError):
+    """Somebody asked vLLM to receive weights, but this server's weights are shared and trained in place."""
+
+
+class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
+    """Owns the shared weights, the header, the record and the optimizer's area for as long as the worker lives."""
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._shared = model  # the base class lets others point self.model elsewhere
+        self._versions = check_versions("vllm", "torch", "transformers")
+        refuse_unshareable(vllm_config, device.type)
+        if device.type == "cpu":
+            from worker.serving.vllm.cpu_backend import verify_unpacked
+
+            verify_unpacked(model)
+        hf_config, text_config = vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config
+        self._mapping = derive(model, text_sources(text_config.to_dict(), has_vision=hf_config is not text_config))
+        self._owner = owner_for(device)
+        sizes = {"header": HEADER_BYTES, "record": RECORD_BYTES, "state": _optimizer_bytes(self._mapping)}
+        self._areas = self._owner.place(model, sizes)
+        self._header = Header(self._areas["header"])
+        self._header.adopt(uuid.uuid4().hex, version=0)
+        self._drafter = _drafter(vllm_config)
+        self._service = WeightService(
+            unix_socket.default_run_dir(), {"describe": self._describe, "header": self._read_header}
+        )
+        atexit.register(self._service.close)
+
+    def _read_header(self) -> dict[str, Any]:
+        with self._owner.aside():
+            return dict(self._header.fields())
+
+    def _describe(self) -> dict[str, Any]:
+        """Everything a trainer needs to attach, in msgpack types. On CUDA the handles are good for one process."""
+        mapping, model = self._mapping, self.vllm_config.model_config
+        parameters = unique_parameters(self._shared)
+        mapped = {piece.param for piece in mapping.slices}
+        return {
+            **self._read_header(),
+            "pid": os.getpid(),
+            "versions": self._versions,
+            "model": model.model,
+            "revision": model.revision,
+            "model_class": type(self._shared).__name__,
+            "dtype": "bfloat16",
+            "load_format": str(self.vllm_config.load_config.load_format),
+            "max_model_len": model.max_model_len,
+            "memory": self._owner.info(),
+            "areas": {name: self._owner.describe(area) for name, area in self._areas.items()},
+            "parameters": {n: self._owner.describe(p.data) for n, p in parameters.items() if n in mapped},
+            "slices": [
+                {"name": s.name, "source": s.source, "param": s.param, "start": s.start, "rows": s.rows}
+                | {"shape": list(s.shape), "dtype": s.dtype}
+                for s in mapping.slices
+            ],
+            "padding": [[p.param, p.start, p.rows] for p in mapping.padding],
+            "frozen": [*mapping.frozen, *self._drafter],
+        }
+
+    def shutdown(self) -> None:
+        """Stop answering; the memory itself lives until the last process that maps it ends."""
+        self._service.close()
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> NoReturn:
+        """Refused: nothing is sent to this server."""
+        raise SharedNotSent(
+            "this server's weights are shared and trained in place: start it without --weight-transfer-config"
+            ' \'{"backend": "tandem"}\' to send it weights'
+        )
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> NoReturn:
+        """Refused, as `parse_init_info`."""
+        self.parse_init_info(update_dict)
+
+    def init_transfer_engine(self, init_info: Any) -> NoReturn:
+        """Refused, as `parse_init_info`."""
+        self.parse_init_info({})
+
+    def start_weight_update(self) -> NoReturn:
+        """Refused, as `parse_init_info`."""
+        self.parse_init_info({})
+
+    def finish_weight_update(self) -> NoReturn:
+        """Refused, as `parse_init_info`."""
+        self.parse_init_info({})
+
+    def update_weights(self, update_info: Any) -> NoReturn:
+        """Refused, as `parse_init_info`."""
+        self.parse_init_info({})
+
+    def receive_weights(self, update_info: Any) -> NoReturn:
+        """Refused, as `parse_init_info`."""
+        self.parse_init_info({})
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> NoReturn:
+        """Refused, as `parse_init_info`; abstract in vLLM 0.26, gone later."""
+        raise SharedNotSent("this server's weights are shared and trained in place: nothing is sent to it")
+
+
+def _optimizer_bytes(mapping: Mapping) -> int:
+    """Bytes the optimizer may use, for all text tensors in the order of their names."""
+    return state_bytes([piece.shape for piece in mapping.slices])
+
+
+def _drafter(vllm_config: Any) -> list[str]:
+    """What a speculative drafter adds to the frozen names: its weights are its own, and training leaves them stale."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return []
+    return [f"drafter ({speculative.method}): {getattr(speculative, 'model', None) or 'in the model itself'}"]

@@ -1,0 +1,76 @@
+"""Answers on `weights.sock`, from daemon threads in vLLM's worker process, what a trainer or the API process asks.
+
+One request a message: {"op": "describe"} -> everything needed to attach; {"op": "header"} -> lineage, version, state.
+It answers while the engine is busy and whether or not a trainer lives: it takes no lock of vLLM's and does no work of
+its own beyond one 64-byte copy.
+
+Must not know: vLLM, what the description holds.
+"""
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from producer.errors import TandemError
+from worker.shared_weights.weights_client import SOCKET
+from worker.utils import unix_socket
+
+logger = logging.getLogger(__name__)
+
+_IDLE = 60.0
+"""Seconds after which a silent connection is closed, so that none holds its thread for ever."""
+
+Answer = Callable[[], dict[str, Any]]
+
+
+class WeightService:
+    """Serves `answers` (op -> function giving a plain map) until `close`."""
+
+    def __init__(self, run_dir: Path, answers: dict[str, Answer]) -> None:
+        self._answers = answers
+        self._path = unix_socket.socket_path(unix_socket.prepare_run_dir(run_dir), SOCKET)
+        self._listener = unix_socket.bind(self._path)
+        self._pid = os.getpid()
+        threading.Thread(target=self._accept, name="tandem-weights", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop answering and remove the socket. Idempotent; does nothing in a forked child."""
+        if os.getpid() != self._pid or self._listener.fileno() < 0:
+            return
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone would not
+        self._listener.close()
+        Path(self._path).unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._serve, args=(connection,), name="tandem-weights", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(_IDLE)
+            try:
+                unix_socket.check_peer(connection)
+                while (request := unix_socket.receive(connection)) is not None:
+                    unix_socket.send(connection, self._answer(request))
+            except unix_socket.WireError as error:
+                logger.warning("weights.sock: %s", error)
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer = self._answers.get(str(request.get("op")))
+        if answer is None:
+            return {"error": f"unknown op {request.get('op')!r}: this server knows {', '.join(sorted(self._answers))}"}
+        try:
+            return answer()
+        except TandemError as error:
+            return {"error": str(error)}
+        except Exception as error:  # the asker must hear of it; the thread has nobody else to tell
+            logger.exception("weights.sock: %s failed", request["op"])
+            return {"error": f"the server failed to answer ({type(error).__name__}: {error})"}

@@ -1,0 +1,100 @@
+"""Compares shared tensors with the checkpoint on disk: the proof, on the real weights, that the mapping is right.
+
+Only a few short pieces of each tensor are read. Sound while the weights are untrained (version 0).
+Must not know: the server, how memory is shared.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from worker.shared_weights.errors import AttachError
+from worker.shared_weights.tensor_names import checkpoint_name
+
+_PIECE = 64
+"""Elements compared at each place of a row."""
+_INDEX = "model.safetensors.index.json"
+
+
+def checkpoint_dir(model: str, revision: str | None) -> Path:
+    """The local directory of what the server was told to serve: a directory, or a hub name that it has downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
+        raise AttachError(
+            f"the server's model {model} is neither a directory here nor in the hub's cache ({type(error).__name__}):"
+            " run the worker where the server runs, or serve a local directory by its full path"
+        ) from None
+
+
+def untrained_names(directory: Path, sources: dict[str, str]) -> list[str]:
+    """Tensors of `directory`'s safetensors that stand for none of `sources`: vision, drafter. Empty without any."""
+    with ExitStack() as stack:
+        stored = _open_files(directory, stack) if any(directory.glob("*.safetensors")) else {}
+        trained = {candidate for name, source in sources.items() for candidate in _candidates(name, source)}
+        return sorted(stored.keys() - trained)
+
+
+def spot_check(directory: Path, tensors: dict[str, torch.Tensor], sources: dict[str, str]) -> None:
+    """Compare the ends and the middle of every tensor with `directory`'s safetensors, exactly.
+
+    `sources` names each tensor in the checkpoint. `AttachError` names the first tensor that is missing or differs.
+    """
+    with ExitStack() as stack:
+        files = _open_files(directory, stack)
+        for name, tensor in tensors.items():
+            stored = next((files[n].get_slice(n) for n in _candidates(name, sources[name]) if n in files), None)
+            if stored is None:
+                raise AttachError(
+                    f"{directory} holds no {sources[name]}: it is not the checkpoint that is being served"
+                )
+            if tuple(stored.get_shape()) != tuple(tensor.shape):
+                raise AttachError(
+                    f"{sources[name]} has shape {stored.get_shape()} on disk, {name} {tuple(tensor.shape)}"
+                )
+            for row in _rows(tensor.shape[0]):
+                if not _same(stored[row : row + 1], tensor[row : row + 1]):
+                    raise AttachError(
+                        f"{name} as the server holds it differs from {directory} at row {row}: the server runs other"
+                        " weights than its model directory has, or the mapping is wrong for this version of vLLM"
+                    )
+
+
+def _open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> open safetensors file that has it."""
+    index = directory / _INDEX
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        raise AttachError(f"{directory} holds no *.safetensors to check the server's weights against: convert it")
+    opened = [stack.enter_context(safe_open(directory / name, framework="pt")) for name in names]
+    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118  (not a dict)
+
+
+def _candidates(name: str, source: str) -> Iterator[str]:
+    """The names a tensor may have on disk: a text checkpoint may keep a vision model's prefix, and vice versa."""
+    yield from dict.fromkeys((source, name, checkpoint_name(name)))
+
+
+def _rows(count: int) -> list[int]:
+    return sorted({0, 1 % count, count // 2, count - 1})
+
+
+def _same(stored: torch.Tensor, shared: torch.Tensor) -> bool:
+    stored, shared = stored.reshape(-1), shared.reshape(-1)
+    for piece in (slice(0, _PIECE), slice(-_PIECE, None)):
+        if not torch.equal(stored[piece].to(shared.dtype), shared[piece].cpu()):
+            return False
+    return True

@@ -1,0 +1,30 @@
+"""Asks a server's `weights.sock`; for the API process and the status display, so without torch.
+
+Must not know: what a description holds, torch, vLLM.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from worker.utils import unix_socket
+
+SOCKET = "weights.sock"
+"""Name of the socket in the run directory."""
+
+
+def ask(run_dir: Path, op: str, timeout: float = 10.0) -> tuple[dict[str, Any], int]:
+    """The server's answer to `op`, and its worker process's pid. `WireError` if none answers, or with its own error."""
+    with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), timeout) as sock:
+        pid, _ = unix_socket.peer(sock)
+        unix_socket.send(sock, {"op": op})
+        answer = unix_socket.receive(sock)
+    if answer is None:
+        raise unix_socket.WireError("the server closed the connection without an answer: it is going down")
+    if "error" in answer:
+        raise unix_socket.WireError(f"the server says: {answer['error']}")
+    return answer, pid
+
+
+def read_header(run_dir: Path, timeout: float = 10.0) -> dict[str, Any]:
+    """{"lineage": 32 hex digits, "version": int, "state": "CLEAN" | "APPLYING"} as it lies beside the weights now."""
+    return ask(run_dir, "header", timeout)[0]

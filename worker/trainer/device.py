@@ -1,0 +1,143 @@
+"""What a GPU needs between attaching and training: a memory plan, the kernels, and every shape run once.
+
+    with growing_segments():                                          # around the first allocation
+    keep_within(settings, device)                                     # to what --memory says
+    way = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
+    warm(trainer)                                                     # with a progress bar; logs what it cost
+
+On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
+Invariants: what does not fit is refused here, with numbers, before anything is trained; with --memory torch's part of
+this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.update_options import ApplySettings
+from worker.data.batch_capacity import sizes_up_to
+from worker.memory.model_config import TextConfig
+from worker.memory.planner import (
+    CONTEXT_BYTES,
+    SERVER_MEMORY,
+    MemoryPlanError,
+    choose,
+    gigabytes,
+    layers_kept,
+    make_plan,
+)
+from worker.model import fuse
+from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.trainer import Trainer
+
+log = logging.getLogger("tandem")
+
+LIBRARIES_BYTES = 650_000_000
+"""What CUDA's libraries still take in this process; its context exists when free memory is asked for."""
+ALLOCATOR_ENV = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How gradients are applied, and the most tokens of one forward pass (None: the trainer's default)."""
+
+    streaming: bool
+    budget: int | None = None
+
+
+@contextmanager
+def growing_segments() -> Iterator[None]:
+    """Have torch's CUDA allocator grow one mapping instead of collecting blocks of many sizes, unless the user has said
+    something of it. Rows of several lengths would leave holes that none of the others fits.
+
+    torch reads the setting once, with the first allocation on a GPU, which has to be in the block. Afterwards it is
+    gone from the environment: such memory cannot be shared by CUDA IPC, so no server may inherit it. A trainer may
+    have it, which only opens.
+    """
+    if any(name in os.environ for name in ALLOCATOR_ENV):
+        yield
+        return
+    os.environ[ALLOCATOR_ENV[-1]] = "expandable_segments:True"
+    try:
+        yield
+    finally:
+        del os.environ[ALLOCATOR_ENV[-1]]
+
+
+def choose_way(
+    model: Any, model_path: Path, h: Hyperparameters, settings: ApplySettings, max_tokens: int, device: torch.device
+) -> Way:
+    """Plan the memory, prepare `model` (transformers', on the shared weights), and say which way fits.
+
+    max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError, ConfigError.
+    """
+    if device.type == "cpu":
+        return Way(streaming=settings.apply == "streaming")
+    config = TextConfig.read(model_path / "config.json")
+    budget = sizes_up_to(max(max_tokens, h.max_length))[-1]
+    free, whole = torch.cuda.mem_get_info(device)
+    may, way_out = free, SERVER_MEMORY
+    if settings.memory:  # of the whole process, whose context is there already
+        said = max(0, int(settings.memory * 1e9) - (CONTEXT_BYTES - LIBRARIES_BYTES))
+        may, way_out = (said, "a larger --memory") if said < free else (free, SERVER_MEMORY)
+    costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
+    plan = choose(config, budget, may, settings.apply, way_out=way_out, **costs)
+
+    @cache
+    def kept(tokens: int) -> int:
+        return layers_kept(config, tokens, may, streaming=plan.streaming, **costs)
+
+    shown = make_plan(config, budget, streaming=plan.streaming, kept=kept(budget), **costs).within(may)
+    for line in shown.render(whole):
+        log.info(line)
+    fuse(model, kept)
+    return Way(plan.streaming, budget)
+
+
+def keep_within(settings: ApplySettings, device: torch.device) -> None:
+    """Hold torch's allocator to what --memory leaves beside CUDA's own: it gives back what it keeps for later rather
+    than take more. For a process whose weights are somebody else's."""
+    if settings.memory and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        rest = max(0.0, settings.memory * 1e9 - CONTEXT_BYTES)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, rest / whole), device)
+
+
+def warm(trainer: Trainer) -> None:
+    """On a GPU, run every shape once, under a progress bar where somebody looks."""
+    if trainer.device.type == "cpu":
+        return
+    columns = (TextColumn("warm-up"), BarColumn(), TextColumn("{task.fields[what]}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("warm-up", what="")
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+        try:
+            report = warm_up(
+                trainer, lambda done, all, what: progress.update(task, completed=done, total=all, what=what)
+            )
+        except torch.OutOfMemoryError as error:
+            raise MemoryPlanError(_too_little(error)) from error
+    log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
+    used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
+    log.info("in the warm-up at most %s were in use, and torch held %s", gigabytes(used), gigabytes(held))
+
+
+def _too_little(error: torch.OutOfMemoryError) -> str:
+    numbers = ". ".join(str(error).split(". ")[:3])
+    return (
+        "the device's memory did not do for the plan above: others took of it since, torch's allocator was set by hand"
+        f" ({', '.join(ALLOCATOR_ENV)}), or the plan counts too little. Use a smaller --max-tokens and --max-length, or"
+        f" {SERVER_MEMORY}; a larger --memory, if it was given. {numbers}"
+    )

@@ -1,0 +1,298 @@
+"""One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
+
+Two ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Streaming: `begin` is the
+forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
+
+The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
+vLLM, the header or versions.
+
+Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss
+is sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of weight .5 counts half.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig
+
+from worker.apollo import ApolloMini
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.batch_capacity import Room, room_for
+from worker.data.examples import Example, ExampleBuilder
+from worker.data.packing import Batch, BatchError, make_batches, pack
+from worker.model.inputs import model_inputs
+from worker.model.loss import linear_cross_entropy
+from worker.utils.fault_injection import point
+
+NOT_FINITE = "its loss is not finite under the present weights"
+
+
+class Limit(Protocol):
+    """What says which losses are outliers: `worker.trainer.outliers.Guards`."""
+
+    def loss_limit(self) -> float:
+        """The highest mean loss, in nats per trained token, that is trained."""
+
+    def loss_reason(self, loss: float) -> str:
+        """Why a transcript above it was set aside."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `begin` found; the gradients themselves are in the parameters, or in streaming still to come."""
+
+    loss: float
+    tokens: int
+    trained_tokens: int
+    nll: dict[str, float]
+    """Example id -> mean negative log-likelihood of its trained tokens, in nats, under the weights before the step."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Example id -> why it was left out; such an example has contributed nothing."""
+
+
+class Trainer:
+    """Trains `model`, a transformers causal language model, with `optimizer`.
+
+    `sizes` are the lengths, in tokens, of packed rows (`packed`, on a GPU) or of rows of their own; `budget` bounds the
+    tokens (padding included) of one forward pass. A micro-batch may take several; in streaming on a GPU it must not.
+    `warmup` is the number of steps over which the learning rate rises linearly to `lr`, counted by the optimizer's own
+    step count so that a restarted worker goes on where it was.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: ApolloMini,
+        *,
+        pad_id: int,
+        lr: float,
+        sizes: Sequence[int],
+        warmup: int = 0,
+        budget: int = 4096,
+        packed: bool = False,
+        streaming: bool = False,
+    ) -> None:
+        self.model: Any = model
+        self.body: Any = model.model
+        self.head: Any = model.lm_head
+        self.optimizer = optimizer
+        self.pad_id = pad_id
+        self.lr = lr
+        self.warmup = warmup
+        self.sizes = tuple(sizes)
+        self.budget = max(budget, max(sizes))
+        self.packed = packed
+        self.streaming = streaming
+        self.device = next(model.parameters()).device
+        self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
+
+    @property
+    def room(self) -> Room:
+        """What it takes at once: `begin` raises BatchError for what this does not hold."""
+        return Room(self.sizes, self.packed, self.streaming)
+
+    def begin(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
+        """All of a step that comes before its first write: gradients, or in streaming the forward pass.
+
+        Examples whose loss is not finite, or beyond `limit`, are left out and reported. Raises BatchError for what
+        `room` does not hold.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        most = limit.loss_limit() if limit is not None else math.inf
+        rejected: dict[str, str] = {}
+        while kept := [example for example in examples if example.id not in rejected]:
+            self.forget()
+            nll = self._accumulate(kept, most)
+            bad = {id for id, value in nll.items() if not value <= most or math.isinf(value)}
+            if not bad:
+                counts = {example.id: example.trained_tokens for example in kept}
+                total = sum(counts.values())
+                weights = {example.id: example.weight for example in kept}
+                return Gradients(
+                    loss=sum(weights[id] * nll[id] * counts[id] for id in nll) / total,
+                    tokens=sum(example.tokens for example in kept),
+                    trained_tokens=total,
+                    nll=nll,
+                    rejected=rejected,
+                )
+            for id in bad:
+                beyond = limit is not None and math.isfinite(nll[id])
+                rejected[id] = limit.loss_reason(nll[id]) if beyond and limit is not None else NOT_FINITE
+        self.forget()
+        return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
+
+    def apply(self) -> dict[str, float]:
+        """One optimizer step with what `begin` left; returns the RMS of update and weights, and on a GPU `peak_bytes`,
+        the most that this process had allocated since `begin`.
+
+        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever
+        streaming raises leaves weights half-written.
+        """
+        factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        if self.streaming:
+            self._stream()
+        else:
+            self.optimizer.step()
+        point("swept")
+        self.forget()
+        update = self.optimizer.last_update
+        measured = {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
+        if self.device.type == "cuda":
+            measured["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return measured
+
+    def forget(self) -> None:
+        """Let go of what `begin` left: nothing is applied."""
+        self._loss = None
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All that the optimizer may change."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def skip(self) -> None:
+        """One optimizer step that changes no weight: its number is used up, as by a batch that was emptied."""
+        self.forget()
+        self.optimizer.begin()
+        self.optimizer.finish()
+
+    def dry_run(self, examples: Sequence[Example]) -> None:
+        """Forward and backward over `examples`; what becomes of the gradients is the caller's."""
+        for batch in self._batches(examples):
+            self._forward(batch, total=1)[0].backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Mean NLL per trained token by example id, without gradients."""
+        sums = torch.zeros(len(examples), dtype=torch.float64)
+        for batch in self._batches(examples):
+            self._add(sums, batch, self._forward(batch, total=1)[1])
+        return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+
+    @torch.no_grad()
+    def token_nll(self, example: Example) -> torch.Tensor:
+        """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
+        return torch.cat([self._forward(batch, total=1)[1].cpu() for batch in self._batches([example])])
+
+    def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
+        """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
+        or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
+        self._check_room(examples)
+        counts = [example.trained_tokens for example in examples]
+        total, bounds = sum(counts), torch.tensor(counts, dtype=torch.float64) * most
+        sums = torch.zeros(len(examples), dtype=torch.float64)
+        for batch in self._batches(examples):
+            loss, nll = self._forward(batch, total)
+            self._add(sums, batch, nll)
+            if not (torch.isfinite(sums) & (sums <= bounds)).all():
+                break
+            if self.streaming:
+                self._loss = loss if self._loss is None else self._loss + loss
+            else:
+                loss.backward()  # type: ignore[no-untyped-call]
+                point("backward")
+        return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+
+    def _stream(self) -> None:
+        assert self._loss is not None, "apply() without begin()"
+        loss, self._loss = self._loss, None  # the graph is freed on the way
+        with self.optimizer.streaming():
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
+        if not self.packed:
+            return make_batches(examples, pad_id=self.pad_id, widths=self.sizes, budget=self.budget)
+        return pack(examples, pad_id=self.pad_id, sizes=self.sizes)
+
+    def _check_room(self, examples: Sequence[Example]) -> None:
+        """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
+        if self.room.whole and not self.room.holds(examples):
+            raise BatchError(
+                f"streaming takes one forward pass a version, of {self.room.longest} tokens at most, and these"
+                f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
+                " turns (train_on), raise --max-tokens, or use --apply burst"
+            )
+
+    def _forward(self, batch: Batch, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N]."""
+        hidden = self.body(**model_inputs(batch, self.device), use_cache=False).last_hidden_state  # [B, T, H]
+        before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
+        picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
+        return linear_cross_entropy(picked, self.head.weight, targets, batch.weights.to(self.device) / total)
+
+    @staticmethod
+    def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
+        """Add each token's nll [N] to its example's place in `sums`, fp64 on the host."""
+        sums.index_add_(0, batch.examples, nll.detach().cpu().double())
+
+
+def make_builder(
+    tokenizer: Any,
+    model_dir: Path,
+    h: Hyperparameters,
+    chat_template: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> ExampleBuilder:
+    """The examples of the model in `model_dir`, rendered as its server does: see `ServerControl.rendering`."""
+    ends: Any = ()
+    if (model_dir / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id or ()
+    return ExampleBuilder(
+        tokenizer,
+        max_tokens=h.max_length,
+        overlong=h.overlong,
+        chat_template=chat_template,
+        template_kwargs=template_kwargs,
+        end_ids=[ends] if isinstance(ends, int) else ends,
+    )
+
+
+def make_trainer(
+    model: torch.nn.Module,
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    tokenizer: Any,
+    h: Hyperparameters,
+    *,
+    state: torch.Tensor | None,
+    streaming: bool = False,
+    budget: int | None = None,
+) -> Trainer:
+    """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
+
+    budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
+    model must be fused (`worker.model`); `room_for` says what that holds. The order of parameters, and with it the
+    layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` says:
+    frozen ones never have a gradient.
+    """
+    named = sorted(parameters, key=lambda item: item[0])
+    for name, parameter in named:
+        is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        parameter.requires_grad_(not (is_table and h.embeddings == "frozen"))
+    optimizer = ApolloMini(
+        named,
+        lr=h.lr,
+        scale=h.scale_value(),
+        weight_decay=h.weight_decay,
+        rounding=h.rounding,
+        seed=h.seed,
+        state=state,
+    )
+    room = room_for(h, packed=named[0][1].is_cuda, streaming=streaming, budget=budget)
+    return Trainer(
+        model,
+        optimizer,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,  # masked out either way
+        lr=h.lr,
+        warmup=h.warmup,
+        sizes=room.sizes,
+        budget=budget or 4096,
+        packed=room.packed,
+        streaming=streaming,
+    )
