@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from patience import PATIENCE
 
-from worker.serving.client import server_state
+from worker.serving.control_client import server_state
 
 TRAINER = """
 import os, sys, time
