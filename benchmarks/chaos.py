@@ -2,8 +2,8 @@
 
     python benchmarks/chaos.py --kills 200 --real-vllm-kills 20 --transcripts 2000 --seed 5 --folder FOLDER
 
-The bulk runs on a stand-in for the server (tests/stand_in.py: the same memory and sockets, without vLLM's engine), the
-rest on real vLLM. Started again with the same folder, it goes on where it was broken off.
+The bulk runs on a stand-in for the server (tests/helpers/stand_in.py: the same memory and sockets, no vLLM engine),
+the rest on real vLLM. Started again with the same folder, it goes on where it was broken off.
 """
 
 import json
@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "chaos"))
 
 from chaos_audit import Verdict, audit
 from chaos_campaign import OPTIONS, Campaign, kills_by_kind

@@ -1,28 +1,52 @@
-"""What an application imports: redis, rq and msgpack, never torch.
+"""What an application imports: redis, rq and msgpack, never torch. Also importable as `tandem_producer`.
 
 from producer import Producer
 
 producer = Producer("redis://127.0.0.1:6379/0")
 sent = producer.enqueue([{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}])
-version = producer.wait(sent.id, timeout=60)
+version = sent.wait(timeout=60)
 """
 
-from producer.aclient import AsyncProducer
-from producer.client import Producer
-from producer.errors import TandemError
-from producer.jobs import Enqueued, QueueUnavailable, Status, TranscriptFailed, UnknownTranscript, WaitTimeout
-from producer.transcript import InvalidTranscript, Transcript
+from .aclient import AsyncProducer
+from .client import Producer
+from .errors import (
+    InvalidTranscript,
+    InvalidTranscriptError,
+    QueueUnavailable,
+    QueueUnavailableError,
+    RedisUrlError,
+    TandemError,
+    TranscriptFailed,
+    TranscriptFailedError,
+    UnknownTranscript,
+    UnknownTranscriptError,
+    WaitTimeout,
+    WaitTimeoutError,
+)
+from .eviction import Eviction
+from .outcomes import AsyncEnqueued, Enqueued, Outcome, State, Status
+from .transcript import Transcript
 
 __all__ = [
+    "AsyncEnqueued",
     "AsyncProducer",
     "Enqueued",
+    "Eviction",
     "InvalidTranscript",
+    "InvalidTranscriptError",
+    "Outcome",
     "Producer",
     "QueueUnavailable",
+    "QueueUnavailableError",
+    "RedisUrlError",
+    "State",
     "Status",
     "TandemError",
     "Transcript",
     "TranscriptFailed",
+    "TranscriptFailedError",
     "UnknownTranscript",
+    "UnknownTranscriptError",
     "WaitTimeout",
+    "WaitTimeoutError",
 ]

@@ -1,58 +1,41 @@
 """Producer: what an application calls to queue transcripts and to learn which version contains them. It blocks.
 
-Must not know: the worker, torch, vLLM. For an event loop use `producer.aclient.AsyncProducer`, the same calls awaited.
-Invariants: nothing invalid is queued; an id is queued once (jobs.py); errors are `TandemError`, without passwords.
+Must not know: the worker, torch, vLLM. For an event loop use `AsyncProducer`, the same calls awaited.
+Invariants: nothing invalid is queued; an id is queued once (exchange.py); errors are `TandemError`, without passwords.
 Safe to share between threads, and across a fork.
 
 The Redis user of a producer needs `producer.jobs.ACL` and nothing more.
 """
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
 from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
-from producer import keys
-from producer.jobs import (
-    ATTEMPTS,
-    Chunk,
-    Enqueued,
-    QueueUnavailable,
-    Status,
-    Submission,
-    block_ms,
-    chunks,
-    collect,
-    connect,
-    contended,
-    merge,
-    read_commands,
-    redis_errors,
-    resolve_url,
-    results_key,
-    safe_url,
-    settled,
-    status_of,
-    submission,
-    timed_out,
-)
-from producer.serializer import MsgpackSerializer
-from producer.transcript import InvalidTranscript, Transcript, check_id
+from . import exchange
+from .connection import connect, redis_errors, resolve_url, safe_url
+from .errors import QueueUnavailableError
+from .eviction import Eviction, EvictionLog
+from .jobs import Submission, submission
+from .outcomes import Enqueued, Outcome, Status
+from .serializer import MsgpackSerializer
+from .transcript import Transcript, check_id
 
 
 class Producer:
     """Queues transcripts on the Redis at `url` (default: the environment's REDIS_URL, else 127.0.0.1:6379/0).
 
     No connection is made before the first call. Usable as a context manager; `close` ends its connections.
+    Raises RedisUrlError.
     """
 
     def __init__(self, url: str | None = None) -> None:
         url = resolve_url(url)
         self.where = safe_url(url)
         self._redis: redis.Redis = connect(url, redis.Redis.from_url)
+        self._eviction_log = EvictionLog()
 
     def enqueue(
         self,
@@ -65,62 +48,63 @@ class Producer:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Enqueued:
-        """Queue one transcript; one round trip. The arguments are those of `Transcript`.
+        """Queue one transcript. The arguments are those of `Transcript`.
 
-        A known id is not queued again: the answer then is the existing job (`new` False), and the version that contains
-        it if it was trained, however long ago. What comes with a known id is not compared with what came first.
-        Raises InvalidTranscript, QueueUnavailable.
+        A known id is not queued again: the answer then has the outcome KNOWN, or TRAINED with the version that contains
+        it, however long ago. What comes with a known id is not compared with what came first.
+        Raises InvalidTranscriptError, QueueUnavailableError.
         """
         given = {"id": id, "messages": messages, "train_on": train_on, "weight": weight, "meta": meta}
         given |= {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        transcript = Transcript.from_dict(given)
-        with redis_errors(self.where):
-            return self._send([submission(transcript, self._redis)])[0]
+        return self._send([submission(Transcript.from_dict(given))])[0]
 
-    def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[Enqueued | InvalidTranscript]:
-        """Queue many, pipelined. Answers in order: what became of each, or, not raised, why it was refused.
+    def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[Enqueued]:
+        """Queue many, a hundred in a transaction. Answers in order; invalid ones have the outcome REFUSED.
 
-        Raises QueueUnavailable; its `queued` then holds the outcomes of those already queued. To repeat such a call
-        safely, give every transcript an id.
+        Raises QueueUnavailableError; its `queued` then holds the outcomes of those already queued. To repeat such a
+        call safely, give every transcript an id.
         """
-        ready, refused = collect(transcripts, self._redis)
+        ready, refused = exchange.collect(transcripts, self._refused)
         sent: list[Enqueued] = []
         try:
-            with redis_errors(self.where):
-                for chunk in chunks(ready):
-                    sent += self._send(chunk)
-        except QueueUnavailable as error:
+            for chunk in exchange.chunks(ready):
+                sent += self._send(chunk)
+        except QueueUnavailableError as error:
             error.queued = sent
             raise
-        return merge(sent, refused)
+        return exchange.merge(sent, refused)
 
     def version(self) -> int:
         """The version of the weights that is live; 0 before the first update."""
         with redis_errors(self.where):
-            return int(self._redis.get(keys.VERSION) or 0)  # type: ignore[arg-type]
+            return exchange.run(exchange.version(self._redis))
 
     def status(self, job_id: str) -> Status:
-        """Where the transcript with this id is. Raises InvalidTranscript for what cannot be an id."""
-        return self._status(check_id(job_id))[0]
+        """Where the transcript with this id is. Raises InvalidTranscriptError for what cannot be an id."""
+        check_id(job_id)
+        with redis_errors(self.where):
+            return exchange.run(exchange.status(self._redis, job_id))[0]
 
     def wait(self, job_id: str, timeout: float | None = None) -> int:
         """Block until the transcript is trained; returns the version that contains it. `timeout` in seconds, or None.
 
-        Sleeps in Redis on the job's result stream, without polling. Raises UnknownTranscript, TranscriptFailed,
-        WaitTimeout, QueueUnavailable.
+        Sleeps in Redis on the job's result stream, without polling. Raises UnknownTranscriptError,
+        TranscriptFailedError, WaitTimeoutError, QueueUnavailableError.
         """
         check_id(job_id)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            status, last = self._status(job_id)
-            version = settled(status)
-            if version is not None:
-                return version
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise timed_out(status, timeout or 0)
-            with redis_errors(self.where):
-                self._redis.xread({results_key(job_id): last}, count=1, block=block_ms(left, self._redis))
+        with redis_errors(self.where):
+            return exchange.run(exchange.wait(self._redis, job_id, timeout))
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """Those of `ids` that have no job and are in no version: never queued here, evicted, or deleted."""
+        asked = [check_id(job_id) for job_id in ids]
+        with redis_errors(self.where):
+            return exchange.run(exchange.missing(self._redis, asked))
+
+    def eviction(self) -> Eviction:
+        """Whether Redis may throw queued transcripts away; unknown until a worker has started."""
+        with redis_errors(self.where):
+            return exchange.run(exchange.eviction(self._redis))
 
     def job(self, job_id: str) -> Job | None:
         """The RQ job of an id, with its data; None if there is none (any more)."""
@@ -142,34 +126,14 @@ class Producer:
     def __repr__(self) -> str:
         return f"Producer({self.where!r})"
 
-    def _status(self, job_id: str) -> tuple[Status, str]:
-        with redis_errors(self.where), self._redis.pipeline(transaction=True) as pipe:
-            read_commands(pipe, job_id)
-            return status_of(job_id, pipe.execute(), self._redis)
+    def _send(self, items: list[Submission]) -> list[Enqueued]:
+        if self._eviction_log.due():
+            self._eviction_log.say(self.eviction(), self.where)
+        with redis_errors(self.where), self._redis.pipeline() as pipe:
+            return exchange.run(exchange.enqueue(pipe, items)).outcomes(self._enqueued)
 
-    def _send(self, submissions: list[Submission]) -> list[Enqueued]:
-        """One transaction, four round trips; begun anew when another client changed one of the jobs meanwhile."""
-        chunk = Chunk(submissions)
-        with self._redis.pipeline() as pipe:
-            for _ in range(ATTEMPTS):
-                try:
-                    pipe.watch(*chunk.keys)
-                    chunk.trained(pipe.hmget(keys.LEDGER, chunk.ids))
-                    if chunk.ids and pipe.exists(*chunk.keys):
-                        pipe.unwatch()
-                        for key in chunk.keys:
-                            pipe.exists(key)
-                        chunk.queued_before(pipe.execute())
-                    elif chunk.ids:
-                        pipe.multi()
-                        chunk.write(pipe)
-                        pipe.execute()
-                        chunk.done()
-                    if not chunk.ids:
-                        return chunk.outcomes(self._load)
-                except redis.WatchError:
-                    continue
-        raise contended()
+    def _enqueued(self, job_id: str, outcome: Outcome, version: int | None) -> Enqueued:
+        return Enqueued(job_id, outcome, version, _producer=self)
 
-    def _load(self, item: Submission, new: bool) -> Callable[[], Job | None]:
-        return (lambda: item.job) if new else (lambda: self.job(item.id))
+    def _refused(self, job_id: str, field: str, problem: str) -> Enqueued:
+        return Enqueued(job_id, Outcome.REFUSED, None, field, problem, self)

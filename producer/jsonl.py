@@ -7,8 +7,8 @@ Must not know: where transcripts go.
 from collections.abc import Iterator
 from io import BufferedReader
 
-from producer.plain import parse_json
-from producer.transcript import MAX_BYTES, Transcript
+from .plain import parse_json
+from .transcript import MAX_BYTES, Transcript
 
 BLOCK = 1024 * 1024
 MAX_LINE = 8 * MAX_BYTES

@@ -15,6 +15,9 @@ LEDGER = "weights:ledger"
 DROPPED = "weights:dropped"
 """Hash: transcript id -> version that was made without it. It stays in the ledger too, so that it never comes back."""
 
+LOST = "weights:lost"
+"""Hash: id -> when the worker found it queued without a job: evicted, or deleted. Bounded (versions/lost_jobs.py)."""
+
 EVENTS = "weights:events"
 """Stream: one entry a version."""
 

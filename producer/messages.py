@@ -7,7 +7,7 @@ Must not know: training, ids, Redis. Invariants: normalising is idempotent, and 
 
 from typing import Any
 
-from producer.plain import InvalidTranscript, PlainCopy, as_map, as_name, as_text, kind, known, listed, parse_json
+from .plain import InvalidTranscript, PlainCopy, as_map, as_name, as_text, kind, known, listed, parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 

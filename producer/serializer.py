@@ -15,7 +15,8 @@ class MsgpackSerializer:
 
     @staticmethod
     def dumps(obj: Any) -> bytes:
-        return msgpack.packb(obj, datetime=True, use_bin_type=True)
+        packed: bytes = msgpack.packb(obj, datetime=True, use_bin_type=True)
+        return packed
 
     @staticmethod
     def loads(data: bytes) -> Any:

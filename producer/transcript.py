@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from producer.messages import MAX_MESSAGES, ROLES, normalise, says_something
-from producer.plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, shown
+from .messages import MAX_MESSAGES, ROLES, normalise, says_something
+from .plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, shown
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_ID", "MAX_MESSAGES", "MAX_META_BYTES", "MAX_TOOLS", "ROLES"]
 __all__ += ["InvalidTranscript", "Transcript", "check_id"]
@@ -148,11 +148,11 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def _template_kwargs(kwargs: Any) -> dict[str, Any]:
-    kwargs = as_map({} if kwargs is None else kwargs, "chat_template_kwargs")
-    for name in kwargs:
+    named = as_map({} if kwargs is None else kwargs, "chat_template_kwargs")
+    for name in named:
         if name in RESERVED_TEMPLATE_KWARGS:
             raise InvalidTranscript("chat_template_kwargs", f"{name} is reserved for the rendering itself; remove it")
-    return kwargs
+    return named
 
 
 def _train_on(train_on: Any, messages: list[dict[str, Any]]) -> str | list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from worker.serving.cache_policy import CachePolicy, cache_options
 from worker.serving.launch import (
     build_environment,
     check_installed,
@@ -33,13 +34,22 @@ from worker.utils import torch_setup, unix_socket
     show_default=True,
     help="Device memory in GB that vLLM leaves to the trainer; auto: by MODEL's sizes; 0: what vLLM leaves by itself.",
 )
-def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None, trainer_memory: float | None) -> None:
+@cache_options
+def command(
+    model: str,
+    vllm_options: tuple[str, ...],
+    run_dir: Path | None,
+    trainer_memory: float | None,
+    running: str,
+    prefix_max_age: int,
+) -> None:
     """Serve MODEL (a directory or a hub name) with vLLM, its weights open to `tandem worker` and `tandem train`.
 
     Every other option goes to vLLM as it is: see `vllm serve --help`. Without --host, only 127.0.0.1 is bound.
     """
     if model.startswith("-"):
         raise LaunchError(f"MODEL comes first: tandem serve MODEL {model} ...")
+    policy = CachePolicy(running, prefix_max_age)
     torch_setup.check_versions("torch", "transformers", "vllm")
     on_cpu = is_cpu_build()
     check_installed()
@@ -49,7 +59,7 @@ def command(model: str, vllm_options: tuple[str, ...], run_dir: Path | None, tra
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
     room, said = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
     options, notes = [*options, *room], [*notes, *said]
-    environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
+    environment = build_environment(os.environ, run_dir, vllm_options, on_cpu) | policy.environment()
     for note in notes:
         click.echo(f"tandem serve: {note}", err=True)
     arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]

@@ -18,12 +18,15 @@ from rq.registry import StartedJobRegistry as Started
 from rq.worker import SimpleWorker
 
 from producer import keys
+from producer.connection import DEFAULT_URL, connect, redis_errors, resolve_url, safe_url
 from producer.errors import TandemError
-from producer.jobs import DEFAULT_URL, connect, resolve_url, safe_url
+from producer.eviction import Eviction
 from worker.consumer.jobs import open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
 from worker.utils.unix_socket import default_run_dir
-from worker.versions import ledger
+from worker.versions import ledger, lost_jobs
+from worker.versions.eviction_watch import redis_info
+from worker.versions.pause_switch import REASON
 from worker.versions.rest_status import PART, seconds_left
 
 SECONDS = 5.0
@@ -31,6 +34,9 @@ SECONDS = 5.0
 REGISTRIES = {"started": Started, "failed": FailedJobRegistry, "finished": FinishedJobRegistry}
 REGISTRIES |= {"scheduled": ScheduledJobRegistry, "deferred": DeferredJobRegistry}
 NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s", "step_s", "pause_s", "commit_s")
+LOST_HOURS = 24.0
+"""How long status tells of a transcript that the worker found without a job."""
+SHOWN_IDS = 5
 RATIO, WAY = "update_ratio", "way"
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
@@ -39,11 +45,11 @@ def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
     """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems."""
     status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
     try:
-        with connect(redis_url, _impatient) as connection:
+        with connect(redis_url, _impatient) as connection, redis_errors(safe_url(redis_url)):
             connection.ping()
             status["redis"]["reachable"] = True
             status |= _from_redis(connection)
-    except (redis.RedisError, TandemError, ValueError) as error:
+    except (TandemError, ValueError) as error:
         status["redis"] |= {"reachable": status["redis"]["reachable"] and not _away(error), "error": str(error)}
     status["server"] = _server(run_dir)
     status["problems"] = problems(status)
@@ -58,7 +64,7 @@ def _impatient(url: str, **options: Any) -> redis.Redis:
 
 
 def _away(error: Exception) -> bool:
-    return isinstance(error, redis.ConnectionError | redis.TimeoutError)
+    return isinstance(error.__cause__, redis.ConnectionError | redis.TimeoutError)
 
 
 def _from_redis(connection: redis.Redis) -> dict[str, Any]:
@@ -75,12 +81,18 @@ def _from_redis(connection: redis.Redis) -> dict[str, Any]:
         update[RATIO] = float(manifest[RATIO])
     how = {WAY: manifest[WAY]} if WAY in manifest else {}
     at = said.get("at") if known.version else None
+    asked = Eviction.of(redis_info(connection))
+    eviction = asked if asked.known else Eviction.of(said)
+    lost = lost_jobs.since(connection, LOST_HOURS) + lost_jobs.queued_without_job(connection)
     return {
         "queue": counts,
         "version": known.version,
         "lineage": known.lineage,
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
+        "eviction": {"policy": str(eviction), "problem": eviction.problem},
+        "lost": sorted(set(lost)),
+        "hold": said.get(REASON),
     }
 
 
@@ -131,8 +143,18 @@ def problems(status: dict[str, Any]) -> list[str]:
     """What keeps feedback from reaching the weights, in sentences; empty when all is well."""
     found = []
     if "error" in status["redis"]:
-        found.append(f"Redis at {status['redis']['url']}: {status['redis']['error']}")
+        found.append(str(status["redis"]["error"]))
     worker, server = status.get("worker"), status["server"]
+    if problem := (status.get("eviction") or {}).get("problem"):
+        found.append(problem)
+    if lost := status.get("lost"):
+        more = f" and {len(lost) - SHOWN_IDS:,} more (--json lists them)" if len(lost) > SHOWN_IDS else ""
+        found.append(
+            f"{len(lost):,} queued transcripts have no job in Redis: evicted, or deleted; queue them again:"
+            f" {', '.join(lost[:SHOWN_IDS])}{more}"
+        )
+    if status.get("hold"):
+        found.append(f"training is on hold: {status['hold']}; `tandem resume` ends it")
     if worker and worker["state"] == "none":
         found.append("no worker is running: start `tandem worker`")
     if worker and worker["state"] == "dead":
@@ -164,7 +186,10 @@ def line(status: dict[str, Any]) -> str:
         parts.append(f"version {status['version']}{ago}{what}")
         queue = status["queue"]
         parts.append(f"{queue['queued']} queued, {queue['started']} in hand, {queue['failed']} failed")
-        parts.append(f"worker {status['worker']['state']}")
+        if status.get("lost"):
+            parts[-1] += f", {len(status['lost'])} lost"
+        parts.append(f"worker {status['worker']['state']}{' (on hold)' if status.get('hold') else ''}")
+        parts.append(f"eviction {status['eviction']['policy']}")
     else:
         parts.append("Redis unreachable" if not status["redis"]["reachable"] else "Redis unreadable")
     server = status["server"]

@@ -22,6 +22,7 @@ from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
+from worker.versions.eviction_watch import check_kind
 from worker.versions.rest_status import forget_rest
 
 log = logging.getLogger("tandem")
@@ -62,7 +63,7 @@ def command(
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     connection = connect(resolve_url(redis_url), redis.Redis.from_url)
     with redis_errors(safe_url(resolve_url(redis_url))):
-        connection.ping()
+        check_kind(connection, safe_url(resolve_url(redis_url)))
     lock = WorkerLock(connection, name)
     if taken_over := lock.acquire():
         log.info(taken_over)

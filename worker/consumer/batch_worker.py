@@ -34,6 +34,7 @@ from worker.consumer.transitions import Held
 from worker.consumer.worker_lock import WorkerLock
 from worker.utils.fault_injection import point
 from worker.versions import ledger
+from worker.versions.eviction_watch import EvictionWatch
 
 __all__ = ["BatchWorker", "CommitPending", "FeedbackJob", "FeedbackQueue", "Prepared", "Step", "Torn", "Unavailable"]
 __all__ += ["Update"]
@@ -103,6 +104,7 @@ class BatchWorker(SimpleWorker):
         self.settling = settling
         self._handlers: dict[signal.Signals, Any] = {}
         self.pulse = Pulse(heartbeat, self.beat)
+        self.evictions = EvictionWatch(connection, lambda problem: self.tell("on_notice", problem))
 
     def work(  # type: ignore[override]
         self, burst: bool = False, max_versions: int | None = None, logging_level: str = "WARNING", **_: Any
@@ -152,8 +154,10 @@ class BatchWorker(SimpleWorker):
             self.leave()
 
     def housekeeping(self, burst: bool) -> None:
-        """Between batches: our lock, the step, suspension (`rq suspend`), retries that are due, RQ's maintenance."""
+        """Between batches: our lock, the step, suspension (`rq suspend`), retries that are due, RQ's maintenance, and
+        whether Redis may evict what is queued."""
         self.pulse.check()
+        self.evictions.look()
         if self.check is not None:
             self.check()
         self.check_for_suspension(burst)

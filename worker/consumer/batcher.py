@@ -23,6 +23,7 @@ from worker.consumer import transitions
 from worker.consumer.events import told
 from worker.consumer.jobs import FeedbackQueue
 from worker.consumer.transitions import Held
+from worker.versions import lost_jobs
 
 IDLE_POLL = 1.0
 """Seconds a wait for the first job may last before signals, retries and maintenance are looked at."""
@@ -102,8 +103,9 @@ class Intake:
     def fetch(self, count: int, wait: float) -> int:
         """Take up to `count` jobs, acknowledge those already trained, begin the others; returns how many ids came."""
         taken, dropped = transitions.take(self.queue, count, wait)
-        for sentence in dropped:
-            self.tell("on_notice", sentence)
+        for gone in dropped:
+            self.tell("on_notice", str(gone))
+        lost_jobs.record(self.queue.connection, [gone.lost for gone in dropped if gone.lost])
         if not taken and not dropped:
             # All that was taken has begun, so what is in between was taken by a reply that got lost.
             return transitions.put_back_taken(self.queue)

@@ -54,13 +54,31 @@ class Held:
         return self.job.retries_left == 0
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """An id that was on the queue without a job that can be read."""
+
+    raw_id: bytes
+    why: str
+
+    @property
+    def lost(self) -> str | None:
+        """The id of a job that is gone: evicted, or deleted."""
+        return self.raw_id.decode() if self.why == NO_JOB else None
+
+    def __str__(self) -> str:
+        return f"dropped {self.raw_id[:40]!r} from the queue: {self.why}"
+
+
+NO_JOB = "no such job"
+
 # Moves up to ARGV[1] ids from the queue to the intermediate queue and reads their jobs, in one round trip. Ids that
 # are no job ids, or have no job, are dropped. Reply per id: {id, ledger version or nil, fields | size | why dropped}.
 _TAKE = """
 local out = {}
 local function drop(id, why)
   redis.call('LREM', KEYS[2], 1, id)
-  out[#out + 1] = {string.sub(id, 1, 64), false, why}
+  out[#out + 1] = {string.sub(id, 1, ARGV[3]), false, why}
 end
 local function look(id)
   if #id > tonumber(ARGV[3]) or not string.find(id, '^[A-Za-z0-9_-]+$') then return drop(id, 'no valid job id') end
@@ -85,10 +103,10 @@ return out
 """
 
 
-def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[Held], list[str]]:
+def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[Held], list[Dropped]]:
     """Up to `count` jobs off the queue, waiting up to `wait` seconds (0: not at all) for the first.
 
-    Returns the jobs, oldest first, and a sentence per id that was dropped because no job belongs to it.
+    Returns the jobs, oldest first, and the ids that were dropped because no job belongs to them.
     """
     rows = _take(queue, count, b"")
     if not rows and wait > 0:
@@ -97,7 +115,7 @@ def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[Held], lis
     held, dropped = [], []
     for raw_id, version, body in rows:
         if isinstance(body, bytes):
-            dropped.append(f"dropped {raw_id[:40]!r} from the queue: {body.decode()}")
+            dropped.append(Dropped(raw_id, body.decode()))
             continue
         job = FeedbackJob(raw_id.decode(), connection=queue.connection, serializer=MsgpackSerializer)
         if isinstance(body, int):

@@ -123,7 +123,7 @@ def mend_weights(
             said += keeper.rebuild(keeper.plan(version), decision.lineage, version)  # streaming has written half of it
         if same := keeper.compare(version):
             said.append(f"the weights of version {version} are {same}")
-        control.resume(version)
+        control.resume(version, rebuilt=True)
         said.append(f"version {version} of lineage {decision.lineage} is live")
     return said
 

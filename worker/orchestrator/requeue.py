@@ -30,7 +30,7 @@ def requeue(connection: redis.Redis, journal: Journal, ids: list[str]) -> Callab
 
     def settle(pipe: Pipeline) -> None:
         for id in ids:
-            sent = submission(Transcript.from_dict(texts[id] | {"id": id}), connection)
+            sent = submission(Transcript.from_dict(texts[id] | {"id": id}))
             pipe.hdel(keys.LEDGER, id)
             pipe.delete(sent.job.key, results_key(id))
             pipe.zrem(finished, id)

@@ -59,7 +59,7 @@ def roll_back(
         keeper.void(version)
         raise
     said = keeper.rebuild(plan, lineage, version)
-    step.control.resume(version)
+    step.control.resume(version, rebuilt=True)
     step.trainer = keeper.make_trainer(step.h)  # the optimizer's step count is another now
     if not drop and (same := keeper.compare(target)):
         said.append(f"the weights are those of version {target}, {same}")

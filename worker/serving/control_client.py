@@ -48,7 +48,9 @@ class ServerControl:
     def pause(self) -> float:
         """Freeze the server; the seconds that took. Held until `resume`, or until this connection or process ends.
 
-        From its return on no kernel reads the weights and nothing computed with them is cached.
+        From its return on no kernel reads the weights, and requests that come later find nothing that was computed with
+        them. A server that recomputes running requests first ends what the last version gave it to recompute;
+        ServerError when that takes too long.
         """
         return float(self._ask({"op": "pause"})["seconds"])
 
@@ -60,9 +62,13 @@ class ServerControl:
         """
         self._ask({"op": "begin_hogwild"})
 
-    def resume(self, version: int) -> None:
-        """Let the server go on under `version`. ServerError, and still paused, unless the header is CLEAN and at it."""
-        self._ask({"op": "resume", "version": version})
+    def resume(self, version: int, rebuilt: bool = False) -> None:
+        """Let the server go on under `version`. ServerError, and still paused, unless the header is CLEAN and at it.
+
+        rebuilt: the weights were made again, or rolled back, so that `version` does not say how near they are to the
+        last.
+        """
+        self._ask({"op": "resume", "version": version} | ({"rebuilt": True} if rebuilt else {}))
 
     def state(self) -> dict[str, Any]:
         """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),

@@ -23,7 +23,9 @@ SERVING, PAUSED, TORN = "serving", "paused", "torn"
 CONNECT_SECONDS = 10.0
 ENGINE_SECONDS = 120.0
 """For one call into the engine. A pause waits for the step that is running."""
-ANSWER_SECONDS = 3 * ENGINE_SECONDS + CONNECT_SECONDS
+HELD_BACK_SECONDS = 100.0
+"""Most that a pause waits for the requests that the last version threw back (`--running recompute`)."""
+ANSWER_SECONDS = HELD_BACK_SECONDS + 3 * ENGINE_SECONDS + CONNECT_SECONDS
 """What a trainer waits for an answer: the server, which bounds each of its calls into the engine, answers before."""
 MAX_REQUEST = 4096
 """Bytes of one request. The longest real one, hello, has under 200."""

@@ -4,10 +4,13 @@ Messages are maps with "op": hello {name}, pause, begin_hogwild, resume {version
 if refused. A pause is a lease on the connection it was asked on: when that ends, the header beside the weights says
 whether they are whole. CLEAN: the server takes the header's version and goes on. APPLYING: it is torn; every request is
 answered with the reason, also those in flight, until a trainer has mended the weights: it pauses, writes them, resumes.
-`begin_hogwild` is the same lease while requests run on what is being written. A pause, which drops what was computed
-meanwhile, and a resume end it.
+`begin_hogwild` is the same lease while requests run on what is being written. A pause and a resume end it.
 
-Must not know: tensors, transcripts, HTTP. Uses of vLLM's EngineClient are its public methods.
+Running requests keep their caches over an update, or are computed again (`CachePolicy`); requests that come later never
+read prefixes of older weights than the policy allows (`PrefixEpochs`).
+
+Must not know: tensors, transcripts, HTTP. Uses of vLLM's EngineClient are its public methods; what is private of it is
+handed in.
 Invariants: one trainer at a time; requests run only under a CLEAN header, unless its trainer asked for hogwild; no
 message, however malformed, does more than cost its sender the connection.
 """
@@ -22,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import TandemError
-from worker.serving.protocol import ENGINE_SECONDS, PAUSED, SERVING, SOCKET, ControlError
+from worker.serving.cache_policy import CachePolicy
+from worker.serving.protocol import ENGINE_SECONDS, HELD_BACK_SECONDS, PAUSED, SERVING, SOCKET, ControlError
 from worker.serving.vllm.framing import peer_pid, receive, send
+from worker.serving.vllm.recomputation import Recomputation
 from worker.serving.vllm.server_state import ServerState
 from worker.shared_weights.weights_client import read_header
 from worker.utils import unix_socket
@@ -50,10 +55,23 @@ class Connection:
 
 
 class Control:
-    """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on."""
+    """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on.
 
-    def __init__(self, engine: Any, state: ServerState, run_dir: Path, rendering: dict[str, Any]) -> None:
+    progress: the tokens that each request inside the engine has made, for `--running recompute`.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        state: ServerState,
+        run_dir: Path,
+        rendering: dict[str, Any],
+        policy: CachePolicy = CachePolicy(),  # noqa: B008  (frozen)
+        progress: Callable[[], dict[str, int]] = dict,
+    ) -> None:
         self._engine = engine
+        self._policy = policy
+        self._recomputation = Recomputation(progress)
         self._state = state
         self._run_dir = run_dir
         self._rendering = rendering
@@ -136,12 +154,14 @@ class Control:
             async with asyncio.timeout(ENGINE_SECONDS):
                 while self._state.in_flight:
                     await asyncio.sleep(0.1)
-            await self._pause_engine()
+            await self._pause_engine(recompute=True)
             self._state.mending = True
             return {"seconds": time.perf_counter() - started}
+        if self._policy.recompute:
+            await self._hold_back()
         self._state.pause()
         try:
-            await self._pause_engine()
+            await self._pause_engine(self._policy.recompute)
         except Exception as error:
             await asyncio.wait_for(self._engine.resume_generation(), ENGINE_SECONDS)
             self._state.go_on()
@@ -152,14 +172,16 @@ class Control:
         self._check(connection)
         if self._state.condition != SERVING or self._state.written:
             raise ControlError("begin_hogwild: the server is not serving whole weights")
-        self._state.written = True
+        self._state.begin_hogwild()
         return self._plain()
 
     async def _resume(self, connection: Connection, request: dict[str, Any]) -> Reply:
         self._check(connection)
-        version = request.get("version")
+        version, rebuilt = request.get("version"), request.get("rebuilt", False)
         if type(version) is not int:
             raise ControlError("resume: version must be an integer")
+        if type(rebuilt) is not bool:
+            raise ControlError("resume: rebuilt must be true or false")
         if self._state.condition != PAUSED and not self._state.mending:
             raise ControlError("the server is not paused")
         header = await self._read_header()
@@ -168,7 +190,7 @@ class Control:
                 f"resume with version {version} refused: the header beside the weights says "
                 f"{header['state']}, version {header['version']}"
             )
-        await self._go_on(header)
+        await self._go_on(header, rebuilt)
         return self._plain()
 
     def _check(self, connection: Connection) -> None:
@@ -196,10 +218,10 @@ class Control:
         try:
             header = await self._read_header()
             if header["state"] == "CLEAN":
-                if not paused:  # nothing that was computed during the write may stay
+                if not paused:  # requests that come from now on must find nothing of what the write's time computed
                     self._state.pause()
-                    await self._pause_engine()
-                await self._go_on(header)
+                    await self._pause_engine(self._policy.recompute)
+                await self._go_on(header, rebuilt=True)  # by an update, or by a rollback: nobody is left to say
                 logger.warning("tandem: %s was lost in an update; serving version %d", connection, header["version"])
                 return
             reason = (
@@ -238,20 +260,40 @@ class Control:
 
     # The engine and the header
 
-    async def _pause_engine(self) -> None:
-        """Freeze the running requests to be recomputed, drop what was cached of the old weights, idle the device."""
+    async def _pause_engine(self, recompute: bool) -> None:
+        """Freeze the running requests and idle the device. recompute: they lose what they have, as do all prefixes."""
         async with asyncio.timeout(ENGINE_SECONDS):
-            await self._engine.pause_generation(mode="keep", clear_cache=True)
+            await self._engine.pause_generation(mode="keep", clear_cache=recompute)
             if not await self._engine.is_paused():
                 raise ControlError("it reports that it is running")
             # 0.26 ignores a failed reset inside pause; with nothing running, resetting again shows it.
-            if await self._engine.reset_prefix_cache() is False:
+            if recompute and await self._engine.reset_prefix_cache() is False:
                 raise ControlError("its prefix cache could not be reset and holds states of the old weights")
             await self._engine.collective_rpc("tandem_synchronize")
 
-    async def _go_on(self, header: dict[str, Any]) -> None:
+    async def _hold_back(self) -> None:
+        """Wait until the requests that the last version threw back have been computed again."""
+        try:
+            seconds = await self._recomputation.over(HELD_BACK_SECONDS)
+        except TimeoutError:
+            raise ControlError(
+                f"held back: {self._recomputation.left} running requests have not been computed again "
+                f"{HELD_BACK_SECONDS:g} s after the last version. Serve with --running keep, or send fewer or shorter "
+                "prompts at a time"
+            ) from None
+        if seconds > 0.1:
+            logger.info(
+                "tandem: a version was held back %.1f s: running requests were still being computed again after the "
+                "last one (--running recompute)",
+                seconds,
+            )
+
+    async def _go_on(self, header: dict[str, Any], rebuilt: bool) -> None:
         """Resume under the header's version, which whoever is answered from here on is told."""
-        self._state.version, self._state.lineage = header["version"], header["lineage"]
+        self._state.lineage = header["lineage"]
+        self._state.take(header["version"], rebuilt)
+        if self._policy.recompute:
+            self._recomputation.begin()
         await asyncio.wait_for(self._engine.resume_generation(), ENGINE_SECONDS)
         self._state.resume(header["version"])
 

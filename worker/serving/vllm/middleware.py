@@ -1,10 +1,10 @@
 """Answers say which version of the weights made them, or why there are none: a pure ASGI middleware.
 
 X-Weight-Version is the version, or `first-last` where weights changed inside the request, or were being changed when
-it ended (hogwild). A stream's headers leave
-before its tokens exist: there it is the version at the start, and a closing SSE comment, `: weight-version 3-4`, names
-the span. A request that arrives during a pause waits here, so that it is wholly the new version's. With torn weights
-every request but GET /weights/version and /metrics is answered 503 in OpenAI's error shape.
+it ended (hogwild), or where its prefix may have been cached up to --prefix-max-age versions ago. A stream's headers
+leave before its tokens exist: there it is the version at the start, and a closing SSE comment, `: weight-version 3-4`,
+names the span. A request that arrives during a pause waits here, so that it is wholly the new version's. With torn
+weights every request but GET /weights/version and /metrics is answered 503 in OpenAI's error shape.
 
 Must not know: vLLM, the control socket. Invariant: bodies of answers are not touched, but for the end of a stream.
 """
@@ -61,7 +61,7 @@ class _Answer:
     def __init__(self, send: Send, state: ServerState) -> None:
         self._send = send
         self._state = state
-        self._first = state.version
+        self._first = state.oldest
         self._is_stream = False
         self._cut = False
 

@@ -91,6 +91,8 @@ class TandemEndpoints:
         """vLLM's phase B, before the first request: the engine runs and its worker serves the weights' header."""
         if not under_tandem_serve():
             return
+        from worker.serving.cache_policy import CachePolicy
+        from worker.serving.vllm import private_api
         from worker.serving.vllm.control_server import Control
         from worker.serving.vllm.server_state import ServerState
         from worker.shared_weights.weights_client import read_header
@@ -98,8 +100,11 @@ class TandemEndpoints:
 
         run_dir = unix_socket.default_run_dir()
         header = await asyncio.get_running_loop().run_in_executor(None, read_header, run_dir)
-        self._state = ServerState(header["lineage"], header["version"])
-        self._control = Control(engine_client, self._state, run_dir, rendering(args))
+        policy = CachePolicy.of(os.environ)
+        server = self._state = ServerState(header["lineage"], header["version"], policy.prefix_max_age)
+        private_api.salt_requests(engine_client, server.prefixes.salt)
+        progress = private_api.progress_of(engine_client)
+        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress)
         path = await self._control.start()
         logger.info("tandem: version %d, control socket %s", header["version"], path)
 

@@ -6,7 +6,10 @@ Invariant: a name that is not there is a `VllmChanged` at the server's start, wh
 """
 
 import importlib
+import inspect
+import itertools
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +60,53 @@ def on_cpu() -> bool:
 def register_weight_engine(name: str, module: str, cls: str) -> None:
     """Make `--weight-transfer-config '{"backend": NAME}'` construct module.cls in the worker, after loading."""
     lookup("vllm.distributed.weight_transfer.factory", "WeightTransferEngineFactory").register_engine(name, module, cls)
+
+
+def salt_requests(engine_client: Any, salt: Callable[[str | None], str]) -> None:
+    """Give every request `salt(its own)` as its cache salt at the moment it is handed to the engine.
+
+    `engine_core.add_request_async` is the last call of the API process that all of them pass: chats, completions, every
+    sample of n > 1 (a request of its own by then), pooling, and input that is streamed. VllmChanged where it, or the
+    salt in what it takes, is not as it was read.
+    """
+    fields = getattr(lookup("vllm.v1.engine", "EngineCoreRequest"), "__struct_fields__", ())
+    core = getattr(engine_client, "engine_core", None)
+    send = getattr(core, "add_request_async", None)
+    if "cache_salt" not in fields or send is None or list(inspect.signature(send).parameters) != ["request"]:
+        raise _changed("EngineCoreRequest.cache_salt, or engine_core.add_request_async(request)")
+
+    async def add_request_async(request: Any) -> None:
+        request.cache_salt = salt(request.cache_salt)
+        await send(request)
+
+    core.add_request_async = add_request_async  # type: ignore[union-attr]
+
+
+def progress_of(engine_client: Any) -> Callable[[], dict[str, int]]:
+    """A function that tells how many tokens each request has made that is, or was at most just now, inside the engine:
+    of those that wait only as many as could run. VllmChanged where vLLM does not count them as it did."""
+    states = getattr(getattr(engine_client, "output_processor", None), "request_states", None)
+    most = engine_client.vllm_config.scheduler_config.max_num_seqs
+    lookup("vllm.v1.engine.detokenizer", "IncrementalDetokenizer").num_output_tokens  # noqa: B018
+    if (
+        not isinstance(states, dict)
+        or "detokenizer" not in inspect.signature(lookup("vllm.v1.engine.output_processor", "RequestState")).parameters
+    ):
+        raise _changed("output_processor.request_states, or their detokenizer")
+
+    def progress() -> dict[str, int]:
+        oldest = itertools.islice(states.items(), most)
+        return {name: one.detokenizer.num_output_tokens() for name, one in oldest if one.detokenizer is not None}
+
+    return progress
+
+
+def _changed(what: str) -> VllmChanged:
+    version = torch_setup.distribution("vllm")[1]
+    return VllmChanged(
+        f"vLLM {version} does not have {what} as Tandem uses it: that was checked on vLLM {', '.join(CHECKED_ON)}; use "
+        "one of these"
+    )
 
 
 def _vllm_modules() -> list[ModuleType]:

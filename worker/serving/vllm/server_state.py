@@ -11,14 +11,16 @@ import asyncio
 from typing import Any
 
 from worker.serving.protocol import PAUSED, SERVING, TORN
+from worker.serving.vllm.prefixes import PrefixEpochs
 
 
 class ServerState:
     """Version and condition of the served weights, and the number of requests inside vLLM."""
 
-    def __init__(self, lineage: str, version: int) -> None:
+    def __init__(self, lineage: str, version: int, prefix_max_age: int = 0) -> None:
         self.lineage = lineage
         self.version = version
+        self.prefixes = PrefixEpochs(version, prefix_max_age)
         self.condition = SERVING
         self.reason: str | None = None
         self.ended = False
@@ -41,8 +43,22 @@ class ServerState:
         """The highest version that the weights may hold parts of."""
         return self.version + self.written
 
+    @property
+    def oldest(self) -> int:
+        """The lowest version that an answer to a request of now may have parts of: its prefix may be that old."""
+        return min(self.version, self.prefixes.oldest)
+
+    def begin_hogwild(self) -> None:
+        """The next version is written while requests run. What is computed meanwhile is for nobody else."""
+        self.written = True
+        self.prefixes.separate(self.version)
+
     def pause(self) -> None:
         """Requests that arrive from now on wait."""
+        if self.written:
+            self.prefixes.separate(self.version + 1)
+        else:
+            self.prefixes.before(self.version)
         self.condition = PAUSED
         self.running.clear()
 
@@ -51,12 +67,17 @@ class ServerState:
         self.condition = SERVING
         self.running.set()
 
-    def resume(self, version: int) -> None:
-        """The weights are whole again and are `version`; the waiting requests go on."""
-        self.version = version
+    def resume(self, version: int, rebuilt: bool = False) -> None:
+        """The weights are whole again and are `version`; the waiting requests go on. rebuilt: see `PrefixEpochs`."""
+        self.take(version, rebuilt)
         self.reason = None
         self.mending = self.written = False
         self.go_on()
+
+    def take(self, version: int, rebuilt: bool = False) -> None:
+        """The weights are `version`, and the engine is about to go on with them."""
+        self.version = version
+        self.prefixes.after(version, rebuilt or self.mending)
 
     def tear(self, reason: str) -> None:
         """No answer can be made any more. Waiting requests wake up to be told `reason`."""

@@ -1,0 +1,247 @@
+"""What a trainer takes at once, known before: a batch too large for the worker that would replay it changes nothing.
+
+Redis is real; the server is the stand-in, whose memory and sockets are real (tests/helpers/stand_in.py).
+A trainer on a GPU packs sequences; here it is made on a CPU, which can pack them as well.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from durable_parts import Site, transcripts
+from hypothesis import given
+from hypothesis import strategies as st
+from test_packing import example
+from transformers import AutoTokenizer
+
+from producer.transcript import Transcript
+from worker.checkpoint import model_directory
+from worker.checkpoint.manager import CannotRebuild, Keeper
+from worker.checkpoint.replay import ReplayError, RoomOf, check_fits
+from worker.checkpoint.state_dir import StateDir
+from worker.cli import rollback, train
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.retention import Policy
+from worker.data.batch_capacity import Room, room_for
+from worker.data.packing import BatchError
+from worker.orchestrator import worker_loop
+from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.recovery import mend_weights
+from worker.orchestrator.rollback import roll_back
+from worker.orchestrator.worker_loop import attach_step
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import attach
+from worker.shared_weights.header import APPLYING, CLEAN
+from worker.trainer.device import choose_way
+from worker.trainer.trainer import Trainer, make_trainer
+
+H = Hyperparameters(lr=3e-4, max_length=512)
+ROW = 512
+"""Tokens of the longest packed row of the trainers here."""
+STREAMING = partial(room_for, packed=True, streaming=True, budget=ROW)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """A worker in this process has torch choose algorithms that repeat; the other tests never asked for them."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+# A room is its trainer's
+
+
+@pytest.fixture(scope="module")
+def padding(tiny_model: Path) -> Trainer:
+    model, tokenizer = model_directory.load(tiny_model)
+    return make_trainer(model, model.named_parameters(), tokenizer, H, state=None)
+
+
+def as_on_a_gpu(trainer: Trainer, sizes: tuple[int, ...] = (ROW,), *, streaming: bool = True) -> Trainer:
+    """Another on the same model and optimizer, that packs."""
+    return Trainer(
+        trainer.model, trainer.optimizer, pad_id=0, lr=trainer.lr, sizes=sizes, packed=True, streaming=streaming
+    )
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(2, 80), min_size=1, max_size=3), min_size=1, max_size=4),
+    packed=st.booleans(),
+    streaming=st.booleans(),
+)
+def test_a_room_holds_what_its_trainer_takes(
+    padding: Trainer, lengths: list[list[int]], packed: bool, streaming: bool
+) -> None:
+    examples = [example(f"e{i}", some) for i, some in enumerate(lengths)]
+    trainer = Trainer(
+        padding.model, padding.optimizer, pad_id=0, lr=1.0, sizes=(32, 64), packed=packed, streaming=streaming
+    )
+    if trainer.room.holds(examples):
+        passes = len(trainer._batches(examples))
+        assert passes == 1 or not (packed and streaming)
+        return
+    with pytest.raises(BatchError):
+        trainer.begin(examples)
+    if packed:  # what it needs is enough
+        trainer.sizes = (32, trainer.room.needs(examples))
+        assert trainer.room.holds(examples) and trainer._batches(examples)
+
+
+def test_a_room_is_known_before_its_trainer(padding: Trainer) -> None:
+    assert padding.room == room_for(H, packed=False, streaming=False)
+    assert padding.room == Room((128, 256, 512), packed=False, streaming=False)
+    assert room_for(H, packed=True, streaming=True).longest == 8192
+    assert room_for(replace(H, max_length=16384), packed=True, streaming=True).longest == 16384
+    # What memory was planned for is the bound, also for a batch of a day of longer conversations.
+    assert room_for(replace(H, max_length=16384), packed=True, streaming=False, budget=1024).longest == 1024
+
+
+# What is refused
+
+
+def step_of(version: int, lengths: list[int]) -> tuple[dict[str, Any], frozenset[str]]:
+    """A journaled batch: an example of one sequence for each length."""
+    from worker.checkpoint.replay import Ready, pack_batch, plain_hyperparameters
+
+    batch = pack_batch(Ready(example(f"e{i}", [length]), {}) for i, length in enumerate(lengths))
+    return {"version": version, "batch": batch, "h": plain_hyperparameters(H)}, frozenset()
+
+
+def refusal(steps: list[tuple[dict[str, Any], frozenset[str]]], room: RoomOf) -> str:
+    with pytest.raises(ReplayError) as refused:
+        check_fits(steps, room)
+    return str(refused.value)
+
+
+def test_the_refusal_names_what_needs_the_most_and_a_way_that_is_not_refused_again() -> None:
+    steps = [step_of(4, [300, 200]), step_of(5, [300, 300]), step_of(6, [500, 300]), step_of(7, [510, 3])]
+    said = refusal(steps, STREAMING)
+    assert said.startswith("version 6 ") and "its batch has 800 tokens" in said and "takes 512 at most" in said
+    assert "nothing was changed" in said and "--apply burst, or --max-tokens 800" in said
+    check_fits(steps, partial(STREAMING, budget=800))
+    check_fits(steps, partial(STREAMING, streaming=False))
+    check_fits(steps, partial(room_for, packed=False, streaming=True))  # a CPU takes several passes
+    fewer = [(record, frozenset({"e0"})) for record, _ in steps]
+    check_fits(fewer, STREAMING)
+
+
+def test_a_sequence_that_is_longer_than_any_row_fits_in_no_way() -> None:
+    steps = [step_of(1, [300, 300]), step_of(2, [600])]
+    said = refusal(steps, partial(STREAMING, streaming=False))
+    assert "version 2 " in said and "a sequence of its batch has 600 tokens" in said
+    assert "Use --max-tokens 600" in said and "burst" not in said
+    said = refusal(steps, STREAMING)
+    assert "--max-tokens 600" in said and "burst" not in said, "burst would be refused too"
+    check_fits(steps, partial(STREAMING, budget=600))
+    cpu = refusal(steps, partial(room_for, packed=False, streaming=False))
+    assert "version 2 " in cpu and "--" not in cpu, "no flag makes a CPU's rows longer than the record's --max-length"
+
+
+# Recovery and rollback
+
+
+@pytest.fixture
+def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
+    running = Site(tmp_path, tiny_model)
+    yield running
+    running.close()
+
+
+def teach(step: SharedUpdate) -> int:
+    """Two versions by bursts, the second of more tokens than a row, which are returned."""
+    step.keeper.adopt(0, step.weights.header.lineage, {})
+    tokens = 0
+    for prefix, times in (("x", 1), ("y", 24)):
+        sent = transcripts(prefix, 2)
+        for item in sent:
+            item["messages"][0]["content"] *= times
+        batch = [step.prepare(item["id"], Transcript.from_dict(item)) for item in sent]
+        tokens = sum(ready.tokens for ready in batch)
+        assert (tokens > ROW) == (prefix == "y")
+        step.run(batch)
+    assert step.weights.header.version == 2
+    return tokens
+
+
+@contextlib.contextmanager
+def streaming_keeper(site: Site) -> Iterator[Keeper]:
+    """Of a worker that attaches anew, as on a GPU with room for streaming alone: see `attach_step`."""
+    weights = attach(site.run_dir)
+    model, tokenizer = weights.build_model(), AutoTokenizer.from_pretrained(weights.model_path)
+    make = partial(make_trainer, model, list(model.named_parameters()), tokenizer, state=weights.state)
+    with StateDir(site.state) as state:
+        keeper = Keeper(state, weights, lambda h: as_on_a_gpu(make(h)), STREAMING, Policy())
+        with contextlib.closing(keeper):
+            yield keeper
+
+
+@pytest.mark.parametrize("found", [CLEAN, APPLYING])
+def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -> None:
+    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
+        tokens, taught = teach(step), site.everything()
+        if found == APPLYING:
+            step.control.pause()
+            step.weights.header.begin()  # as a worker does that then dies
+    if found == APPLYING:
+        site.is_torn()
+    else:
+        site.restart_server()
+    before, header, served = site.everything(), site.header(), site.served()
+    assert header["state"] == found
+    with streaming_keeper(site) as keeper, ServerControl(site.run_dir, "next") as control:
+        with pytest.raises(CannotRebuild, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
+            mend_weights(keeper, control, None)
+        assert site.header() == header and site.everything() == before
+    assert site.served() == served, "nor was it paused"
+    with attach_step(site.run_dir, "test", H, state_dir=site.state):  # as the message says: in burst
+        assert site.everything() == taught and site.served()["state"] == "serving"
+
+
+def test_a_rollback_that_would_not_fit_changes_nothing(site: Site) -> None:
+    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
+        tokens, keeper = teach(step), step.keeper
+        before, header, served = site.everything(), site.header(), site.served()
+        trainer, make, room = step.trainer, keeper.make_trainer, keeper.room
+        keeper.make_trainer, keeper.room = (lambda h: as_on_a_gpu(make(h))), STREAMING
+        with pytest.raises(CannotRebuild, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
+            roll_back(site.redis, step, 2, ("x-0",))
+        assert site.header() == header and site.everything() == before and site.served() == served
+        assert keeper.latest() == (2, header["lineage"]) and step.trainer is trainer
+        assert keeper.plan(1).steps and keeper.plan(2, frozenset({"y-0"})).steps, "without one of them it would fit"
+        keeper.make_trainer, keeper.room = make, room
+        worker_loop.agree(site.redis, step)
+        said = roll_back(site.redis, step, 2, ("x-0",))
+        assert any("version 3 is live: it is version 2 without x-0" in sentence for sentence in said)
+
+
+def test_a_command_plans_for_as_many_tokens_as_it_is_told(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tandem rollback` and `tandem train --attach`, as the worker. A CPU needs no plan: the call for it is watched."""
+    asked = []
+
+    def watched(*arguments: Any) -> Any:
+        asked.append((arguments[4], arguments[3].memory))
+        return choose_way(*arguments)
+
+    monkeypatch.setattr(worker_loop, "choose_way", watched)
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("x", 2)))
+    where = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]
+    more = ["--max-tokens", "12000", "--memory", "30"]
+    trained = [str(file), "--attach", "--plot", str(tmp_path / "loss.png"), *where]
+    back = ["0", "--redis", site.store.url, *where]
+    site.work("--max-jobs", "1")
+    for command, arguments in ((train.command, trained), (rollback.command, back)):
+        for options in (more, []):
+            result = CliRunner().invoke(command, [*arguments, *options])
+            assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    assert asked == [(12000, 30.0), (8192, None)] * 2

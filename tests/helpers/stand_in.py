@@ -1,0 +1,146 @@
+"""A small stand-in for vLLM's processes in crash tests: the same shared memory and the same sockets, no engine.
+
+    python tests/helpers/stand_in.py MODEL_DIR RUN_DIR [LAYOUT.json]
+
+The header, record and optimizer areas, weights.sock and control.sock are the real ones; the parameters lie in vLLM's
+merged layout, read from a file that tests/test_chaos_layout.py compares with a real server's. Only the engine is
+trivial: it is paused or it runs. So the real `tandem worker` attaches to it unchanged, and it starts in the time torch
+takes to be imported, where vLLM takes half a minute. Never part of the product.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from worker.apollo import state_bytes
+from worker.serving.vllm.control_server import Control
+from worker.serving.vllm.server_state import ServerState
+from worker.serving.vllm.weight_service import WeightService
+from worker.shared_weights.backend import dtype_of, unique_parameters
+from worker.shared_weights.backends import owner_for
+from worker.shared_weights.batch_record import RECORD_BYTES
+from worker.shared_weights.header import HEADER_BYTES, Header
+from worker.shared_weights.slices import Slice
+from worker.utils import torch_setup, unix_socket
+
+LAYOUT = Path(__file__).parents[1] / "data" / "tiny_layout.json"
+"""The tiny model's parameters as vLLM merges them: {"model_class", "parameters", "slices", "padding", "frozen"}."""
+
+WEIGHTS = "model.safetensors"
+
+
+class Engine:
+    """What `Control` asks of vLLM's EngineClient."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.errored = False
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self.paused = True
+
+    async def resume_generation(self) -> None:
+        self.paused = False
+
+    async def is_paused(self) -> bool:
+        return self.paused
+
+    async def reset_prefix_cache(self) -> bool:
+        return True
+
+    async def collective_rpc(self, name: str) -> list[None]:
+        return [None]
+
+
+class Memory:
+    """The checkpoint of `model_dir` in shared memory, with the areas that vLLM's side puts beside it."""
+
+    def __init__(self, model_dir: Path, layout_file: Path = LAYOUT) -> None:
+        self.model_dir = model_dir
+        self.layout: dict[str, Any] = json.loads(layout_file.read_text())
+        self.model = _merged(self.layout["parameters"])
+        slices = [Slice(**piece | {"shape": tuple(piece["shape"])}) for piece in self.layout["slices"]]
+        _load(self.model, model_dir, slices)
+        self.owner = owner_for(torch.device("cpu"))
+        state = state_bytes([piece.shape for piece in slices])
+        sizes = {"header": HEADER_BYTES, "record": RECORD_BYTES, "state": state}
+        self.areas = self.owner.place(self.model, sizes)
+        self.header = Header(self.areas["header"])
+        self.header.adopt(uuid.uuid4().hex, version=0)
+        config = json.loads((model_dir / "config.json").read_text())
+        self._context = config["max_position_embeddings"]
+        self._versions = torch_setup.check_versions("vllm", "torch", "transformers")
+
+    def describe(self) -> dict[str, Any]:
+        """As `TandemWeightEngine` answers "describe"."""
+        return {
+            **self.header.fields(),
+            "pid": os.getpid(),
+            "versions": self._versions,
+            "model": str(self.model_dir),
+            "revision": None,
+            "model_class": self.layout["model_class"],
+            "dtype": "bfloat16",
+            "load_format": "auto" if (self.model_dir / WEIGHTS).exists() else "dummy",
+            "max_model_len": self._context,
+            "memory": self.owner.info(),
+            "areas": {name: self.owner.describe(area) for name, area in self.areas.items()},
+            "parameters": {n: self.owner.describe(p.data) for n, p in unique_parameters(self.model).items()},
+            "slices": self.layout["slices"],
+            "padding": self.layout["padding"],
+            "frozen": self.layout["frozen"],
+        }
+
+
+def _merged(parameters: dict[str, dict[str, Any]]) -> nn.Module:
+    """Modules that have `parameters` (name -> shape and dtype), empty, and nothing else."""
+    root = nn.Module()
+    for name, described in parameters.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        values = torch.zeros(described["shape"], dtype=dtype_of(described["dtype"]))
+        module.register_parameter(last, nn.Parameter(values, requires_grad=False))
+    return root
+
+
+def _load(model: nn.Module, model_dir: Path, slices: list[Slice]) -> None:
+    if not (model_dir / WEIGHTS).exists():  # as vLLM's --load-format dummy
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.uniform_(-1e-3, 1e-3, generator=generator)
+        return
+    with safe_open(model_dir / WEIGHTS, framework="pt") as file:
+        for piece in slices:
+            piece.of(model.get_parameter(piece.param)).copy_(file.get_tensor(piece.source))
+
+
+async def _serve(memory: Memory, run_dir: Path) -> None:
+    WeightService(run_dir, {"describe": memory.describe, "header": memory.header.fields})
+    fields = memory.header.fields()
+    state = ServerState(str(fields["lineage"]), int(fields["version"]))
+    control = Control(Engine(), state, run_dir, {"chat_template": None, "template_kwargs": {}})
+    await control.start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+
+def main(model_dir: Path, run_dir: Path, layout_file: Path = LAYOUT) -> None:
+    """Serve until killed."""
+    torch.set_num_threads(1)
+    asyncio.run(_serve(Memory(model_dir, layout_file), unix_socket.prepare_run_dir(run_dir)))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""benchmarks/shapes.py: directories of the real dimensions, which transformers reads as the models they stand for."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+
+from shapes import SIZES, write_shape
+
+from worker.utils import torch_setup
+
+TEXT_PARAMETERS = {
+    "0.8B": 752_393_024,
+    "2B": 1_881_825_088,
+    "4B": 4_205_751_296,
+    "9B": 8_953_803_264,
+    "27B": 26_895_998_464,
+}
+"""Of the published models; tied embeddings once."""
+
+
+def test_the_real_sizes_have_the_published_parameter_counts(tmp_path: Path) -> None:
+    torch_setup.prepare()
+    assert set(TEXT_PARAMETERS) | {"tiny"} == set(SIZES)
+    for size, count in TEXT_PARAMETERS.items():
+        folder = write_shape(size, tmp_path / size)
+        assert not list(folder.glob("*.safetensors"))
+        config = AutoConfig.from_pretrained(folder)
+        assert config.architectures == ["Qwen3_5ForConditionalGeneration"]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.bfloat16)
+        assert sum(parameter.numel() for parameter in model.parameters()) == count, size
+
+
+@pytest.mark.parametrize("size", ["tiny", "27B"])
+def test_the_tokenizer_fits_into_the_model_s_vocabulary(tmp_path: Path, size: str) -> None:
+    folder = write_shape(size, tmp_path / size)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    assert len(tokenizer) < config.get_text_config().vocab_size
+    assert tokenizer.convert_ids_to_tokens(config.image_token_id) == "<|image_pad|>"
+    turn = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert turn.startswith("<|im_start|>user\nHi<|im_end|>")

@@ -1,0 +1,303 @@
+"""The memory plan: printed rows that add up, what is chosen and refused."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from worker.apollo import ApolloMini, state_bytes
+from worker.data.batch_capacity import sizes_up_to
+from worker.memory import planner
+from worker.memory.activations import extra, saved
+from worker.memory.model_config import ATTENTION, GDN, TextConfig
+from worker.memory.planner import (
+    BUCKET_BYTES,
+    CONTEXT_BYTES,
+    SLACK,
+    STEP,
+    MemoryPlanError,
+    Plan,
+    choose,
+    layers_kept,
+    make_plan,
+    weight_bytes,
+)
+from worker.memory.planner import state_bytes as planned_state_bytes
+from worker.model import loss
+
+FOLDER = Path(__file__).parents[2] / "data" / "configs"
+SIZES = ("0.8B", "2B", "4B", "9B", "27B")
+GB = 10**9
+
+
+def config_of(size: str) -> TextConfig:
+    return TextConfig.read(FOLDER / f"qwen3_5-{size}.json")
+
+
+sizes = st.integers(1, 40)
+configs = st.builds(
+    TextConfig,
+    hidden=sizes.map(lambda n: 128 * n),
+    intermediate=sizes.map(lambda n: 512 * n),
+    vocab=st.integers(1, 300_000),
+    heads=sizes,
+    kv_heads=st.integers(1, 8),
+    head_dim=st.sampled_from([64, 128, 256]),
+    linear_key_heads=sizes,
+    linear_value_heads=sizes,
+    linear_key_dim=st.sampled_from([64, 128]),
+    linear_value_dim=st.sampled_from([64, 128]),
+    conv_kernel=st.integers(1, 4),
+    layers=st.lists(st.sampled_from([GDN, ATTENTION]), min_size=1, max_size=70).map(tuple),
+    tied=st.booleans(),
+    bias=st.booleans(),
+)
+tokens = st.integers(1, 100_000)
+ways = st.fixed_dictionaries(
+    {"streaming": st.booleans(), "recompute": st.booleans(), "embeddings": st.sampled_from(["apollo", "frozen"])}
+)
+
+
+def plan_of(config: TextConfig, tokens: int, *, recompute: bool, **more: Any) -> Plan:
+    """All layers recomputed, or none."""
+    return make_plan(config, tokens, kept=0 if recompute else len(config.layers), **more)
+
+
+def test_the_weights_of_27b() -> None:
+    config = config_of("27B")
+    assert config.count() == 26_895_998_464
+    assert weight_bytes(config) == 2 * 26_895_998_464 + 2 * 48 * 48  # A_log is fp32 in the server
+    assert f"{weight_bytes(config) / GB:.1f}" == "53.8"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_state_is_what_the_optimizer_asks_for(size: str) -> None:
+    config = config_of(size)
+    assert planned_state_bytes(config) == state_bytes(list(config.parameters().values()))
+
+
+@given(configs)
+def test_the_state_of_any_model_is_what_the_optimizer_asks_for(config: TextConfig) -> None:
+    assert planned_state_bytes(config) == state_bytes(list(config.parameters().values()))
+
+
+@pytest.mark.parametrize(("tokens", "measured"), [(1024, 3.3), (4096, 5.5), (8192, 8.6)])
+def test_the_prototypes_measured_peaks_are_covered(tokens: int, measured: float) -> None:
+    """27B, streaming, recomputed, on an H200, without the CUDA context (see DESIGN.md, "Memory")."""
+    plan = plan_of(config_of("27B"), tokens, streaming=True, recompute=True, context_bytes=0)
+    assert measured <= plan.total / GB
+    assert plan_of(config_of("27B"), tokens, streaming=True, recompute=True).total / GB <= 14
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_sane(size: str) -> None:
+    config = config_of(size)
+    burst = plan_of(config, 8192, streaming=False, recompute=True)
+    assert burst.weights < burst.total  # the gradients alone are as large as the weights
+    assert burst.total < burst.weights + 15 * GB
+    assert plan_of(config, 8192, streaming=True, recompute=True).total < 14 * GB
+    hidden_states = dict(plan_of(config, 8192, streaming=True, recompute=True).rows)["layer inputs"]
+    assert 0 <= hidden_states - 2 * config.hidden * len(config.layers) * 8192 < STEP
+
+
+def printed(lines: list[str]) -> dict[str, int]:
+    """Name -> units of 10 MB, as printed."""
+    rows = [re.fullmatch(r"  (.+?) +(-?[\d,]+\.\d\d) GB", line) for line in lines[1:]]
+    return {row[1]: round(float(row[2].replace(",", "")) * 100) for row in rows if row}
+
+
+@given(configs, tokens, ways, st.integers(0, 400 * GB), st.integers(0, 400 * GB))
+def test_the_printed_rows_add_up(config: TextConfig, tokens: int, way: dict[str, Any], free: int, used: int) -> None:
+    plan = plan_of(config, tokens, **way)
+    rows = printed(plan.render())
+    assert len(rows) == len(plan.render()) - 1  # every line was read
+    server = rows.pop("weights (shared, the server's)") + rows.pop("optimizer's state (the server's)")
+    total = rows.pop("the trainer's own, total")
+    assert sum(rows.values()) == total
+    fitted = choose(config, tokens, plan.total + free, **chosen(way))
+    device = fitted_device(fitted, used)
+    assert fitted.free is not None
+    lines = printed(fitted.render(device))
+    rest, left = lines["KV cache and whatever else is in use"], lines["left"]
+    assert lines["free for it"] == lines["the trainer's own, total"] + left
+    assert server + rest + lines["the trainer's own, total"] + left == device // STEP
+
+
+def chosen(way: dict[str, Any]) -> dict[str, Any]:
+    apply = "streaming" if way["streaming"] else "burst"
+    return {"apply": apply, "recompute": "always" if way["recompute"] else "never", "embeddings": way["embeddings"]}
+
+
+def fitted_device(plan: Plan, used: int) -> int:
+    """A device with `used` bytes beside what the plan knows of."""
+    assert plan.free is not None
+    return plan.free + plan.weights + plan.state + used
+
+
+@given(configs, tokens, st.integers(0, 5000), ways)
+def test_more_tokens_never_need_less(config: TextConfig, tokens: int, more: int, way: dict[str, Any]) -> None:
+    assert plan_of(config, tokens, **way).total <= plan_of(config, tokens + more, **way).total
+
+
+@given(configs, tokens)
+def test_streaming_recomputing_and_freezing_never_need_more(config: TextConfig, tokens: int) -> None:
+    # each row is rounded by itself, and streaming's bucket comes and goes where a burst's gradients stand
+    rounding = 6 * STEP + SLACK * BUCKET_BYTES
+
+    def total(streaming: bool, recompute: bool, embeddings: str = "apollo") -> int:
+        return plan_of(config, tokens, streaming=streaming, recompute=recompute, embeddings=embeddings).total
+
+    for recompute in (False, True):
+        assert total(True, recompute) <= total(False, recompute) + rounding
+    for streaming in (False, True):
+        assert total(streaming, True) <= total(streaming, False) + rounding
+        assert total(streaming, True, "frozen") <= total(streaming, True) + rounding
+
+
+NARROW = TextConfig(
+    hidden=1152, intermediate=14336, vocab=1, heads=1, kv_heads=1, head_dim=64, linear_key_heads=1,
+    linear_value_heads=1, linear_key_dim=64, linear_value_dim=64, conv_kernel=1, layers=(ATTENTION,) * 5, tied=False,
+    bias=False,
+)  # fmt: skip
+
+
+@given(configs, tokens, st.booleans(), st.sampled_from([0, 10**9, CONTEXT_BYTES]), st.data())
+@example(NARROW, 1, False, 10**9, 1_719_989_760)  # five layers fit here, and none where CONTEXT_BYTES are to be taken
+@example(NARROW, 1, False, CONTEXT_BYTES, 1_719_989_760)
+def test_the_most_layers_that_fit_are_kept(
+    config: TextConfig, tokens: int, streaming: bool, context: int, drawn: Any
+) -> None:
+    """In exactly the plan that was asked about; `drawn`: the free bytes, near what some number of layers needs."""
+    every = range(len(config.layers) + 1)
+    totals = [make_plan(config, tokens, streaming=streaming, kept=n, context_bytes=context).total for n in every]
+    near = st.builds(int.__add__, st.sampled_from(totals), st.integers(-2 * STEP, 2 * STEP))
+    free = drawn if isinstance(drawn, int) else drawn.draw(near)
+    found = layers_kept(config, tokens, free, streaming=streaming, embeddings="apollo", context_bytes=context)
+    assert totals[found] <= free or (found == 0 and min(totals) > free)
+    assert all(total > free for total in totals[found + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "measured"),
+    [(512, 0, 3.70), (512, 64, 11.12), (1024, 32, 11.99), (2048, 0, 5.61), (2048, 8, 9.20), (8192, 0, 9.89),
+     (8192, 2, 13.46), (8192, 3, 15.26)],
+)  # fmt: skip
+def test_our_own_measured_peaks_are_covered_and_not_by_much(tokens: int, kept: int, measured: float) -> None:
+    """27B, streaming, on an H200: allocated at most, without context and what the allocator wastes (RESULTS.md)."""
+    plan = make_plan(config_of("27B"), tokens, streaming=True, kept=kept, context_bytes=0)
+    assert measured <= plan.total / GB <= 1.4 * measured, plan.total / GB
+
+
+def test_constants_are_those_of_the_parts_they_describe() -> None:
+    assert planner.LOSS_BLOCK == loss.BLOCK
+    assert sizes_up_to(1)[0] == planner.LEAST_ROW
+    bucket = inspect.signature(ApolloMini.streaming).parameters["bucket_bytes"].default
+    assert bucket == planner.BUCKET_BYTES
+
+
+def gradients(plan: Plan) -> int:
+    return dict(plan.rows)["gradients"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_frozen_tables_have_no_gradients(size: str) -> None:
+    config, table = config_of(size), 2 * config_of(size).vocab * config_of(size).hidden
+    for streaming, standing in ((True, 0), (False, 1 if config.tied else 2)):
+        whole, frozen = (
+            plan_of(config, 1024, streaming=streaming, recompute=True, embeddings=embeddings)
+            for embeddings in ("apollo", "frozen")
+        )
+        assert gradients(whole) - gradients(frozen) >= standing * table - STEP
+        assert frozen.total < whole.total
+
+
+def test_a_tied_table_counts_twice_at_the_embeddings() -> None:
+    config = config_of("4B")
+    plan = plan_of(config, 128, streaming=True, recompute=True)
+    assert plan.moment == "at the embeddings"
+    assert 0 <= gradients(plan) - 2 * 2 * config.vocab * config.hidden - BUCKET_BYTES < STEP
+
+
+def test_long_passes_peak_in_the_layer_that_needs_most() -> None:
+    config = config_of("27B")
+    plan = plan_of(config, 16384, streaming=True, recompute=True)
+    assert plan.moment == "in a layer's backward pass"
+    needs = [sum(saved(config, kind)) + extra(config, kind) - 2 * config.hidden for kind in (GDN, ATTENTION)]
+    assert 0 <= dict(plan.rows)["one layer's backward pass"] - 16384 * max(needs) < STEP
+    kept = 16384 * sum(sum(saved(config, kind)) for kind in config.layers)
+    plan = plan_of(config, 16384, streaming=True, recompute=False)
+    assert 0 <= dict(plan.rows)[f"activations of {len(config.layers)} layers"] - kept < STEP
+
+
+@pytest.mark.parametrize("kind", [GDN, ATTENTION])
+def test_a_layer_of_27b_needs_hundreds_of_kilobytes_a_token(kind: str) -> None:
+    kept = sum(saved(config_of("27B"), kind))
+    assert 6 * 17408 + 2 * 4 * 5120 < kept < 300_000  # at least the MLP's three and the four of the residual stream
+    assert 100_000 < extra(config_of("27B"), kind) < 250_000
+
+
+FULL, AGAIN, STREAM_FULL, STREAM_AGAIN = (False, False), (False, True), (True, False), (True, True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_fastest_that_fits_is_chosen(size: str) -> None:
+    config = config_of(size)
+    order = [FULL, AGAIN, STREAM_FULL, STREAM_AGAIN]
+    totals = [plan_of(config, 512, streaming=s, recompute=r).total for s, r in order]
+    for free in {*totals, *(total - 1 for total in totals)}:
+        fitting = [way for way, total in zip(order, totals, strict=True) if total <= free]
+        if fitting:
+            plan = choose(config, 512, free)
+            assert (plan.streaming, plan.recompute) == fitting[0]
+        else:
+            with pytest.raises(MemoryPlanError):
+                choose(config, 512, free)
+
+
+def test_what_the_user_asked_for_is_kept() -> None:
+    config = config_of("0.8B")
+    plan = choose(config, 512, 100 * GB, apply="streaming", recompute="always")
+    assert (plan.streaming, plan.recompute) == STREAM_AGAIN
+    plan = choose(config, 512, 100 * GB, recompute="never")
+    assert (plan.streaming, plan.recompute) == FULL
+    with pytest.raises(MemoryPlanError, match=r"\(burst, "):
+        choose(config, 512, 4 * GB, apply="burst")
+
+
+def test_the_refusal_has_the_numbers_and_the_ways_out() -> None:
+    config, needed = config_of("27B"), plan_of(config_of("27B"), 8192, streaming=True, recompute=True).total
+    with pytest.raises(MemoryPlanError) as refused:
+        choose(config, 8192, 9 * GB)
+    said = str(refused.value)
+    assert (
+        f"needs {needed / GB:.2f} GB (streaming, layers recomputed, 8,192 tokens a pass) and 9.00 GB are free" in said
+    )
+    assert f"{(needed - 9 * GB) / GB:.2f} GB short" in said
+    for way in ("--max-tokens", "--max-length", "--trainer-memory", "--gpu-memory-utilization"):
+        assert way in said
+    assert "--apply streaming" not in said
+    found = re.search(r"\(([\d,]+) tokens would fit\)", said)
+    assert found is not None
+    most = int(found[1].replace(",", ""))
+    assert sizes_up_to(most)[-1] == most  # no longer row is made for so many
+    assert choose(config, most, 9 * GB).tokens == most
+    with pytest.raises(MemoryPlanError):
+        choose(config, 2 * most, 9 * GB)
+    with pytest.raises(MemoryPlanError) as refused:
+        choose(config, 8192, 9 * GB, apply="burst", recompute="never")
+    assert "--apply streaming" in str(refused.value)
+    assert "recomputed layers" in str(refused.value)
+    assert "would fit" not in str(refused.value)  # not even the shortest row
+    with pytest.raises(MemoryPlanError, match=r"or a larger --memory$"):
+        choose(config, 8192, 9 * GB, way_out="a larger --memory")
+
+
+def test_planning_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, worker.memory.planner; sys.exit(bool({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

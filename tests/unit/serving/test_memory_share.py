@@ -1,0 +1,197 @@
+"""The trainer's share of a GPU: what `tandem serve` adds to vLLM's options for it, says about it, and refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.memory import planner
+from worker.memory.model_config import TextConfig
+from worker.serving import launch, memory_share
+
+GIB = 1 << 30
+CONFIGS = Path(__file__).parents[2] / "data" / "configs"
+H200 = "0, GPU-aaaa-1111, 143771\n"
+
+
+def added_for(size: str, total: int) -> tuple[list[str], list[str]]:
+    """What `tandem serve` adds for a Qwen3.5 of `size` on a device of `total` bytes."""
+    config = TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")
+    plan = memory_share.default_plan(config, total)
+    return memory_share.flags_for(total, planner.weight_bytes(config), plan.total, plan.title())
+
+
+@pytest.mark.parametrize(
+    ("size", "gib", "way"),
+    [
+        ("27B", 139, "streaming"),
+        ("27B", 400, "burst"),
+        ("9B", 139, "burst"),
+        ("9B", 79, "streaming"),
+        ("0.8B", 23, "burst"),
+    ],
+)
+def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: str) -> None:
+    total = gib * GIB
+    (flag, value), (note,) = added_for(size, total)
+    assert flag == "--gpu-memory-utilization"
+    plan = planner.make_plan(
+        TextConfig.read(CONFIGS / f"qwen3_5-{size}.json"), 8192, streaming=way == "streaming", kept=0
+    )
+    left = total * (1 - float(value)) - plan.total - 10**9
+    assert left >= 0
+    assert left < total / 1000 + 1 or float(value) == memory_share.MOST
+    assert f"{plan.total / 1e9:.2f} GB to the trainer ({way}, layers recomputed, 8,192 tokens a pass)" in note
+    assert f"{flag} {value}" in note
+
+
+@given(total=st.integers(1, 500 * GIB), taken=st.integers(0, 100 * GIB), share=st.integers(0, 100 * GIB))
+def test_the_share_fits_or_is_refused(total: int, taken: int, share: int) -> None:
+    try:
+        (_, value), _ = memory_share.flags_for(total, taken, share, "x")
+    except launch.LaunchError:
+        assert taken + share + 3 * 10**9 > total
+        return
+    assert 0 <= float(value) <= memory_share.MOST
+    assert len(value) == len("0.123")
+    assert round(float(value) * 1000) * total <= 1000 * (total - share - 10**9)
+
+
+def test_a_device_too_small_is_refused_with_numbers() -> None:
+    with pytest.raises(launch.LaunchError) as refused:
+        added_for("27B", 40 * GIB)
+    for part in ("has 42.95 GB", "53.79 GB for the weights", "GB for the trainer (streaming", "--trainer-memory N"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--gpu-memory-utilization", "0.5"],
+        ["--gpu_memory_utilization=0.5"],
+        ["--gpu-memory-util", "0.5"],
+        ["--device-memory-utilization", "0.5"],
+        ["--kv-cache-memory-bytes", "5G"],
+        ["--kv-cache-memory=5G"],
+    ],
+)
+@pytest.mark.parametrize("memory", [None, 0, 20.0])
+def test_what_the_user_said_about_memory_is_not_changed(options: list[str], memory: float | None) -> None:
+    added, (note,) = memory_share.make_room("any", options, memory, {}, on_cpu=False)
+    assert added == []
+    assert options[0].partition("=")[0].replace("_", "-") in note
+
+
+@pytest.mark.parametrize("line", ["gpu-memory-utilization: 0.5", "kv_cache_memory_bytes : 5G", "'kv-cache-memory': 1"])
+def test_what_the_users_file_says_about_memory_is_not_changed(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(f"port: 1\n{line}\n")
+    added, (note,) = memory_share.make_room("any", ["--config", str(file)], None, {}, on_cpu=False)
+    assert added == []
+    assert str(file) in note
+    file.write_text("port: 1\n# gpu-memory-utilization: 0.5\n")
+    assert memory_share.said_by_user({"--config": [str(file)]}) is None
+    assert memory_share.said_by_user({"--config": [str(tmp_path / "none")], "--kv-cache-dtype": ["auto"]}) is None
+
+
+def test_no_share_where_none_was_wanted() -> None:
+    added, (note,) = memory_share.make_room("any", [], 0, {}, on_cpu=False)
+    assert (added, "--trainer-memory 0" in note) == ([], True)
+    for memory in (None, 0):
+        assert memory_share.make_room("any", [], memory, {}, on_cpu=True) == ([], [])
+    with pytest.raises(launch.LaunchError, match=r"^--trainer-memory is for GPUs"):
+        memory_share.make_room("any", [], 20.0, {}, on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("visible", "mib"),
+    [
+        (None, 143771),
+        ("1", 81559),
+        ("1,0", 81559),
+        ("GPU-bbbb-2222", 81559),
+        ("GPU-bb", 81559),
+        ("GPU-aaaa-1111,1", 143771),
+    ],
+)
+def test_the_first_visible_device_is_asked(visible: str | None, mib: int) -> None:
+    assert memory_share.pick_device(H200 + "1, GPU-bbbb-2222, 81559\n", visible) == mib << 20
+
+
+@pytest.mark.parametrize(
+    ("table", "visible"),
+    [("", None), (H200, ""), (H200, "-1"), (H200, "7"), (H200, "MIG-1"), (H200, "GPU"), ("0, GPU-a, [N/A]\n", None),
+     ("No devices were found\n", None), ("0, GPU-a, 0\n", "0")],
+)  # fmt: skip
+def test_a_device_whose_memory_is_not_known_is_refused_with_a_way_out(table: str, visible: str | None) -> None:
+    with pytest.raises(launch.LaunchError, match="--gpu-memory-utilization, or use --trainer-memory 0"):
+        memory_share.pick_device(table, visible)
+
+
+@given(st.text(max_size=200), st.none() | st.text(max_size=20))
+def test_any_table_is_read_or_refused(table: str, visible: str | None) -> None:
+    try:
+        assert memory_share.pick_device(table, visible) > 0
+    except launch.LaunchError as error:
+        assert "memory is not known" in str(error)
+
+
+def test_a_machine_without_nvidia_smi_is_refused_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(launch.LaunchError, match=r"nvidia-smi failed: .*--trainer-memory 0"):
+        memory_share.make_room("any", [], None, os.environ, on_cpu=False)
+
+
+def test_the_share_comes_from_the_models_directory(tmp_path: Path) -> None:
+    total = 143771 << 20
+    (tmp_path / "config.json").write_text((CONFIGS / "qwen3_5-27B.json").read_text())
+    added, (note,) = memory_share.share_of(str(tmp_path), {}, None, total)
+    assert added == added_for("27B", total)[0]
+    assert "--trainer-memory says otherwise" in note
+    added, (note,) = memory_share.share_of("unknown/model", {}, 20.5, total)  # no config needed
+    assert added == ["--gpu-memory-utilization", "0.857"]
+    assert "20.50 GB to the trainer" in note
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(launch.LaunchError, match=r"model_type is 'llama'.*--trainer-memory N \(GB\)"):
+        memory_share.share_of(str(tmp_path), {}, None, total)
+
+
+def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path: Path) -> None:
+    """In a process of its own: the cache's place and being offline are settled when huggingface_hub is imported."""
+    commit = "0" * 40
+    snapshot = tmp_path / "models--some--model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text((CONFIGS / "qwen3_5-4B.json").read_text())
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text(commit)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    code = """
+import sys
+from worker.serving import trainer_share
+from worker.serving.vllm_flags import LaunchError
+print(trainer_share.find_config("some/model", {}))
+for name, given in (("other/model", {}), ("some/model", {"--revision": ["v2"]}), ("no model: at all", {})):
+    try:
+        trainer_share.find_config(name, given)
+    except LaunchError as error:
+        print(error)
+assert not {"torch", "vllm", "transformers"} & set(sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found, *refused = run.stdout.splitlines()
+    assert found == str(snapshot / "config.json")
+    assert len(refused) == 3
+    for line in refused:
+        assert "is no directory, and its config.json is not to be had" in line
+        assert line.endswith("--trainer-memory N (GB)")
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", None), ("0", 0.0), ("12.5", 12.5), ("1e1", 10.0)])
+def test_trainer_memory_is_read(text: str, value: float | None) -> None:
+    assert memory_share.TrainerMemory().convert(text, None, None) == value

@@ -1,0 +1,46 @@
+"""Holds the next version back until the requests that the last one threw back have been computed again.
+
+Without it, versions that come faster than long prompts are recomputed would keep every request from ever ending.
+Must not know: vLLM, sockets. Invariant: between two versions, recomputing takes at most half of the time.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+POLL_SECONDS = 0.05
+
+
+class Recomputation:
+    """progress(): request id -> tokens it has made so far, for the requests that may be inside the engine."""
+
+    def __init__(self, progress: Callable[[], dict[str, int]]) -> None:
+        self._progress = progress
+        self._running: asyncio.Task[None] | None = None
+        self.left = 0
+        """Requests that have made no token yet since the last version."""
+
+    def begin(self) -> None:
+        """The requests that run now are about to be computed again."""
+        if self._running is not None:
+            self._running.cancel()
+        self._running = asyncio.create_task(self._watch(self._progress()))
+
+    async def over(self, seconds: float) -> float:
+        """Wait until the next version may come; the seconds that took. TimeoutError after `seconds`."""
+        started = time.monotonic()
+        if self._running is not None:
+            await asyncio.wait_for(asyncio.shield(self._running), seconds)
+        return time.monotonic() - started
+
+    async def _watch(self, before: dict[str, int]) -> None:
+        started = time.monotonic()
+        while self._count(before):
+            await asyncio.sleep(POLL_SECONDS)
+        if before:
+            await asyncio.sleep(time.monotonic() - started)  # as long again for answers
+
+    def _count(self, before: dict[str, int]) -> int:
+        now = self._progress()
+        self.left = sum(now.get(request, made + 1) <= made for request, made in before.items())
+        return self.left
