@@ -25,7 +25,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("new", deadline=None, max_examples=1000, print_blob=True)
 
-THREAD_SECONDS = 60.0
+THREAD_SECONDS = 120.0
 """How long a thread of a test may take to end after the test, on a machine that is busy."""
 
 GPU = torch.cuda.is_available()

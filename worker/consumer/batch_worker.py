@@ -45,6 +45,8 @@ REDIS_SECONDS = 15
 """How long Redis may take to answer, unless the connection allows more."""
 STOP_GRACE = 15.0
 """Seconds a stopping worker goes on trying to tell Redis of a version."""
+LISTEN = 0.2
+"""Seconds between two looks of the thread that listens for RQ's commands whether the worker ends."""
 SICK_AFTER = 3
 """Transcripts on which a step may break one after the other, each alone, before it is the step that is to blame."""
 
@@ -104,6 +106,7 @@ class BatchWorker(SimpleWorker):
         self.settling = settling
         self._handlers: dict[signal.Signals, Any] = {}
         self.pulse = Pulse(heartbeat, self.beat)
+        self._unsubscribed = threading.Event()
         self.evictions = EvictionWatch(connection, lambda problem: self.tell("on_notice", problem))
 
     def work(  # type: ignore[override]
@@ -292,12 +295,41 @@ class BatchWorker(SimpleWorker):
         """The way out. A batch still in hand here was cut off by an error: it stays started, for the next worker."""
         self.pulse.stop()
         self._restore_signal_handlers()
+        self.unsubscribe()
         for last in (self.put_back_backlog, lambda: self.tell("on_stop"), self.teardown, self.lock.release):
             try:
                 last()
             except redis.RedisError as error:
                 said = f"Redis could not be told that this worker ends ({own_words(error)}); the next one tidies up"
                 self.tell("on_notice", said)
+
+    def subscribe(self) -> None:
+        """Listen for RQ's commands in a thread, as RQ does, but one that looks often whether it shall end."""
+        self._unsubscribed.clear()
+        self.pubsub = self.connection.pubsub()
+        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        handler: Any = self._pubsub_exception_handler
+        thread: Any = self.pubsub.run_in_thread(sleep_time=LISTEN, daemon=True, exception_handler=handler)
+        self.pubsub_thread = thread
+
+    def unsubscribe(self) -> None:
+        """End that thread, also where Redis is away. Idempotent.
+
+        RQ asks Redis first; without an answer its thread logs an error every two seconds for ever.
+        """
+        thread: Any = self.pubsub_thread
+        self.pubsub_thread = None  # type: ignore[assignment]
+        if thread is not None:
+            self._unsubscribed.set()
+            thread.stop()
+            thread.join(timeout=5)  # it closes its connection
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """An error in RQ's thread that listens for commands. That Redis is away, the main thread says."""
+        if isinstance(exc, redis.ConnectionError) or self._unsubscribed.is_set():
+            self._unsubscribed.wait(2.0)
+            return
+        super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
 
     def put_back_backlog(self) -> None:
         with self.settling:
