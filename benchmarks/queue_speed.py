@@ -32,7 +32,8 @@ from producer import keys
 from producer.client import Producer
 from producer.serializer import MsgpackSerializer
 from producer.transcript import Transcript
-from worker.consumer.batch_worker import BatchWorker, Update
+from worker.config.protocol import JobResult, Update
+from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks
 from worker.testing.redis_server import RedisServer
 from worker.versions import ledger
@@ -97,7 +98,7 @@ class Nothing:
 
     def run(self, prepared: Sequence[Ready]) -> Update:
         self.version += 1
-        results = {ready.id: {"version": self.version} for ready in prepared}
+        results = {ready.id: JobResult(self.version) for ready in prepared}
         return Update(self.version, "benchmark", {"tokens": len(prepared), "loss": 0.0}, results)
 
 

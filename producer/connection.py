@@ -162,6 +162,8 @@ def _sentence(where: str, error: redis.exceptions.RedisError) -> str:
         return f"Redis at {where}: {said}; give the user the rules in producer.jobs.ACL"
     if isinstance(error, known.BusyLoadingError):
         return f"Redis at {where} is still loading its data; try again when it has ({said})"
+    if "Too many connections" in said:  # of the pool; redis-py 5 has no class for it
+        return f"Redis at {where}: the URL's max_connections are all in use; raise it ({said})"
     if isinstance(error, known.ConnectionError | known.TimeoutError):
         return f"cannot reach Redis at {where} ({said}); start it, or set REDIS_URL"
     if isinstance(error, known.OutOfMemoryError) or "OOM command not allowed" in said:

@@ -33,8 +33,8 @@ from .serializer import MsgpackSerializer
 from .transcript import Transcript
 
 ACL = (
-    "resetchannels -@all +watch +unwatch +multi +exec +exists +hmget +hget +hgetall +get +xrevrange +xread"
-    " %R~rq:job:* %R~rq:results:* %R~weights:*"
+    "resetchannels -@all +ping +client|setname +watch +unwatch +multi +exec +exists +hmget +hget +hgetall +get"
+    " +xrevrange +xread %R~rq:job:* %R~rq:results:* %R~weights:*"
     f" (-@all +hset %W~rq:job:*) (-@all +rpush %W~rq:queue:{keys.QUEUE})"
 )
 """What a producer's Redis user needs, and all it gets: `ACL SETUSER app on >password` and this. Redis 7 or later.

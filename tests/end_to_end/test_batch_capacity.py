@@ -23,8 +23,12 @@ from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
 from worker.checkpoint import model_directory
-from worker.checkpoint.manager import CannotRebuild, Keeper
-from worker.checkpoint.replay import ReplayError, RoomOf, check_fits
+from worker.checkpoint.ancestry import CannotRebuild
+from worker.checkpoint.batch_codec import Ready, ReplayError, pack_batch
+from worker.checkpoint.manager import Keeper
+from worker.checkpoint.records import UpdateRecord
+from worker.checkpoint.replay import RoomOf, check_fits, plain_hyperparameters
+from worker.checkpoint.snapshots import Trained
 from worker.checkpoint.state_dir import StateDir
 from worker.cli import rollback, train
 from worker.config.hyperparameters import Hyperparameters
@@ -34,6 +38,7 @@ from worker.data.packing import BatchError
 from worker.orchestrator import worker_loop
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import mend_weights
+from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
 from worker.orchestrator.worker_loop import attach_step
 from worker.serving.control_client import ServerControl
@@ -107,17 +112,18 @@ def test_a_room_is_known_before_its_trainer(padding: Trainer) -> None:
 # What is refused
 
 
-def step_of(version: int, lengths: list[int]) -> tuple[dict[str, Any], frozenset[str]]:
+NOBODY = frozenset[str]()
+
+
+def step_of(version: int, lengths: list[int]) -> UpdateRecord:
     """A journaled batch: an example of one sequence for each length."""
-    from worker.checkpoint.replay import Ready, pack_batch, plain_hyperparameters
-
     batch = pack_batch(Ready(example(f"e{i}", [length]), {}) for i, length in enumerate(lengths))
-    return {"version": version, "batch": batch, "h": plain_hyperparameters(H)}, frozenset()
+    return UpdateRecord(version, "b" * 32, 0, 0, [], batch, {}, h=plain_hyperparameters(H))
 
 
-def refusal(steps: list[tuple[dict[str, Any], frozenset[str]]], room: RoomOf) -> str:
+def refusal(steps: list[UpdateRecord], room: RoomOf) -> str:
     with pytest.raises(ReplayError) as refused:
-        check_fits(steps, room)
+        check_fits(steps, NOBODY, room)
     return str(refused.value)
 
 
@@ -126,11 +132,10 @@ def test_the_refusal_names_what_needs_the_most_and_a_way_that_is_not_refused_aga
     said = refusal(steps, STREAMING)
     assert said.startswith("version 6 ") and "its batch has 800 tokens" in said and "takes 512 at most" in said
     assert "nothing was changed" in said and "--apply burst, or --max-tokens 800" in said
-    check_fits(steps, partial(STREAMING, budget=800))
-    check_fits(steps, partial(STREAMING, streaming=False))
-    check_fits(steps, partial(room_for, packed=False, streaming=True))  # a CPU takes several passes
-    fewer = [(record, frozenset({"e0"})) for record, _ in steps]
-    check_fits(fewer, STREAMING)
+    check_fits(steps, NOBODY, partial(STREAMING, budget=800))
+    check_fits(steps, NOBODY, partial(STREAMING, streaming=False))
+    check_fits(steps, NOBODY, partial(room_for, packed=False, streaming=True))  # a CPU takes several passes
+    check_fits(steps, frozenset({"e0"}), STREAMING)
 
 
 def test_a_sequence_that_is_longer_than_any_row_fits_in_no_way() -> None:
@@ -140,7 +145,7 @@ def test_a_sequence_that_is_longer_than_any_row_fits_in_no_way() -> None:
     assert "Use --max-tokens 600" in said and "burst" not in said
     said = refusal(steps, STREAMING)
     assert "--max-tokens 600" in said and "burst" not in said, "burst would be refused too"
-    check_fits(steps, partial(STREAMING, budget=600))
+    check_fits(steps, NOBODY, partial(STREAMING, budget=600))
     cpu = refusal(steps, partial(room_for, packed=False, streaming=False))
     assert "version 2 " in cpu and "--" not in cpu, "no flag makes a CPU's rows longer than the record's --max-length"
 
@@ -157,7 +162,7 @@ def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
 
 def teach(step: SharedUpdate) -> int:
     """Two versions by bursts, the second of more tokens than a row, which are returned."""
-    step.keeper.adopt(0, step.weights.header.lineage, {})
+    step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
     tokens = 0
     for prefix, times in (("x", 1), ("y", 24)):
         sent = transcripts(prefix, 2)
@@ -209,17 +214,20 @@ def test_a_rollback_that_would_not_fit_changes_nothing(site: Site) -> None:
     with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
         tokens, keeper = teach(step), step.keeper
         before, header, served = site.everything(), site.header(), site.served()
-        trainer, make, room = step.trainer, keeper.make_trainer, keeper.room
-        keeper.make_trainer, keeper.room = (lambda h: as_on_a_gpu(make(h))), STREAMING
+        trainer, rebuilder = step.trainer, keeper.rebuilder
+        make, room = rebuilder.make_trainer, rebuilder.room
+        rebuilder.make_trainer, rebuilder.room = (lambda h: as_on_a_gpu(make(h))), STREAMING
         with pytest.raises(CannotRebuild, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
             roll_back(site.redis, step, 2, ("x-0",))
         assert site.header() == header and site.everything() == before and site.served() == served
-        assert keeper.latest() == (2, header["lineage"]) and step.trainer is trainer
-        assert keeper.plan(1).steps and keeper.plan(2, frozenset({"y-0"})).steps, "without one of them it would fit"
-        keeper.make_trainer, keeper.room = make, room
+        assert keeper.history.latest() == (2, header["lineage"]) and step.trainer is trainer
+        assert rebuilder.plan(1).steps and rebuilder.plan(2, frozenset({"y-0"})).steps, (
+            "without one of them it would fit"
+        )
+        rebuilder.make_trainer, rebuilder.room = make, room
         worker_loop.agree(site.redis, step)
         said = roll_back(site.redis, step, 2, ("x-0",))
-        assert any("version 3 is live: it is version 2 without x-0" in sentence for sentence in said)
+        assert any("version 3 is live: it is version 2 without x-0" in text for text in map(sentence, said))
 
 
 def test_a_command_plans_for_as_many_tokens_as_it_is_told(

@@ -123,7 +123,7 @@ def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(s
     assert victim.wait(PATIENCE) == -signal.SIGKILL, stack.said(victim)
     assert stack.complete("Are you there?")[0] == 200, "a dead trainer must never leave the server frozen"
 
-    done = stack.tandem("worker", "--burst", "--max-jobs", "3", *LEARNING)
+    done = stack.tandem("worker", "--until-empty", "--max-jobs", "3", *LEARNING)
     assert done.returncode == 0, done.stderr
     ledger = stack.ledger()
     assert {item["id"] for item in sent} <= set(ledger), "lost"
@@ -164,7 +164,7 @@ def test_attached_training_without_redis_is_taken_over(stack: Stack, tmp_path: P
     assert run.returncode == 0, run.stderr
     assert stack.weights_version()["version"] == before + 3 and plot.stat().st_size > 1000
     assert stack.producer.version() == before, "Redis was not asked"
-    follow = stack.tandem("worker", "--burst")
+    follow = stack.tandem("worker", "--until-empty")
     assert follow.returncode == 0, follow.stderr
     assert stack.producer.version() == before + 3
 
@@ -180,7 +180,7 @@ def test_a_restarted_server_is_brought_back_to_what_it_had_learnt(stack: Stack) 
 
     stack.start_server()
     assert stack.weights_version()["version"] == 0 and served_nll(stack) > before + 0.3
-    back = stack.tandem("worker", "--burst")
+    back = stack.tandem("worker", "--until-empty")
     assert back.returncode == 0 and f"version {known} of lineage {lineage} is live" in back.stderr, back.stderr
     assert GPU or "bit for bit what they were" in back.stderr
     live = stack.weights_version()
@@ -192,7 +192,7 @@ def test_a_restarted_server_is_brought_back_to_what_it_had_learnt(stack: Stack) 
 def test_rollback_in_the_live_server(stack: Stack) -> None:
     known, before = stack.producer.version(), served_nll(stack)
     stack.producer.enqueue_many(transcripts("poison", 3))
-    assert stack.tandem("worker", "--burst", *LEARNING, "--lr", "3e-3").returncode == 0
+    assert stack.tandem("worker", "--until-empty", *LEARNING, "--lr", "3e-3").returncode == 0
     assert served_nll(stack) != before
     dropped = [word for i in range(3) for word in ("--drop", f"poison-{i}")]
     done = stack.tandem("rollback", str(known + 1), *dropped)
@@ -209,7 +209,7 @@ def test_torn_weights_are_never_served_and_the_next_worker_mends_them(stack: Sta
     assert victim.wait(PATIENCE) == -signal.SIGKILL, stack.said(victim)
     status, body, _ = stack.complete("Are you whole?")
     assert status == 503 and "tandem worker" in json.dumps(body), body
-    mended = stack.tandem("worker", "--burst")
+    mended = stack.tandem("worker", "--until-empty")
     assert mended.returncode == 0 and "torn" in mended.stderr, mended.stderr
     assert {"torn-0", "torn-1"} <= set(stack.ledger())
     status, _, headers = stack.complete("Are you whole?")
@@ -234,7 +234,7 @@ def test_a_restarted_server_goes_on_without_what_it_had_learnt_when_told(stack: 
     stack.server.stop()
     stack.start_server()
     stack.producer.enqueue_many(transcripts("reborn", 2))
-    told = stack.tandem("worker", "--burst", "--new-lineage")
+    told = stack.tandem("worker", "--until-empty", "--new-lineage")
     assert told.returncode == 0, told.stderr
     assert stack.producer.version() == known + 2 == stack.weights_version()["version"]
     kinds = [stack.redis.hget(keys.manifest(v), "kind") for v in (known + 1, known + 2)]

@@ -26,12 +26,12 @@ def cluster(tiny_model: Path, tmp_path: Path) -> Iterator[Cluster]:
 def test_a_strange_transcript_is_set_aside_and_the_rest_of_its_batch_trained(cluster: Cluster) -> None:
     with Producer(cluster.store.url) as producer:
         producer.enqueue_many([transcript(i) for i in range(96)])
-        worker = cluster.start_worker("--lr", "3e-3", "--burst")
+        worker = cluster.start_worker("--lr", "3e-3", "--until-empty")
         assert worker.ended(300) == 0, worker.said()
         odd = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "qzx 0x7f }{][ %%@ WvWv ~~|| @@ QQ"}]
         strange = producer.enqueue(odd, id="strange").id
         producer.enqueue_many([transcript(i) for i in range(96, 99)])
-        worker = cluster.start_worker("--lr", "3e-3", "--burst", "--outliers", "2")  # the history is the journal's
+        worker = cluster.start_worker("--lr", "3e-3", "--until-empty", "--outliers", "2")  # history: the journal's
         assert worker.ended(300) == 0, worker.said()
         status = producer.status(strange)
     assert status.state == "failed" and "far beyond" in worker.said()

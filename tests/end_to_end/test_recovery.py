@@ -16,8 +16,8 @@ from durable_parts import LEARNING, QUIET, Site, transcripts
 from patience import until
 
 from producer import keys
+from worker.checkpoint.batch_codec import unpack_batch
 from worker.checkpoint.journal import Journal
-from worker.checkpoint.replay import unpack_batch
 from worker.checkpoint.snapshots import fingerprint
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     seen = {0: site.everything()}
     site.send("x", 8)
     for version in range(1, 5):
-        worker = site.start("worker", "--max-jobs", "2", *LEARNING, *QUIET, "--burst", fault="committed")
+        worker = site.start("worker", "--max-jobs", "2", *LEARNING, *QUIET, "--until-empty", fault="committed")
         worker.ended()
         seen[version] = site.everything()
     yield seen
@@ -61,7 +61,7 @@ def taught(site: Site) -> Site:
     """Four versions of two transcripts each, the newest checkpoint at version 2."""
     site.send("x", 8)
     site.killed("committed:2", *QUIET)
-    site.tandem("worker", "--burst", *LEARNING, *QUIET, "--checkpoint-every", "1", "--max-jobs", "2")
+    site.tandem("worker", "--until-empty", *LEARNING, *QUIET, "--checkpoint-every", "1", "--max-jobs", "2")
     for version in (3, 4):
         shutil.rmtree(site.state / "checkpoints" / str(version), ignore_errors=True)
     assert site.agree() == 4
@@ -215,7 +215,7 @@ def test_a_failed_canary_goes_back_to_the_last_version_that_passed(taught: Site,
 
 
 def test_the_ledger_in_a_checkpoint_outlives_journal_and_redis(taught: Site) -> None:
-    taught.tandem("worker", "--burst", *LEARNING, "--history", "0")  # a checkpoint at stop, and the journal pruned
+    taught.tandem("worker", "--until-empty", *LEARNING, "--history", "0")  # writes a checkpoint, prunes the journal
     assert Journal(taught.state / "journal", fingerprint(taught.model)).entries.keys() <= {3, 4}
     before = taught.ledger()
     taught.redis.flushall()
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_is_passed_over(taught: Site, undisturbed: dict[int
 
 
 def test_nothing_left_to_restore_from_is_an_error_that_changes_nothing(taught: Site) -> None:
-    taught.tandem("worker", "--burst", *LEARNING, "--history", "0")
+    taught.tandem("worker", "--until-empty", *LEARNING, "--history", "0")
     for file in (taught.state / "checkpoints").rglob("model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     taught.restart_server()
@@ -316,7 +316,7 @@ def test_a_state_directory_of_other_weights_is_refused(taught: Site, tmp_path: P
         other.send("z", 2)
         other.work(*QUIET)
         other.restart_server()
-        said = other.tandem("worker", "--burst", *LEARNING, "--state-dir", str(taught.state), code=1)
+        said = other.tandem("worker", "--until-empty", *LEARNING, "--state-dir", str(taught.state), code=1)
         assert "Redis counts lineage" in said and "--state-dir" in said
         assert other.header()["version"] == 0
     finally:

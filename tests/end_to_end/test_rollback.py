@@ -39,8 +39,8 @@ def go_back_to_all(redis_url: str, run_dir: str, state: str, answers: str) -> No
     import torch
 
     from worker.checkpoint import replay
-    from worker.checkpoint.manager import Policy
     from worker.config.hyperparameters import Hyperparameters
+    from worker.config.retention import Policy
     from worker.orchestrator.rollback import roll_back
     from worker.orchestrator.worker_loop import agree, attach_step
     from worker.versions import ledger
@@ -77,7 +77,10 @@ def test_each_of_the_last_fifty_versions_comes_back_bit_for_bit(site: Site) -> N
 def test_a_rollback_is_a_new_version_that_says_what_it_is(taught: Site) -> None:
     was, ledger = taught.manifest(2)["digest"], taught.ledger()
     said = taught.tandem("rollback", "2", "--reason", "sounds odd")
-    assert "the weights are those of version 2, bit for bit" in said and "version 5 is live: it is version 2" in said
+    assert (
+        "the weights of version 2 are bit for bit what they were" in said
+        and "version 5 is live: it is version 2" in said
+    )
     assert "4 transcripts of 2 later versions are no longer in the weights" in said
     assert taught.agree() == 5 and taught.digest() == was
     manifest = taught.manifest(5)

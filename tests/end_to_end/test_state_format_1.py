@@ -35,14 +35,14 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
     torch.set_num_threads(1)
     seen: dict[int, dict[str, Any]] = {}
     with attach_step(Path(run_dir), "all", Hyperparameters(), state_dir=Path(state)) as step:
-        keeper, weights = step.keeper, step.weights
-        facts, lineage = keeper.journal.read(1)["facts"], weights.header.lineage
+        keeper, rebuilder, weights = step.keeper, step.keeper.rebuilder, step.weights
+        facts, lineage = keeper.journal.read(1).facts, weights.header.lineage
         same = replay.differences(facts, replay.facts(weights.state.device)) == []
         step.control.pause()
-        keeper.rebuild(keeper.plan(0), lineage, 0)
+        rebuilder.rebuild(rebuilder.plan(0), lineage, 0)
         begin = before = {name: tensor.float().clone() for name, tensor in weights.tensors.items()}
         for version in versions:
-            keeper.rebuild(keeper.plan(version), lineage, version)
+            rebuilder.rebuild(rebuilder.plan(version), lineage, version)
             now = {name: tensor.float().clone() for name, tensor in weights.tensors.items()}
             everything = replay.digest(weights.tensors | {"state": weights.state})
             count = int(weights.state[:64].view(torch.int64)[1])
@@ -50,7 +50,7 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
             for name, then in (("moved", before), ("moved_in_all", begin)):
                 seen[version][name] = sum(float((now[k] - then[k]).square().sum()) for k in now) ** 0.5
             before = now
-        step.control.resume(versions[-1])
+        step.control.resume(versions[-1], rebuilt=True)
     Path(answer).write_text(json.dumps({"same": same, "seen": seen}))
 
 

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from producer.transcript import Transcript
 from worker.apollo import ApolloMini, NonFiniteGradient
-from worker.checkpoint.replay import Ready
+from worker.checkpoint.batch_codec import Ready
+from worker.checkpoint.snapshots import Trained
 from worker.cli.worker import command as worker_command
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Torn
@@ -23,6 +24,7 @@ from worker.config.update_options import ApplySettings
 from worker.data.examples import Example
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import mend_weights
+from worker.orchestrator.reports import sentence
 from worker.orchestrator.worker_loop import attach_step
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.header import APPLYING
@@ -119,7 +121,7 @@ def ready(step: SharedUpdate, prefix: str) -> list[Ready]:
 def test_a_gradient_that_is_not_finite_tears_in_streaming_and_is_not_tried_again(site: Site) -> None:
     before, streaming = site.digest(), ApplySettings("streaming")
     with attach_step(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as step:
-        step.keeper.adopt(0, step.weights.header.lineage, {})
+        step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
         spoil(step.trainer)
         with pytest.raises(Torn, match=r"embed_tokens.*not finite.*start the worker again"):
             step.run(ready(step, "x"))
@@ -136,7 +138,7 @@ def test_a_gradient_that_is_not_finite_tears_in_streaming_and_is_not_tried_again
 def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it(site: Site) -> None:
     streaming = ApplySettings("streaming")
     with attach_step(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as step:
-        step.keeper.adopt(0, step.weights.header.lineage, {})
+        step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
         assert step.run(ready(step, "x")).version == 1
         before = site.everything()
         broken = spoil(step.trainer, RuntimeError("the device is lost"))
@@ -145,8 +147,8 @@ def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it
         broken.remove()
         step.control.close()
         site.is_torn()
-        assert site.everything() != before and step.keeper.latest() == (2, step.weights.header.lineage)
-        make, spoiled = step.keeper.make_trainer, []
+        assert site.everything() != before and step.keeper.history.latest() == (2, step.weights.header.lineage)
+        make, spoiled = step.keeper.rebuilder.make_trainer, []
 
         def make_spoiled(h: Hyperparameters) -> Trainer:
             """One that meets the second batch's gradient as the first time."""
@@ -163,10 +165,10 @@ def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it
             trainer.begin = begin_spoiled  # type: ignore[method-assign, assignment]
             return trainer
 
-        step.keeper.make_trainer = make_spoiled
+        step.keeper.rebuilder.make_trainer = make_spoiled
         with ServerControl(site.run_dir, "next") as control:
             said = mend_weights(step.keeper, control, None)
-    assert any("version 2 has a gradient that is not finite" in sentence for sentence in said)
+    assert any("version 2 has a gradient that is not finite" in text for text in map(sentence, said))
     assert site.everything() == before and site.header()["version"] == 1 and site.served()["state"] == "serving"
 
 

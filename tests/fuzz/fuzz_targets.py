@@ -259,7 +259,7 @@ class JournalRecords:
             return Counter(["refused"])
         with contextlib.closing(journal):
             for version in journal.entries:
-                assert journal.read(version)["version"] == version
+                assert journal.read(version).version == version
         return Counter(["opened"])
 
 

@@ -22,8 +22,10 @@ import redis
 
 from producer.errors import TandemError
 from producer.transcript import Transcript
-from worker.consumer.batch_worker import BatchWorker, Torn, Unavailable, Update
-from worker.consumer.events import Hooks
+from worker.config.protocol import JobResult, Torn, Unavailable, Update
+from worker.consumer.batch_worker import BatchWorker
+from worker.consumer.events import Hooks, Notice
+from worker.consumer.log_lines import sentence
 from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
 from worker.versions.reconcile import reconcile
@@ -101,7 +103,7 @@ class Weights:
         version = header["version"] + 1
         manifest = {"tokens": sum(ready.tokens for ready in good), "loss": 1.5}
         manifest |= {"update_rms": 2e-6, "weight_rms": 0.02}
-        results = {ready.id: {"version": version} for ready in good}
+        results = {ready.id: JobResult(version) for ready in good}
         update = Update(version, header["lineage"], manifest, results, rejected)
         self._replace("record", json.dumps(update.record()))
         time.sleep(self.pace)
@@ -135,8 +137,11 @@ class Lines(Hooks):
     def on_version(self, line: dict[str, Any]) -> None:
         self.versions.append(line)
 
-    def on_notice(self, sentence: str) -> None:
-        self.notices.append(sentence)
+    def on_notice(self, notice: Notice) -> None:
+        self.say(sentence(notice))
+
+    def say(self, text: str) -> None:
+        self.notices.append(text)
 
     def on_rejected(self, job_id: str, reason: str) -> None:
         self.rejected[job_id] = reason

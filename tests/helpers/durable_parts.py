@@ -81,11 +81,11 @@ class Site:
 
     def work(self, *options: str, jobs: int = 2, code: int = 0) -> str:
         """`tandem worker --burst` to its end."""
-        return self.tandem("worker", "--burst", "--max-jobs", str(jobs), *LEARNING, *options, code=code)
+        return self.tandem("worker", "--until-empty", "--max-jobs", str(jobs), *LEARNING, *options, code=code)
 
     def killed(self, fault: str, *options: str, jobs: int = 2) -> str:
         """A worker that dies at `fault`."""
-        process = self.start("worker", "--burst", "--max-jobs", str(jobs), *LEARNING, *options, fault=fault)
+        process = self.start("worker", "--until-empty", "--max-jobs", str(jobs), *LEARNING, *options, fault=fault)
         assert process.ended() == -signal.SIGKILL, process.said()
         return process.said()
 

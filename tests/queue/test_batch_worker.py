@@ -23,7 +23,7 @@ from producer.client import Producer
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 from worker.config.protocol import Torn, Unavailable
-from worker.consumer.events import told
+from worker.consumer.error_text import told
 from worker.consumer.jobs import FeedbackJob, open_queue
 from worker.consumer.pipelines import merge
 from worker.versions import ledger
@@ -429,7 +429,7 @@ def test_an_error_from_another_keeps_both_places_and_no_message() -> None:
             raise ValueError("private") from error
     except ValueError as error:
         text = told(error)
-    assert text.count("test_drain.py") == 2 and text.index("\nKeyError") < text.index("\nValueError")
+    assert text.count("test_batch_worker.py") == 2 and text.index("\nKeyError") < text.index("\nValueError")
     assert text.count("private") == 2  # in the two lines of code
     assert told(TandemError("says what to do")) == "TandemError: says what to do"
 
@@ -484,8 +484,8 @@ def test_an_rq_without_what_we_need_is_refused_at_start(
     with pytest.raises(TandemError, match=r"rq 3\.1\.0 is installed"):
         open_queue(connection)
     monkeypatch.undo()
-    monkeypatch.delattr(Job, "_handle_success")
-    with pytest.raises(TandemError, match=r"lacks Job\._handle_success"):
+    monkeypatch.delattr(Job, "prepare_for_execution")
+    with pytest.raises(TandemError, match=r"lacks Job\.prepare_for_execution"):
         open_queue(connection)
 
 

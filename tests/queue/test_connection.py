@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import redis
-from redis_kinds import Kinds, has_ipv6, redis_kinds
+from redis_kinds import Kinds, has_ipv6, redis_kinds, tls_front
 
 from producer import AsyncProducer, Producer, TandemError
 from producer.connection import checked_url, safe_url
-from producer.errors import QueueUnavailableError, RedisUrlError
+from producer.errors import QueueUnavailableError, RedisUrlError, WaitTimeoutError
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
 
@@ -120,10 +122,32 @@ def test_urls_that_cannot_work_are_one_sentence(url: str, says: str) -> None:
         assert says in sentence(caught.value)
 
 
-def test_tls_options_are_passed_on() -> None:
-    url = "rediss://h?ssl_cert_reqs=none&ssl_check_hostname=false"
-    with Producer(url) as producer:
-        assert producer._redis.connection_pool.connection_kwargs["ssl_cert_reqs"] == "none"
+def test_a_sleep_is_shorter_than_the_sockets_timeout(kinds: Kinds, empty: redis.Redis) -> None:
+    with Producer(f"redis://127.0.0.1:{kinds.primary}?socket_timeout=0.5") as producer:
+        producer.enqueue(TALK, id="a")
+        with pytest.raises(WaitTimeoutError):  # not QueueUnavailableError: no read was cut off
+            producer.wait("a", timeout=1.2)
+
+
+@both_clients
+def test_tls(enqueue: Callable[[str], Any], kinds: Kinds, empty: redis.Redis, tmp_path: Path) -> None:
+    with tls_front(kinds.primary, tmp_path) as (port, certificate):
+        with pytest.raises(QueueUnavailableError) as caught:
+            enqueue(f"rediss://localhost:{port}")
+        assert "certificate verify failed" in sentence(caught.value) and empty.dbsize() == 0
+        assert len(enqueue(f"rediss://localhost:{port}?ssl_ca_certs={quote(str(certificate))}")) == 2
+        found = enqueue(f"rediss://127.0.0.1:{port}?ssl_cert_reqs=none&ssl_check_hostname=false&decode_responses=1")
+        assert [sent.outcome for sent in found] == ["known", "known"]
+
+
+def test_all_connections_taken_is_not_a_redis_that_is_away(kinds: Kinds, empty: redis.Redis) -> None:
+    with Producer(f"redis://127.0.0.1:{kinds.primary}?max_connections=1") as producer:
+        producer.enqueue(TALK, id="a")
+        taken = producer._redis.connection_pool.get_connection()
+        with pytest.raises(QueueUnavailableError) as caught:
+            producer.enqueue(TALK)
+        producer._redis.connection_pool.release(taken)
+    assert "the URL's max_connections are all in use; raise it" in sentence(caught.value)
 
 
 @pytest.mark.parametrize(

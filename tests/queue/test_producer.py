@@ -279,6 +279,75 @@ def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis
     assert producer.status("a") == Status("a", State.FINISHED, 4)
 
 
+def test_wait_sees_an_end_that_came_between_its_look_and_its_sleep(
+    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer.enqueue(TALK, id="a")
+
+    def late(left: float | None, client: Any) -> int:
+        train(store, "a", 4)
+        return 60_000  # longer than the socket waits: a sleep that misses the end breaks off with an error
+
+    monkeypatch.setattr("producer.exchange.block_ms", late)
+    assert producer.wait("a", timeout=60) == 4
+
+
+def test_wait_sleeps_no_longer_than_it_may(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
+    producer.enqueue(TALK, id="a")
+    xread, blocks = producer._redis.xread, []
+    monkeypatch.setattr(producer._redis, "xread", lambda *a, **k: (blocks.append(k["block"]), xread(*a, **k))[1])
+    with pytest.raises(WaitTimeoutError):
+        producer.wait("a", timeout=0.2)
+    assert blocks and max(blocks) <= 200
+
+
+def test_an_id_made_up_here_is_new_though_the_answer_was_lost(
+    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, lost = Chunk.done, []
+
+    def lose(chunk: Chunk) -> None:
+        if not lost:
+            lost.append(chunk)
+            raise redis.WatchError(
+                "a ConnectionError occurred while watching"
+            )  # redis-py's, when EXEC's answer is lost
+        done(chunk)
+
+    monkeypatch.setattr(Chunk, "done", lose)
+    sent = producer.enqueue(TALK)
+    assert lost and sent.outcome is Outcome.QUEUED and queued(store) == [sent.id]
+
+
+def test_what_was_queued_before_redis_was_full_is_told(
+    redis_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both clients, in order, so that a caller can go on from there."""
+    write, calls = Chunk.write, []
+
+    def fill(chunk: Chunk, pipe: Any) -> None:
+        calls.append(chunk)
+        if len(calls) % 3 == 0:
+            store.config_set("maxmemory", 1)
+        write(chunk, pipe)
+
+    async def many(given: list[dict[str, Any]]) -> Any:
+        async with AsyncProducer(redis_url) as producer:
+            return await producer.enqueue_many(given)
+
+    monkeypatch.setattr(Chunk, "write", fill)
+    limit = store.config_get("maxmemory")["maxmemory"]
+    for name, queue in (("s", Producer(redis_url).enqueue_many), ("a", lambda given: asyncio.run(many(given)))):
+        given = [{"id": f"{name}{i}", "messages": TALK} for i in range(250)]
+        try:
+            with pytest.raises(QueueUnavailableError, match="is full") as caught:
+                queue(given)
+        finally:
+            store.config_set("maxmemory", limit)
+        assert [sent.id for sent in caught.value.queued] == [f"{name}{i}" for i in range(200)]
+    assert queued(store) == [f"s{i}" for i in range(200)] + [f"a{i}" for i in range(200)]
+
+
 def test_wait_says_why_a_transcript_failed(producer: Producer, store: redis.Redis) -> None:
     producer.enqueue(TALK, id="a")
     thread = once_blocked(store, lambda: fail(store, "a", "ExampleError: one turn is longer than 4,096 tokens"))
@@ -399,6 +468,25 @@ def app_url(redis_server: RedisServer, store: redis.Redis) -> Iterator[str]:
     store.execute_command("ACL", "DELUSER", "app")
 
 
+def test_the_rights_in_the_readme_are_those() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    begin = readme.index("ACL SETUSER app on >PASSWORD")
+    assert " ".join(readme[begin : readme.index("\n\n", begin)].split()[5:]) == ACL
+
+
+def test_the_documented_rights_are_enough_for_the_options_of_a_url(app_url: str) -> None:
+    with Producer(f"{app_url}&health_check_interval=1&client_name=app") as app:
+        assert app.enqueue(TALK).new
+        idle(app)
+        assert app.enqueue(TALK).new
+
+
+def idle(app: Producer) -> None:
+    """As after more seconds without a command than its health_check_interval: the next one is preceded by a PING."""
+    for connection in app._redis.connection_pool._available_connections:
+        connection.next_health_check = 0.0
+
+
 def test_the_documented_rights_are_enough(app_url: str, store: redis.Redis) -> None:
     with Producer(app_url) as app:
         assert app.enqueue(TALK, id="a").new
@@ -426,10 +514,11 @@ def test_every_documented_right_is_needed(app_url: str, store: redis.Redis, righ
     rules = [rule for rule in ACL.split() if rule != f"+{right}"]
     store.execute_command("ACL", "SETUSER", "app", "reset", "on", ">p:/@w", *rules)
     with (
-        Producer(app_url) as app,
-        pytest.raises(QueueUnavailableError, match=rf"'{right}'|no permission|EXEC without MULTI"),
+        Producer(f"{app_url}&health_check_interval=1&client_name=app") as app,
+        pytest.raises(QueueUnavailableError, match=rf"'{re.escape(right)}'|no permission|EXEC without MULTI"),
     ):
         app.enqueue(TALK, id="a")
+        idle(app)
         app.enqueue(TALK, id="a")
         assert app.job("a") is not None
         assert app.version() == 0

@@ -69,6 +69,11 @@ def state_bytes(shapes: Sequence[tuple[int, ...]], algorithms: Sequence[str] | N
     return Layout.of(shapes, algorithms).total
 
 
+def steps_taken(header: Tensor) -> int:
+    """The step count in the first HEADER_BYTES of a state area: a uint8 tensor on the CPU."""
+    return int(header[:HEADER_BYTES].clone().view(torch.int64)[_STEP])
+
+
 class StateArea:
     """The state in `memory`: a flat uint8 tensor, shared or our own, on a CPU or a GPU. Never moved."""
 

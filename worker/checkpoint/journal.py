@@ -1,29 +1,46 @@
 """The journal: how each version of the weights came to be, on disk before the weights change.
 
-Kinds of records: "update" (a batch: ids, transcripts, tokens, order, seed, hyper-parameters, optimizer step),
-"rollback" (a version made from an older one), "lineage" (weights taken over as they are), "done" (a version's
-measurements), "void" (a version that was journaled and never applied), "segment" (first in each file).
-
-Must not know: torch, Redis, how a version is rebuilt.
+Append-only files of records (records.py says which kinds). Must not know: torch, Redis, how a version is rebuilt.
 Invariants: append-only, but for texts that expire; a version's record is on disk when `append` returns; a failed write
-leaves no part of itself; versions are never used twice, except after a "void".
+leaves no part of itself, and a failed rotation leaves the file that was open; versions are never used twice, except
+after a `Voided`.
 """
 
+import contextlib
+import logging
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from worker.checkpoint import record_file, state_dir
+from worker.checkpoint import record_file, records, state_dir
 from worker.checkpoint.record_file import JournalError
+from worker.checkpoint.records import (
+    LineageRecord,
+    Measured,
+    Record,
+    RollbackRecord,
+    Segment,
+    UpdateRecord,
+    VersionRecord,
+    Voided,
+)
 
-FORMAT = 1
+log = logging.getLogger("tandem")
+
 SEGMENT_BYTES = 64 * 2**20
 """A file grows to about this before the next is begun."""
-VERSION_KINDS = ("update", "rollback", "lineage")
 
-__all__ = ["Entry", "Journal", "JournalError"]
+__all__ = ["Entry", "Journal", "JournalError", "TornTail"]
+
+
+@dataclass(frozen=True)
+class TornTail:
+    """`cut` bytes of an unfinished record, which a crash left at the end of the file `path`, were removed."""
+
+    path: Path
+    cut: int
 
 
 @dataclass
@@ -40,8 +57,11 @@ class Entry:
     offset: int
     ids: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    """Ids that this version dropped, for ever."""
+    without: list[str] = field(default_factory=list)
+    """All ids that were left out when it was made."""
     manifest: dict[str, Any] = field(default_factory=dict)
-    """As planned, until "done" tells what was measured."""
+    """As planned, until `Measured` has what was measured."""
     expired: bool = False
     """Its transcripts and tokens are gone, so that it cannot be replayed."""
 
@@ -54,10 +74,10 @@ class Journal:
     """The journal in `folder`, open for one writer. `source` says of which model the weights are."""
 
     def __init__(self, folder: Path, source: str) -> None:
-        """Read and check everything. Raises `JournalError`; `notices` tells what was repaired."""
+        """Read and check everything. Raises `JournalError`; `notices` has what was repaired."""
         self.folder, self.source = folder, source
         self.entries: dict[int, Entry] = {}
-        self.notices: list[str] = []
+        self.notices: list[TornTail] = []
         for leftover in folder.glob(".*.new"):
             leftover.unlink()
         files = self._files()
@@ -70,26 +90,33 @@ class Journal:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def append(self, record: dict[str, Any], *, durable: bool = True) -> None:
+    def append(self, record: Record, *, durable: bool = True) -> None:
         """Write one record; on disk when this returns, if `durable`. Raises `JournalError` with nothing written."""
-        record = {"time": time.time()} | record
-        offset = self._write(record, durable)
+        record = replace(record, time=record.time or time.time())
+        offset = self._write(record_file.pack(record.plain()), durable)
         self._index(record, self._path, offset)
         if self._size >= SEGMENT_BYTES:
-            self.rotate()
+            try:
+                self.rotate()
+            except JournalError as error:  # the record is written: the next one says whether there is room
+                log.warning("%s", error)
 
     def void(self, version: int) -> None:
         """Say that `version` was journaled and never applied."""
-        self.append({"kind": "void", "version": version})
+        self.append(Voided(version))
 
     def rotate(self) -> None:
-        """Begin a new file, so that the ones before can go once checkpoints cover them."""
+        """Begin a new file, so that the ones before can go once checkpoints cover them.
+
+        Raises `JournalError`; then the file that was open still is.
+        """
         try:
             os.fsync(self._file.fileno())  # a closed file has no tail that could be torn
         except OSError as error:
             raise self._refusal(error) from None
-        self._file.close()
+        before = self._file
         self._begin_file(int(self._path.stem) + 1)
+        before.close()
 
     def prune(self, floor: int) -> list[Path]:
         """Delete the closed files that hold no version after `floor`; returns them."""
@@ -112,20 +139,22 @@ class Journal:
         Only closed files are rewritten, each whole under a temporary name.
         """
         count = 0
-        for path in self._files()[:-1]:
-            old = [entry for entry in self.entries.values() if entry.path == path and _may_expire(entry)]
-            old = [entry for entry in old if entry.version <= covered and entry.time < before]
-            if not old:
-                continue
-            offsets = {entry.offset for entry in old}
-            records = record_file.scan(path, last=False).records
-            kept = [record | {"batch": None} if at in offsets else record for at, record in records]
-            state_dir.replace(path, b"".join(record_file.pack(record) for record in kept))
-            count += len(old)
-        if count:  # offsets have moved
-            self.entries.clear()
-            for path in self._files():
-                self._load(path, last=False)
+        try:
+            for path in self._files()[:-1]:
+                old = [entry for entry in self.entries.values() if entry.path == path and _may_expire(entry)]
+                offsets = {entry.offset for entry in old if entry.version <= covered and entry.time < before}
+                if offsets:
+                    found = record_file.scan(path, last=False).records
+                    kept = [record | {"batch": None} if at in offsets else record for at, record in found]
+                    state_dir.replace(path, b"".join(record_file.pack(record) for record in kept))
+                    count += len(offsets)
+        except OSError as error:
+            raise self._refusal(error) from None
+        finally:
+            if count:  # offsets have moved
+                self.entries.clear()
+                for path in self._files():
+                    self._load(path, last=False)
         return count
 
     def close(self) -> None:
@@ -134,10 +163,12 @@ class Journal:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def read(self, version: int) -> dict[str, Any]:
+    def read(self, version: int) -> VersionRecord:
         """The whole record of `version`. Raises `JournalError`; KeyError if there is none."""
         entry = self.entries[version]
-        return record_file.read(entry.path, entry.offset)
+        record = records.parse(record_file.read(entry.path, entry.offset))
+        assert isinstance(record, UpdateRecord | RollbackRecord | LineageRecord)
+        return record
 
     @property
     def last(self) -> Entry | None:
@@ -156,7 +187,7 @@ class Journal:
             raise JournalError(f"journal {path} cannot be read ({error.strerror})") from None
         for offset, record in found.records:
             try:
-                self._index(record, path, offset)
+                self._index(records.parse(record), path, offset)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise JournalError(
                     f"journal {path}, byte {offset}: a record of kind {record['kind'][:20]!r} that is not one of ours"
@@ -166,37 +197,42 @@ class Journal:
             with path.open("r+b") as file:
                 file.truncate(found.end)
                 os.fsync(file.fileno())
-            self.notices.append(
-                f"journal {path.name}: cut {found.torn} bytes that a crash left of an unfinished record"
-            )
+            self.notices.append(TornTail(path, found.torn))
 
     def _begin_file(self, number: int) -> None:
+        """Make a file and write to it from now on. Raises `JournalError`, with nothing of it left."""
         path = self.folder / f"{number:08d}.journal"
-        first = {"kind": "segment", "format": FORMAT, "source": self.source, "time": time.time()}
+        first = Segment(records.FILE_FORMAT, self.source, time.time())
         try:
-            state_dir.replace(path, record_file.pack(first))
-        except OSError as error:
-            raise self._refusal(error) from None
-        self._open(path)
+            state_dir.replace(path, record_file.pack(first.plain()))
+            self._open(path)
+        except (OSError, JournalError) as error:
+            for leftover in (path, state_dir.temporary(path)):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+            raise self._refusal(error) if isinstance(error, OSError) else error from None
 
     def _open(self, path: Path) -> None:
         try:
-            self._file = path.open("ab", buffering=0)
+            file, size = path.open("ab", buffering=0), path.stat().st_size
         except OSError as error:
             raise self._refusal(error) from None
-        self._path, self._size = path, path.stat().st_size
+        self._file, self._path, self._size = file, path, size
 
-    def _write(self, record: dict[str, Any], durable: bool) -> int:
-        data, offset = memoryview(record_file.pack(record)), self._size
+    def _write(self, record: bytes, durable: bool) -> int:
+        data, offset = memoryview(record), self._size
         try:
+            if os.fstat(self._file.fileno()).st_size != offset:  # a part of a record that could not be cut off then
+                os.ftruncate(self._file.fileno(), offset)
             while data:
                 data = data[self._file.write(data) :]
             if durable:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            os.ftruncate(self._file.fileno(), offset)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), offset)
             raise self._refusal(error) from None
-        self._size = os.fstat(self._file.fileno()).st_size
+        self._size = offset + len(record)
         return offset
 
     def _refusal(self, error: OSError) -> JournalError:
@@ -207,41 +243,37 @@ class Journal:
 
     # -- meaning --------------------------------------------------------------------------------------------------
 
-    def _index(self, record: dict[str, Any], path: Path, offset: int) -> None:
-        kind = record["kind"]
-        if kind in VERSION_KINDS:
-            self.entries[record["version"]] = _entry(record, path, offset)
-        elif kind == "void":
-            self.entries.pop(record["version"], None)
-        elif kind == "done":
-            if record["version"] in self.entries:
-                self.entries[record["version"]].manifest = dict(record["manifest"])
-        elif kind == "segment":
-            self._check_segment(record, path)
+    def _index(self, record: Record, path: Path, offset: int) -> None:
+        if isinstance(record, UpdateRecord | RollbackRecord | LineageRecord):
+            self.entries[record.version] = _entry(record, path, offset)
+        elif isinstance(record, Voided):
+            self.entries.pop(record.version, None)
+        elif isinstance(record, Measured):
+            if record.version in self.entries:
+                self.entries[record.version].manifest = dict(record.manifest)
         else:
-            raise ValueError(kind)
+            self._check_segment(record, path)
 
-    def _check_segment(self, record: dict[str, Any], path: Path) -> None:
-        if record["format"] != FORMAT:
-            raise JournalError(f"journal {path} has format {record['format']}, this Tandem reads {FORMAT}")
-        if record["source"] != self.source:
+    def _check_segment(self, record: Segment, path: Path) -> None:
+        if record.format != records.FILE_FORMAT:
+            raise JournalError(f"journal {path} has format {record.format}, this Tandem reads {records.FILE_FORMAT}")
+        if record.source != self.source:
             raise JournalError(
                 f"journal {path} is of another model than the one being served (its files differ): serve the model that"
                 " it began with, or name another directory with --state-dir"
             )
 
 
-def _entry(record: dict[str, Any], path: Path, offset: int) -> Entry:
-    version, parent, lineage = record["version"], record["parent"], record["lineage"]
-    if type(version) is not int or not isinstance(lineage, str) or not (parent is None or 0 <= parent < version):
-        raise ValueError("version, parent or lineage")
-    manifest = dict(record.get("manifest", {}))
-    ids, dropped = list(record.get("ids", [])), list(record.get("dropped", []))
-    expired = record["kind"] == "update" and record["batch"] is None
-    return Entry(
-        version, record["kind"], lineage, parent, float(record["time"]), path, offset, ids, dropped, manifest, expired
-    )
+def _entry(record: VersionRecord, path: Path, offset: int) -> Entry:
+    entry = Entry(record.version, record.kind, record.lineage, record.parent, float(record.time), path, offset)
+    entry.manifest = dict(record.manifest)
+    if isinstance(record, UpdateRecord):
+        entry.ids, entry.expired = list(record.ids), record.batch is None
+    else:
+        entry.dropped = list(record.dropped)
+        entry.without = sorted({*record.dropped, *(record.without if isinstance(record, RollbackRecord) else ())})
+    return entry
 
 
 def _may_expire(entry: Entry) -> bool:
-    return entry.kind == "update" and not entry.expired
+    return entry.kind == UpdateRecord.kind and not entry.expired

@@ -1,4 +1,4 @@
-"""What it takes to train a journaled batch again and get the same weights: its tokens, its order, its circumstances.
+"""What it takes to train a journaled batch again and get the same weights: its order, its circumstances, its trainer.
 
 Must not know: Redis, vLLM, sockets, where records are kept.
 Invariants: a batch that is trained again goes through the same trainer as the first time, from the very tokens of the
@@ -6,99 +6,24 @@ first time; every random draw follows from the seed and the optimizer's step. On
 of the record, the weights are the same bit for bit; `differences` names what is not as it was.
 """
 
-import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from producer.errors import TandemError
-from producer.transcript import Transcript
+from worker.checkpoint.batch_codec import ReplayError, unpack_batch
+from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.batch_capacity import Room
-from worker.data.examples import Example, TokenSequence
-from worker.data.replay_buffer import PREFIX
-from worker.trainer.trainer import Gradients, Trainer
+from worker.trainer.trainer import Trainer
 
 BURST = "burst"
 """The way of a manifest that names none."""
-
-
-class ReplayError(TandemError):
-    """A journaled batch cannot be trained again."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A transcript that is ready to train: what the drain holds, and what the journal keeps."""
-
-    example: Example
-    transcript: dict[str, Any]
-
-    @property
-    def id(self) -> str:
-        return self.example.id
-
-    @property
-    def tokens(self) -> int:
-        return self.example.tokens
-
-
-def rename(ready: Ready, id: str) -> Ready:
-    """The same under another id: a rehearsed transcript."""
-    return Ready(dataclasses.replace(ready.example, id=id), ready.transcript)
-
-
-def unpack_ready(record: Mapping[str, Any], dropped: frozenset[str]) -> list[Ready]:
-    """As `unpack_batch`, with the transcripts."""
-    texts = {item["id"]: item["transcript"] for item in record["batch"] or []}
-    return [Ready(example, texts[example.id]) for example in unpack_batch(record, dropped)]
-
-
-def make_ready(transcript: Transcript, example: Example) -> Ready:
-    """Pair an example with the plain map it came from (without the application's own meta)."""
-    return Ready(example, transcript.to_dict(meta=False))
-
-
-def pack_batch(ready: Iterable[Ready]) -> list[dict[str, Any]]:
-    """The batch as it goes into the journal: transcripts, and their tokens and masks as bytes, in order."""
-    return [
-        {
-            "id": item.id,
-            "transcript": item.transcript,
-            "weight": item.example.weight,
-            "sequences": [
-                [np.asarray(s.ids, "<u4").tobytes(), np.packbits(np.asarray(s.mask, bool)).tobytes()]
-                for s in item.example.sequences
-            ],
-        }
-        for item in ready
-    ]
-
-
-def unpack_batch(record: Mapping[str, Any], dropped: frozenset[str]) -> list[Example]:
-    """The examples of a journaled batch, without those of `dropped`. Raises `ReplayError`."""
-    if record["batch"] is None:
-        raise ReplayError(
-            f"version {record['version']} cannot be trained again: its transcripts have expired (--keep-transcripts)"
-        )
-    return [
-        Example(item["id"], tuple(_sequence(*s) for s in item["sequences"]), item["weight"], {})
-        for item in record["batch"]
-        if item["id"].removeprefix(PREFIX) not in dropped
-    ]
-
-
-def _sequence(ids: bytes, mask: bytes) -> TokenSequence:
-    tokens = np.frombuffer(ids, "<u4")
-    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(tokens))
-    return TokenSequence(tuple(tokens.tolist()), tuple(bits.astype(bool).tolist()))
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -142,22 +67,31 @@ Make = Callable[[Hyperparameters], Trainer]
 RoomOf = Callable[[Hyperparameters], Room]
 """What the trainer that `Make` makes of the same takes at once."""
 
-Steps = Sequence[tuple[dict[str, Any], frozenset[str]]]
-"""Journaled batches to train again, in order: (record, ids to leave out)."""
+
+def check_steps(records: Sequence[UpdateRecord], taken: int) -> None:
+    """The optimizer's steps of `records` follow on each other, and on the `taken` ones of the weights that they start
+    from. Raises `ReplayError`."""
+    for expected, record in enumerate(records, taken):
+        if record.step != expected:
+            raise ReplayError(
+                f"version {record.version} was step {record.step} of the optimizer, which would stand at {expected}:"
+                " the journal and the checkpoint do not belong together. Put the state directory back as it was, from"
+                " one backup; nothing was changed"
+            )
 
 
-def check_fits(steps: Steps, room: RoomOf) -> None:
-    """Every batch of `steps` is there, and the trainer that would replay it takes it. Raises `ReplayError`.
+def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: RoomOf) -> None:
+    """Every batch of `records` is there, and the trainer that would replay it takes it. Raises `ReplayError`.
 
     No trainer is made for it: that writes to the optimizer's state where it is fresh, and to what a live trainer's
     parameters learn. The error names the batch that needs the most: who does what it says is not refused again.
     """
     refused = []
-    for record, dropped in steps:
-        examples, ours = unpack_batch(record, dropped), room(hyperparameters(record["h"]))
+    for record in records:
+        examples, ours = unpack_batch(record, dropped), room(hyperparameters(record.h))
         if not ours.holds(examples):
             in_burst = replace(ours, streaming=False).holds(examples)
-            refused.append((ours.needs(examples), record["version"], ours, in_burst))
+            refused.append((ours.needs(examples), record.version, ours, in_burst))
     if refused:
         needed, version, ours, _ = max(refused, key=lambda item: item[0])
         raise ReplayError(_misfit(needed, version, ours, burst=all(in_burst for *_, in_burst in refused)))
@@ -174,37 +108,53 @@ def _misfit(needed: int, version: int, room: Room, *, burst: bool) -> str:
     return f"{text}. Use {'--apply burst, or ' if burst else ''}--max-tokens {needed}, if the GPU's memory allows it"
 
 
-def replay(steps: Steps, make_trainer: Make, device: torch.device) -> list[str]:
-    """Train journaled batches again, in order; says what was not as the first time.
+@dataclass(frozen=True)
+class OtherLoss:
+    """A batch that had another loss than the first time."""
 
-    The weights and the optimizer's state must be those before the first of them, and `check_fits` must have passed.
-    Raises whatever training raises, with the weights between two versions.
+    version: int
+    now: float
+    then: float
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What was not as the first time. changed: circumstances, as `differences` has them."""
+
+    changed: list[str] = field(default_factory=list)
+    losses: list[OtherLoss] = field(default_factory=list)
+
+
+def replay(
+    records: Sequence[UpdateRecord], dropped: frozenset[str], make_trainer: Make, device: torch.device
+) -> Replayed:
+    """Train journaled batches again, in order, without the ids in `dropped`.
+
+    The weights and the optimizer's state must be those before the first of them, and `check_steps` and `check_fits`
+    must have passed. Raises whatever training raises, with the weights between two versions.
     """
-    said: list[str] = []
-    changed = sorted({line for record, _ in steps for line in differences(record["facts"], facts(device))})
-    if changed:
-        said.append(f"replay may not repeat every bit: {'; '.join(changed)}")
+    changed = sorted({line for record in records for line in differences(record.facts, facts(device))})
+    found = Replayed(changed)
     trainer, made_for = None, None
-    for record, dropped in steps:
-        if trainer is None or record["h"] != made_for:
-            trainer, made_for = make_trainer(hyperparameters(record["h"])), record["h"]
-        if trainer.optimizer.step_count != record["step"]:
-            raise ReplayError(
-                f"version {record['version']} was step {record['step']} of the optimizer, which stands at"
-                f" {trainer.optimizer.step_count}: the journal and the checkpoint do not belong together"
-            )
+    for record in records:
+        if trainer is None or record.h != made_for:
+            trainer, made_for = make_trainer(hyperparameters(record.h)), record.h
+        if trainer.optimizer.step_count != record.step:
+            raise ReplayError(f"version {record.version}: the optimizer stands at {trainer.optimizer.step_count}")
         if not trainer.packed:  # the order of sums is each way's own; on a GPU it is memory that decides
-            trainer.streaming = record["manifest"].get("way", BURST) != BURST
+            trainer.streaming = record.manifest.get("way", BURST) != BURST
         examples = unpack_batch(record, dropped)
-        with _threads(record["facts"]["threads"]):
+        with _threads(record.facts["threads"]):
             gradients = trainer.begin(examples) if examples else None
             if gradients is None or not gradients.nll:
                 trainer.skip()
             else:
                 trainer.apply()
-        if gradients is not None and len(examples) == len(record["batch"]) and not dropped:
-            said += _compare(record, gradients)
-    return said
+        whole = record.batch is not None and len(examples) == len(record.batch)
+        then = record.manifest["loss"]
+        if gradients is not None and whole and gradients.loss != then:
+            found.losses.append(OtherLoss(record.version, gradients.loss, then))
+    return found
 
 
 def hyperparameters(plain: Mapping[str, Any]) -> Hyperparameters:
@@ -218,13 +168,6 @@ def hyperparameters(plain: Mapping[str, Any]) -> Hyperparameters:
 def plain_hyperparameters(h: Hyperparameters) -> dict[str, Any]:
     """For the journal."""
     return asdict(h)
-
-
-def _compare(record: Mapping[str, Any], gradients: Gradients) -> list[str]:
-    then = record["manifest"]["loss"]
-    if gradients.loss == then:
-        return []
-    return [f"version {record['version']} was repeated with loss {gradients.loss!r}, not {then!r}"]
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

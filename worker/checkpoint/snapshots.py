@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from producer.errors import TandemError
+from worker.apollo import state_layout
 from worker.checkpoint import model_directory, record_file
 from worker.checkpoint.state_dir import free_bytes
 from worker.utils.fault_injection import point
@@ -58,6 +59,20 @@ class Trained:
     dropped: dict[str, int]
 
 
+@dataclass(frozen=True)
+class HalfRemoved:
+    """The half-written checkpoint `path`, which a crash left, was removed; those before it are untouched."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class NoFiles:
+    """The server's weights came from no files of `source`: there can be no checkpoints."""
+
+    source: Path
+
+
 class Snapshots:
     """The checkpoints in `folder`, of the model in directory `source`."""
 
@@ -66,15 +81,12 @@ class Snapshots:
         self.fingerprint = fingerprint(source)
         self.has_layout = any(source.glob("*.safetensors"))
         """Whether there are files whose names and layout a checkpoint can take over."""
-        self.notices: list[str] = []
+        self.notices: list[HalfRemoved | NoFiles] = []
         for half in folder.glob(".[0-9]*"):
             shutil.rmtree(half, ignore_errors=True)
-            self.notices.append(f"removed the half-written checkpoint {half.name}; the ones before it are untouched")
+            self.notices.append(HalfRemoved(half))
         if not self.has_layout:
-            self.notices.append(
-                f"the server's weights came from no files (load_format dummy): {source} has no *.safetensors. There are"
-                " no checkpoints, and torn or lost weights cannot be restored; the journal is kept"
-            )
+            self.notices.append(NoFiles(source))
 
     def versions(self) -> list[int]:
         """Versions that have a checkpoint, oldest first, checked or not."""
@@ -160,9 +172,41 @@ class Snapshots:
         if not sound:
             raise SnapshotError(f"checkpoint {self.path(version)} is damaged: {name} is not what was written")
 
+    def check_layout(self, version: int, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
+        """The checkpoint has all that `restore` needs, in the right shapes; from its files' headers. Raises
+        `SnapshotError`."""
+        shapes = {}
+        for file in sorted(self.path(version).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    shapes[model_directory.text_name(name)] = tuple(stored.get_slice(name).get_shape())
+        wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
+        if version:
+            with safe_open(self._state_file(version), framework="pt") as extra:
+                if tuple(extra.get_slice("state").get_shape()) != tuple(state.shape):
+                    wrong.append("the optimizer's state")
+        if wrong:
+            raise SnapshotError(
+                f"{self.path(version)} does not fit the server's weights: {', '.join(sorted(wrong))} is missing or has"
+                " another shape. Serve the model that it was made of"
+            )
+
+    def steps_taken(self, version: int) -> int:
+        """Steps that the optimizer had taken at `version`. Raises `SnapshotError`."""
+        if version == 0:
+            return 0
+        with safe_open(self._state_file(version), framework="pt") as extra:
+            return state_layout.steps_taken(extra.get_slice("state")[: state_layout.HEADER_BYTES])
+
+    def _state_file(self, version: int) -> Path:
+        return self.path(version) / _EXTRA / "state.safetensors"
+
     @torch.no_grad()
     def restore(self, version: int, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
-        """Write the weights of `version` into `tensors`, and the optimizer's into `state`. Call `check` first."""
+        """Write the weights of `version` into `tensors`, and the optimizer's into `state`.
+
+        `check` and `check_layout` must have passed.
+        """
         missing = set(tensors)
         for file in sorted(self.path(version).glob("*.safetensors")):
             missing -= _load(file, tensors)
@@ -171,7 +215,7 @@ class Snapshots:
         if version == 0:
             state.zero_()
             return
-        with safe_open(self.path(version) / _EXTRA / "state.safetensors", framework="pt") as extra:
+        with safe_open(self._state_file(version), framework="pt") as extra:
             for name in extra.keys():  # noqa: SIM118 (safe_open is no mapping)
                 target = state if name == "state" else tensors[name.removeprefix("exact.")]
                 target.copy_(extra.get_tensor(name))

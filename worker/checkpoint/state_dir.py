@@ -45,7 +45,7 @@ class StateDir:
         """Create what is missing, check that it is ours and writable, and lock it. Raises `StateError`."""
         try:
             for folder in (self.path, self.journal, self.checkpoints):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make(folder)
                 _check_ours(folder)
             self._lock = open(self.path / "lock", "a+", opener=_private)  # noqa: SIM115  (held for as long as we are)
         except OSError as error:
@@ -87,6 +87,17 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
+def _make(folder: Path) -> None:
+    """Make `folder` and its parents, durably: what is written into it must not vanish with its name."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+        sync(one.parent)
+
+
 def _check_ours(folder: Path) -> None:
     info = folder.stat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
@@ -106,13 +117,18 @@ def sync(path: Path) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Write `data` as `path`, durably: a temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb", opener=_private) as file:
+    new = temporary(path)
+    with open(new, "wb", opener=_private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path)
+    new.rename(path)
     sync(path.parent)
+
+
+def temporary(path: Path) -> Path:
+    """What `replace` calls a file while it is not whole."""
+    return path.with_name(f".{path.name}.new")
 
 
 def free_bytes(folder: Path) -> int:

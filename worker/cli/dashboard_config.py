@@ -14,7 +14,8 @@ from rq_dashboard import web
 
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
-from worker.consumer.jobs import FeedbackJob, check_rq, never_unpickle
+from worker.consumer.jobs import FeedbackJob
+from worker.consumer.rq_private import check_rq, never_unpickle
 
 
 class PlainEncoder(json.JSONEncoder):
@@ -27,7 +28,7 @@ class PlainEncoder(json.JSONEncoder):
 class DashboardJob(FeedbackJob):
     """As rq-dashboard 0.9 expects a job to be: it knows dependencies as RQ 1 gave them, as keys in bytes."""
 
-    dependency_ids = property(lambda self: [self.key_for(job_id).encode() for job_id in self._dependency_ids])
+    dependency_ids = property(lambda self: [self.key_for(job_id).encode() for job_id in self.waits_for])
 
 
 RQ_DASHBOARD_JSON_ENCODER = PlainEncoder

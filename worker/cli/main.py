@@ -18,7 +18,8 @@ COMMANDS = {
     "train": ("worker.cli.train", "Train on FILE.jsonl without a queue."),
     "tiny": ("worker.cli.tiny", "Write a tiny Qwen3.5 to try things with."),
     "rollback": ("worker.cli.rollback", "Go back to an older version, with transcripts left out if asked."),
-    "resume": ("worker.cli.resume", "Let training go on that was put on hold."),
+    "pause": ("worker.cli.pause", "Pause training; the server goes on serving."),
+    "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Say in one line how server, worker and queue are."),
     "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),
@@ -54,7 +55,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="tandem-worker")
 def tandem() -> None:
     """Fine-tune the model your vLLM is serving, in the very weights it serves."""

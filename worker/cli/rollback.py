@@ -12,6 +12,7 @@ from producer.jobs import connect, redis_errors, resolve_url, safe_url
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings, Way, apply_option, max_tokens_option, memory_option
 from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
 from worker.orchestrator.worker_loop import agree, attach_step
 from worker.utils.unix_socket import default_run_dir
@@ -60,7 +61,7 @@ def command(
                 max_tokens=max_tokens,
             ) as step:
                 agree(connection, step)
-                for line in roll_back(connection, step, version, drop, reason=reason, requeue=requeue):
-                    click.echo(line)
+                for report in roll_back(connection, step, version, drop, reason=reason, requeue=requeue):
+                    click.echo(sentence(report))
         finally:
             lock.release()

@@ -26,7 +26,7 @@ from worker.data.examples import Example, ExampleError
 from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:
-    from worker.checkpoint.replay import Ready
+    from worker.checkpoint.batch_codec import Ready
 
 T = TypeVar("T")
 
@@ -134,10 +134,10 @@ def train_attached(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
     ) as shared:
         shared.base = shared.weights.header.version
-        if shared.base and shared.keeper.latest() != (shared.base, shared.weights.header.lineage):
+        if shared.base and shared.keeper.history.latest() != (shared.base, shared.weights.header.lineage):
             raise TandemError(
-                "the state directory does not know these weights: run `tandem worker --burst` once, which takes note of"
-                " them, or name the right directory with --state-dir"
+                "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
+                " note of them, or name the right directory with --state-dir"
             )
 
         def step(examples: list[Ready]) -> float:

@@ -17,8 +17,9 @@ from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
 from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
-from worker.consumer.events import LogHooks
+from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.reports import sentence
 from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
@@ -35,7 +36,8 @@ log = logging.getLogger("tandem")
 @click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")
 @max_tokens_option
 @click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
-@click.option("--burst", is_flag=True, help="Stop when the queue is empty.")
+@click.option("--until-empty", is_flag=True, help="Stop when the queue is empty.")
+@click.option("--burst", is_flag=True, hidden=True, help="The former name of --until-empty.")
 @click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
 @state_options
@@ -49,6 +51,7 @@ def command(
     max_jobs: int,
     max_tokens: int,
     linger: float,
+    until_empty: bool,
     burst: bool,
     new_lineage: bool,
     threads: int | None,
@@ -84,8 +87,8 @@ def command(
             forget_rest(connection)
             hooks = [LogHooks(), *watch(connection, step, guards)]
             limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
-            drain(connection, step, lock, burst=burst, hooks=hooks, **limits)
-            if policy.at_stop and (said := step.keeper.try_checkpoint()):
-                log.info(said)
+            drain(connection, step, lock, burst=until_empty or burst, hooks=hooks, **limits)
+            if policy.at_stop and (report := step.keeper.checkpoints.try_write()):
+                log.info(sentence(report))
     finally:
         lock.release()

@@ -35,21 +35,48 @@ class Prepared(Protocol):
         """All its tokens, trained or not: what the batch's token limit counts."""
 
 
+@dataclass(frozen=True)
+class JobResult:
+    """What became of one trained transcript: its job's result in RQ, and kept with the version's record.
+
+    version: the version that contains it. loss: its mean NLL per trained token before the update, if known. report:
+    plain counts of its example (turns, tokens, ...). already_trained: it was queued again and not trained again.
+    """
+
+    version: int
+    loss: float | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    already_trained: bool = False
+
+    def as_map(self) -> dict[str, Any]:
+        """The plain map that is stored."""
+        known: dict[str, Any] = {"version": self.version}
+        if self.loss is not None:
+            known["loss"] = self.loss
+        if self.already_trained:
+            known["already_trained"] = True
+        return known | self.report
+
+
 @dataclass
 class Update:
     """What one call of `Step.run` did: one version of the weights, or none when every transcript was rejected.
 
     version, lineage: what the header beside the weights now says; `version` is None when nothing was trained.
     manifest: plain map for `weights:manifest:<version>` (tokens, loss, step_s, pause_s, ...).
-    results: per trained job id, the job's result; has at least "version".
+    results: per trained job id, the job's result.
     rejected: per job id, why it was refused before any weight was touched. Every job is in exactly one of the two.
     """
 
     version: int | None
     lineage: str
     manifest: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, JobResult] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+
+    def result_maps(self) -> dict[str, dict[str, Any]]:
+        """`results` as they are stored."""
+        return {job_id: result.as_map() for job_id, result in self.results.items()}
 
     def record(self) -> dict[str, Any]:
         """What is committed, and what the weights' record area holds so that a restart can commit it."""
@@ -58,7 +85,7 @@ class Update:
             "lineage": self.lineage,
             "jobs": list(self.results),
             "manifest": self.manifest,
-            "results": self.results,
+            "results": self.result_maps(),
         }
 
 

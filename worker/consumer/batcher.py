@@ -5,7 +5,6 @@ Invariants: every job taken is acknowledged, dropped, failed alone, or in `backl
 order it came; texts never reach logs; the only time limit, SIGALRM, is around preparing one transcript.
 """
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -13,15 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import redis
-from rq.exceptions import DeserializationError
-from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
-from rq.worker import BaseWorker
 
 from producer.errors import TandemError
-from worker.config.protocol import Step, Torn, Unavailable
-from worker.consumer import transitions
-from worker.consumer.events import told
+from worker.config.protocol import JobResult, Step, Torn, Unavailable
+from worker.consumer import settlement, transitions
+from worker.consumer.error_text import told
+from worker.consumer.events import IdDropped, ResultNotWritten
 from worker.consumer.jobs import FeedbackQueue
+from worker.consumer.rq_private import RqWorker
+from worker.consumer.time_limit import TimeLimitExceeded, time_limit
 from worker.consumer.transitions import Held
 from worker.versions import lost_jobs
 
@@ -42,7 +41,7 @@ class Intake:
 
     def __init__(
         self,
-        worker: BaseWorker,
+        worker: RqWorker,
         queue: FeedbackQueue,
         step: Step[Any],
         *,
@@ -104,7 +103,7 @@ class Intake:
         """Take up to `count` jobs, acknowledge those already trained, begin the others; returns how many ids came."""
         taken, dropped = transitions.take(self.queue, count, wait)
         for gone in dropped:
-            self.tell("on_notice", str(gone))
+            self.tell("on_notice", IdDropped(repr(gone.raw_id[:40]), gone.why))
         lost_jobs.record(self.queue.connection, [gone.lost for gone in dropped if gone.lost])
         if not taken and not dropped:
             # All that was taken has begun, so what is in between was taken by a reply that got lost.
@@ -114,7 +113,7 @@ class Intake:
         for held in taken:
             if held.version is not None:
                 self.acknowledge(held)
-            elif held.id in mine or held.job.get_status(refresh=False) == "canceled":
+            elif held.id in mine or held.canceled:
                 transitions.forget(self.queue, held)
             else:
                 mine.add(held.id)
@@ -130,9 +129,10 @@ class Intake:
 
     def acknowledge(self, held: Held) -> None:
         """A transcript the ledger knows: finished, with the version it went into, and not trained again."""
-        result = {"version": held.version, "already_trained": True}
-        if broken := transitions.acknowledge(self.queue, held, result):
-            self.tell("on_notice", f"job {held.id} could not be given its result: {broken} is of a wrong type")
+        assert held.version is not None
+        result = JobResult(held.version, already_trained=True)
+        if broken := settlement.acknowledge(self.queue, held, result.as_map()):
+            self.tell("on_notice", ResultNotWritten(held.id, broken))
         self.tell("on_already_trained", held.id, held.version)
 
     def admit(self, held: Held) -> bool:
@@ -141,33 +141,24 @@ class Intake:
             return True
         started = time.monotonic()
         try:
-            with self.time_limit():
+            with time_limit(self.prepare_limit):
                 held.prepared = self.step.prepare(held.id, held.job.transcript())
             held.prepare_s = time.monotonic() - started
             return True
         except (Torn, Unavailable, redis.RedisError):
             raise
-        except JobTimeoutException:
+        except TimeLimitExceeded:
             self.reject(held, f"preparing the transcript took more than {self.prepare_limit} s", permanent=True)
         except TandemError as error:
             self.reject(held, told(error), permanent=True)
-        except DeserializationError as error:
-            self.reject(held, f"the job's payload is not a msgpack call: {error.__cause__}", permanent=True)
         except Exception as error:
             self.reject(held, told(error), permanent=False)
         return False
 
-    def time_limit(self) -> contextlib.AbstractContextManager[Any]:
-        """SIGALRM after `prepare_limit` seconds; only the main thread can have it."""
-        if threading.current_thread() is not threading.main_thread():
-            return contextlib.nullcontext()
-        penalty: Any = UnixSignalDeathPenalty(self.prepare_limit, JobTimeoutException)
-        return penalty  # type: ignore[no-any-return]
-
     def reject(self, held: Held, reason: str, *, permanent: bool) -> None:
         """Fail one job through RQ (which retries it if it may be), let go of it, and say so."""
         with self.settling:
-            transitions.fail(self.worker, self.queue, held, reason, permanent=permanent)
+            settlement.fail(self.worker, self.queue, held, reason, permanent=permanent)
             self.release([held])
         self.tell("on_rejected", held.id, reason)
 

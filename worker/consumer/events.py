@@ -1,16 +1,113 @@
-"""What a worker tells of itself: hooks that do nothing, and the ones that log.
+"""What a worker tells of itself: hooks that do nothing. They get data; log_lines.py makes English of it.
 
 Must not know: Redis, RQ, torch.
 Invariants: a hook sees ids, numbers and reasons, never a transcript's text; a hook that raises is logged and ignored.
 """
 
-import logging
-import traceback
+from dataclasses import dataclass
 from typing import Any
 
-from producer.errors import TandemError
 
-logger = logging.getLogger("tandem.worker")
+@dataclass(frozen=True)
+class Notice:
+    """Something that a person who watches would want to know."""
+
+
+@dataclass(frozen=True)
+class TookOver(Notice):
+    """The worker lock was a dead worker's. said: whose."""
+
+    said: str
+
+
+@dataclass(frozen=True)
+class JobsRecovered(Notice):
+    """A dead worker's jobs were put back."""
+
+    jobs: int
+
+
+@dataclass(frozen=True)
+class IdDropped(Notice):
+    """An id in the queue belongs to no job. id: as Python writes it, cut to 40 characters."""
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class EntryDropped(Notice):
+    """An entry of RQ's registry of started jobs belongs to no job."""
+
+    entry: str
+
+
+@dataclass(frozen=True)
+class ResultNotWritten(Notice):
+    """A job that was trained before could not be given its result. key: what is of a wrong type."""
+
+    job_id: str
+    key: str
+
+
+@dataclass(frozen=True)
+class CommitWaits(Notice):
+    """Redis does not take a version that the weights have; it is tried until it does. problem: Redis' words."""
+
+    version: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class NotesNotWritten(Notice):
+    """A version is committed, but `weights:state` could not be told how long that took."""
+
+    version: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class RedisAway(Notice):
+    """Redis does not serve the worker, which waits. problem: Redis' words."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
+class RedisBack(Notice):
+    """Redis serves the worker again. jobs: how many were put back."""
+
+    seconds: float
+    jobs: int
+
+
+@dataclass(frozen=True)
+class MayEvict(Notice):
+    """Redis may evict what is queued. problem: how, and what to do."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
+class Stopping(Notice):
+    """A signal came. again: it is not the first."""
+
+    signal: str
+    again: bool
+
+
+@dataclass(frozen=True)
+class EndNotTold(Notice):
+    """Redis could not be told that this worker ends. problem: Redis' words."""
+
+    problem: str
+
+
+@dataclass(frozen=True)
+class MaintenanceFailed(Notice):
+    """RQ's maintenance broke off. kind: the exception's type."""
+
+    kind: str
 
 
 class Hooks:
@@ -32,65 +129,8 @@ class Hooks:
     def on_split(self, jobs: int, error: str) -> None:
         """A batch of `jobs` failed with no weight touched and is tried again in halves."""
 
-    def on_notice(self, sentence: str) -> None:
-        """Anything else a person watching would want to know."""
+    def on_notice(self, notice: Notice) -> None:
+        """Anything else: see the subclasses of `Notice`."""
 
     def on_stop(self) -> None:
         """The worker takes no more jobs."""
-
-
-class LogHooks(Hooks):
-    """One log line a version, one a failure, and the notices; logger `tandem.worker`."""
-
-    def on_start(self) -> None:
-        logger.info("worker ready")
-
-    def on_version(self, line: dict[str, Any]) -> None:
-        logger.info(version_line(line))
-
-    def on_rejected(self, job_id: str, reason: str) -> None:
-        logger.warning("job %s failed: %s", job_id, reason.strip().splitlines()[-1] if reason.strip() else "?")
-
-    def on_already_trained(self, job_id: str, version: int) -> None:
-        logger.info("job %s was trained before, in version %s", job_id, version)
-
-    def on_split(self, jobs: int, error: str) -> None:
-        logger.warning("a batch of %d failed (%s); trying its halves", jobs, error)
-
-    def on_notice(self, sentence: str) -> None:
-        logger.warning(sentence)
-
-    def on_stop(self) -> None:
-        logger.info("worker stopped")
-
-
-def told(error: BaseException) -> str:
-    """An error as it may be kept and logged. Ours: the sentence. Any other: its frames and type, and its causes', but
-    never the message, which may quote a transcript (a KeyError, a UnicodeEncodeError)."""
-    if isinstance(error, TandemError):
-        return f"{type(error).__name__}: {error}"
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or following.__context__
-    parts = ["Traceback (most recent call last):"]
-    for one in reversed(chain):
-        parts += ["".join(traceback.format_tb(one.__traceback__)).rstrip(), type(one).__qualname__]
-    return "\n".join(filter(None, parts)) + " (message withheld: it may quote the transcript)"
-
-
-def version_line(line: dict[str, Any]) -> str:
-    """version 12 · 8 jobs · 3,214 tokens · loss 1.2345 · update/weight 2.1e-05 · step 1.20 s · pause 61 ms"""
-    parts = [f"version {line['version']}", f"{line['jobs']} job{'' if line['jobs'] == 1 else 's'}"]
-    if line.get("tokens") is not None:
-        parts.append(f"{line['tokens']:,} tokens")
-    if line.get("loss") is not None:
-        parts.append(f"loss {line['loss']:.4f}")
-    if line.get("update_ratio") is not None:
-        parts.append(f"update/weight {line['update_ratio']:.1e}")
-    for name in ("linger", "tokenize", "step", "pause", "commit"):
-        seconds = line.get(f"{name}_s")
-        if seconds is not None:
-            parts.append(f"{name} {seconds:.2f} s" if seconds >= 1 else f"{name} {seconds * 1000:.0f} ms")
-    return " · ".join(parts)

@@ -1,51 +1,12 @@
-"""What goes out on a pipeline, and what comes back: fewer, longer commands; and whose fault an error is.
+"""What goes out on a pipeline, rewritten: fewer, longer commands; and hashes changed only where they exist.
 
 Must not know: RQ, what the keys mean.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
-import redis
 from redis.client import Pipeline
-
-_AWAY = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.OutOfMemoryError, redis.ReadOnlyError)
-_REFUSES = re.compile(r"(?:^|: -)(?:OOM|READONLY|MISCONF|NOREPLICAS|MASTERDOWN|UNBLOCKED) ")
-
-
-def own_words(error: Exception) -> str:
-    """What Redis said. redis-py puts the command in front of it, whose arguments do not belong in a log."""
-    return str(error).rpartition(" of pipeline caused error: ")[2]
-
-
-def retryable(error: Exception) -> bool:
-    """Whether Redis is away, full or takes no writes: nobody's fault here, and ended one day. Wait and go on.
-
-    redis-py 8.1 has a class of its own for some of these only, and for none that a script of Redis 6.2 met ("Error
-    running script ...: -OOM command not allowed ..."). MISCONF: the last save failed, the disk is full, say.
-    """
-    return isinstance(error, _AWAY) or (
-        isinstance(error, redis.ResponseError) and bool(_REFUSES.search(own_words(error)))
-    )
-
-
-def execute(pipe: Pipeline, owned: Mapping[str, str]) -> tuple[list[Any], dict[str, str]]:
-    """EXEC, where a job whose keys are of a wrong type must not hold up the others.
-
-    A command that fails inside EXEC does not undo the rest. owned: key -> the job it belongs to. Returns the answers,
-    and per job with a broken key that key; an error on any other key is raised.
-    """
-    names = [command[0][1] for command in pipe.command_stack]
-    answers = pipe.execute(raise_on_error=False)
-    broken: dict[str, str] = {}
-    for key, answer in zip(names, answers, strict=True):
-        if isinstance(answer, Exception):
-            if key not in owned:
-                raise answer
-            broken[owned[key]] = key
-    return answers, broken
-
 
 _SHARED = ("HSET", "SADD", "ZADD", "ZREM", "SREM", "EXPIRE")
 
@@ -69,3 +30,39 @@ def merge(pipe: Pipeline, first: int = 0) -> None:
         else:
             kept[place] = (list(arguments), options)
     pipe.command_stack[first:] = [(tuple(arguments), options) for arguments, options in kept.values()]
+
+
+UPDATE = """
+local kinds, at = {}, 1
+for i, key in ipairs(KEYS) do
+  local count, kind = tonumber(ARGV[at]), redis.call('TYPE', key).ok
+  if kind == 'hash' then redis.call('HSET', key, unpack(ARGV, at + 1, at + count)) end
+  kinds[i], at = kind, at + 1 + count
+end
+return kinds
+"""
+"""HSET for hashes that exist. Answers what each key is: hash, none, or a wrong type."""
+
+WRONG_TYPE = ("string", "list", "set", "zset", "stream")
+
+
+def update_only(pipe: Pipeline, keys: Collection[str], first: int = 0) -> None:
+    """From command `first` on, make of all HSETs on `keys` one that changes them only where they exist.
+
+    A job that Redis lost must not come back as a hash with a status and no transcript: nobody could read it, and its id
+    would count as known.
+    """
+    fields: dict[str, list[Any]] = {}
+    kept: list[Any] = []
+    place = None
+    for arguments, options in pipe.command_stack[first:]:
+        if arguments[0] == "HSET" and arguments[1] in keys:
+            place = len(kept) if place is None else place
+            fields.setdefault(arguments[1], []).extend(arguments[2:])
+        else:
+            kept.append((arguments, options))
+    if place is None:
+        return
+    values = [item for pairs in fields.values() for item in (len(pairs), *pairs)]
+    kept.insert(place, (("EVAL", UPDATE, len(fields), *fields, *values), {}))
+    pipe.command_stack[first:] = kept

@@ -3,9 +3,9 @@
     batch = [*new, *rehearsal.pick(version, new)]     train these, and journal all of them
     manifest |= Rehearsal.record(batch)               {"rehearsed": [ids]}
     rehearsal.add(new ones that were trained)
+    rehearsal.relearn(all that the weights know)      at start, and after a rollback
 
-It holds whatever has an `id`: `worker.checkpoint.replay.Ready` in a worker, with `rename` saying how one gets another
-id.
+It holds whatever has an `id`: `batch_codec.Ready` in a worker, with `rename` saying how one gets another id.
 
 A rehearsed example's id is "rehearsed:ID": RQ ids have no colon, so it never meets a job's id, the ledger or a result.
 Exactly-once concerns the first training alone. Must not know: torch, Redis, where earlier transcripts come from.
@@ -53,6 +53,12 @@ class Rehearsal(Generic[T]):
                 self.known.append(example)
             elif (place := random.Random(f"{self.seed}/add/{self._seen}").randrange(self._seen)) < self.capacity:
                 self.known[place] = example
+
+    def relearn(self, examples: Iterable[T]) -> None:
+        """`add` these, and forget everybody from before."""
+        self.known.clear()
+        self._seen = 0
+        self.add(examples)
 
     def pick(self, version: int, batch: Sequence[T]) -> list[T]:
         """What to train beside `batch` as `version`; half an example too few or too many is drawn."""

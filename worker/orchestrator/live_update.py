@@ -22,11 +22,12 @@ from typing import Any
 from producer.errors import TandemError
 from producer.transcript import Transcript
 from worker.apollo import NonFiniteGradient
+from worker.checkpoint.batch_codec import Ready, make_ready, unpack_ready
 from worker.checkpoint.journal import JournalError
 from worker.checkpoint.manager import Keeper
-from worker.checkpoint.replay import Ready, make_ready
+from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.protocol import Torn, Unavailable, Update
+from worker.config.protocol import JobResult, Torn, Unavailable, Update
 from worker.data.examples import ExampleBuilder
 from worker.data.replay_buffer import Rehearsal
 from worker.serving.control_client import ServerControl
@@ -89,6 +90,19 @@ class SharedUpdate:
         """Tokenize one transcript; raises `ExampleError` naming what is wrong with it."""
         return make_ready(transcript, self.builder.build(transcript, job_id))
 
+    def remember(self) -> None:
+        """Guards and rehearsal learn the ancestry of the live version, and nothing else: at the start, and whenever the
+        weights have become those of another version. Nobody who was ever dropped is rehearsed."""
+        history = self.keeper.history
+        way = history.ancestry(self.weights.header.version)
+        if self.guards is not None:
+            self.guards.relearn(entry.manifest for entry in way)
+        if self.rehearsal is not None:
+            dropped = frozenset(history.dropped())
+            records = (self.keeper.journal.read(e.version) for e in way if e.kind == "update" and not e.expired)
+            updates = (record for record in records if isinstance(record, UpdateRecord))
+            self.rehearsal.relearn(ready for record in updates for ready in unpack_ready(record, dropped))
+
     def run(self, prepared: Sequence[Ready]) -> Update:
         """Train one version on `prepared`. Raises `Torn`, `Unavailable`, or anything else with no weight touched."""
         if self.weights.header.state != CLEAN:
@@ -133,7 +147,8 @@ class SharedUpdate:
             self.rehearsal.add(trained)
         if self.guards is not None:
             self.guards.remember([update.manifest])
-        self.keeper.after(update)
+        assert update.version is not None
+        self.keeper.after(update.version, update.manifest)
         return update
 
     def _plan(self, prepared: Sequence[Ready], gradients: Gradients) -> Update:
@@ -149,7 +164,7 @@ class SharedUpdate:
             "trained_tokens": gradients.trained_tokens,
             "loss": gradients.loss,
         }
-        results = {e.id: {"version": version, "loss": gradients.nll[e.id], **e.report} for e in trained}
+        results = {e.id: JobResult(version, gradients.nll[e.id], e.report) for e in trained}
         rejected = {e.id: gradients.rejected[e.id] for e in prepared if e.id in gradients.rejected}
         return Update(version, self.weights.header.lineage, manifest, results, rejected)
 

@@ -1,4 +1,4 @@
-"""At the start of a worker: header, journal, checkpoints and Redis are brought to one truth, and it is told.
+"""At the start of a worker: header, journal, checkpoints and Redis are brought to one truth.
 
 First the weights (`mend_weights`): torn or restarted ones become the newest version that the journal or a checkpoint
 has. Then Redis (`mend_redis`): what it lost of the versions is written again. What remains is for `reconcile`.
@@ -17,9 +17,13 @@ import redis
 from producer import keys
 from producer.errors import TandemError
 from worker.apollo import NonFiniteGradient
+from worker.checkpoint.checkpoint_writer import Written
 from worker.checkpoint.journal import Entry
 from worker.checkpoint.manager import Keeper
+from worker.checkpoint.records import LineageRecord, UpdateRecord
+from worker.checkpoint.snapshots import Trained
 from worker.consumer.settlement import settle_with_rq
+from worker.orchestrator.reports import CommittedAgain, LeftOut, Live, Lost, NotApplied, Refilled, Report
 from worker.orchestrator.requeue import requeue
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.header import CLEAN
@@ -43,7 +47,6 @@ class Decision:
     action: Literal["nothing", "void", "rebuild"]
     version: int = 0
     lineage: str = ""
-    said: str = ""
 
 
 def decide(
@@ -64,7 +67,7 @@ def decide(
         if version >= newest:
             return Decision("nothing")
         if version == newest - 1:
-            return Decision("void", newest, ours, f"version {newest} was journaled and not applied: nothing to undo")
+            return Decision("void", newest, ours)
     if not torn and lineage != ours:
         if new_lineage or newest == 0 or (known is not None and known.lineage == lineage):
             return Decision("nothing")
@@ -83,8 +86,7 @@ def decide(
             f"the server lost its weights, Redis is at version {known.version}, and the state directory {where} only"
             f" goes to version {newest}: put its newer files back, or go on without what was learnt: {RESTART}"
         )
-    found = "torn: a worker died while writing them" if torn else f"those of version {version}, lineage {lineage}"
-    return Decision("rebuild", newest, ours, f"the server's weights are {found}; version {newest} is to be made again")
+    return Decision("rebuild", newest, ours)
 
 
 def _ways(newest: int) -> str:
@@ -96,44 +98,51 @@ def _ways(newest: int) -> str:
 
 def mend_weights(
     keeper: Keeper, control: ServerControl, known: LedgerState | None, *, new_lineage: bool = False
-) -> list[str]:
-    """Bring the weights to what the state directory knows; what was found and done, in plain sentences.
+) -> list[Report]:
+    """Bring the weights to what the state directory knows; what was found and done.
 
     Raises `Unrecoverable`, `CannotRebuild` (nothing was changed), or what a replay raises: then the server stays torn.
     """
-    header = keeper.weights.header
+    header: dict[str, Any] = dict(keeper.weights.header.fields())
     where = str(keeper.journal.folder.parent)
-    decision = decide(header.fields(), keeper.latest(), known, new_lineage=new_lineage, where=where)
-    said = [*keeper.notices, *([decision.said] if decision.said else [])]
+    decision = decide(header, keeper.history.latest(), known, new_lineage=new_lineage, where=where)
+    reports: list[Report] = [*keeper.notices]
     if decision.action == "void":
         keeper.void(decision.version)
+        reports.append(NotApplied(decision.version))
     elif decision.action == "rebuild":
-        version = decision.version
-        plan = keeper.plan(version)  # everything is read and checked before anything changes
-        control.pause()
-        try:
-            said += keeper.rebuild(plan, decision.lineage, version)
-        except NonFiniteGradient:
-            if not plan.steps or plan.steps[-1][0]["version"] != version:
-                raise
-            # The journal's last batch was refused the first time too, and its "void" was not written any more.
-            keeper.void(version)
-            said.append(f"version {version} has a gradient that is not finite: it is left out")
-            version -= 1
-            said += keeper.rebuild(keeper.plan(version), decision.lineage, version)  # streaming has written half of it
-        if same := keeper.compare(version):
-            said.append(f"the weights of version {version} are {same}")
-        control.resume(version, rebuilt=True)
-        said.append(f"version {version} of lineage {decision.lineage} is live")
-    return said
+        lost = Lost(header["state"] != CLEAN, header["version"], header["lineage"], decision.version)
+        reports += [lost, *_rebuild(keeper, control, decision.version, decision.lineage)]
+    return reports
 
 
-def mend_redis(connection: redis.Redis, keeper: Keeper, header: dict[str, Any]) -> list[str]:
-    """Write again what Redis lost of versions that the journal or a checkpoint has; what was done, in sentences.
+def _rebuild(keeper: Keeper, control: ServerControl, version: int, lineage: str) -> list[Report]:
+    rebuilder, reports = keeper.rebuilder, list[Report]()
+    plan = rebuilder.plan(version)  # everything is read and checked before anything changes
+    control.pause()
+    try:
+        reports.append(rebuilder.rebuild(plan, lineage, version))
+    except NonFiniteGradient:
+        if not plan.steps or plan.steps[-1].version != version:
+            raise
+        # The journal's last batch was refused the first time too, and its `Voided` was not written any more.
+        keeper.void(version)
+        reports.append(LeftOut(version))
+        version -= 1
+        plan = rebuilder.plan(version)  # streaming has written half of it
+        reports.append(rebuilder.rebuild(plan, lineage, version))
+    if compared := rebuilder.compare(version):
+        reports.append(compared)
+    control.resume(version, rebuilt=True)
+    return [*reports, Live(version, lineage)]
+
+
+def mend_redis(connection: redis.Redis, keeper: Keeper, header: dict[str, Any]) -> list[Report]:
+    """Write again what Redis lost of versions that the journal or a checkpoint has; what was done.
 
     Nothing when Redis counts other weights: that is for `reconcile` to judge.
     """
-    known, latest = ledger.state(connection), keeper.latest()
+    known, latest = ledger.state(connection), keeper.history.latest()
     if latest is None or known.version >= latest[0] or known.lineage not in (None, latest[1]):
         return []
     if known.lineage is None and known.version:
@@ -144,78 +153,71 @@ def mend_redis(connection: redis.Redis, keeper: Keeper, header: dict[str, Any]) 
         if version in keeper.journal.entries:
             keeper.void(version)
         return []
-    missing = keeper.entries(known.version, version)
+    missing = keeper.history.entries(known.version, version)
     whole = [entry.version for entry in missing] == list(range(known.version + 1, version + 1))
     if whole and known.lineage is not None:
         return [_commit_again(connection, keeper, missing)]
     return [_fill(connection, keeper, version, lineage, known.version)]
 
 
-def _commit_again(connection: redis.Redis, keeper: Keeper, missing: list[Entry]) -> str:
+def _commit_again(connection: redis.Redis, keeper: Keeper, missing: list[Entry]) -> CommittedAgain:
     for entry in missing:
-        record = record_of(entry, keeper.journal.read(entry.version))
+        journaled = keeper.journal.read(entry.version)
+        record = record_of(entry, journaled.results if isinstance(journaled, UpdateRecord) else {})
         if again := entry.manifest.get("requeued"):
             settle = requeue(connection, keeper.journal, again)
         else:
-            settle = settle_with_rq(connection)(record.get("results", {}))
+            settle = settle_with_rq(connection)(record["results"])
         ledger.commit(connection, record, settle, new_lineage=entry.kind == "lineage")
-    first, last, count = missing[0].version, missing[-1].version, sum(len(entry.ids) for entry in missing)
-    which = f"version {first} was" if first == last else f"versions {first} to {last} were"
-    return f"{which} in the weights but not in Redis: committed from the journal, with {count} jobs"
+    return CommittedAgain(missing[0].version, missing[-1].version, sum(len(entry.ids) for entry in missing))
 
 
-def record_of(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
+def record_of(entry: Entry, results: dict[str, Any]) -> dict[str, Any]:
     """What the ledger commits for a journaled version."""
     return {
         "version": entry.version,
         "lineage": entry.lineage,
         "jobs": entry.ids,
         "manifest": entry.manifest | {"base": entry.version - 1},
-        "results": record.get("results", {}),
+        "results": results,
     }
 
 
-def _fill(connection: redis.Redis, keeper: Keeper, version: int, lineage: str, known: int) -> str:
+def _fill(connection: redis.Redis, keeper: Keeper, version: int, lineage: str, known: int) -> Refilled:
     """Version, ledger and manifests into a Redis that lost them. Repeatable: the version comes last."""
-    trained = keeper.trained(version)
+    trained = keeper.history.trained(version)
     for key, entries in ((keys.LEDGER, trained.ledger), (keys.DROPPED, trained.dropped)):
         pairs = list(entries.items())
         for start in range(0, len(pairs), CHUNK):
             connection.hset(key, mapping=dict(pairs[start : start + CHUNK]))
     with connection.pipeline() as pipe:
-        for entry in keeper.entries(known, version):
+        for entry in keeper.history.entries(known, version):
             ledger.write_manifest(record_of(entry, {}), pipe)
         pipe.set(keys.VERSION, version)
         pipe.hset(keys.STATE, mapping={"version": version, "lineage": lineage, "at": ledger.utc()})
         pipe.execute()
-    was = f"stood at version {known}" if known else "was empty"
-    return (
-        f"Redis {was}: version {version}, lineage {lineage} and the ids of {len(trained.ledger)} trained transcripts"
-        " were written to it again; none will be trained twice. Transcripts that were still queued there are lost with"
-        " it, unless their applications send them again"
-    )
+    return Refilled(known, version, lineage, len(trained.ledger))
 
 
-def take_note(keeper: Keeper, everyone: Callable[[], dict[str, int]]) -> str | None:
+def take_note(keeper: Keeper, everybody: Callable[[], Trained]) -> Written | None:
     """Last at a start: weights that the state directory does not know (its first start, another's training) enter it,
-    with a checkpoint, since nobody could make them again. everyone: the whole ledger, as Redis has it."""
-    header = keeper.weights.header
+    with a checkpoint, since nobody could make them again. everybody: who was trained and dropped, as Redis has it."""
+    header, history = keeper.weights.header, keeper.history
     version, lineage = header.version, header.lineage
-    if keeper.latest() != (version, lineage):
-        keeper.adopt(version, lineage, everyone() if version else {})
+    if history.latest() != (version, lineage):
+        keeper.adopt(version, lineage, everybody() if version else Trained({}, {}))
     entry = keeper.journal.entries.get(version)
-    alone = entry is not None and entry.kind == "lineage" and entry.parent is None
-    return keeper.checkpoint() if alone else None
+    alone = entry is not None and entry.kind == LineageRecord.kind and entry.parent is None
+    return keeper.checkpoints.write() if alone else None
 
 
 def take_over(keeper: Keeper, control: ServerControl, lineage: str, version: int) -> None:
     """The weights as they are go on as `version` of `lineage`: in the journal, the header and what clients are told."""
-    header = keeper.weights.header
-    if keeper.latest() != (version, lineage):
-        known = (keeper.latest() or (0, ""))[0]
+    header, latest = keeper.weights.header, keeper.history.latest()
+    if latest != (version, lineage):
         fresh = header.version == 0
-        ledger_so_far = {} if fresh else keeper.trained(known).ledger
-        keeper.adopt(version, lineage, ledger_so_far, parent=0 if fresh else None)
+        known = Trained({}, {}) if fresh else keeper.history.trained((latest or (0, ""))[0])
+        keeper.adopt(version, lineage, known, parent=0 if fresh else None)
     with deferred():
         control.pause()
         header.adopt(lineage, version)

@@ -16,6 +16,7 @@ from producer.errors import TandemError
 from producer.jobs import results_key, submission
 from producer.transcript import Transcript
 from worker.checkpoint.journal import Journal
+from worker.checkpoint.records import UpdateRecord
 from worker.consumer.jobs import open_queue
 
 
@@ -43,7 +44,8 @@ def _texts(journal: Journal, ids: set[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for entry in journal.entries.values():
         if ids & set(entry.ids):
-            batch = journal.read(entry.version)["batch"] or []
+            record = journal.read(entry.version)
+            batch = (record.batch if isinstance(record, UpdateRecord) else None) or []
             found |= {item["id"]: item["transcript"] for item in batch}
     if missing := ids - found.keys():
         raise TextExpired(f"--requeue: the journal no longer has the text of {min(missing)} (--keep-transcripts)")

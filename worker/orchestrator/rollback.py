@@ -15,7 +15,9 @@ from typing import Any
 import redis
 
 from producer.errors import TandemError
+from worker.checkpoint.records import RollbackRecord
 from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.reports import Report, RolledBack
 from worker.orchestrator.requeue import requeue as requeue_ids
 from worker.utils.fault_injection import point
 from worker.versions import ledger
@@ -33,43 +35,48 @@ def roll_back(
     *,
     reason: str = "",
     requeue: bool = False,
-) -> list[str]:
-    """Make `target` again without `drop`, live in the server, as the next version; what was done, in sentences.
+) -> list[Report]:
+    """Make `target` again without `drop`, live in the server, as the next version; what was done.
 
     For the writer of the weights, between updates, with Redis and the weights agreed. Raises `CannotRollBack` or
     `CannotRebuild` with nothing changed; whatever else is raised leaves the rest to the next start of a worker.
     """
     keeper, header = step.keeper, step.weights.header
-    now = header.version
-    _check(keeper.trained(now).ledger, now, target, drop)
-    plan = keeper.plan(target, frozenset(drop))
-    abandoned = [entry for entry in keeper.entries(target, now) if entry.ids]
-    again = [id for entry in abandoned for id in entry.ids if id not in drop] if requeue else []
-    version, lineage = now + 1, header.lineage
+    history, rebuilder = keeper.history, keeper.rebuilder
+    now, version, lineage = header.version, header.version + 1, header.lineage
+    trained = history.trained(now)
+    _check(trained.ledger, now, target, drop)
+    plan = rebuilder.plan(target, frozenset(drop))
+    stays = history.contained(target) - plan.dropped
+    abandoned = [entry for entry in history.entries(target, now) if entry.ids]
+    later = list(dict.fromkeys(id for entry in abandoned for id in entry.ids))
+    again = [id for id in later if id not in plan.dropped | stays] if requeue else []
+    retaken = sorted(stays - trained.ledger.keys())  # queued again by a rollback that this one goes back on
     manifest: dict[str, Any] = {"kind": "rollback", "at": ledger.utc(), "base": now, "target": target}
-    manifest |= {"tokens": 0, "dropped": list(drop), "requeued": again, "reason": reason}
+    manifest |= {"tokens": 0, "dropped": list(drop), "requeued": again, "retaken": retaken, "reason": reason}
     manifest |= {"abandoned": [entry.version for entry in abandoned]}
-    record = {"kind": "rollback", "version": version, "lineage": lineage, "parent": target, "dropped": list(drop)}
     settle = requeue_ids(connection, keeper.journal, again)
-    keeper.journal.append(record | {"ids": [], "manifest": manifest})
+    keeper.journal.append(RollbackRecord(version, lineage, target, list(drop), manifest, sorted(plan.without)))
     point("journaled")
     try:
         step.control.pause()
     except BaseException:
         keeper.void(version)
         raise
-    said = keeper.rebuild(plan, lineage, version)
+    reports: list[Report] = [rebuilder.rebuild(plan, lineage, version)]
     step.control.resume(version, rebuilt=True)
-    step.trainer = keeper.make_trainer(step.h)  # the optimizer's step count is another now
-    if not drop and (same := keeper.compare(target)):
-        said.append(f"the weights are those of version {target}, {same}")
-    keeper.measured(version, manifest)
+    step.trainer = rebuilder.make_trainer(step.h)  # the optimizer's step count is another now
+    step.remember()
+    if not plan.dropped & history.contained(target) and (compared := rebuilder.compare(target)):
+        reports.append(compared)
+    keeper.after(version, manifest)
     committed = {"version": version, "lineage": lineage, "jobs": [], "manifest": manifest, "results": {}}
     ledger.commit(connection, committed, settle)
-    said.append(_summary(version, target, drop, abandoned, again))
-    if written := keeper.checkpoint():
-        said.append(written)
-    return said
+    counts = len(abandoned), len(later), len(again), len(retaken)
+    reports.append(RolledBack(version, target, drop, *counts))
+    if written := keeper.checkpoints.write():
+        reports.append(written)
+    return reports
 
 
 def _check(trained: dict[str, int], now: int, target: int, drop: tuple[str, ...]) -> None:
@@ -79,16 +86,3 @@ def _check(trained: dict[str, int], now: int, target: int, drop: tuple[str, ...]
         raise CannotRollBack(f"version {target} is live: name an older one, or what to --drop from it")
     if unknown := [id for id in drop if id not in trained]:
         raise CannotRollBack(f"--drop {unknown[0]}: no version was trained on it (`tandem log` lists who was)")
-
-
-def _summary(version: int, target: int, drop: tuple[str, ...], abandoned: list[Any], again: list[str]) -> str:
-    text = f"version {version} is live: it is version {target}"
-    if drop:
-        text += f" without {', '.join(drop)}"
-    if abandoned:
-        count = sum(len(entry.ids) for entry in abandoned)
-        fate = (
-            f"{len(again)} of them are queued again" if again else "they stay in the ledger and are not trained again"
-        )
-        text += f"; {count} transcripts of {len(abandoned)} later versions are no longer in the weights, {fate}"
-    return text

@@ -16,8 +16,10 @@ import redis
 import torch
 from transformers import AutoTokenizer
 
+from worker.checkpoint.batch_codec import rename
 from worker.checkpoint.manager import Keeper
-from worker.checkpoint.replay import make_deterministic, rename, unpack_ready
+from worker.checkpoint.replay import make_deterministic
+from worker.checkpoint.snapshots import Trained
 from worker.checkpoint.state_dir import StateDir, default_state_dir
 from worker.config.guard_options import GuardSettings
 from worker.config.hyperparameters import Hyperparameters
@@ -33,6 +35,7 @@ from worker.data.replay_buffer import Rehearsal
 from worker.orchestrator.canary import canary_hooks
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import mend_redis, mend_weights, take_note, take_over
+from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
@@ -62,7 +65,7 @@ def attach_step(
     h: Hyperparameters,
     *,
     state_dir: Path | None = None,
-    policy: Policy = Policy(),  # noqa: B008  (frozen)
+    policy: Policy | None = None,
     known: ledger.LedgerState | None = None,
     new_lineage: bool = False,
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
@@ -70,8 +73,9 @@ def attach_step(
 ) -> Iterator[SharedUpdate]:
     """The update protocol on the server of `run_dir`, as its only trainer, from here to the end of the block.
 
-    Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). known: what Redis
-    says of the weights, if it was asked. max_tokens: most of a version.
+    Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
+    state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
+    was asked. max_tokens: most of a version.
     """
     torch_setup.prepare()
     with contextlib.ExitStack() as stack:
@@ -98,8 +102,8 @@ def attach_step(
         )
         room = partial(room_for, packed=weights.state.is_cuda, streaming=way.streaming, budget=way.budget)
         keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, room, policy)))
-        for sentence in mend_weights(keeper, control, known, new_lineage=new_lineage):
-            log.info(sentence)
+        for report in mend_weights(keeper, control, known, new_lineage=new_lineage):
+            log.info(sentence(report))
         trainer = make(h)
         warm(trainer)
         duty = Duty(settings.duty_cycle)
@@ -132,13 +136,13 @@ def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWo
     """Raises `Unavailable` when the server has gone; waits while training is held; writes a checkpoint when due; rests
     as long as the duty cycle asks."""
     step.check()
-    pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker._stop_requested), tell=log.warning)
-    if said := step.keeper.checkpoint_if_due():
-        log.info(said)
+    pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker.stop_requested), tell=log.warning)
+    if report := step.keeper.checkpoints.write_if_due():
+        log.info(sentence(report))
 
     def stopping() -> bool:
         nothing_left = burst and not worker.intake.hands and not worker.queue.count
-        return bool(worker._stop_requested) or nothing_left
+        return bool(worker.stop_requested) or nothing_left
 
     rest(connection, step.duty, stopping=stopping, check=step.check)
 
@@ -162,19 +166,14 @@ def confirm(connection: redis.Redis, step: SharedUpdate) -> None:
 
 def watch(connection: redis.Redis, step: SharedUpdate, settings: GuardSettings) -> Sequence[Hooks]:
     """Give the step its guards, with the memory of the journal; returns the canary's hooks."""
-    entries = [step.keeper.journal.entries[version] for version in sorted(step.keeper.journal.entries)]
     step.guards = Guards(settings.outliers)
-    step.guards.remember(entry.manifest for entry in entries)
     if settings.rehearse:
         step.rehearsal = Rehearsal(settings.rehearse, rename, seed=step.h.seed)
-        dropped = frozenset(id for entry in entries for id in entry.dropped)
-        for entry in entries:
-            if entry.kind == "update" and not entry.expired:
-                step.rehearsal.add(unpack_ready(step.keeper.journal.read(entry.version), dropped))
+    step.remember()
 
     def go_back(version: int) -> int:
-        for line in roll_back(connection, step, version, reason="the canary set's loss"):
-            log.info(line)
+        for report in roll_back(connection, step, version, reason="the canary set's loss"):
+            log.info(sentence(report))
         return step.weights.header.version
 
     return canary_hooks(settings, step.builder, lambda examples: step.trainer.score(examples), connection, go_back)
@@ -183,15 +182,21 @@ def watch(connection: redis.Redis, step: SharedUpdate, settings: GuardSettings) 
 def agree(connection: redis.Redis, step: SharedUpdate, *, new_lineage: bool = False) -> None:
     """Redis, weights and state directory tell one story afterwards; it is logged. Call it with the worker lock held."""
     header = step.weights.header
-    said = mend_redis(connection, step.keeper, header.fields())
-    said += reconcile(
+    for report in mend_redis(connection, step.keeper, header.fields()):
+        log.info(sentence(report))
+    for line in reconcile(
         connection,
         header.fields(),
         step.weights.record.read(),
         new_lineage=new_lineage,
         adopt=partial(take_over, step.keeper, step.control),
         settle=settle_with_rq(connection),
-    )
-    note = take_note(step.keeper, lambda: ledger.everyone(connection))
-    for sentence in [*said, *([note] if note else [])]:
-        log.info(sentence)
+    ):
+        log.info(line)
+    everybody = partial(_everybody, connection)
+    if written := take_note(step.keeper, everybody):
+        log.info(sentence(written))
+
+
+def _everybody(connection: redis.Redis) -> Trained:
+    return Trained(ledger.everyone(connection), ledger.dropped(connection))

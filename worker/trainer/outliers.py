@@ -77,6 +77,12 @@ class Guards:
             self.norms.add(_numbers([manifest[NORM]] if NORM in manifest else []))
             self.tokens.extend(_numbers([manifest[TOKENS]] if TOKENS in manifest else []))
 
+    def relearn(self, manifests: Iterable[Mapping[str, Any]]) -> None:
+        """`remember` these, and nothing from before."""
+        for values in (self.losses.values, self.norms.values, self.tokens):
+            values.clear()
+        self.remember(manifests)
+
     def loss_limit(self) -> float:
         """The highest mean loss, in nats per trained token, that a transcript may have to be trained."""
         return self.losses.bound()

@@ -58,6 +58,11 @@ def everyone(connection: redis.Redis) -> dict[str, int]:
     return {name.decode(): int(version) for name, version in connection.hscan_iter(keys.LEDGER, count=10_000)}
 
 
+def dropped(connection: redis.Redis) -> dict[str, int]:
+    """Everybody who was dropped: transcript id -> the version that was made without it."""
+    return {name.decode(): int(version) for name, version in connection.hscan_iter(keys.DROPPED, count=10_000)}
+
+
 def commit(
     connection: redis.Redis,
     record: dict[str, Any],
@@ -123,8 +128,10 @@ def write(record: dict[str, Any], pipeline: Pipeline | None = None, connection: 
     pipeline.set(keys.VERSION, version)
     if jobs:
         pipeline.hset(keys.LEDGER, mapping=dict.fromkeys(jobs, version))
-    if dropped := manifest.get("dropped"):
-        pipeline.hset(keys.DROPPED, mapping=dict.fromkeys(dropped, version))
+    if out := manifest.get("dropped"):
+        pipeline.hset(keys.DROPPED, mapping=dict.fromkeys(out, version))
+    if back := manifest.get("retaken"):
+        pipeline.hset(keys.LEDGER, mapping=dict.fromkeys(back, version))
     pipeline.xadd(keys.EVENTS, head, maxlen=EVENTS_KEPT, approximate=True)
     pipeline.hset(keys.STATE, mapping=head)
 

@@ -9,15 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker.checkpoint import record_file
-from worker.checkpoint.journal import Journal, JournalError
+from worker.checkpoint.journal import Journal, JournalError, TornTail
+from worker.checkpoint.records import UpdateRecord
 
 SOURCE = "a" * 32
 
 
-def update(version: int, *ids: str, **more: Any) -> dict[str, Any]:
-    batch = [{"id": id, "transcript": {"messages": []}, "weight": 1.0, "sequences": []} for id in ids]
-    plain = {"kind": "update", "version": version, "lineage": "b" * 32, "parent": version - 1, "step": version - 1}
-    return plain | {"ids": list(ids), "batch": batch, "manifest": {"loss": 1.0}} | more
+def update(version: int, *ids: str, batch: list[dict[str, Any]] | None = None) -> UpdateRecord:
+    empty = [{"id": id, "transcript": {"messages": []}, "weight": 1.0, "sequences": []} for id in ids]
+    return UpdateRecord(version, "b" * 32, version - 1, version - 1, list(ids), batch or empty, {"loss": 1.0})
 
 
 def filled(folder: Path, count: int) -> Journal:
@@ -31,7 +31,7 @@ def test_what_was_appended_is_there_after_a_restart(tmp_path: Path) -> None:
     filled(tmp_path, 3).close()
     again = Journal(tmp_path, SOURCE)
     assert sorted(again.entries) == [1, 2, 3] and again.notices == []
-    assert again.read(2)["batch"][0]["id"] == "job-2" and again.last.version == 3
+    assert again.read(2).batch[0]["id"] == "job-2" and again.last.version == 3
     again.append(update(4, "job-4"))
     assert Journal(tmp_path, SOURCE).entries[4].ids == ["job-4"]
 
@@ -44,7 +44,7 @@ def test_a_tail_cut_anywhere_costs_only_the_last_record(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         journal = Journal(tmp_path, SOURCE)
         assert sorted(journal.entries) == [1, 2] and path.stat().st_size == start
-        assert f"cut {end - start} bytes" in journal.notices[0]
+        assert journal.notices == [TornTail(path, end - start)]
         journal.append(update(3, "other"))
         assert Journal(tmp_path, SOURCE).entries[3].ids == ["other"]
 
@@ -65,7 +65,7 @@ def test_a_flipped_bit_is_never_read_as_a_record(tmp_path_factory: pytest.TempPa
         assert path.read_bytes() == whole, "nothing is cut away that other records lie behind"
     else:
         journal = Journal(folder, SOURCE)
-        assert sorted(journal.entries) == [1, 2, 3] and "cut" in journal.notices[0]
+        assert sorted(journal.entries) == [1, 2, 3] and journal.notices[0].cut == len(whole) - last
 
 
 def test_damage_in_a_closed_file_is_not_taken_for_a_torn_tail(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_texts_expire_and_the_rest_of_the_record_stays(tmp_path: Path) -> None:
     assert b"text of secret-a" not in on_disk and b"text of secret-b" in on_disk
     for seen in (journal, Journal(tmp_path, SOURCE)):
         assert seen.entries[1].expired and seen.entries[1].ids == ["secret-a"]
-        assert seen.read(1)["batch"] is None and seen.read(2)["batch"] and seen.read(3)["batch"]
+        assert seen.read(1).batch is None and seen.read(2).batch and seen.read(3).batch
 
 
 def test_another_models_journal_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from drain_parts import Lines, Weights, start
 from producer import Producer, Transcript, keys
 from producer.errors import TandemError
 from worker.checkpoint import model_directory
+from worker.cli.pause import command as pause_command
 from worker.cli.resume import command as resume_command
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import Unavailable
@@ -237,7 +238,7 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
             if line["version"] == 2:
                 pause_switch.hold(connection, "the canary died")
 
-    def check(burst: bool = True, said: Any = lines.on_notice) -> None:
+    def check(burst: bool = True, said: Any = lines.say) -> None:
         pause_switch.wait(connection, burst=burst, stopping=lambda: False, tell=said, poll=0.01)
 
     with pytest.raises(Unavailable, match="the canary died; `tandem resume`"):
@@ -258,6 +259,15 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
     assert sorted(weights.trained) == ids and told[-1] == "training goes on" and len(told) == 2
     assert {"held", "resumed"} <= set(events(connection))
     assert "not on hold" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
+
+
+def test_a_person_pauses_training_and_says_why(redis_url: str) -> None:
+    connection = redis.Redis.from_url(redis_url)
+    answer = CliRunner().invoke(pause_command, ["--redis", redis_url, "--reason", "an evaluation runs"])
+    assert answer.exit_code == 0 and "tandem resume" in answer.output
+    assert pause_switch.held(connection) == "an evaluation runs"
+    assert "an evaluation runs" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
+    assert pause_switch.held(connection) is None
 
 
 def test_a_worker_on_hold_can_be_stopped(connection: redis.Redis) -> None:

@@ -1,0 +1,89 @@
+"""A batch as it lies in the journal: transcripts, and their very tokens and masks, in order.
+
+Must not know: Redis, torch, files. Invariant: what is unpacked has the tokens, masks, weights and order of what was
+packed, whatever became of the chat template or the tokenizer.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from producer.errors import TandemError
+from producer.transcript import Transcript
+from worker.checkpoint.records import UpdateRecord
+from worker.data.examples import Example, TokenSequence
+from worker.data.replay_buffer import PREFIX
+
+
+class ReplayError(TandemError):
+    """A journaled batch cannot be trained again."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A transcript that is ready to train: what the consumer holds, and what the journal keeps."""
+
+    example: Example
+    transcript: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.example.id
+
+    @property
+    def tokens(self) -> int:
+        return self.example.tokens
+
+
+def rename(ready: Ready, id: str) -> Ready:
+    """The same under another id: a rehearsed transcript."""
+    return Ready(dataclasses.replace(ready.example, id=id), ready.transcript)
+
+
+def unpack_ready(record: UpdateRecord, dropped: frozenset[str]) -> list[Ready]:
+    """As `unpack_batch`, with the transcripts."""
+    texts = {item["id"]: item["transcript"] for item in record.batch or []}
+    return [Ready(example, texts[example.id]) for example in unpack_batch(record, dropped)]
+
+
+def make_ready(transcript: Transcript, example: Example) -> Ready:
+    """Pair an example with the plain map it came from (without the application's own meta)."""
+    return Ready(example, transcript.to_dict(meta=False))
+
+
+def pack_batch(ready: Iterable[Ready]) -> list[dict[str, Any]]:
+    """The batch as it goes into the journal: transcripts, and their tokens and masks as bytes, in order."""
+    return [
+        {
+            "id": item.id,
+            "transcript": item.transcript,
+            "weight": item.example.weight,
+            "sequences": [
+                [np.asarray(s.ids, "<u4").tobytes(), np.packbits(np.asarray(s.mask, bool)).tobytes()]
+                for s in item.example.sequences
+            ],
+        }
+        for item in ready
+    ]
+
+
+def unpack_batch(record: UpdateRecord, dropped: frozenset[str]) -> list[Example]:
+    """The examples of a journaled batch, without those of `dropped`. Raises `ReplayError`."""
+    if record.batch is None:
+        raise ReplayError(
+            f"version {record.version} cannot be trained again: its transcripts have expired (--keep-transcripts)"
+        )
+    return [
+        Example(item["id"], tuple(_sequence(*s) for s in item["sequences"]), item["weight"], {})
+        for item in record.batch
+        if item["id"].removeprefix(PREFIX) not in dropped
+    ]
+
+
+def _sequence(ids: bytes, mask: bytes) -> TokenSequence:
+    tokens = np.frombuffer(ids, "<u4")
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(tokens))
+    return TokenSequence(tuple(tokens.tolist()), tuple(bits.astype(bool).tolist()))

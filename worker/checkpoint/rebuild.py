@@ -1,0 +1,142 @@
+"""Makes a version again: from which checkpoint, through which journaled batches, without whom.
+
+Must not know: Redis, sockets, why a version is wanted.
+Invariants: a plan has read and checked everything it needs before the first byte of the weights changes; nobody who was
+ever dropped is in it; the header says APPLYING until the version is complete.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from worker.checkpoint import replay
+from worker.checkpoint.ancestry import CannotRebuild, ids_of, perhaps_in, trace
+from worker.checkpoint.batch_codec import ReplayError
+from worker.checkpoint.history import History
+from worker.checkpoint.journal import Entry
+from worker.checkpoint.records import UpdateRecord
+from worker.checkpoint.replay import Make, Replayed, RoomOf
+from worker.checkpoint.snapshots import SnapshotError
+from worker.shared_weights.attach import AttachedWeights
+from worker.shared_weights.header import CLEAN
+from worker.utils.fault_injection import point
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `version` is made: from the checkpoint of `base` (0: the source model), through the batches `steps`."""
+
+    version: int
+    base: int
+    steps: list[UpdateRecord]
+    dropped: frozenset[str] = frozenset()
+    """Ids that are left out of every batch."""
+    without: frozenset[str] = frozenset()
+    """Those of them that were in a batch of `steps`."""
+    passed_over: list[str] = field(default_factory=list)
+    """Checkpoints that could not be taken, and why."""
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What was made, from what, and what was not as the first time."""
+
+    plan: Plan
+    seconds: float
+    replayed: Replayed
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The weights' digest now, and when the journal saw `version`."""
+
+    version: int
+    now: str
+    then: str
+
+    @property
+    def same(self) -> bool:
+        return self.now == self.then
+
+
+class Rebuilder:
+    """Of `weights`. make: makes a trainer on them; room: how many tokens that one takes at once."""
+
+    def __init__(self, history: History, weights: AttachedWeights, make: Make, room: RoomOf) -> None:
+        self.history, self.weights, self.make_trainer, self.room = history, weights, make, room
+        self.snapshots, self.journal = history.snapshots, history.journal
+        self.device = weights.state.device
+
+    def plan(self, version: int, dropped: frozenset[str] = frozenset()) -> Plan:
+        """How to make `version` without the ids in `dropped` and without all that were dropped before, everything read
+        and checked. Raises `CannotRebuild`."""
+        passed_over: list[str] = []
+        try:
+            out = dropped | self.history.dropped().keys()
+        except SnapshotError as error:
+            raise CannotRebuild(f"version {version} cannot be made: {error}") from error
+
+        def unusable(candidate: int) -> str | None:
+            reason = self._unusable(candidate, out)
+            if reason and candidate in self.snapshots.versions():
+                passed_over.append(reason)
+            return reason
+
+        base, path = trace(self.journal.entries, version, unusable)
+        if base == 0 and self.weights.server_info.get("load_format") == "dummy":
+            raise CannotRebuild(
+                f"version {version} cannot be made: the server began with random weights (--load-format dummy), which"
+                " nobody can restore. Where the weights are torn or lost, restart the server (tandem serve ...), then"
+                " run `tandem worker --new-lineage`"
+            )
+        steps = [self._read(entry) for entry in path]
+        try:
+            self.snapshots.check_layout(base, self.weights.tensors, self.weights.state)
+            replay.check_steps(steps, self.snapshots.steps_taken(base))
+            replay.check_fits(steps, out, self.room)
+        except (SnapshotError, ReplayError) as error:
+            raise CannotRebuild(f"version {version} cannot be made: {error}") from error
+        without = frozenset(id for entry in path for id in ids_of(entry) if id in out)
+        return Plan(version, base, steps, out, without, passed_over)
+
+    def _unusable(self, candidate: int, dropped: frozenset[str]) -> str | None:
+        if candidate == 0:
+            return None
+        if candidate not in self.snapshots.versions():
+            return "it has no checkpoint"
+        try:
+            self.snapshots.check(candidate)
+            inside = perhaps_in(self.journal.entries, candidate, dropped, self.snapshots.trained(candidate))
+        except SnapshotError as error:
+            return str(error)
+        return f"the checkpoint of version {candidate} has {min(inside)} in it" if inside else None
+
+    def _read(self, entry: Entry) -> UpdateRecord:
+        record = self.journal.read(entry.version)
+        assert isinstance(record, UpdateRecord)
+        return record
+
+    def rebuild(self, plan: Plan, lineage: str, version: int) -> Rebuilt:
+        """Make the weights what `plan` says and the header `lineage`, `version`.
+
+        The server must be paused. Whatever is raised leaves the header APPLYING: the next start tries again.
+        """
+        header, started = self.weights.header, time.monotonic()
+        if header.state == CLEAN:
+            header.begin()
+        point("restoring")
+        self.snapshots.restore(plan.base, self.weights.tensors, self.weights.state)
+        replayed = replay.replay(plan.steps, plan.dropped, self.make_trainer, self.device)
+        point("restored")
+        header.adopt(lineage, version)
+        return Rebuilt(plan, time.monotonic() - started, replayed)
+
+    def compare(self, version: int) -> Compared | None:
+        """The weights as they are, against those that the journal saw at `version`; None if it did not look."""
+        entry = self.journal.entries.get(version)
+        if entry is None or entry.digest is None or self.device.type != "cpu":
+            return None
+        return Compared(version, replay.digest(self.weights.tensors), entry.digest)
+
+    def digest(self) -> str | None:
+        """Of the weights as they are; None on a GPU, where bits are not promised."""
+        return replay.digest(self.weights.tensors) if self.device.type == "cpu" else None
