@@ -38,7 +38,12 @@ def audit(cluster: Cluster, transcripts: int) -> Verdict:
     batches = check_books(cluster.redis, transcripts, verdict)
     header = cluster.header()
     known = ledger.state(cluster.redis)
-    expected = {"lineage": known.lineage, "version": known.version, "state": "CLEAN"}
+    expected = {
+        "lineage": known.lineage,
+        "version": known.version,
+        "state": "CLEAN",
+        "fence": (header or {}).get("fence"),
+    }
     verdict.equal("the header beside the weights", header, expected)
     live, replayed = _digests(cluster, batches)
     _check_journal(cluster.folder / "state" / "journal", batches, verdict)

@@ -194,7 +194,7 @@ def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -
         tokens, taught = teach(step), site.everything()
         if found == APPLYING:
             step.control.pause()
-            step.weights.header.begin()  # as a worker does that then dies
+            step.weights.header.begin(step.control.fence)  # as a worker does that then dies
     if found == APPLYING:
         site.is_torn()
     else:

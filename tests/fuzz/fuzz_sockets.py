@@ -26,8 +26,15 @@ from worker.utils import unix_socket
 messages = plain.map(lambda value: {"op": value}) | st.dictionaries(st.text(max_size=5), plain, max_size=4)
 requests = st.one_of(
     messages,
-    st.sampled_from([{"op": op} for op in ("describe", "header", "state", "pause", "hello", "resume")]),
+    st.sampled_from(
+        [{"op": op} for op in ("describe", "header", "revoke", "state", "pause", "hello", "resume", "renew")]
+    ),
     st.builds(lambda name: {"op": "hello", "name": name}, plain | st.text(max_size=120)),
+    st.builds(
+        lambda op, seconds: {"op": op, "seconds": seconds},
+        st.sampled_from(["pause", "begin_hogwild", "renew"]),
+        plain | st.floats(1, 100),
+    ),
     st.builds(lambda version: {"op": "resume", "version": version}, plain | st.integers(0, 2)),
 )
 
@@ -71,7 +78,9 @@ class Sockets:
         self.header = Header(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
         self.header.adopt("b" * 32, 0)
         self.engine = Engine()
-        self.service = WeightService(self.run_dir, {"describe": self.header.fields, "header": self.header.fields})
+        self.service = WeightService(
+            self.run_dir, {"describe": self.header.fields, "header": self.header.fields, "revoke": self.header.revoke}
+        )
         started = threading.Event()
         threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True).start()
         assert started.wait(30)

@@ -111,10 +111,10 @@ def test_two_openings_see_each_other(run_dir: Path) -> None:
 def test_header_is_ordered_with_the_kernels_before_it(run_dir: Path) -> None:
     tensors = opened(run_dir)
     header = Header(tensors["header"])
-    header.begin()
+    header.begin(header.fence)
     assert read_header(run_dir)["state"] == "APPLYING"
     header.finish(3)
-    assert read_header(run_dir) == {"lineage": "ab" * 16, "version": 3, "state": "CLEAN"}
+    assert read_header(run_dir) == {"lineage": "ab" * 16, "version": 3, "state": "CLEAN", "fence": 0}
 
 
 def test_another_gpu_is_refused_by_its_uuid(run_dir: Path) -> None:

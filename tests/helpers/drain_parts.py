@@ -19,12 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from rq import Queue
+from rq.job import Job
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 
+from producer import keys
 from producer.errors import TandemError
+from producer.serializer import MsgpackSerializer
 from producer.transcript import Transcript
 from worker.config.protocol import JobResult, Torn, Unavailable, Update
 from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks, Notice
+from worker.consumer.jobs import FeedbackJob
 from worker.consumer.log_lines import sentence
 from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
@@ -166,6 +172,26 @@ def start(connection: redis.Redis, weights: Weights, *, new_lineage: bool = Fals
         lock.release()
         raise
     return BatchWorker(connection, weights, name=name, lock=lock, **options)
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+
+
+def job(connection: redis.Redis, job_id: str) -> Job:
+    return FeedbackJob.fetch(job_id, connection=connection, serializer=MsgpackSerializer)
+
+
+def counts(connection: redis.Redis) -> dict[str, int]:
+    kinds = {"failed": FailedJobRegistry, "finished": FinishedJobRegistry, "started": StartedJobRegistry}
+    found = {name: kind(keys.QUEUE, connection=connection).get_job_count(cleanup=False) for name, kind in kinds.items()}
+    return found | {"queued": Queue(keys.QUEUE, connection=connection).count}
+
+
+def drain(connection: redis.Redis, weights: Weights, **options: object) -> Lines:
+    lines = Lines()
+    start(connection, weights, hooks=[lines], **({"linger": 0.0} | options)).work(burst=True)
+    return lines
 
 
 if __name__ == "__main__":

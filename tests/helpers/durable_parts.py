@@ -24,6 +24,7 @@ from worker.shared_weights.attach import attach
 from worker.testing.redis_server import RedisServer
 
 LEARNING = ["--lr", "3e-4", "--max-length", "512", "--threads", "1", "--linger", "0"]
+HASTY_LEASE = 3.0
 QUIET = ["--no-checkpoint-at-stop", "--checkpoint-every", "1000"]
 
 __all__ = ["LEARNING", "QUIET", "Site", "transcripts"]
@@ -37,6 +38,18 @@ def run_tandem(*arguments: str) -> None:
     fault_injection.arm(os.environ.get("TANDEM_FAULT"))
     sys.argv = ["tandem", *arguments]
     main.main()
+
+
+def run_hasty_tandem(*arguments: str) -> None:
+    """`tandem ...` in this process, whose leases on the weights are `HASTY_LEASE` seconds long."""
+    from worker.serving import protocol
+
+    protocol.LEAST_LEASE, protocol.LEASE_FACTOR = HASTY_LEASE, 0.0
+    run_tandem(*arguments)
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 class Site:
@@ -68,10 +81,10 @@ class Site:
         self.server.kill()
         self.store.stop()
 
-    def start(self, *arguments: str, fault: str | None = None) -> Forked:
+    def start(self, *arguments: str, fault: str | None = None, run: Any = run_tandem) -> Forked:
         environment = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.run_dir), "TANDEM_FAULT": fault or ""}
         environment |= {"TANDEM_STATE_DIR": str(self.state)}
-        return Forked(run_tandem, arguments, environment, self.folder / "tandem.log")
+        return Forked(run, arguments, environment, self.folder / "tandem.log")
 
     def tandem(self, *arguments: str, code: int = 0) -> str:
         """A command to its end, which must be `code`; what it said."""
@@ -88,6 +101,14 @@ class Site:
         process = self.start("worker", "--until-empty", "--max-jobs", str(jobs), *LEARNING, *options, fault=fault)
         assert process.ended() == -signal.SIGKILL, process.said()
         return process.said()
+
+    def stopped(self, fault: str, *options: str, jobs: int = 2) -> Forked:
+        """A worker with short leases that is stopped (SIGSTOP) at `fault`, and hangs there."""
+        arguments = ("worker", "--burst", "--max-jobs", str(jobs), *LEARNING, *options)
+        process = self.start(*arguments, fault=f"{fault}:stop", run=run_hasty_tandem)
+        until(lambda: _is_stopped(process.pid) or not process.alive(), f"the worker is stopped at {fault}")
+        assert process.alive(), process.said()
+        return process
 
     def send(self, prefix: str, count: int) -> list[str]:
         sent = transcripts(prefix, count)

@@ -35,7 +35,7 @@ for line in sys.stdin:
         elif step == "hogwild":
             control.begin_hogwild()
         elif step == "begin":
-            header.begin()
+            header.begin(control.fence)
         elif step == "finish":
             header.finish(header.version + 1)
     print("done", flush=True)

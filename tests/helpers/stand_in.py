@@ -127,8 +127,9 @@ def _load(model: nn.Module, model_dir: Path, slices: list[Slice]) -> None:
 
 
 async def _serve(memory: Memory, run_dir: Path) -> None:
-    WeightService(run_dir, {"describe": memory.describe, "header": memory.header.fields})
-    fields = memory.header.fields()
+    header = memory.header
+    WeightService(run_dir, {"describe": memory.describe, "header": header.fields, "revoke": header.revoke})
+    fields = header.fields()
     state = ServerState(str(fields["lineage"]), int(fields["version"]))
     control = Control(Engine(), state, run_dir, {"chat_template": None, "template_kwargs": {}})
     await control.start()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import redis
-from drain_parts import Lines, Weights, start
+from drain_parts import Lines, Weights, drain, start
 from rq import Queue, SimpleWorker
 from rq.job import JobStatus
 from rq.registry import DeferredJobRegistry, FailedJobRegistry
@@ -23,22 +23,6 @@ from worker.consumer.transitions import Held, begin, take
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 FEEDBACK = f"rq:queue:{keys.QUEUE}"
-
-
-@pytest.fixture
-def connection(redis_url: str) -> redis.Redis:
-    return redis.Redis.from_url(redis_url)
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Weights:
-    return Weights(tmp_path)
-
-
-def drain(connection: redis.Redis, weights: Weights, **options: Any) -> Lines:
-    lines = Lines()
-    start(connection, weights, hooks=[lines], linger=0.0, **options).work(burst=True)
-    return lines
 
 
 class Touch:

@@ -206,3 +206,33 @@ def test_renewal_takes_an_expired_lock_again_but_not_anothers(connection: redis.
         lock.renew()
     lock.release()
     assert b"theirs" in connection.get(keys.WORKER_LOCK)
+
+
+def manifests(connection: redis.Redis) -> list[int]:
+    return sorted(int(key.rsplit(b":")[-1]) for key in connection.keys("weights:manifest:*"))
+
+
+def test_manifests_beyond_the_history_are_trimmed(connection: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in range(1, 31):
+        ledger.commit(connection, record(version, f"job-{version}"))  # as before there was a limit
+    assert manifests(connection) == list(range(1, 31))
+    monkeypatch.setattr(ledger, "TRIMMED_AT_ONCE", 20)
+    ledger.commit(connection, record(31, "a"), history=3)
+    assert manifests(connection) == list(range(21, 32)), "as many as one commit may"
+    for version in range(32, 40):
+        ledger.commit(connection, record(version, "b"), history=3)
+        assert manifests(connection)[-4:] == list(range(version - 3, version + 1))
+    assert manifests(connection) == [36, 37, 38, 39] and len(connection.hgetall(keys.LEDGER)) == 32
+    assert ledger.commit(connection, record(39, "b"), history=3) is False, "committed again, nothing is counted twice"
+    ledger.commit(connection, record(40, "c"), history=0)
+    assert manifests(connection) == [40], "the newest one always stays"
+    ledger.commit(connection, record(41, "d"))
+    assert manifests(connection) == [40, 41], "who does not know the history trims nothing"
+
+
+def test_a_history_that_grows_again_deletes_nothing_in_it(connection: redis.Redis) -> None:
+    for version in range(1, 11):
+        ledger.commit(connection, record(version, "a"), history=2)
+    for version in range(11, 15):
+        ledger.commit(connection, record(version, "a"), history=10)
+    assert manifests(connection) == list(range(8, 15))

@@ -4,12 +4,11 @@ A hash with a status and no transcript would be no job for anybody, and its id w
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from drain_parts import Lines, Weights, start
+from drain_parts import Weights, drain, say
 
 from producer import keys
 from producer.client import Producer
@@ -19,20 +18,6 @@ from worker.consumer import transitions
 from worker.consumer.jobs import FeedbackJob, open_queue
 
 IDS = ["a", "b", "c"]
-
-
-@pytest.fixture
-def connection(redis_url: str) -> redis.Redis:
-    return redis.Redis.from_url(redis_url)
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Weights:
-    return Weights(tmp_path)
-
-
-def say(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
 
 
 def lose(connection: redis.Redis) -> None:
@@ -56,12 +41,6 @@ def during_the_step(weights: Weights, do: Callable[[], None], then: type[Excepti
         return run(prepared)
 
     weights.run = step  # type: ignore[method-assign]
-
-
-def drain(connection: redis.Redis, weights: Weights, **options: Any) -> Lines:
-    lines = Lines()
-    start(connection, weights, hooks=[lines], linger=0.0, **options).work(burst=True)
-    return lines
 
 
 def test_what_is_put_back_is_the_whole_job(redis_url: str, connection: redis.Redis, weights: Weights) -> None:

@@ -57,7 +57,7 @@ class Trainer:
         """One version; its number."""
         version = self.version + 1
         self._control.pause()
-        self._weights.header.begin()
+        self._weights.header.begin(self._control.fence)
         for tensor in self._weights.tensors.values():
             tensor.mul_(1.02)
         self._weights.header.finish(version)

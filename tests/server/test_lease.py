@@ -82,7 +82,7 @@ def test_pause_freezes_and_resume_needs_the_headers_version(server: ServerProces
     with pytest.raises(ServerError, match=f"the header beside the weights says CLEAN, version {version}"):
         control.resume(version + 1)
     header = attach(server.run_dir).header
-    header.begin()
+    header.begin(control.fence)
     with pytest.raises(ServerError, match="APPLYING"):
         control.resume(version)
     header.abandon()
@@ -114,7 +114,7 @@ def test_answers_carry_the_versions_they_span(server: ServerProcess, control: Se
     stream, whole = inside(server, True, False, at=control.pause, undo=lambda: control.resume(first))
     during = Background(server, 2, stream=False)
     header = attach(server.run_dir).header
-    header.begin()
+    header.begin(control.fence)
     header.finish(first + 1)
     control.resume(first + 1)
     _, headers, body = stream.result()
@@ -158,7 +158,7 @@ def test_a_server_that_is_written_to_goes_on_and_its_answers_say_so(
     with pytest.raises(ServerError, match="not paused"):
         control.resume(first)
     header = attach(server.run_dir).header
-    header.begin()
+    header.begin(control.fence)
     status, headers, _ = completion(server, 2)
     assert (status, headers["x-weight-version"]) == (200, f"{first}-{first + 1}")
     header.finish(first + 1)
@@ -195,11 +195,11 @@ MALFORMED = st.one_of(
     st.binary(min_size=1, max_size=64).map(lambda body: struct.pack(">I", len(body)) + body),
     st.integers(MAX_REQUEST + 1, 2**32 - 1).map(lambda length: struct.pack(">I", length)),
     st.dictionaries(
-        st.sampled_from(["op", "name", "version", "x"]),
+        st.sampled_from(["op", "name", "version", "seconds", "x"]),
         st.one_of(
             st.none(), st.integers(-(2**63), 2**64 - 1), st.text(max_size=200), st.binary(max_size=9), st.floats()
         )
-        | st.sampled_from(["resume", "pause", "hello", "begin_hogwild"])
+        | st.sampled_from(["resume", "pause", "hello", "begin_hogwild", "renew"])
         | st.lists(st.integers(0, 9), max_size=3),
     ).map(lambda message: unix_socket.pack(message)),
 )

@@ -81,7 +81,7 @@ def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site
         undo=lambda: (control.pause(), control.resume(before)),
         tokens=4000,
     )
-    header.begin()
+    header.begin(control.fence)
     control.close()  # as the end of its process does, which a busy machine may put off
     site.is_torn()
     reason = site.served()["reason"]

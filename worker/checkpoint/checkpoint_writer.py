@@ -12,6 +12,7 @@ from pathlib import Path
 from producer.errors import TandemError
 from worker.checkpoint.history import History
 from worker.checkpoint.pruning import kept
+from worker.checkpoint.snapshots import SnapshotError
 from worker.config.retention import Policy
 from worker.shared_weights.attach import AttachedWeights
 from worker.shared_weights.header import CLEAN
@@ -80,7 +81,13 @@ class CheckpointWriter:
         point("checkpointed")
         self.journal.rotate()
         if self._prunes:
-            self._let_go()
+            try:
+                self._let_go()
+            except OSError as error:
+                raise SnapshotError(
+                    f"the checkpoint of version {version} is written, and what it makes unneeded in"
+                    f" {self.snapshots.folder.parent} could not be deleted ({error.strerror}): the next one tries again"
+                ) from error
         return Written(version, self.snapshots.path(version), seconds)
 
     def _let_go(self) -> None:

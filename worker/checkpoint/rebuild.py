@@ -17,7 +17,7 @@ from worker.checkpoint.records import UpdateRecord
 from worker.checkpoint.replay import Make, Replayed, RoomOf
 from worker.checkpoint.snapshots import SnapshotError
 from worker.shared_weights.attach import AttachedWeights
-from worker.shared_weights.header import CLEAN
+from worker.shared_weights.header import APPLYING
 from worker.utils.fault_injection import point
 
 
@@ -108,7 +108,7 @@ class Rebuilder:
             inside = perhaps_in(self.journal.entries, candidate, dropped, self.snapshots.trained(candidate))
         except SnapshotError as error:
             return str(error)
-        return f"the checkpoint of version {candidate} has {min(inside)} in it" if inside else None
+        return f"{min(inside)} may be in the checkpoint of version {candidate}" if inside else None
 
     def _read(self, entry: Entry) -> UpdateRecord:
         record = self.journal.read(entry.version)
@@ -118,11 +118,10 @@ class Rebuilder:
     def rebuild(self, plan: Plan, lineage: str, version: int) -> Rebuilt:
         """Make the weights what `plan` says and the header `lineage`, `version`.
 
-        The server must be paused. Whatever is raised leaves the header APPLYING: the next start tries again.
+        The server must be paused, and the header APPLYING. Whatever is raised leaves it so: the next start tries again.
         """
         header, started = self.weights.header, time.monotonic()
-        if header.state == CLEAN:
-            header.begin()
+        assert header.state == APPLYING
         point("restoring")
         self.snapshots.restore(plan.base, self.weights.tensors, self.weights.state)
         replayed = replay.replay(plan.steps, plan.dropped, self.make_trainer, self.device)

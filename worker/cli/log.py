@@ -17,7 +17,7 @@ from producer.cli import redis_option
 from producer.errors import TandemError
 from producer.jobs import connect, resolve_url
 from worker.checkpoint import record_file
-from worker.checkpoint.state_dir import default_state_dir
+from worker.checkpoint.state_dir import default_state_dir, replace
 from worker.shared_weights.weights_client import ask
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
@@ -27,11 +27,13 @@ SHOWN_IDS = 3
 
 
 def versions_from_redis(connection: redis.Redis, count: int) -> list[dict[str, Any]]:
-    """The newest `count` manifests, newest first. Raises redis errors."""
+    """The manifests that Redis has of the newest `count` versions, newest first. Raises redis errors."""
     newest = ledger.state(connection).version
     found = []
     for version in range(newest, max(0, newest - count), -1):
         raw: dict[str, Any] = dict(ledger.manifest(connection, version))
+        if not raw:  # trimmed, or one of several that a run without Redis made
+            continue
         for name in ("jobs", "dropped", "abandoned", "requeued"):
             raw[name] = json.loads(raw.get(name) or "[]")
         found.append(raw | {"version": version})
@@ -147,7 +149,10 @@ def _state_dir(given: Path | None, run_dir: Path) -> Path:
 def _manifests(redis_url: str | None, state: Path, count: int) -> list[dict[str, Any]]:
     problem = "Redis has no versions"
     try:
-        if found := versions_from_redis(connect(resolve_url(redis_url), redis.Redis.from_url), count):
+        connection = connect(resolve_url(redis_url), redis.Redis.from_url)
+        if found := versions_from_redis(connection, count):
+            if len(found) < min(count, found[0]["version"]):
+                click.echo("of the other versions Redis has no manifest (the worker's --history)", err=True)
             return found
     except (redis.RedisError, TandemError) as error:
         problem = str(error)
@@ -164,4 +169,4 @@ def _set_mark(state: Path, version: int, name: str | None) -> None:
     if name is None:
         (folder / "mark").unlink(missing_ok=True)
     else:
-        (folder / "mark").write_text(name + "\n")
+        replace(folder / "mark", f"{name}\n".encode())

@@ -27,6 +27,7 @@ from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:
     from worker.checkpoint.batch_codec import Ready
+    from worker.data.batch_capacity import Room
 
 T = TypeVar("T")
 
@@ -147,7 +148,22 @@ def train_attached(
             return float(update.manifest["loss"])
 
         examples = load_examples(file, lambda transcript, id: shared.prepare(id, transcript))
-        return run_steps(list(epochs(examples, count=count, batch=batch, seed=h.seed)), step)
+        batches = list(epochs(examples, count=count, batch=batch, seed=h.seed))
+        check_batches(file, batches, shared.trainer.room)
+        return run_steps(batches, step)
+
+
+def check_batches(file: str, batches: Sequence[list[Ready]], room: Room) -> None:
+    """The trainer takes every batch; asked before the first version is made. Raises `TandemError`."""
+    refused = [found for ready in batches if not room.holds(found := [item.example for item in ready])]
+    if refused:
+        most = max(map(room.needs, refused))
+        what = "a batch" if room.whole else "a transcript"
+        fewer = "a smaller --batch, " if room.whole else ""
+        raise TandemError(
+            f"{file}: nothing was trained: {what} has {most} tokens, and a forward pass here takes {room.longest} at"
+            f" most. Use {fewer}--max-tokens {most}, if the GPU's memory allows it, or a lower --max-length"
+        )
 
 
 @click.command()

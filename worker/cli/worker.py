@@ -86,7 +86,8 @@ def command(
             step.confirm = partial(confirm, connection, step)
             forget_rest(connection)
             hooks = [LogHooks(), *watch(connection, step, guards)]
-            limits = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+            limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+            limits["history"] = policy.history
             drain(connection, step, lock, burst=until_empty or burst, hooks=hooks, **limits)
             if policy.at_stop and (report := step.keeper.checkpoints.try_write()):
                 log.info(sentence(report))

@@ -35,7 +35,12 @@ def state_options(command: F) -> F:
         click.option("--checkpoint-every", type=click.IntRange(1), default=defaults.every, help="In versions."),
         click.option("--checkpoint-minutes", type=click.FloatRange(0), default=defaults.minutes, help="Or in time."),
         click.option("--keep-checkpoints", type=click.IntRange(2), default=defaults.keep, help="How many; 2 or more."),
-        click.option("--history", type=click.IntRange(0), default=defaults.history, help="Versions to roll back to."),
+        click.option(
+            "--history",
+            type=click.IntRange(0),
+            default=defaults.history,
+            help="Versions to roll back to; Redis keeps the manifests of as many.",
+        ),
         click.option(
             "--keep-transcripts",
             type=click.FloatRange(0),

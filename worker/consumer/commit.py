@@ -33,7 +33,10 @@ class CommitPending(TandemError):
 
 
 class Committer:
-    """Settles what a step did with a batch. settling: held while jobs change hands. tell: the worker's hooks."""
+    """Settles what a step did with a batch.
+
+    settling: held while jobs change hands. tell: the worker's hooks. history: see `ledger.commit`.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,9 @@ class Committer:
         intake: Intake,
         settling: threading.RLock,
         tell: Callable[..., None],
+        history: int | None = None,
     ) -> None:
+        self.history = history
         self.worker, self.queue, self.intake, self.settling, self.tell = worker, queue, intake, settling, tell
         self.versions = 0
         """How many versions were committed."""
@@ -84,7 +89,7 @@ class Committer:
         while True:
             try:
                 with self.settling:
-                    ledger.commit(self.worker.connection, record, finish)
+                    ledger.commit(self.worker.connection, record, finish, history=self.history)
                     self.intake.release(trained)
                 point("committed")
                 break

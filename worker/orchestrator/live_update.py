@@ -32,7 +32,7 @@ from worker.data.examples import ExampleBuilder
 from worker.data.replay_buffer import Rehearsal
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights
-from worker.shared_weights.header import CLEAN
+from worker.shared_weights.header import CLEAN, LeaseLostError
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.outliers import GradientOutlier, Guards
 from worker.trainer.trainer import Gradients, Trainer
@@ -178,11 +178,14 @@ class SharedUpdate:
         point("paused")
         try:
             self.weights.record.write(update.record())
-            header.begin()
+            header.begin(self.control.fence)
             point("applying")
             measured = self._write(update.version)
         except Torn:
             raise
+        except LeaseLostError as error:
+            self.keeper.void(update.version)
+            raise Unavailable(str(error)) from error
         except BaseException:
             self.keeper.void(update.version)  # nothing was written
             self._end_lease(before)

@@ -26,12 +26,14 @@ from worker.consumer.settlement import settle_with_rq
 from worker.orchestrator.reports import CommittedAgain, LeftOut, Live, Lost, NotApplied, Refilled, Report
 from worker.orchestrator.requeue import requeue
 from worker.serving.control_client import ServerControl
-from worker.shared_weights.header import CLEAN
+from worker.shared_weights.header import CLEAN, Header
 from worker.utils.signals import deferred
 from worker.versions import ledger
 from worker.versions.ledger import LedgerState
 from worker.versions.reconcile import RESTART
 
+RESTORE_SECONDS, REPLAY_SECONDS = 120.0, 30.0
+"""How long a checkpoint and one batch take, generously: until the server says that its trainer hangs."""
 CHUNK = 10_000
 """Ledger entries a round trip."""
 
@@ -119,7 +121,7 @@ def mend_weights(
 def _rebuild(keeper: Keeper, control: ServerControl, version: int, lineage: str) -> list[Report]:
     rebuilder, reports = keeper.rebuilder, list[Report]()
     plan = rebuilder.plan(version)  # everything is read and checked before anything changes
-    control.pause()
+    begin_rebuild(control, keeper.weights.header, len(plan.steps))
     try:
         reports.append(rebuilder.rebuild(plan, lineage, version))
     except NonFiniteGradient:
@@ -135,6 +137,14 @@ def _rebuild(keeper: Keeper, control: ServerControl, version: int, lineage: str)
         reports.append(compared)
     control.resume(version, rebuilt=True)
     return [*reports, Live(version, lineage)]
+
+
+def begin_rebuild(control: ServerControl, header: Header, batches: int) -> None:
+    """The server stands still and the header says APPLYING: the weights may be made again, through `batches` of the
+    journal."""
+    control.pause(RESTORE_SECONDS + REPLAY_SECONDS * batches)
+    if header.state == CLEAN:
+        header.begin(control.fence)
 
 
 def mend_redis(connection: redis.Redis, keeper: Keeper, header: dict[str, Any]) -> list[Report]:
@@ -220,5 +230,6 @@ def take_over(keeper: Keeper, control: ServerControl, lineage: str, version: int
         keeper.adopt(version, lineage, known, parent=0 if fresh else None)
     with deferred():
         control.pause()
+        header.begin(control.fence)
         header.adopt(lineage, version)
         control.resume(version)

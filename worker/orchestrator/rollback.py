@@ -17,6 +17,7 @@ import redis
 from producer.errors import TandemError
 from worker.checkpoint.records import RollbackRecord
 from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator.recovery import begin_rebuild
 from worker.orchestrator.reports import Report, RolledBack
 from worker.orchestrator.requeue import requeue as requeue_ids
 from worker.utils.fault_injection import point
@@ -59,7 +60,7 @@ def roll_back(
     keeper.journal.append(RollbackRecord(version, lineage, target, list(drop), manifest, sorted(plan.without)))
     point("journaled")
     try:
-        step.control.pause()
+        begin_rebuild(step.control, header, len(plan.steps))
     except BaseException:
         keeper.void(version)
         raise

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from producer.errors import TandemError
-from worker.serving.protocol import ANSWER_SECONDS, CONNECT_SECONDS, SOCKET
+from worker.serving.protocol import ANSWER_SECONDS, CONNECT_SECONDS, PLANNED_SECONDS, SOCKET, lease_seconds
 from worker.utils import unix_socket
 
 
@@ -28,6 +28,8 @@ class ServerControl:
         self._run_dir = Path(run_dir)
         self._name = name
         self._socket: Any = None
+        self.fence = -1
+        """What `Header.begin` needs: given with each `pause` and `begin_hogwild`; -1 before the first."""
         self.rendering: dict[str, Any] = {}
         """After `connect`: {"chat_template": text or None, "template_kwargs": map}, as the server was started."""
 
@@ -45,22 +47,31 @@ class ServerControl:
             self.close()
             raise
 
-    def pause(self) -> float:
+    def pause(self, planned: float = PLANNED_SECONDS) -> float:
         """Freeze the server; the seconds that took. Held until `resume`, or until this connection or process ends.
 
+        planned: seconds until `resume` or `renew`. A trainer that is silent for several times as long (`lease_seconds`)
+        is taken to hang: the server takes the weights back, and `Header.begin` with this pause's `fence` is refused.
         From its return on no kernel reads the weights, and requests that come later find nothing that was computed with
         them. A server that recomputes running requests first ends what the last version gave it to recompute;
         ServerError when that takes too long.
         """
-        return float(self._ask({"op": "pause"})["seconds"])
+        answer = self._ask({"op": "pause", "seconds": lease_seconds(planned)})
+        self.fence = int(answer["fence"])
+        return float(answer["seconds"])
 
-    def begin_hogwild(self) -> None:
+    def begin_hogwild(self, planned: float = PLANNED_SECONDS) -> None:
         """Tell the server that it will be written to while it serves, from now until a `pause` and a `resume`.
 
+        planned: as in `pause`.
         Should this connection end meanwhile, the server judges by the header as in a pause: torn weights answer nobody.
         ServerError unless it is serving whole weights.
         """
-        self._ask({"op": "begin_hogwild"})
+        self.fence = int(self._ask({"op": "begin_hogwild", "seconds": lease_seconds(planned)})["fence"])
+
+    def renew(self, planned: float = PLANNED_SECONDS) -> None:
+        """Say that the write goes on; planned: as in `pause`. ServerError when the server took the weights back."""
+        self._ask({"op": "renew", "seconds": lease_seconds(planned)})
 
     def resume(self, version: int, rebuilt: bool = False) -> None:
         """Let the server go on under `version`. ServerError, and still paused, unless the header is CLEAN and at it.

@@ -26,5 +26,11 @@ def ask(run_dir: Path, op: str, timeout: float = 10.0) -> tuple[dict[str, Any], 
 
 
 def read_header(run_dir: Path, timeout: float = 10.0) -> dict[str, Any]:
-    """{"lineage": 32 hex digits, "version": int, "state": "CLEAN" | "APPLYING"} as it lies beside the weights now."""
+    """{"lineage": 32 hex digits, "version": int, "state": "CLEAN" | "APPLYING", "fence": int}, as it lies beside the
+    weights now."""
     return ask(run_dir, "header", timeout)[0]
+
+
+def revoke(run_dir: Path, timeout: float = 10.0) -> dict[str, Any]:
+    """Take back every lease on the weights (`Header.revoke`); the header as it is then. For the server alone."""
+    return ask(run_dir, "revoke", timeout)[0]

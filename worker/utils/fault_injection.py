@@ -1,7 +1,8 @@
-"""Named points at which a test can kill this process, to prove what a crash there leaves behind.
+"""Named points at which a test can kill or stop this process, to prove what a crash or a hang there leaves behind.
 
-`TANDEM_FAULT=NAME` (or `NAME:K` for the K-th pass) makes `point(NAME)` a kill -9 of ourselves. Unset, as in
-production, `point` is one dictionary look-up. Must not know: what the points are part of.
+`TANDEM_FAULT=NAME` (or `NAME:K` for the K-th pass) makes `point(NAME)` a kill -9 of ourselves; with `:stop` at its end,
+a SIGSTOP, after which we hang until somebody sends SIGCONT. Unset, as in production, `point` is one dictionary look-up.
+Must not know: what the points are part of.
 """
 
 import os
@@ -18,14 +19,18 @@ CHECKPOINT_POINTS = ("checkpointing", "checkpointed")
 POINTS = UPDATE_POINTS + RECOVERY_POINTS + CHECKPOINT_POINTS
 
 _armed: dict[str, int] = {}
+_signal = signal.SIGKILL
 
 
 def arm(setting: str | None) -> None:
-    """Obey `setting` ("NAME" or "NAME:K") from now on, and nothing else; None or empty disarms every point."""
+    """Obey `setting` (NAME[:K][:stop]) from now on, and nothing else; None or empty disarms every point."""
+    global _signal
     _armed.clear()
     if not setting:
         return
-    name, _, count = setting.partition(":")
+    plain = setting.removesuffix(":stop")
+    _signal = signal.SIGKILL if plain == setting else signal.SIGSTOP
+    name, _, count = plain.partition(":")
     if name not in POINTS:
         raise ValueError(f"TANDEM_FAULT={setting}: unknown point, choose one of {', '.join(POINTS)}")
     if count and not (count.isdigit() and int(count)):
@@ -34,11 +39,12 @@ def arm(setting: str | None) -> None:
 
 
 def point(name: str) -> None:
-    """Die here with SIGKILL when the environment asks for it."""
+    """Die, or stop, here when the environment asks for it."""
     if name in _armed:
         _armed[name] -= 1
         if _armed[name] <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            del _armed[name]
+            os.kill(os.getpid(), _signal)
 
 
 arm(os.environ.get("TANDEM_FAULT"))

@@ -23,7 +23,11 @@ from producer import keys
 from producer.errors import TandemError
 
 EVENTS_KEPT = 100_000
-"""About how many entries the event stream keeps; manifests and the ledger are never trimmed."""
+"""About how many entries the event stream keeps."""
+FIRST_MANIFEST = "first_manifest"
+"""Field of `weights:state`: no older version has a manifest any more."""
+TRIMMED_AT_ONCE = 1000
+"""Manifests that one commit deletes at most: more only where they were never trimmed before."""
 
 
 class LedgerMismatch(TandemError):
@@ -70,11 +74,13 @@ def commit(
     watch: Iterable[str] = (),
     *,
     new_lineage: bool = False,
+    history: int | None = None,
 ) -> bool:
     """Commit `record` as version N = `record["version"]`, where Redis must be at `base(record)` of the same lineage.
 
     settle: queues whatever else belongs to the transaction; may be called again when a watched key changed.
-    watch: further keys whose change starts the transaction anew.
+    watch: further keys whose change starts the transaction anew. history: manifests of versions that lie further back
+    are deleted; None: none are.
     Returns False when this very record is committed already (an earlier EXEC whose answer was lost).
     Raises LedgerMismatch, or redis errors with the outcome unknown: call again with the same record.
     """
@@ -87,14 +93,30 @@ def commit(
                 if now.version == version and _is_committed(connection, record):
                     return False
                 _check(now, record, new_lineage)
+                first = _first_manifest(connection)
                 pipe.multi()
                 write(record, pipeline=pipe)
+                if history is not None:
+                    _trim(pipe, first, version - history)
                 own = len(pipe.command_stack)
                 settle(pipe)
                 _execute(pipe, own)
                 return True
             except redis.WatchError:
                 continue
+
+
+def _first_manifest(connection: redis.Redis) -> int:
+    raw: Any = connection.hget(keys.STATE, FIRST_MANIFEST)
+    return int(raw) if raw is not None and raw.isdigit() else 1
+
+
+def _trim(pipe: Pipeline, first: int, keep: int) -> None:
+    """Delete the manifests from `first` up to, but not including, `keep`; as many as one commit may."""
+    upto = min(keep, first + TRIMMED_AT_ONCE)
+    if upto > first:
+        pipe.unlink(*(keys.manifest(version) for version in range(first, upto)))
+        pipe.hset(keys.STATE, FIRST_MANIFEST, upto)
 
 
 def _execute(pipe: Pipeline, own: int) -> None:

@@ -1,6 +1,11 @@
 """The journal's files: what a crash, a full disk and a bad disk do to them."""
 
+import contextlib
+import errno
+import os
 import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker.checkpoint import record_file
+from worker.checkpoint import journal as journal_module
+from worker.checkpoint import record_file, state_dir
 from worker.checkpoint.journal import Journal, JournalError, TornTail
 from worker.checkpoint.records import UpdateRecord
 
@@ -81,13 +87,8 @@ def test_damage_in_a_closed_file_is_not_taken_for_a_torn_tail(tmp_path: Path) ->
 def test_a_full_disk_leaves_no_part_of_a_record(tmp_path: Path) -> None:
     journal = filled(tmp_path, 2)
     before = journal._path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 40, hard))
-    try:
-        with pytest.raises(JournalError, match="cannot be written"):
-            journal.append(update(3, "job-3"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(len(before) + 40), pytest.raises(JournalError, match="cannot be written"):
+        journal.append(update(3, "job-3"))
     assert journal._path.read_bytes() == before and sorted(journal.entries) == [1, 2]
     journal.append(update(3, "job-3"))
     assert sorted(Journal(tmp_path, SOURCE).entries) == [1, 2, 3]
@@ -153,3 +154,105 @@ def test_sound_bytes_that_are_no_record_of_ours_are_named(tmp_path: Path, record
     path.write_bytes(path.read_bytes() + record_file.pack(record))
     with pytest.raises(JournalError, match=rf"{path.name}, byte {size}"):
         Journal(tmp_path, SOURCE)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a disk that is full: no file grows beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_rotation_that_fails_leaves_the_file_open(tmp_path: Path) -> None:
+    journal = filled(tmp_path, 2)
+    first = journal._path
+    with files_of_at_most(10), pytest.raises(JournalError, match="cannot be written"):
+        journal.rotate()
+    assert [path.name for path in tmp_path.iterdir()] == [first.name], "nothing is left of the new file"
+    journal.append(update(3, "job-3"))
+    assert sorted(Journal(tmp_path, SOURCE).entries) == [1, 2, 3]
+    journal.rotate()
+    journal.append(update(4, "job-4"))
+    again = Journal(tmp_path, SOURCE)
+    assert sorted(again.entries) == [1, 2, 3, 4] and again.entries[4].path != first
+
+
+def test_a_rotation_whose_last_sync_fails_leaves_no_second_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file would make the old one closed, whose torn tail is damage."""
+    journal = filled(tmp_path, 2)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state_dir, "sync", fail)
+        with pytest.raises(JournalError, match="Input/output error"):
+            journal.rotate()
+    assert len(list(tmp_path.glob("*.journal"))) == 1
+    journal.append(update(3, "job-3"))
+    assert sorted(Journal(tmp_path, SOURCE).entries) == [1, 2, 3]
+
+
+def test_an_append_whose_rotation_fails_has_written_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 1)
+    journal = Journal(tmp_path, SOURCE)
+    record = record_file.pack(update(1, "job-1").plain() | {"time": 1.5})
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state_dir, "replace", full)
+        journal.append(update(1, "job-1"))  # no error: it is on disk
+        assert sorted(Journal(tmp_path, SOURCE).entries) == [1]
+        with files_of_at_most(journal._size + len(record) // 2), pytest.raises(JournalError, match="make room"):
+            journal.append(update(2, "job-2"))  # the disk is full indeed: a clean stop, and nothing was written
+    assert sorted(journal.entries) == sorted(Journal(tmp_path, SOURCE).entries) == [1]
+    journal.append(update(2, "job-2"))
+    assert len(list(tmp_path.glob("*.journal"))) == 2
+
+
+def test_texts_that_cannot_be_removed_are_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first file is rewritten, the second one is not: what is read then lies where it lies now."""
+    journal = Journal(tmp_path, SOURCE)
+    for version in (1, 2, 3):
+        journal.append(update(version, f"job-{version}"))
+        journal.append(update(version + 10, f"job-{version + 10}"))
+        journal.rotate()
+    whole, calls = state_dir.replace, []
+
+    def once(path: Path, data: bytes) -> None:
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, data)
+
+    monkeypatch.setattr(state_dir, "replace", once)
+    with pytest.raises(JournalError, match="cannot be written"):
+        journal.expire(covered=3, before=time.time() + 1)
+    assert len(calls) == 2
+    assert [journal.read(version).batch is None for version in (1, 2, 3)] == [True, False, False]
+    assert all(journal.read(version + 10).ids == [f"job-{version + 10}"] for version in (1, 2, 3))
+
+
+def test_a_record_that_could_not_be_cut_off_is_cut_off_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = filled(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail_to_sync)
+        patched.setattr(os, "ftruncate", fail_to_sync)
+        with pytest.raises(JournalError, match="Input/output error"):
+            journal.append(update(2, "lost"))
+    journal.append(update(2, "job-2"))
+    assert Journal(tmp_path, SOURCE).entries[2].ids == ["job-2"]
+
+
+def fail_to_sync(*arguments: int) -> None:
+    raise OSError(errno.EIO, "Input/output error")

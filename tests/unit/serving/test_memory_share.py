@@ -173,12 +173,12 @@ def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     code = """
 import sys
-from worker.serving import trainer_share
+from worker.serving import memory_share
 from worker.serving.vllm_flags import LaunchError
-print(trainer_share.find_config("some/model", {}))
+print(memory_share.find_config("some/model", {}))
 for name, given in (("other/model", {}), ("some/model", {"--revision": ["v2"]}), ("no model: at all", {})):
     try:
-        trainer_share.find_config(name, given)
+        memory_share.find_config(name, given)
     except LaunchError as error:
         print(error)
 assert not {"torch", "vllm", "transformers"} & set(sys.modules)

@@ -28,7 +28,7 @@ def run(code: str, **environment: str) -> str:
 def test_plugins_do_nothing_under_a_plain_vllm() -> None:
     run("""
 import sys
-from worker.serving import plugin
+from worker.serving.vllm import plugin
 assert plugin.platform() is None
 plugin.register()
 plugin.TandemEndpoints().attach_router(None)
@@ -40,7 +40,7 @@ assert not loaded & {"torch", "vllm", "fastapi"}, loaded
 CPU_BACKEND = """
 import os
 import torch
-from worker import torch_setup
+from worker.utils import torch_setup
 torch_setup.prepare()
 import vllm._custom_ops as ops
 
@@ -58,7 +58,7 @@ weight = torch.randn(256, 1, 4, dtype=torch.bfloat16)
 has_kernel = torch.cpu._is_avx512_bf16_supported()  # without it vLLM convolves with torch, from the weight itself
 packed = convolve(ops.causal_conv1d_weight_pack(weight.view(256, 4).contiguous())) if has_kernel else None
 
-from worker.serving import cpu_backend, plugin
+from worker.serving.vllm import cpu_backend, plugin
 plugin.platform()
 for _ in range(2):
     plugin.register()
@@ -131,7 +131,7 @@ def test_versions_out_of_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_torchvision_can_be_imported_beside_this_torch() -> None:
     run("""
-from worker import torch_setup
+from worker.utils import torch_setup
 torch_setup.prepare()
 torch_setup.prepare()
 import torchvision.transforms.functional

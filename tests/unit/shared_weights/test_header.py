@@ -23,8 +23,8 @@ def new_header() -> tuple[Header, torch.Tensor]:
 def test_header_says_what_was_written_to_whoever_maps_the_memory() -> None:
     header, memory = new_header()
     other = Header(memory)
-    assert other.fields() == {"lineage": LINEAGE, "version": 0, "state": CLEAN}
-    header.begin()
+    assert other.fields() == {"lineage": LINEAGE, "version": 0, "state": CLEAN, "fence": 0}
+    header.begin(header.fence)
     assert (other.state, other.version) == (APPLYING, 0)
     header.finish(1)
     assert (other.state, other.version) == (CLEAN, 1)
@@ -34,21 +34,21 @@ def test_header_says_what_was_written_to_whoever_maps_the_memory() -> None:
 def test_adopt_keeps_any_lineage_and_version(lineage: uuid.UUID, version: int) -> None:
     header, _ = new_header()
     header.adopt(lineage.hex, version)
-    assert header.fields() == {"lineage": lineage.hex, "version": version, "state": CLEAN}
+    assert header.fields() == {"lineage": lineage.hex, "version": version, "state": CLEAN, "fence": 0}
 
 
 def test_steps_out_of_order_are_refused_and_change_nothing() -> None:
     header, _ = new_header()
     with pytest.raises(HeaderError, match="without begin"):
         header.finish(1)
-    header.begin()
+    header.begin(header.fence)
     with pytest.raises(HeaderError, match="torn"):
-        header.begin()
+        header.begin(header.fence)
     header.finish(5)
-    header.begin()
+    header.begin(header.fence)
     with pytest.raises(HeaderError, match="before 5"):
         header.finish(4)
-    assert header.fields() == {"lineage": LINEAGE, "version": 5, "state": APPLYING}
+    assert header.fields() == {"lineage": LINEAGE, "version": 5, "state": APPLYING, "fence": 0}
     header.finish(5)  # an update that wrote nothing
     assert header.state == CLEAN
 

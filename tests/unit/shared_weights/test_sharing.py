@@ -111,14 +111,24 @@ def test_each_parameter_is_shared_both_ways(owner: Owner, kind: str) -> None:
 
 def test_header_record_and_state_lie_with_the_owner(owner: Owner) -> None:
     one, other = attach(owner.run_dirs["tied"]), attach(owner.run_dirs["tied"])
-    assert read_header(owner.run_dirs["tied"]) == {"lineage": one.header.lineage, "version": 0, "state": "CLEAN"}
+    assert read_header(owner.run_dirs["tied"]) == {
+        "lineage": one.header.lineage,
+        "version": 0,
+        "state": "CLEAN",
+        "fence": 0,
+    }
     assert not one.state.any() and one.record.read() is None
     one.record.write({"version": 1, "jobs": ["a"]})
-    one.header.begin()
+    one.header.begin(one.header.fence)
     one.state[-1] = 7
     assert read_header(owner.run_dirs["tied"])["state"] == "APPLYING"
     one.header.finish(1)
-    assert read_header(owner.run_dirs["tied"]) == {"lineage": one.header.lineage, "version": 1, "state": "CLEAN"}
+    assert read_header(owner.run_dirs["tied"]) == {
+        "lineage": one.header.lineage,
+        "version": 1,
+        "state": "CLEAN",
+        "fence": 0,
+    }
     assert other.record.read() == {"version": 1, "jobs": ["a"]} and other.state[-1] == 7
     one.state[-1] = 0
 

@@ -2,11 +2,15 @@
 
 X-Weight-Version is the version, or `first-last` where weights changed inside the request, or were being changed when
 it ended (hogwild), or where its prefix may have been cached up to --prefix-max-age versions ago. A stream's headers
-leave before its tokens exist: there it is the version at the start, and a closing SSE comment, `: weight-version 3-4`,
-names the span. A request that arrives during a pause waits here, so that it is wholly the new version's. With torn
-weights every request but GET /weights/version and /metrics is answered 503 in OpenAI's error shape.
+leave before its tokens exist: there the header has the version at the start, and a closing SSE comment,
+`: weight-version 3-4`, names the span. A request that arrives during a pause waits here, so that it is wholly the new
+version's. With torn weights every request but GET /weights/version and /metrics is answered 503 in OpenAI's error
+shape. So is a request that was inside when they tore, however late its answer comes.
 
-Must not know: vLLM, the control socket. Invariant: bodies of answers are not touched, but for the end of a stream.
+A request's body is read here, whole, before the request waits, counts or reaches vLLM: a body that is sent slowly, or
+never to its end, holds up nobody.
+
+Must not know: vLLM, the control socket. Invariant: bodies are not touched, but for the end of a stream.
 """
 
 import json
@@ -39,20 +43,50 @@ class WeightVersionMiddleware:
             return await self._app(scope, receive, send)
         # Completions are POSTs whatever their path; everything else needs no version and must not wait for a pause.
         if scope["type"] == "http" and scope["method"] == "POST":
-            await state.running.wait()
-            if state.torn:
-                return await _refuse(send, state)
-            answer = _Answer(send, state)
-            state.in_flight += 1
-            try:
-                return await self._app(scope, receive, answer.send)
-            finally:
-                state.in_flight -= 1
+            return await self._post(state, scope, receive, send)
         if state.torn and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_WHEN_TORN:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": TRY_AGAIN_LATER, "reason": "weights are torn"})
             return await _refuse(send, state)
         await self._app(scope, receive, send)
+
+    async def _post(self, state: ServerState, scope: Message, receive: Receive, send: Send) -> None:
+        if state.torn:
+            return await _refuse(send, state)
+        body = await _whole_body(receive)
+        if body is None:
+            return
+        await state.running.wait()
+        if state.torn:
+            return await _refuse(send, state)
+        answer = _Answer(send, state)
+        state.in_flight += 1
+        try:
+            await self._app(scope, _replay(body, receive), answer.send)
+        finally:
+            state.in_flight -= 1
+
+
+async def _whole_body(receive: Receive) -> list[Message] | None:
+    """The messages of a request's body, to its end; None when the client goes away first."""
+    messages: list[Message] = []
+    while not messages or messages[-1].get("more_body", False):
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        messages.append(message)
+    return messages
+
+
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    """A `receive` that gives `messages` first, then what comes after them."""
+    left = iter(messages)
+
+    async def next_message() -> Message:
+        message = next(left, None)
+        return await receive() if message is None else message
+
+    return next_message
 
 
 class _Answer:
@@ -62,6 +96,7 @@ class _Answer:
         self._send = send
         self._state = state
         self._first = state.oldest
+        self._tears = state.tears
         self._is_stream = False
         self._cut = False
 
@@ -75,8 +110,12 @@ class _Answer:
         else:
             await self._send(message)
 
+    def _torn(self) -> bool:
+        """Whether the weights tore within this request, be they whole again or not."""
+        return self._state.tears != self._tears
+
     async def _start(self, message: Message) -> None:
-        if self._state.torn:  # vLLM's answer to an aborted request would look like a short but good one
+        if self._torn():  # vLLM's answer to an aborted request would look like a short but good one
             self._cut = True
             return await _refuse(self._send, self._state)
         headers = message.get("headers", [])
@@ -87,7 +126,7 @@ class _Answer:
         await self._send({**message, "headers": [*headers, (VERSION_HEADER.encode(), value.encode())]})
 
     async def _stream(self, message: Message) -> None:
-        if self._state.torn:
+        if self._torn():
             self._cut = True
             event = b"data: " + _error(self._state) + b"\n\n"
             return await self._send({"type": "http.response.body", "body": event + self._comment()})
@@ -104,8 +143,8 @@ class _Answer:
 
 
 def _error(state: ServerState) -> bytes:
-    """The reason in OpenAI's error shape, as JSON."""
-    error = {"message": state.reason, "type": "service_unavailable", "param": None, "code": 503}
+    """Why the weights tore, in OpenAI's error shape, as JSON."""
+    error = {"message": state.last_tear, "type": "service_unavailable", "param": None, "code": 503}
     return json.dumps({"error": error}).encode()
 
 

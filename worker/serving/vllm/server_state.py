@@ -1,7 +1,7 @@
 """What the API process knows of the weights: their version, and whether requests may run.
 
 One event loop touches it (vLLM's), so there are no locks. Must not know: vLLM, sockets, HTTP.
-Invariants: serving <-> paused -> torn -> serving, the last once a trainer has mended the weights, and never when the
+Invariants: serving <-> paused -> torn -> serving, the last once the weights are whole again, and never when the
 engine has ended; serving -> torn when the weights were being written under the requests (hogwild) and their writer was
 lost; the version only moves while paused or torn, before requests run again; `running` is set exactly when a request
 may start or must be told that it cannot.
@@ -15,7 +15,7 @@ from worker.serving.vllm.prefixes import PrefixEpochs
 
 
 class ServerState:
-    """Version and condition of the served weights, and the number of requests inside vLLM."""
+    """Version and condition of the served weights, and the number of requests that are being answered."""
 
     def __init__(self, lineage: str, version: int, prefix_max_age: int = 0) -> None:
         self.lineage = lineage
@@ -26,10 +26,15 @@ class ServerState:
         self.ended = False
         """The engine is gone: torn for good."""
         self.mending = False
-        """A trainer has asked for the pause of a torn server, to write whole weights."""
+        """A trainer holds the pause of a torn server, to write whole weights."""
         self.written = False
         """Hogwild: a trainer may be writing the next version while requests run."""
         self.in_flight = 0
+        """Requests that came in whole and are not answered yet: more than the engine holds, never fewer."""
+        self.tears = 0
+        """How often the weights tore. A request that began before a tear has no answer."""
+        self.last_tear = ""
+        """The reason of the last tear, also once the weights are whole again."""
         self.running = asyncio.Event()
         self.running.set()
 
@@ -81,8 +86,9 @@ class ServerState:
 
     def tear(self, reason: str) -> None:
         """No answer can be made any more. Waiting requests wake up to be told `reason`."""
+        self.tears += self.condition != TORN
         self.condition = TORN
-        self.reason = reason
+        self.reason = self.last_tear = reason
         self.written = False
         self.running.set()
 

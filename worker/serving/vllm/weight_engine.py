@@ -54,14 +54,17 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
         self._header = Header(self._areas["header"])
         self._header.adopt(uuid.uuid4().hex, version=0)
         self._drafter = _drafter(vllm_config)
-        self._service = WeightService(
-            unix_socket.default_run_dir(), {"describe": self._describe, "header": self._read_header}
-        )
+        answers = {"describe": self._describe, "header": self._read_header, "revoke": self._revoke}
+        self._service = WeightService(unix_socket.default_run_dir(), answers)
         atexit.register(self._service.close)
 
     def _read_header(self) -> dict[str, Any]:
         with self._owner.aside():
             return dict(self._header.fields())
+
+    def _revoke(self) -> dict[str, Any]:
+        with self._owner.aside():
+            return dict(self._header.revoke())
 
     def _describe(self) -> dict[str, Any]:
         """Everything a trainer needs to attach, in msgpack types. On CUDA the handles are good for one process."""

@@ -1,6 +1,7 @@
 """Answers on `weights.sock`, from daemon threads in vLLM's worker process, what a trainer or the API process asks.
 
-One request a message: {"op": "describe"} -> everything needed to attach; {"op": "header"} -> lineage, version, state.
+One request a message: {"op": "describe"} -> everything needed to attach; {"op": "header"} -> lineage, version, state,
+fence; {"op": "revoke"} -> the same, with the fence moved: every lease given so far is taken back.
 It answers while the engine is busy and whether or not a trainer lives: it takes no lock of vLLM's and does no work of
 its own beyond one 64-byte copy.
 

@@ -1,0 +1,116 @@
+"""A server's two sockets in this process, around an engine that only counts: where every moment can be chosen.
+
+The header, weights.sock, control.sock and the middleware's state are the real ones.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from worker.serving.control_client import server_state
+from worker.serving.vllm.control_server import Control
+from worker.serving.vllm.server_state import ServerState
+from worker.serving.vllm.weight_service import WeightService
+from worker.shared_weights.header import HEADER_BYTES, Header
+from worker.utils import unix_socket
+
+LINEAGE = "b" * 32
+
+
+class CountingEngine:
+    """What `Control` asks of vLLM's EngineClient; `calls` in order, and what goes wrong if `fail` names a call."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.paused = False
+        self.errored = False
+        self.fail: dict[str, Any] = {}
+
+    def _called(self, name: str) -> Any:
+        self.calls.append(name)
+        outcome = self.fail.get(name)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self._called(f"pause {mode} {'clear' if clear_cache else 'keep'}")
+        self.paused = True
+
+    async def resume_generation(self) -> None:
+        self._called("resume")
+        self.paused = False
+
+    async def is_paused(self) -> bool:
+        return self._called("is_paused") is None and self.paused
+
+    async def reset_prefix_cache(self) -> bool:
+        return self._called("reset_prefix_cache") is not False
+
+    async def collective_rpc(self, name: str) -> list[None]:
+        self._called(name)
+        return [None]
+
+
+class LocalServer:
+    """`with LocalServer(folder) as server`: the sockets lie in `run_dir`; `header` is the one beside the weights."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = unix_socket.prepare_run_dir(run_dir)
+        self.header = Header(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
+        self.header.adopt(LINEAGE, 0)
+        self.engine = CountingEngine()
+        self.state = ServerState(LINEAGE, 0)
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+
+    def __enter__(self) -> Self:
+        answers = {"describe": self.header.fields, "header": self.header.fields, "revoke": self.header.revoke}
+        self.service = WeightService(self.run_dir, answers)
+        self._thread.start()
+        self.run(self._start())
+        return self
+
+    async def _start(self) -> None:
+        self.control = Control(self.engine, self.state, self.run_dir, {"chat_template": None, "template_kwargs": {}})
+        await self.control.start()
+
+    def run(self, work: Any) -> Any:
+        """The result of a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The server's state, once `condition` holds of it."""
+        for _ in range(3000):
+            if condition(state := server_state(self.run_dir)):
+                return state
+            self.run(asyncio.sleep(0.02))
+        raise AssertionError(f"never came true; the state is {state}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.until(lambda state: state["trainer"] is None)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.run(self._stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
+        self.service.close()
+
+    async def _stop(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)

@@ -1,0 +1,123 @@
+"""Which jobs make a version: how batches fill, and what is written of each."""
+
+import threading
+import time
+
+import pytest
+import redis
+from drain_parts import Lines, Weights, counts, drain, job, say, start
+from rq import Retry
+from rq.job import JobStatus
+
+from producer import keys
+from producer.client import Producer
+from worker.consumer.jobs import open_queue
+from worker.versions import ledger
+
+
+def test_a_batch_is_one_version_and_every_job_has_its_own_result(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    ids = [producer.enqueue(say("good"), id=f"t{i}").id for i in range(10)]
+    lines = drain(connection, weights, max_jobs=4)
+    assert weights.batches == [ids[:4], ids[4:8], ids[8:]]
+    assert [line["jobs"] for line in lines.versions] == [4, 4, 2]
+    assert producer.version() == 3 == weights.header["version"]
+    assert [producer.wait(i, timeout=5) for i in ids] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert [job(connection, i).return_value()["version"] for i in ids[3:5]] == [1, 2]
+    assert counts(connection) == {"failed": 0, "finished": 10, "started": 0, "queued": 0}
+    assert ledger.versions(connection, ids) == {i: 1 + n // 4 for n, i in enumerate(ids)}
+    manifest = ledger.manifest(connection, 1)
+    assert manifest["jobs"] == '["t0","t1","t2","t3"]' and float(manifest["loss"]) == 1.5
+    assert {"linger_s", "tokenize_s", "step_s"} <= manifest.keys()
+    events = connection.xrange(keys.EVENTS)
+    assert [entry[b"version"] for _, entry in events] == [b"1", b"2", b"3"]
+    assert float(connection.hget(keys.STATE, "commit_s")) > 0
+    # Nothing is left behind but jobs, results and the registries: no executions, no lock, nothing in between.
+    left = {key.decode().split(":")[1] for key in connection.keys("rq:*")}
+    assert left <= {"job", "results", "queues", "finished", "worker", "clean_registries"}, left
+    assert not connection.exists(keys.WORKER_LOCK)
+    assert all(0 < connection.ttl(f"rq:job:{i}") <= keys.RESULT_TTL for i in ids)
+
+
+def test_tokens_end_a_batch_and_what_does_not_fit_comes_next_in_order(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer = Producer(redis_url)
+    for i, tokens in enumerate([40, 40, 30, 500, 10, 90, 1]):
+        producer.enqueue(say(f"tokens {tokens}"), id=f"t{i}")
+    drain(connection, weights, max_jobs=8, max_tokens=100)
+    assert weights.batches == [["t0", "t1"], ["t2"], ["t3"], ["t4", "t5"], ["t6"]]
+
+
+def test_linger_ends_a_batch_that_does_not_fill(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    producer = Producer(redis_url)
+    lines = Lines()
+    worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=0.4)
+    thread = threading.Thread(target=worker.work, kwargs={"max_versions": 2})
+    thread.start()
+    for i in range(3):
+        producer.enqueue(say("good"), id=f"a{i}")
+        time.sleep(0.05)
+    producer.wait("a2", timeout=20)
+    producer.enqueue(say("good"), id="b0")
+    thread.join(timeout=20)
+    assert weights.batches == [["a0", "a1", "a2"], ["b0"]]
+    assert lines.versions[0]["linger_s"] >= 0.4
+
+
+def test_a_job_on_its_last_try_trains_alone(connection: redis.Redis, weights: Weights) -> None:
+    queue = open_queue(connection)
+    for i in range(5):
+        queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id=f"t{i}", retry=Retry(max=1))
+        if i == 2:
+            connection.hset("rq:job:t2", "retries_left", 0)
+    drain(connection, weights)
+    assert weights.batches == [["t0", "t1"], ["t2"], ["t3", "t4"]]
+
+
+def test_an_id_is_trained_once_however_often_it_is_queued(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer, queue = Producer(redis_url), open_queue(connection)
+    producer.enqueue(say("good"), id="one")
+    for _ in range(3):
+        connection.rpush(queue.key, "one")  # an id that sits in the list several times
+    producer.enqueue(say("good"), id="two")
+    drain(connection, weights)
+    assert weights.trained == ["one", "two"]
+    queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="one")  # past the producer, months later
+    drain(connection, weights)
+    assert weights.trained == ["one", "two"] and producer.version() == 1
+    assert job(connection, "one").return_value() == {"version": 1, "already_trained": True}
+    assert job(connection, "one").get_status() == JobStatus.FINISHED
+    assert connection.llen(queue.intermediate_queue_key) == 0
+
+
+def test_dependents_of_a_trained_transcript_are_released(connection: redis.Redis, weights: Weights) -> None:
+    queue = open_queue(connection)
+    first = queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="first")
+    queue.enqueue(keys.FUNCTION, {"messages": say("good")}, job_id="second", depends_on=first)
+    drain(connection, weights)
+    assert weights.batches == [["first"], ["second"]]
+
+
+def test_update_over_weights_is_in_the_manifest_and_the_log(
+    redis_url: str, connection: redis.Redis, weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    caplog.set_level(20)
+    start(connection, weights).work(burst=True)
+    assert float(ledger.manifest(connection, 1)["update_ratio"]) == pytest.approx(1e-4)
+    assert " · update/weight 1.0e-04 · " in caplog.text
+
+
+def test_a_hook_that_raises_stops_nothing(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    class Broken(Lines):
+        def on_version(self, line: dict[str, object]) -> None:
+            raise RuntimeError("a dashboard is down")
+
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    start(connection, weights, hooks=[Broken()]).work(burst=True)
+    assert counts(connection)["finished"] == 1

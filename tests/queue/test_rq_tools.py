@@ -1,0 +1,92 @@
+"""RQ's own tools and versions beside our worker: `rq info`, suspend, requeue, worker names."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import redis
+from drain_parts import Weights, counts, drain, say, start
+from rq import Worker
+from rq.job import Job
+from rq.suspension import resume, suspend
+
+from producer import keys
+from producer.client import Producer
+from producer.errors import TandemError
+from worker.consumer.jobs import open_queue
+
+
+def test_rq_sees_a_worker_and_running_jobs_during_a_step(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    seen: dict[str, object] = {}
+    run = weights.run
+
+    def watch(prepared):  # type: ignore[no-untyped-def]
+        time.sleep(0.6)  # several heartbeats
+        (worker,) = Worker.all(connection=connection)
+        seen.update(state=worker.get_state(), executions=len(worker.get_current_executions()), **counts(connection))
+        before = connection.zrange(f"rq:wip:{keys.QUEUE}", 0, -1, withscores=True)
+        time.sleep(1.2)
+        after = connection.zrange(f"rq:wip:{keys.QUEUE}", 0, -1, withscores=True)
+        seen["renewed"] = after[0][1] > before[0][1]
+        seen["lock"] = connection.ttl(keys.WORKER_LOCK)
+        return run(prepared)
+
+    weights.run = watch  # type: ignore[method-assign]
+    for i in range(3):
+        Producer(redis_url).enqueue(say("good"), id=f"t{i}")
+    drain(connection, weights, heartbeat=0.2)
+    assert seen["state"] == "busy" and seen["executions"] == 3 and seen["started"] == 3 and seen["renewed"]
+    assert 55 <= seen["lock"] <= 60
+    assert Worker.all(connection=connection) == []
+
+
+def test_rqs_own_commands_work(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    for i in range(6):
+        Producer(redis_url).enqueue(say("unpreparable" if i == 2 else "good"), id=f"t{i}")
+    seen: list[str] = []
+    run, rq = weights.run, [sys.executable, "-m", "rq.cli"]
+
+    def look(prepared):  # type: ignore[no-untyped-def]
+        command = [*rq, "info", "--raw", "-u", redis_url]
+        seen.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return run(prepared)
+
+    weights.run = look  # type: ignore[method-assign]
+    drain(connection, weights, max_jobs=4, name="w")
+    assert "queue feedback 2, 3 executing, 0 finished, 1 failed" in seen[0] and "busy feedback" in seen[0]
+    assert "queue feedback 0, 2 executing, 3 finished, 1 failed" in seen[1]
+    requeue = ["requeue", "--all", "--queue", keys.QUEUE, "-S", "producer.serializer.MsgpackSerializer"]
+    subprocess.run([*rq, *requeue, "-u", redis_url], check=True, capture_output=True)
+    assert open_queue(connection).job_ids == ["t2"] and counts(connection)["failed"] == 0
+
+
+def test_rq_suspend_holds_the_worker_back(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    Producer(redis_url).enqueue(say("good"), id="t0")
+    suspend(connection)
+    drain(connection, weights)
+    assert weights.trained == [] and counts(connection)["queued"] == 1
+    resume(connection)
+    drain(connection, weights)
+    assert weights.trained == ["t0"]
+
+
+def test_an_rq_without_what_we_need_is_refused_at_start(
+    connection: redis.Redis, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq.VERSION", "3.1.0")
+    with pytest.raises(TandemError, match=r"rq 3\.1\.0 is installed"):
+        open_queue(connection)
+    monkeypatch.undo()
+    monkeypatch.delattr(Job, "prepare_for_execution")
+    with pytest.raises(TandemError, match=r"lacks Job\.prepare_for_execution"):
+        open_queue(connection)
+
+
+def test_a_name_of_a_dead_worker_elsewhere_can_be_taken_again(connection: redis.Redis, weights: Weights) -> None:
+    before = Worker([open_queue(connection)], connection=connection, name="the-worker")
+    before.hostname = "a-container-that-is-gone"
+    before.register_birth()
+    start(connection, weights, hooks=[], name="the-worker").work(burst=True)
