@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
 
 import hypothesis
+import outputs
 from fuzz_bytes import Watch
 from fuzz_targets import targets
 from hypothesis import HealthCheck, Phase, given, settings
@@ -66,6 +67,8 @@ def run(target: Any, cases: int, seed: int, progress: Progress) -> Counter[str]:
 @click.option("--report", type=click.Path(path_type=Path), help="Where the figures go, as JSON.")
 def main(cases: int, seed: int, report: Path | None) -> None:
     """See the module."""
+    if report is not None:
+        outputs.file(report)
     console.print(f"seed {seed}, {cases} cases")
     logging.disable(logging.ERROR)  # each refusal is logged, as it should be
     columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
