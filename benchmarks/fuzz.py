@@ -73,14 +73,17 @@ def main(cases: int, seed: int, report: Path | None) -> None:
     logging.disable(logging.ERROR)  # each refusal is logged, as it should be
     columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     figures: dict[str, Any] = {"seed": seed}
-    with tempfile.TemporaryDirectory() as name, RedisServer(Path(name) / "redis") as server:
-        found = list(targets(server.url, Path(name)))
-        with Progress(*columns, console=console) as progress:
-            for target in found:
-                started = time.monotonic()
-                outcomes = run(target, -(-cases // len(found)), seed, progress)
-                seconds = round(time.monotonic() - started, 1)
-                figures[target.name] = {"cases": sum(outcomes.values()), "seconds": seconds, **outcomes}
+    with (
+        tempfile.TemporaryDirectory() as name,
+        RedisServer(Path(name) / "redis") as server,
+        targets(server.url, Path(name)) as found,
+        Progress(*columns, console=console) as progress,
+    ):
+        for target in found:
+            started = time.monotonic()
+            outcomes = run(target, -(-cases // len(found)), seed, progress)
+            seconds = round(time.monotonic() - started, 1)
+            figures[target.name] = {"cases": sum(outcomes.values()), "seconds": seconds, **outcomes}
     for key, value in figures.items():
         console.print(f"  {key}: {value}", markup=False)
     console.print(f"{sum(v['cases'] for v in figures.values() if isinstance(v, dict))} cases, all accounted for")

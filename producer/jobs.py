@@ -66,7 +66,7 @@ class Submission:
         return str(self.job.id)
 
     def write(self, pipe: Any) -> None:
-        """Queue on `pipe` what makes it a queued job. The push comes first: where it fails, no hash is left alone."""
+        """Queue on `pipe`, a transaction, what makes it a queued job."""
         pipe.rpush(QUEUE_KEY, self.id)
         pipe.hset(self.job.key, mapping=self.fields)
 

@@ -1,19 +1,23 @@
 """After a campaign: was anything lost, trained twice or torn, and are the weights what an undisturbed run gives?
 
 Everything is read back from Redis, from the header and from the weights themselves. The undisturbed run is a fresh
-stand-in that the batches of Redis' manifests are trained into, in their order, with nothing killed.
+stand-in that the batches of the manifests are trained into, in their order, with nothing killed (chaos_undisturbed.py).
 """
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import redis
-from chaos_campaign import transcript
+from chaos_campaign import Manifests
+from chaos_history import PREFIX, Batch, Model
+from chaos_plan import HISTORY
 from chaos_processes import Cluster, Forked, StandIn
+from chaos_undisturbed import undisturbed
 
 from producer import keys
 from worker.checkpoint import record_file
@@ -32,10 +36,10 @@ class Verdict:
             self.problems.append(f"{what}: {str(found)[:300]}, not {str(expected)[:300]}")
 
 
-def audit(cluster: Cluster, transcripts: int) -> Verdict:
+def audit(cluster: Cluster, manifests: Manifests, transcripts: int) -> Verdict:
     """All checks; the server must run and no worker."""
     verdict = Verdict()
-    batches = check_books(cluster.redis, transcripts, verdict)
+    model = check_books(cluster.redis, manifests.all, transcripts, verdict)
     header = cluster.header()
     known = ledger.state(cluster.redis)
     expected = {
@@ -45,55 +49,70 @@ def audit(cluster: Cluster, transcripts: int) -> Verdict:
         "fence": (header or {}).get("fence"),
     }
     verdict.equal("the header beside the weights", header, expected)
-    live, replayed = _digests(cluster, batches)
-    _check_journal(cluster.folder / "state" / "journal", batches, verdict)
+    live = live_digest(cluster)
+    replayed = _undisturbed(cluster, model)
+    _check_journal(cluster.folder / "state" / "journal", manifests.all, verdict)
     verdict.figures["weights"] = live["weights"][:16]
     verdict.equal("the weights, against an undisturbed run of the same batches", live["weights"], replayed["weights"])
     verdict.equal("the optimizer's state, against the same", live["state"], replayed["state"])
-    verdict.equal("the undisturbed run's number of versions", replayed["steps"], len(batches))
+    told = {version: manifests.all[version].get("digest") for version in model.rollbacks}
+    same = {int(version): digest for version, digest in replayed["rollbacks"].items()}
+    told = {version: digest for version, digest in told.items() if digest}  # a kill in between costs a measurement
+    verdict.figures["rollbacks compared with an undisturbed run"] = len(told)
+    verdict.equal("rollbacks, against the same", told, {version: same[version] for version in told})
     return verdict
 
 
-def check_books(connection: redis.Redis, transcripts: int, verdict: Verdict) -> list[list[str]]:
-    """Ledger, manifests, events and jobs against each other; the batches that are in the weights, in their order."""
-    ids = {f"t{index}" for index in range(transcripts)}
-    raw: dict[bytes, bytes] = connection.hgetall(keys.LEDGER)  # type: ignore[assignment]
-    trained = {key.decode(): int(value) for key, value in raw.items()}
+def check_books(
+    connection: redis.Redis, manifests: Mapping[int, Mapping[str, Any]], transcripts: int, verdict: Verdict
+) -> Model:
+    """Ledger, dropped ids, events and jobs in Redis against what the manifests lead to."""
+    ids, model = {f"t{index}" for index in range(transcripts)}, Model(manifests)
     version = ledger.state(connection).version
-    manifests = {v: ledger.manifest(connection, v) for v in range(1, version + 1)}
-    jobs = {v: json.loads(manifest.get("jobs", "[]")) for v, manifest in manifests.items()}
-    times = Counter(job_id for batch in jobs.values() for job_id in batch)
-    twice = sorted(job_id for job_id, count in times.items() if count > 1)
+    trained, dropped = ledger.everyone(connection), ledger.dropped(connection)
+    verdict.problems += model.problems
+    inside = Counter(id for batch in model.live for id in batch if not id.startswith(PREFIX))
+    twice = sorted(id for id, count in inside.items() if count > 1)
     verdict.figures |= {"transcripts": transcripts, "versions": version, "lost": len(ids - trained.keys())}
-    verdict.figures["trained twice"] = len(twice)
+    verdict.figures |= {"trained twice": len(twice), "dropped": len(dropped), "rollbacks": len(model.rollbacks)}
+    verdict.figures["rehearsed"] = sum(len(manifest["rehearsed"]) for manifest in manifests.values())
+    verdict.equal("versions that have a manifest", sorted(manifests), list(range(1, version + 1)))
     verdict.equal("transcripts not in the ledger", sorted(ids - trained.keys()), [])
     verdict.equal("ids in the ledger that nobody sent", sorted(trained.keys() - ids), [])
-    verdict.equal("transcripts in two manifests", twice, [])
-    verdict.equal("versions without a manifest", [v for v, manifest in manifests.items() if not manifest], [])
-    by_manifest = {job_id: v for v, batch in jobs.items() for job_id in batch}
-    verdict.equal("ledger entries that no manifest agrees with", trained.items() - by_manifest.items(), set())
+    verdict.equal("transcripts twice in the live weights", twice, [])
+    verdict.equal("dropped ids in the live weights", sorted(dropped.keys() & _plain(model.live)), [])
+    verdict.equal("the ledger, beside what the manifests say", trained.items() ^ model.ledger.items(), set())
+    verdict.equal("the dropped ids, beside what the manifests say", dropped, model.dropped)
     events: list[Any] = connection.xrange(keys.EVENTS)  # type: ignore[assignment]
-    told = [int(entry[b"version"]) for _, entry in events if b"version" in entry and b"kind" in entry]
+    told = [int(entry[b"version"]) for _, entry in events if entry.get(b"kind") in (b"update", b"rollback")]
     verdict.equal("versions in the event stream", told, list(range(1, version + 1)))
     statuses = Counter(connection.hget(f"rq:job:{job_id}", "status") for job_id in ids)
     verdict.equal("states of the jobs", dict(statuses), {b"finished": transcripts})
-    kinds = Counter(manifest.get("kind") for manifest in manifests.values())
-    verdict.equal("kinds of versions", dict(kinds), {"update": version})
-    return list(jobs.values())
+    kinds = {manifest.get("kind") for manifest in manifests.values()}
+    verdict.equal("other kinds of versions", kinds - {"update", "rollback"}, set())
+    kept = [int(key.rsplit(b":")[-1]) for key in connection.scan_iter("weights:manifest:*")]
+    last = max((v for v, manifest in manifests.items() if manifest["kind"] == "update"), default=0)
+    verdict.equal("manifests beyond the history", [v for v in sorted(kept) if v < last - HISTORY], [])
+    return model
 
 
-def _check_journal(folder: Path, batches: list[list[str]], verdict: Verdict) -> None:
-    """The versions that the journal still has (checkpoints let go of the oldest) are the manifests' batches."""
-    found: dict[int, list[str]] = {}
+def _plain(batches: Sequence[Batch]) -> set[str]:
+    return {id.removeprefix(PREFIX) for batch in batches for id in batch}
+
+
+def _check_journal(folder: Path, manifests: Mapping[int, Mapping[str, Any]], verdict: Verdict) -> None:
+    """The versions that the journal still has (checkpoints let go of the oldest) are the manifests'."""
+    found: dict[int, tuple[str, list[str]]] = {}
     for file in sorted(folder.glob("*.journal")):
         for _, record in record_file.scan(file, last=False).records:
             if record["kind"] == "void":
                 found.pop(record["version"], None)
             elif record["kind"] in ("update", "rollback", "lineage"):
-                found[record["version"]] = list(record.get("ids", []))
+                found[record["version"]] = (record["kind"], list(record.get("ids", [])))
+    found.pop(0, None)
     verdict.figures["versions in the journal"] = len(found)
-    verdict.equal("the newest version in the journal", max(found, default=0), len(batches))
-    differ = [version for version, ids in found.items() if version and ids != batches[version - 1]]
+    verdict.equal("the newest version in the journal", max(found, default=0), len(manifests))
+    differ = [v for v, what in found.items() if what != (manifests[v]["kind"], manifests[v]["jobs"])]
     verdict.equal("versions that the journal has otherwise", differ, [])
 
 
@@ -102,13 +121,15 @@ def _check_journal(folder: Path, batches: list[list[str]], verdict: Verdict) -> 
 Digest = dict[str, Any]
 
 
-def _digests(cluster: Cluster, batches: list[list[str]]) -> tuple[Digest, Digest]:
-    """Of the weights that are live, and of those that `batches` make of a fresh stand-in."""
-    live = live_digest(cluster)
+def _undisturbed(cluster: Cluster, model: Model) -> Digest:
+    """What the model's batches make of a fresh stand-in, trained in their order, with nothing killed."""
     quiet = cluster.folder / "quiet"
+    work = {"live": model.live, "rollbacks": {version: model.batches[version] for version in model.rollbacks}}
+    (cluster.folder / "undisturbed.json").write_text(json.dumps(work))
     server = StandIn(cluster.model, quiet, cluster.folder / "quiet.log")
     try:
-        return live, _in_process(_replay, (str(quiet), batches), cluster.folder / "digest-quiet.json")
+        arguments = (str(quiet), str(cluster.folder / "undisturbed.json"))
+        return _in_process(_replay, arguments, cluster.folder / "digest-quiet.json")
     finally:
         server.kill()
 
@@ -143,22 +164,15 @@ def _digest(weights: Any) -> Digest:
     return {"weights": total.hexdigest(), "state": hashlib.sha256(weights.state.numpy().tobytes()).hexdigest()}
 
 
-def _replay(run_dir: str, batches: list[list[str]], answer: str) -> None:
-    """Train `batches` into the server of `run_dir`, one version each, by the update protocol without a queue."""
-    import torch
-    from chaos_processes import LEARNING
+def _replay(run_dir: str, work_file: str, answer: str) -> None:
+    """Train the batches of `work_file` into the server of `run_dir`: rollbacks first, what is live last."""
+    from worker.checkpoint.replay import digest
 
-    from producer import Transcript
-    from worker.config.hyperparameters import Hyperparameters
-    from worker.orchestrator.worker_loop import attach_step
-
-    torch.set_num_threads(1)
-    options = dict(zip(LEARNING[::2], LEARNING[1::2], strict=True))
-    h = Hyperparameters(lr=float(options["--lr"]), max_length=int(options["--max-length"]))
-    with attach_step(Path(run_dir), "undisturbed", h, state_dir=Path(run_dir) / "state") as step:
-        for batch in batches:
-            maps = [transcript(int(job_id[1:])) for job_id in batch]
-            update = step.run([step.prepare(item["id"], Transcript.from_dict(item)) for item in maps])
-            assert list(update.results) == batch, update.rejected
-        digest = _digest(step.weights) | {"steps": step.weights.header.version}
-    Path(answer).write_text(json.dumps(digest))
+    work = json.loads(Path(work_file).read_text())
+    with undisturbed(Path(run_dir)) as run:
+        rollbacks = {}
+        for version, batches in work["rollbacks"].items():
+            run.go_to(batches)
+            rollbacks[version] = digest(run.weights.tensors)
+        run.go_to(work["live"])
+        Path(answer).write_text(json.dumps(_digest(run.weights) | {"rollbacks": rollbacks}))

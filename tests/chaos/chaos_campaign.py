@@ -1,7 +1,8 @@
-"""A campaign: transcripts are sent while worker, server and Redis are killed, as a seed says; then all is drained.
+"""A campaign: transcripts are sent while worker, server and Redis are killed and versions rolled back, as a seed says;
+then all is drained.
 
-The plan follows from the seed alone, and what is done is noted in the folder, so that a campaign can be broken off and
-gone on with. Whether nothing was lost, trained twice or torn is judged afterwards by chaos_audit.py.
+What is done is noted in the folder, so that a campaign can be broken off and gone on with. Manifests are noted too:
+Redis keeps those of the history alone. Whether nothing was lost, trained twice or torn is judged by chaos_audit.py.
 """
 
 import json
@@ -9,66 +10,22 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+from chaos_plan import MAX_JOBS, CanaryFails, Kill, Operation, Rollback, operations, transcript
 from chaos_processes import Cluster, Forked
 from patience import TimedOut, until
 
 from producer import Producer, keys
 from producer.errors import TandemError
-from worker.utils.fault_injection import CHECKPOINT_POINTS, POINTS, RECOVERY_POINTS
-from worker.versions import ledger
+from worker.orchestrator.canary import GOOD
+from worker.utils.fault_injection import CHECKPOINT_POINTS, RECOVERY_POINTS
+from worker.versions import ledger, pause_switch
 
-MAX_JOBS = 4
-"""Transcripts a version: small, so that there are many versions to be killed in."""
-OPTIONS = ("--max-jobs", str(MAX_JOBS), "--linger", "0.02", "--checkpoint-every", "16", "--outliers", "0")
-WORDS = ("red", "green", "blue", "one", "two", "three", "night", "day", "sun", "moon", "up", "down")
 QUEUE = f"rq:queue:{keys.QUEUE}"
-
-
-@dataclass(frozen=True)
-class Kill:
-    """what: worker | server | redis, or two of them with +. point: where the worker dies (on its pass number `count`;
-    before a point of the recovery another dies in an update, so that there is something to recover); without one,
-    `delay` seconds after the worker started ("worker") or was ready. pause: how long Redis stays away."""
-
-    what: str
-    point: str | None = None
-    count: int = 1
-    delay: float = 0.0
-    pause: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.what} at {self.point}:{self.count}" if self.point else f"{self.what} after {self.delay:.2f} s"
-
-
-def plan(seed: int, kills: int) -> list[Kill]:
-    """Which kills, in which order: seven in ten at the named points, each of these equally often."""
-    dice = random.Random(seed)
-    timed = ["worker", "server", "redis", "worker", "redis+worker", "worker", "server+worker"]
-    at_points = [POINTS[i % len(POINTS)] for i in range(kills * 7 // 10)]
-    planned = []
-    for i, point in enumerate(at_points):
-        what = "worker+server" if i // len(POINTS) % 4 == 3 else "worker"
-        count = 1 if point in RECOVERY_POINTS else dice.choice((1, 1, 2, 3))
-        planned.append(Kill(what, point, count))
-    for i in range(kills - len(planned)):
-        planned.append(Kill(timed[i % len(timed)], delay=dice.uniform(0, 1.5), pause=dice.uniform(0, 0.6)))
-    dice.shuffle(planned)
-    return planned
-
-
-def transcript(index: int) -> dict[str, Any]:
-    """Transcript `index`: one to three turns whose words follow from the index."""
-    dice = random.Random(index)
-
-    def say(role: str) -> dict[str, str]:
-        return {"role": role, "content": " ".join(dice.choices(WORDS, k=dice.randint(2, 12)))}
-
-    turns = [say(role) for _ in range(dice.randint(1, 3)) for role in ("user", "assistant")]
-    return {"id": f"t{index}", "messages": turns, "weight": dice.choice((1.0, 1.0, 0.5))}
+WATCHED = 4
+"""Conversations of the canary set."""
 
 
 class Sender:
@@ -100,32 +57,45 @@ class Sender:
 
 
 class Campaign:
-    """`kills` on `transcripts` in `cluster`. `notes` counts what happened besides."""
+    """`kills` on `transcripts` in `cluster`, and what `operations` adds. `notes` counts what happened besides."""
 
     def __init__(self, cluster: Cluster, *, seed: int, kills: int, transcripts: int) -> None:
         self.cluster, self.transcripts = cluster, transcripts
-        self.plan = plan(seed, kills)
+        self.plan = operations(seed, kills)
         self.notes: Counter[str] = Counter()
+        self.manifests = Manifests(cluster)
         self._done_file = cluster.folder / "kills.jsonl"
         self.done = len(self._done_file.read_text().splitlines()) if self._done_file.exists() else 0
+        canary = cluster.folder / "canary.jsonl"
+        canary.write_text("".join(json.dumps(transcript(10**6 + i)) + "\n" for i in range(WATCHED)))
+        self._watch = ("--canary", str(canary), "--canary-every", "7", "--canary-bound", "1000", "--auto-rollback")
 
     def run(self, tell: Callable[[int, str], None] = lambda done, what: None) -> None:
-        """Every kill that is left of the plan, then the rest of the queue in peace."""
+        """Every operation that is left of the plan, then the rest of the queue in peace."""
         sender = Sender(self.cluster.store.url, self.transcripts)
         try:
             for number in range(self.done, len(self.plan)):
-                kill = self.plan[number]
-                tell(number, str(kill))
+                operation = self.plan[number]
+                tell(number, str(operation))
                 sender.allowed = max(sender.allowed, self.transcripts * (number + 1) // len(self.plan))
-                self._fill(sender, kill.count)
-                self._execute(kill)
-                self._note(number, kill)
+                self._fill(sender, operation.count if isinstance(operation, Kill) else 1)
+                self._do(operation)
+                self.manifests.collect()
+                self._note(number, operation)
             tell(len(self.plan), "draining")
             sender.allowed = self.transcripts
             until(lambda: sender.sent == self.transcripts, "the last transcripts to be sent")
         finally:
             sender.close()
         self._drain()
+
+    def _do(self, operation: Operation) -> None:
+        if isinstance(operation, Rollback):
+            self._roll_back(operation)
+        elif isinstance(operation, CanaryFails):
+            self._fail_the_canary(operation)
+        else:
+            self._execute(operation)
 
     def _fill(self, sender: Sender, batches: int) -> None:
         """Let so many more be sent that this kill finds work."""
@@ -184,7 +154,7 @@ class Campaign:
             self.notes["found torn weights"] += 1
         elif header is not None and header["version"] == 0 and ledger.state(self.cluster.redis).version:
             self.notes["found a server that had lost what it learnt"] += 1
-        return self.cluster.start_worker(*options, fault=fault)
+        return self.cluster.start_worker(*self._watch, *options, fault=fault)
 
     def running(self) -> Forked:
         """A worker that drains: the one that runs, or a fresh one."""
@@ -231,13 +201,65 @@ class Campaign:
         self._check_alive(worker)
         self.notes["worker went on after Redis came back"] += 1
 
+    # Going back
+
+    def _roll_back(self, what: Rollback) -> None:
+        """With the worker stopped, as the command asks for; of a server that may be torn or fresh."""
+        self.cluster.kill_worker()
+        self.cluster.ensure_server()
+        self.manifests.collect()
+        now = ledger.state(self.cluster.redis).version
+        target = max(now - what.back, 1)
+        if target >= now:
+            self.notes["no version to roll back to"] += 1
+            return
+        recent = self.manifests.jobs(now - 2 * what.back, now) - self.manifests.dropped()
+        drop = random.Random(what.dice).sample(sorted(recent), min(what.drop, len(recent)))
+        arguments = ["rollback", str(target), *(word for id in drop for word in ("--drop", id))]
+        process = self.cluster.start_command(*arguments, *(["--requeue"] if what.requeue else []), fault=what.point)
+        code = process.ended(300)
+        if code == 0:
+            self.notes["rolled back"] += 1
+        elif code == -9 and what.point:
+            self.notes[f"rollback killed at {what.point}"] += 1
+        else:
+            self.notes[f"rollback refused: {self._clear_error(process, code)[:60]}"] += 1
+
+    def _fail_the_canary(self, what: CanaryFails) -> None:
+        """Every version fails from here: the worker holds training, and goes back to the last one that passed."""
+        store = self.cluster.redis
+        if store.hget(keys.STATE, GOOD) is None:
+            worker = self.start("--canary-every", "1")
+            until(lambda: store.hget(keys.STATE, GOOD) is not None or not worker.alive(), "a version to pass", 300)
+            self._check_alive(worker)
+        before = ledger.state(store).version
+        worker = self.start("--canary-bound", "0.001", "--canary-every", "1", fault=what.point)
+
+        def over() -> bool:
+            if not worker.alive():
+                return True
+            return pause_switch.held(store) is not None and self.manifests.went_back_after(before)
+
+        until(over, "the canary to fail", timeout=300)
+        if not worker.alive():
+            code = worker.ended()
+            if code == -9:
+                self.notes[f"a failing canary's worker killed at {what.point}"] += 1
+            else:
+                self.notes[f"canary: {self._clear_error(worker, code)[:60]}"] += 1
+        else:
+            self.notes["the canary took the weights back"] += 1
+        self.cluster.kill_worker()
+        pause_switch.resume(store)
+
     # The end
 
     def _drain(self) -> None:
         """Train what is left. Transcripts that failed because their worker died too often are requeued, and counted."""
         for _ in range(20):
             worker = self.start()
-            until(lambda w=worker: self._idle() or not w.alive(), "the queue to be drained", timeout=1200)
+            until(lambda w=worker: self._idle() or not w.alive(), "the queue to be drained", timeout=1200, pace=0.1)
+            self.manifests.collect()
             self._check_alive(worker)
             self.cluster.kill_worker()
             if not self._requeue():
@@ -245,6 +267,7 @@ class Campaign:
         raise AssertionError("the queue is not drained after 20 workers")
 
     def _idle(self) -> bool:
+        self.manifests.collect()
         pipe = self.cluster.redis.pipeline()
         pipe.llen(QUEUE).llen(f"{QUEUE}:intermediate").zcard(f"rq:wip:{keys.QUEUE}").zcard(f"rq:scheduled:{keys.QUEUE}")
         return sum(pipe.execute()) == 0
@@ -260,12 +283,41 @@ class Campaign:
         self.notes["failed after too many deaths, requeued"] += len(failed)
         return len(failed)
 
-    def _note(self, number: int, kill: Kill) -> None:
+    def _note(self, number: int, kill: Operation) -> None:
         with self._done_file.open("a") as file:
             file.write(json.dumps({"number": number, "kill": str(kill), "notes": dict(self.notes)}) + "\n")
         self.done = number + 1
 
 
-def kills_by_kind(planned: list[Kill]) -> Iterator[tuple[str, int]]:
-    """(kind, how many), for the report."""
-    yield from sorted(Counter(f"{kill.what} at {kill.point}" if kill.point else kill.what for kill in planned).items())
+class Manifests:
+    """All manifests that Redis ever had, also of versions that lie beyond the history by now."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.redis, self.file = cluster.redis, cluster.folder / "manifests.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.all: dict[int, dict[str, Any]] = {line["version"]: line for line in map(json.loads, lines)}
+
+    def collect(self) -> None:
+        """Note the new ones."""
+        now = ledger.state(self.redis).version
+        with self.file.open("a") as file:
+            for version in range(len(self.all) + 1, now + 1):
+                plain: dict[str, Any] = dict(ledger.manifest(self.redis, version))
+                assert plain, f"version {version} of {now} has no manifest: Redis trimmed it too early"
+                for name in ("jobs", "rehearsed", "dropped", "requeued", "retaken", "abandoned"):
+                    plain[name] = json.loads(plain.get(name, "[]"))
+                self.all[version] = plain | {"version": version}
+                file.write(json.dumps(self.all[version]) + "\n")
+
+    def jobs(self, first: int, last: int) -> set[str]:
+        """Who was trained in the versions from `first` to `last`."""
+        return {id for version, found in self.all.items() if first <= version <= last for id in found["jobs"]}
+
+    def dropped(self) -> set[str]:
+        """Who was ever dropped."""
+        return {id for found in self.all.values() for id in found["dropped"]}
+
+    def went_back_after(self, version: int) -> bool:
+        """Whether a later one than `version` is a rollback."""
+        self.collect()
+        return any(found["kind"] == "rollback" for number, found in self.all.items() if number > version)

@@ -85,13 +85,13 @@ def _become(function: Any, arguments: tuple[Any, ...], environment: dict[str, st
     function(*arguments)
 
 
-def run_worker(*options: str) -> None:
-    """`tandem worker` in this process; TANDEM_FAULT of this process counts, not of the one it was forked from."""
+def run_tandem(*arguments: str) -> None:
+    """`tandem ...` in this process; TANDEM_FAULT of this process counts, not of the one it was forked from."""
     from worker.cli import main
     from worker.utils import fault_injection
 
     fault_injection.arm(os.environ.get("TANDEM_FAULT"))
-    sys.argv = ["tandem", "worker", *options]
+    sys.argv = ["tandem", *arguments]
     main.main()
 
 
@@ -166,10 +166,14 @@ class Cluster:
         """A `tandem worker` in the background."""
         assert self.worker is None or not self.worker.alive(), "one worker at a time"
         self.starts += 1
-        environment = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.run_dir), "TANDEM_FAULT": fault or ""}
-        arguments = (*LEARNING, "--state-dir", str(self.folder / "state"), *self.options, *more)
-        self.worker = Forked(run_worker, arguments, environment, self.folder / "worker.log")
+        self.worker = self.start_command("worker", *LEARNING, *self.options, *more, fault=fault)
         return self.worker
+
+    def start_command(self, *arguments: str, fault: str | None = None) -> Forked:
+        """`tandem ...` in the background."""
+        environment = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.run_dir), "TANDEM_FAULT": fault or ""}
+        environment["TANDEM_STATE_DIR"] = str(self.folder / "state")
+        return Forked(run_tandem, arguments, environment, self.folder / "worker.log")
 
     def kill_worker(self) -> None:
         if self.worker is not None:

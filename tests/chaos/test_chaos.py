@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from chaos_audit import Verdict, audit, check_books, live_digest
-from chaos_campaign import OPTIONS, Campaign, plan, transcript
+from chaos_campaign import Campaign
+from chaos_history import Model
+from chaos_plan import OPTIONS, CanaryFails, Kill, Rollback, operations, plan, transcript
 from chaos_processes import Cluster
 from stand_in import LAYOUT
 
@@ -22,7 +24,7 @@ from worker.shared_weights.weights_client import ask
 from worker.testing.server_process import ServerProcess
 from worker.utils import fault_injection
 
-SEED, KILLS, TRANSCRIPTS = 11, 10, 160  # more than ten kills can need, so that each finds work
+SEED, KILLS, TRANSCRIPTS = 11, 8, 130  # more than the kills can need, so that each finds work
 
 
 class BrokenOff(Exception):
@@ -50,7 +52,7 @@ def survived(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         campaign = Campaign(cluster, **settings)
         assert campaign.done == KILLS // 2
         campaign.run()
-        yield cluster, campaign, audit(cluster, TRANSCRIPTS)
+        yield cluster, campaign, audit(cluster, campaign.manifests, TRANSCRIPTS)
     finally:
         cluster.close()
 
@@ -60,27 +62,41 @@ def test_nothing_lost_nothing_twice_nothing_torn(survived: tuple[Cluster, Campai
     assert verdict.problems == [], f"seed {SEED}: {verdict.problems}"
     assert verdict.figures["lost"] == verdict.figures["trained twice"] == 0
     notes = [json.loads(line)["notes"] for line in (campaign.cluster.folder / "kills.jsonl").read_text().splitlines()]
-    assert len(notes) == KILLS
+    assert len(notes) == len(campaign.plan) > KILLS
     met = set(notes[KILLS // 2 - 1]) | set(notes[-1])
-    assert {"killed at its point", "found torn weights"} <= met, "nothing was torn: the campaign proved little"
+    proof = {"killed at its point", "found torn weights", "rolled back", "the canary took the weights back"}
+    assert proof <= met, "the campaign proved little"
+    assert all(verdict.figures[name] for name in ("dropped", "rollbacks", "rehearsed"))
     assert not any("never reached" in note for note in met)
 
 
 def test_the_audit_notices(survived: tuple[Cluster, Campaign, Verdict]) -> None:
     """Last: what it looks at is changed here."""
-    cluster, _, _ = survived
-    store = cluster.redis
-    jobs = json.loads(store.hget(keys.manifest(1), "jobs"))
+    cluster, campaign, _ = survived
+    store, last = cluster.redis, max(campaign.manifests.all)
+    update = next(v for v in range(last, 0, -1) if campaign.manifests.all[v]["kind"] == "update")
+    out = next(id for id, version in Model(campaign.manifests.all).dropped.items() if version < update)
+    stranger = next(iter(campaign.manifests.all[update]["jobs"]))
     for change, told in [
+        ({"jobs": [out]}, "dropped before"),
+        ({"rehearsed": [out]}, "dropped before"),
+        ({"rehearsed": [stranger]}, "not in its weights"),
+        ({"jobs": campaign.manifests.all[update]["jobs"][:-1]}, "beside what the manifests say"),
+    ]:
+        manifests = {v: manifest | (change if v == update else {}) for v, manifest in campaign.manifests.all.items()}
+        verdict = Verdict()
+        check_books(store, manifests, TRANSCRIPTS, verdict)
+        assert any(told in problem for problem in verdict.problems), (change, told)
+    for spoil, told in [
         (lambda: store.hdel(keys.LEDGER, "t3"), "not in the ledger"),
-        (lambda: store.hset(keys.LEDGER, "t3", 10**6), "no manifest agrees"),
-        (lambda: store.hset(keys.manifest(2), "jobs", json.dumps(jobs)), "two manifests"),
+        (lambda: store.hset(keys.LEDGER, "t3", 10**6), "beside what the manifests say"),
+        (lambda: store.hset(keys.DROPPED, "t3", 1), "the dropped ids"),
         (lambda: store.xadd(keys.EVENTS, {"version": 1, "kind": "update"}), "event stream"),
         (lambda: store.hset("rq:job:t5", "status", "queued"), "states of the jobs"),
     ]:
-        change()
+        spoil()
         verdict = Verdict()
-        check_books(store, TRANSCRIPTS, verdict)
+        check_books(store, campaign.manifests.all, TRANSCRIPTS, verdict)
         assert any(told in problem for problem in verdict.problems), told
     before = live_digest(cluster)
     next(iter(attach(cluster.run_dir).tensors.values())).view(-1)[7] += 1
@@ -97,6 +113,18 @@ def test_the_plan_follows_from_the_seed_and_passes_every_point() -> None:
     assert min(whats.values()) >= 5
     kinds = {kill.what for kill in plan(3, 20)}
     assert {"worker", "server", "redis"} <= kinds
+
+
+def test_operations_are_the_plan_with_ways_back_in_between() -> None:
+    assert operations(1, 200) == operations(1, 200) != operations(2, 200)
+    found = operations(3, 200)
+    assert [one for one in found if isinstance(one, Kill)] == plan(3, 200)
+    back = [one for one in found if isinstance(one, Rollback)]
+    points = Counter(one.point for one in back)
+    assert set(points) == {None, "journaled", "restoring", "restored"} and points[None] >= 10
+    assert {one.requeue for one in back} == {True, False} and {one.drop for one in back} == {0, 1, 2}
+    assert Counter(isinstance(one, CanaryFails) for one in found)[True] == 8
+    assert {type(one) for one in operations(SEED, KILLS)} == {Kill, Rollback, CanaryFails}
 
 
 def test_transcripts_are_sound_and_follow_from_their_number() -> None:

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from test_packing import example
 from transformers import AutoTokenizer
 
+from producer.errors import TandemError
 from producer.transcript import Transcript
-from worker.checkpoint import model_directory
+from worker.checkpoint import model_directory, record_file
 from worker.checkpoint.ancestry import CannotRebuild
 from worker.checkpoint.batch_codec import Ready, ReplayError, pack_batch
 from worker.checkpoint.manager import Keeper
@@ -253,3 +254,80 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
             result = CliRunner().invoke(command, [*arguments, *options])
             assert result.exit_code == 0, f"{result.output} {result.exception!r}"
     assert asked == [(12000, 30.0), (8192, None)] * 2
+
+
+# The optimizer's steps, and what a checkpoint holds
+
+
+def rewrite(site: Site, version: int, **change: Any) -> None:
+    """As of another state directory: the record of `version` in the journal says something else."""
+    for path in (site.state / "journal").glob("*.journal"):
+        records = [record for _, record in record_file.scan(path, last=False).records]
+        changed = [r | change if r["kind"] == "update" and r["version"] == version else r for r in records]
+        path.write_bytes(b"".join(map(record_file.pack, changed)))
+
+
+def test_steps_that_do_not_follow_on_each_other_are_found_before_the_first_write(site: Site) -> None:
+    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
+        teach(step)
+        worker_loop.agree(site.redis, step)
+    rewrite(site, 2, step=7)
+    before, header = site.everything(), site.header()
+    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:  # the weights are whole: nothing to replay
+        served = site.served()
+        with pytest.raises(CannotRebuild, match=r"version 2 was step 7 of the optimizer.*stand at 1.*nothing was"):
+            roll_back(site.redis, step, 2, ("x-0",))
+        assert step.keeper.history.latest() == (2, header["lineage"]), "nor was it journaled"
+        assert site.everything() == before and site.header() == header and site.served() == served
+    site.restart_server()
+    fresh, header = site.everything(), site.header()
+    with (
+        pytest.raises(CannotRebuild, match="version 2 was step 7"),
+        attach_step(site.run_dir, "test", H, state_dir=site.state),
+    ):
+        raise AssertionError("what was learnt cannot be made again")
+    assert site.everything() == fresh and site.header() == header and site.served()["state"] == "serving"
+
+
+def test_a_checkpoint_of_other_steps_or_another_shape_is_found_before_the_first_write(site: Site) -> None:
+    """Its bytes are those that were written: no digest finds this."""
+    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
+        teach(step)
+        worker_loop.agree(site.redis, step)
+        history, weights, rebuilder = step.keeper.history, step.weights, step.keeper.rebuilder
+        state = weights.state.clone()
+        state[8] = 5  # the step count: apollo/state_layout.py
+        history.snapshots.write(1, weights.header.lineage, weights.tensors, state, history.trained(1))
+        with pytest.raises(CannotRebuild, match="version 2 was step 1 of the optimizer, which would stand at 5"):
+            rebuilder.plan(2)
+        short = dict(weights.tensors)
+        name = max(short)
+        weights.tensors[name] = torch.zeros(3, 5)
+        with pytest.raises(CannotRebuild, match=f"does not fit the server's weights: {name}"):
+            rebuilder.plan(1)
+        weights.tensors[name] = short[name]
+
+
+# train --attach
+
+
+def test_a_file_with_a_batch_that_does_not_fit_trains_nothing(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = transcripts("x", 6)
+    for item in sent[-2:]:
+        item["messages"][0]["content"] *= 24
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in sent))
+
+    @contextlib.contextmanager
+    def on_a_gpu(*arguments: Any, **options: Any) -> Iterator[SharedUpdate]:
+        with attach_step(*arguments, **options) as step:
+            step.trainer = as_on_a_gpu(step.trainer)
+            yield step
+
+    monkeypatch.setattr(worker_loop, "attach_step", on_a_gpu)
+    before = site.digest()
+    with pytest.raises(TandemError, match=r"nothing was trained: a batch has \d+ tokens.* 512 at most.*--max-tokens"):
+        train.train_attached(str(file), site.run_dir, H, count=1, batch=6, state_dir=site.state)
+    assert site.header()["version"] == 0 and site.digest() == before

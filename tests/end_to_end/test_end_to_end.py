@@ -169,16 +169,18 @@ def test_attached_training_without_redis_is_taken_over(stack: Stack, tmp_path: P
     assert stack.producer.version() == before + 3
 
 
-def test_a_restarted_server_is_brought_back_to_what_it_had_learnt(stack: Stack) -> None:
+def test_a_server_that_was_killed_is_brought_back_to_what_it_had_learnt(stack: Stack) -> None:
+    """Its API process alone is killed, and started again in the same folder, as a supervisor does."""
     known, before = stack.producer.version(), served_nll(stack)
     lineage = stack.weights_version()["lineage"]
     worker = stack.worker()
     stack.wait_for(worker, "worker ready")
-    stack.server.stop()
+    stack.server.kill_api_process()
     assert worker.wait(PATIENCE) == 1
     assert "gone" in stack.said(worker) or "down" in stack.said(worker), stack.said(worker)
 
     stack.start_server()
+    assert "ending what a killed server left" in stack.server.log_path.read_text()
     assert stack.weights_version()["version"] == 0 and served_nll(stack) > before + 0.3
     back = stack.tandem("worker", "--until-empty")
     assert back.returncode == 0 and f"version {known} of lineage {lineage} is live" in back.stderr, back.stderr

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from durable_parts import LEARNING, QUIET, Site, transcripts
@@ -20,7 +21,13 @@ from worker.checkpoint.batch_codec import unpack_batch
 from worker.checkpoint.journal import Journal
 from worker.checkpoint.snapshots import fingerprint
 
-pytestmark = pytest.mark.slow
+SLOW = pytest.mark.slow
+"""What repeats the guarding tests at every other point, and with every other file."""
+
+
+def points(always: str, *others: str) -> list[Any]:
+    """Crash points: those that are always passed, and the others."""
+    return [*always.split(), *(pytest.param(point, marks=SLOW) for point in others)]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +76,7 @@ def taught(site: Site) -> Site:
 
 
 @pytest.mark.parametrize(
-    "point",
-    ["backward", "journaled", "paused", "applying", "swept", "applied", "resumed", "committed"],
+    "point", points("journaled applying applied", "backward", "paused", "swept", "resumed", "committed")
 )
 def test_a_worker_killed_anywhere_costs_nothing(
     site: Site, point: str, undisturbed: dict[int, tuple[str, int]], tiny_model: Path, tmp_path: Path
@@ -86,7 +92,7 @@ def test_a_worker_killed_anywhere_costs_nothing(
     assert site.everything() == expected, said
 
 
-@pytest.mark.parametrize("point", ["restoring", "restored"])
+@pytest.mark.parametrize("point", points("restored", "restoring"))
 def test_a_worker_killed_while_it_recovers_leaves_it_to_the_next(
     site: Site, point: str, undisturbed: dict[int, tuple[str, int]]
 ) -> None:
@@ -115,7 +121,7 @@ def test_a_restarted_server_learns_again_what_it_knew(taught: Site, undisturbed:
     assert taught.agree() == 5
 
 
-@pytest.mark.parametrize("point", ["journaled", "applying", "swept", "resumed"])
+@pytest.mark.parametrize("point", points("swept", "journaled", "applying", "resumed"))
 def test_worker_and_server_both_gone(site: Site, point: str, undisturbed: dict[int, tuple[str, int]]) -> None:
     ids = site.send("x", 8)
     site.killed(f"{point}:3", *QUIET)
@@ -124,6 +130,7 @@ def test_worker_and_server_both_gone(site: Site, point: str, undisturbed: dict[i
     assert site.agree() == 4 and site.trained() == ids and site.everything() == undisturbed[4]
 
 
+@SLOW
 def test_a_server_that_dies_while_it_is_restored(taught: Site, undisturbed: dict[int, tuple[str, int]]) -> None:
     taught.restart_server()
     taught.killed("restored", *QUIET)
@@ -143,6 +150,7 @@ def test_a_redis_that_lost_everything_is_told_who_was_trained(taught: Site) -> N
     assert taught.agree() == 4, "nobody is trained twice"
 
 
+@SLOW
 def test_redis_and_server_lost_everything(taught: Site, undisturbed: dict[int, tuple[str, int]]) -> None:
     before = taught.ledger()
     taught.redis.flushall()
@@ -228,6 +236,7 @@ def newest_file(site: Site) -> Path:
     return max((site.state / "journal").glob("*.journal"))
 
 
+@SLOW
 def test_a_torn_tail_is_cut_and_told(taught: Site, undisturbed: dict[int, tuple[str, int]]) -> None:
     whole = newest_file(taught).read_bytes()
     newest_file(taught).write_bytes(whole + b"TDJ1" + bytes(30))
@@ -266,6 +275,7 @@ def test_a_damaged_checkpoint_is_passed_over(taught: Site, undisturbed: dict[int
     assert taught.agree() == 4 and taught.everything() == undisturbed[4]
 
 
+@SLOW
 def test_nothing_left_to_restore_from_is_an_error_that_changes_nothing(taught: Site) -> None:
     taught.tandem("worker", "--until-empty", *LEARNING, "--history", "0")
     for file in (taught.state / "checkpoints").rglob("model.safetensors"):
@@ -288,6 +298,7 @@ def test_a_lost_state_directory_is_begun_again_from_the_live_weights(taught: Sit
     assert taught.agree() == 4 and taught.everything() == before and len(taught.ledger()) == 8
 
 
+@SLOW
 def test_torn_weights_without_a_state_directory_are_refused(taught: Site, tmp_path: Path) -> None:
     taught.send("y", 2)
     taught.killed("applying", *QUIET)
@@ -310,6 +321,7 @@ def test_a_new_lineage_goes_on_and_is_restored_itself(taught: Site) -> None:
     assert len(taught.ledger()) == 10
 
 
+@SLOW
 def test_a_state_directory_of_other_weights_is_refused(taught: Site, tmp_path: Path, tiny_model: Path) -> None:
     other = Site(tmp_path / "other", tiny_model)
     try:

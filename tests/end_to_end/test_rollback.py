@@ -13,7 +13,8 @@ from patience import until
 
 from producer import Producer, keys
 
-pytestmark = pytest.mark.slow
+SLOW = pytest.mark.slow
+"""What repeats the guarding tests at greater length."""
 
 VERSIONS = 54
 
@@ -59,6 +60,7 @@ def go_back_to_all(redis_url: str, run_dir: str, state: str, answers: str) -> No
     Path(answers).write_text(json.dumps(seen))
 
 
+@SLOW
 def test_each_of_the_last_fifty_versions_comes_back_bit_for_bit(site: Site) -> None:
     site.send("v", VERSIONS)
     site.work(*LEARNING, "--keep-checkpoints", "20", "--checkpoint-every", "9", jobs=1)
@@ -120,7 +122,9 @@ def skip_a_step(run_dir: str) -> None:
     attach(Path(run_dir)).state[8] += 1  # the optimizer's step count: worker/apollo/state_layout.py
 
 
-@pytest.mark.parametrize("dropped", [["x-2"], ["x-2", "x-3"], ["x-0", "x-7"]])
+@pytest.mark.parametrize(
+    "dropped", [["x-2", "x-3"], pytest.param(["x-2"], marks=SLOW), pytest.param(["x-0", "x-7"], marks=SLOW)]
+)
 def test_without_a_transcript_the_weights_are_those_of_a_run_without_it(
     taught: Site, tmp_path: Path, tiny_model: Path, dropped: list[str]
 ) -> None:
@@ -152,7 +156,9 @@ def test_a_second_rollback_keeps_the_first_ones_drops(taught: Site, tmp_path: Pa
     assert taught.everything() == run_batches(tiny_model, tmp_path / "without", batches)
 
 
-@pytest.mark.parametrize("point", ["journaled", "restoring", "restored"])
+@pytest.mark.parametrize(
+    "point", ["restoring", *(pytest.param(point, marks=SLOW) for point in ("journaled", "restored"))]
+)
 def test_a_rollback_that_is_killed_is_finished_or_never_was(taught: Site, point: str) -> None:
     was, now = taught.manifest(2)["digest"], taught.digest()
     process = taught.start("rollback", "2", "--drop", "x-5", fault=point)
@@ -193,6 +199,7 @@ def test_what_makes_no_sense_is_refused(taught: Site, arguments: list[str], says
     assert taught.agree() == 4 and taught.everything() == before
 
 
+@SLOW
 def test_a_running_worker_is_named(taught: Site) -> None:
     worker = taught.start("worker", "--name", "busy-one", *LEARNING, *QUIET)
     try:
@@ -232,6 +239,7 @@ def test_log_lists_versions_checkpoints_and_what_was_rolled_back(taught: Site) -
     }  # fmt: skip
 
 
+@SLOW
 def test_the_producer_knows_a_dropped_transcript(taught: Site) -> None:
     taught.tandem("rollback", "4", "--drop", "x-2")
     assert Producer(taught.store.url).status("x-2").version == 2, "trained then, and taken out since: in the ledger"

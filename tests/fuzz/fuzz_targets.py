@@ -263,10 +263,12 @@ class JournalRecords:
         return Counter(["opened"])
 
 
-def targets(url: str, folder: Path) -> Iterator[Any]:
+@contextlib.contextmanager
+def targets(url: str, folder: Path) -> Iterator[list[Any]]:
     """One of each, on a real Redis at `url` (emptied again and again)."""
-    sockets = Sockets(folder / "run")
     for name in ("weights", "file", "journal"):
         (folder / name).mkdir()
-    yield from (QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets))
-    yield from (Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal"))
+    with contextlib.closing(Sockets(folder / "run")) as sockets:
+        found = [QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets)]
+        found += [Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal")]
+        yield found

@@ -111,7 +111,7 @@ class Weights:
         manifest |= {"update_rms": 2e-6, "weight_rms": 0.02}
         results = {ready.id: JobResult(version) for ready in good}
         update = Update(version, header["lineage"], manifest, results, rejected)
-        self._replace("record", json.dumps(update.record()))
+        self._replace("record", json.dumps(update.record().plain()))
         time.sleep(self.pace)
         self.set_header(header["lineage"], header["version"], "APPLYING")
         if "tears" in says:

@@ -5,15 +5,13 @@ Weights are read from the server's memory, as a trainer would attach to it.
 """
 
 import json
-import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import redis
 import torch
-from chaos_processes import Forked, RealServer, run_stand_in
+from chaos_processes import Forked, RealServer, run_stand_in, run_tandem
 from patience import until
 from stack_parts import transcripts
 
@@ -28,16 +26,6 @@ HASTY_LEASE = 3.0
 QUIET = ["--no-checkpoint-at-stop", "--checkpoint-every", "1000"]
 
 __all__ = ["LEARNING", "QUIET", "Site", "transcripts"]
-
-
-def run_tandem(*arguments: str) -> None:
-    """`tandem ...` in this process."""
-    from worker.cli import main
-    from worker.utils import fault_injection
-
-    fault_injection.arm(os.environ.get("TANDEM_FAULT"))
-    sys.argv = ["tandem", *arguments]
-    main.main()
 
 
 def run_hasty_tandem(*arguments: str) -> None:

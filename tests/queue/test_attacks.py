@@ -167,6 +167,30 @@ def test_every_attack_fails_alone_between_good_jobs(redis_url: str, tmp_path: Pa
     assert connection.ttl("rq:job:for-ages") > 0 and connection.ttl("rq:job:not-at-all") > 0
 
 
+@pytest.mark.parametrize("where", ["queued", "started", "scheduled", "deferred"])
+def test_what_is_too_large_is_not_even_read(redis_url: str, tmp_path: Path, where: str) -> None:
+    """Neither from the queue nor from a registry: a producer may write to the hash of any job at any time."""
+    connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
+    registries = {
+        "started": "rq:wip:feedback",
+        "scheduled": "rq:scheduled:feedback",
+        "deferred": "rq:deferred:feedback",
+    }
+    for job_id, fields in {
+        "large": {"data": os.urandom(16 * 1024 * 1024)},
+        "wide": {"data": zlib.compress(call())} | {f"field{i}": os.urandom(10_000) for i in range(1600)},
+    }.items():
+        push(connection, job_id, fields)
+        if where != "queued":
+            connection.delete(f"rq:queue:{keys.QUEUE}")
+            connection.zadd(registries[where], {f"{job_id}:e" if where == "started" else job_id: 1})
+    before = connection.info("stats")["total_net_output_bytes"]
+    start(connection, weights, hooks=[lines], linger=0).work(burst=True)
+    assert connection.info("stats")["total_net_output_bytes"] - before < 4 * 1024 * 1024
+    failed = FailedJobRegistry(keys.QUEUE, connection=connection)
+    assert sorted(failed.get_job_ids(cleanup=False)) == ["large", "wide"] and weights.trained == []
+
+
 def test_ids_that_are_no_jobs_are_dropped(redis_url: str, tmp_path: Path) -> None:
     connection, weights, lines = redis.Redis.from_url(redis_url), Weights(tmp_path), Lines()
     producer = Producer(redis_url)

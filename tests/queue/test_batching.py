@@ -24,6 +24,7 @@ def test_a_batch_is_one_version_and_every_job_has_its_own_result(
     assert producer.version() == 3 == weights.header["version"]
     assert [producer.wait(i, timeout=PATIENCE) for i in ids] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
     assert [job(connection, i).return_value()["version"] for i in ids[3:5]] == [1, 2]
+    assert [len(job(connection, i).results()) for i in ids] == [1] * 10, "taken once, begun once, finished once"
     assert counts(connection) == {"failed": 0, "finished": 10, "started": 0, "queued": 0}
     assert ledger.versions(connection, ids) == {i: 1 + n // 4 for n, i in enumerate(ids)}
     manifest = ledger.manifest(connection, 1)

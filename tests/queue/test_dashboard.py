@@ -1,5 +1,6 @@
 """The dashboard as a user runs it: a process of its own, asked over HTTP for every page it has."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -57,6 +58,13 @@ def connection(redis_url: str, tmp_path: Path) -> redis.Redis:
 
 @pytest.fixture
 def site(connection: redis.Redis, redis_url: str) -> Iterator[str]:
+    with dashboard(redis_url) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def dashboard(redis_url: str) -> Iterator[str]:
+    """Where it answers."""
     url = f"{redis_url}&decode_responses=True"  # what another program wants of the same Redis
     command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", url, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -65,10 +73,12 @@ def site(connection: redis.Redis, redis_url: str) -> Iterator[str]:
     found = re.search(r"http://127\.0\.0\.1:\d+", first)
     assert found, first + process.stdout.read()
     password = redis_url.split("@")[0].split(":")[-1]
-    assert password not in first
-    yield found.group()
-    process.terminate()
-    process.wait()
+    try:
+        assert password not in first
+        yield found.group()
+    finally:
+        process.terminate()
+        process.wait(timeout=PATIENCE)
 
 
 def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, str]:
@@ -174,3 +184,19 @@ def test_a_url_that_cannot_be_read_is_refused_without_its_password() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert ended.returncode == 1 and "not a Redis URL" in ended.stderr
     assert "hunter2" not in ended.stderr + ended.stdout
+
+
+def test_the_queue_is_listed_before_any_worker_ran(redis_url: str) -> None:
+    Producer(redis_url).enqueue(say("good"), id="a")
+    with dashboard(redis_url) as site:
+        (queue,) = get_json(f"{site}/0/data/queues.json")["queues"]
+    assert (queue["name"], queue["count"]) == (keys.QUEUE, 1)
+
+
+@pytest.mark.parametrize("path", ["/job/unpreparable/requeue", "/requeue/feedback"])
+def test_what_is_requeued_stays_on_this_queue_whatever_its_hash_says(
+    site: str, connection: redis.Redis, path: str
+) -> None:
+    connection.hset("rq:job:unpreparable", "origin", "default")
+    assert ask(site + path, "POST")[0] == 200
+    assert "unpreparable" in open_queue(connection).job_ids and not connection.exists("rq:queue:default")

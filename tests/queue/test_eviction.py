@@ -67,11 +67,13 @@ def test_a_policy_that_changes_is_published_again_but_redis_is_not_asked_each_ti
     watch.look()
     assert connection.hget(keys.STATE, "maxmemory_policy") == b"noeviction" and not told
     monkeypatch.setattr("worker.versions.eviction_watch.LOOK_SECONDS", 0.0)
-    watch._next = 0.0
+    watch = EvictionWatch(connection, told.append)
+    watch.look()
+    evicting(connection, "allkeys-random")
     watch.look()
     watch.look()
-    assert connection.hget(keys.STATE, "maxmemory_policy") == b"volatile-ttl"
-    assert len(told) == 1 and "volatile-ttl" in told[0]
+    assert connection.hget(keys.STATE, "maxmemory_policy") == b"allkeys-random"
+    assert len(told) == 2 and "volatile-ttl" in told[0] and "allkeys-random" in told[1]
 
 
 def test_a_worker_that_may_not_ask_says_unknown(connection: redis.Redis, redis_url: str) -> None:

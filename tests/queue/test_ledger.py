@@ -11,6 +11,7 @@ import redis
 from redis.client import Pipeline
 
 from producer import keys
+from worker.config.version_record import VersionRecord
 from worker.consumer.worker_lock import LockLost, WorkerBusy, WorkerLock
 from worker.versions import ledger
 
@@ -20,9 +21,9 @@ def connection(redis_url: str) -> redis.Redis:
     return redis.Redis.from_url(redis_url)
 
 
-def record(version: int, *jobs: str, lineage: str = "L", **manifest: Any) -> dict[str, Any]:
+def record(version: int, *jobs: str, lineage: str = "L", **manifest: Any) -> VersionRecord:
     results = {job: {"version": version} for job in jobs}
-    return {"version": version, "lineage": lineage, "jobs": list(jobs), "manifest": manifest, "results": results}
+    return VersionRecord(version, lineage, list(jobs), manifest, results)
 
 
 def everything(connection: redis.Redis) -> dict[bytes, bytes]:
@@ -45,6 +46,14 @@ def test_a_commit_says_everything_at_once(connection: redis.Redis) -> None:
         assert (said[b"version"], said[b"lineage"], said[b"jobs"], said[b"tokens"]) == (b"1", b"L", b"2", b"7")
     assert ledger.state(connection) == ledger.LedgerState(1, "L")
     assert ledger.versions(connection, ["b", "zzz", "a"]) == {"b": 1, "a": 1}
+
+
+def test_a_rollback_says_who_was_dropped_and_who_is_trained_again(connection: redis.Redis) -> None:
+    ledger.commit(connection, record(1, "a", "b"))
+    connection.hdel(keys.LEDGER, "b")  # a rollback queued it again, and this one goes back on that
+    ledger.commit(connection, record(2, kind="rollback", dropped=["a"], retaken=["b"]))
+    assert ledger.dropped(connection) == {"a": 2}
+    assert ledger.everyone(connection) == {"a": 1, "b": 2}
 
 
 def test_the_same_record_again_changes_nothing(connection: redis.Redis) -> None:

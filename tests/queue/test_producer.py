@@ -447,6 +447,41 @@ def test_jobs_that_keep_changing_are_given_up_in_one_sentence(
     assert queued(store) == []
 
 
+def test_a_race_lost_by_the_async_client_is_run_again(
+    redis_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Chunk.write
+
+    def late(chunk: Chunk, pipe: Any) -> None:
+        monkeypatch.setattr(Chunk, "write", write)
+        with Producer(redis_url) as faster:
+            faster.enqueue(TALK, id="a")
+        chunk.write(pipe)
+
+    async def slower() -> Outcome:
+        async with AsyncProducer(redis_url) as producer:
+            return (await producer.enqueue(TALK, id="a")).outcome
+
+    monkeypatch.setattr(Chunk, "write", late)
+    assert (asyncio.run(slower()), queued(store)) == (Outcome.KNOWN, ["a"])
+
+
+def test_a_transaction_is_bounded_by_bytes_and_by_jobs(
+    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, sizes = Chunk.write, []
+
+    def count(chunk: Chunk, pipe: Any) -> None:
+        sizes.append(len(chunk.ids))
+        write(chunk, pipe)
+
+    monkeypatch.setattr(Chunk, "write", count)
+    producer.enqueue_many({"messages": TALK} for _ in range(205))
+    monkeypatch.setattr("producer.exchange.CHUNK_BYTES", 2500)  # a job is taken for 1,024 bytes and its payload
+    producer.enqueue_many({"messages": TALK} for _ in range(5))
+    assert sizes == [100, 100, 5, 2, 2, 1]
+
+
 def test_version_before_the_first_is_zero(producer: Producer) -> None:
     assert producer.version() == 0
     assert producer.status("nobody") == Status("nobody", State.UNKNOWN)

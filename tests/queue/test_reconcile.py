@@ -3,10 +3,12 @@
 import itertools
 from typing import Any
 
+import msgpack
 import pytest
 import redis
 
 from producer import keys
+from worker.config.version_record import NoVersionRecordError, VersionRecord
 from worker.consumer.settlement import settle_with_rq
 from worker.versions import ledger
 from worker.versions.ledger import LedgerState
@@ -19,9 +21,9 @@ def header(version: int, lineage: str = A, state: str = "CLEAN") -> dict[str, An
     return {"lineage": lineage, "version": version, "state": state}
 
 
-def record(version: int, *jobs: str, lineage: str = A, **manifest: Any) -> dict[str, Any]:
+def record(version: int, *jobs: str, lineage: str = A, **manifest: Any) -> VersionRecord:
     results = {job: {"version": version} for job in jobs}
-    return {"version": version, "lineage": lineage, "jobs": list(jobs), "manifest": manifest, "results": results}
+    return VersionRecord(version, lineage, list(jobs), manifest, results)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +109,8 @@ def test_no_case_is_forgotten_and_none_loses_learning_unasked() -> None:
         decided += 1
         assert head["state"] == "CLEAN"
         if decision.action == "commit":
-            assert rec is not None and rec["version"] == head["version"] == known.version + 1
-            assert rec["lineage"] == head["lineage"] and known.lineage in (None, head["lineage"])
+            assert rec is not None and rec.version == head["version"] == known.version + 1
+            assert rec.lineage == head["lineage"] and known.lineage in (None, head["lineage"])
         elif decision.action == "lineage":
             assert new and decision.version == known.version + 1 and known.lineage != head["lineage"]
         elif decision.action == "adopt":
@@ -142,7 +144,7 @@ def test_a_recorded_batch_is_committed_once(redis_url: str) -> None:
     said = reconcile(
         connection,
         header(2),
-        record(2, "b", "gone"),
+        record(2, "b", "gone").plain(),
         new_lineage=False,
         settle=settle_with_rq(connection),
         adopt=refuse_to_adopt,
@@ -152,12 +154,37 @@ def test_a_recorded_batch_is_committed_once(redis_url: str) -> None:
     (said_again,) = reconcile(
         connection,
         header(2),
-        record(2, "b", "gone"),
+        record(2, "b", "gone").plain(),
         new_lineage=False,
         settle=settle_with_rq(connection),
         adopt=refuse_to_adopt,
     )
     assert "agree" in said_again and connection.xlen(keys.EVENTS) == 2
+
+
+@pytest.mark.parametrize(
+    "broken", [{"jobs": "b"}, {"lineage": None}, {"version": "2"}, {"manifest": []}, {"results": 0}]
+)
+def test_a_record_that_is_none_of_ours_is_named_and_touches_nothing(redis_url: str, broken: dict[str, Any]) -> None:
+    connection = redis.Redis.from_url(redis_url)
+    ledger.commit(connection, record(1, "a"))
+    before = {key: connection.dump(key) for key in connection.keys("*")}
+    with pytest.raises(NoVersionRecordError, match=f"no usable {next(iter(broken))}: .* restart the server"):
+        reconcile(
+            connection,
+            header(2),
+            record(2, "b").plain() | broken,
+            new_lineage=False,
+            settle=settle_with_rq(connection),
+            adopt=refuse_to_adopt,
+        )
+    assert {key: connection.dump(key) for key in connection.keys("*")} == before
+
+
+def test_a_record_is_stored_as_a_plain_map_and_read_again() -> None:
+    given = record(3, "a", "b", base=1, loss=0.5, dropped=["x"])
+    assert VersionRecord.from_plain(msgpack.unpackb(msgpack.packb(given.plain()))) == given
+    assert (given.base, record(3).base) == (1, 2)
 
 
 def test_a_new_lineage_takes_a_version_and_survives_a_crash_before_the_header_knows(redis_url: str) -> None:

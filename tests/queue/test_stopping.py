@@ -13,6 +13,7 @@ from producer import keys
 from producer.client import Producer
 from producer.errors import TandemError
 from worker.config.protocol import Torn, Unavailable
+from worker.consumer import transitions
 from worker.consumer.jobs import open_queue
 from worker.versions import ledger
 
@@ -126,3 +127,15 @@ def test_an_error_in_the_heartbeat_is_raised_between_steps(
         worker.work(burst=True)
     assert weights.trained == ["t0"] and ledger.state(connection).version == 1  # what was trained is committed
     assert b"robber" in connection.get(keys.WORKER_LOCK)
+
+
+def test_putting_back_may_be_repeated(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    """The first answer was lost, say: each job is queued once, in order, with no retry spent."""
+    ids = [Producer(redis_url).enqueue(say("good"), id=f"t{i}").id for i in range(3)]
+    worker = start(connection, weights, hooks=[])
+    held, _ = transitions.take(worker.queue, 3, 0)
+    transitions.begin(worker, worker.queue, held)
+    for _ in range(2):
+        transitions.put_back(worker, worker.queue, held)
+    assert worker.queue.job_ids == ids and counts(connection)["started"] == 0
+    assert {job(connection, i).retries_left for i in ids} == {keys.MAX_RETRIES}

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgpack
 import pytest
@@ -236,6 +237,8 @@ def test_a_torn_server_says_so_to_everyone(tiny_model: Path, tmp_path: Path) -> 
     """And one that is killed, to its trainer: last, since it is the same server."""
     with ServerProcess(tiny_model, tmp_path / "run", extra=SERVER_OPTIONS) as server:
         completion(server, 2)
+        half_sent = socket.create_connection(urlsplit(server.url).netloc.split(":"))  # and never ends
+        half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
         victim = Victim(server.run_dir)
         stream, whole = inside(server, True, False, at=lambda: victim.do("pause"), undo=lambda: victim.do("resume"))
         victim.do("begin")
@@ -272,9 +275,11 @@ def test_a_torn_server_says_so_to_everyone(tiny_model: Path, tmp_path: Path) -> 
         status, headers, _ = completion(server, 2)
         assert (status, headers["x-weight-version"]) == (200, "1")
         assert server_state(server.run_dir).get("reason") is None
+        half_sent.close()
         server.stop()
         with pytest.raises(ServerGone, match=r"start it again|gone"):
             trainer.state()
         with pytest.raises(unix_socket.WireError, match="tandem serve"):
             ServerControl(server.run_dir, "late").connect()
-        assert not list(server.run_dir.glob("*.sock"))
+        with pytest.raises(unix_socket.WireError, match="tandem serve"):
+            read_header(server.run_dir)

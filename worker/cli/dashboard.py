@@ -6,6 +6,7 @@ pages of other sites can neither read it (the Host header is checked) nor press 
 shown as text, never as HTML; no transcript is shown anywhere.
 """
 
+import contextlib
 import html
 import ipaddress
 import json
@@ -24,6 +25,8 @@ from werkzeug.serving import make_server
 
 from producer.connection import DEFAULT_URL, checked_url, connect, resolve_url, safe_url
 from producer.errors import TandemError
+from worker.consumer.jobs import open_queue
+from worker.consumer.transitions import announce
 
 CONFIG = "worker.cli.dashboard_config"
 
@@ -31,7 +34,8 @@ CONFIG = "worker.cli.dashboard_config"
 def make_app(redis_url: str, names: Collection[str] = ()) -> Flask:
     """The dashboard as a Flask application on the Redis at `redis_url`; names: further host names it answers to."""
     redis_url = checked_url(redis_url)  # refused here: rq-dashboard's own error may quote it
-    connect(redis_url, redis.Redis.from_url).close()
+    with connect(redis_url, redis.Redis.from_url) as client, contextlib.suppress(redis.RedisError):
+        announce(open_queue(client))  # no worker may have done so yet, and producers have no right to
     app: Flask = make_flask_app(CONFIG, None, None, "")
     app.config["RQ_DASHBOARD_REDIS_URL"] = (redis_url,)
     setup_rq_connection(app)

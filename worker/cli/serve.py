@@ -12,13 +12,13 @@ from worker.serving.cache_policy import CachePolicy, cache_options
 from worker.serving.launch import (
     build_environment,
     check_installed,
-    check_options,
     entry_module,
     is_cpu_build,
     lock,
     with_defaults,
 )
 from worker.serving.memory_share import TrainerMemory, make_room
+from worker.serving.refused_options import check_options
 from worker.serving.vllm_flags import LaunchError
 from worker.utils import torch_setup, unix_socket
 
@@ -55,12 +55,17 @@ def command(
     check_installed()
     check_options(vllm_options, os.environ)
     run_dir = unix_socket.prepare_run_dir((run_dir or unix_socket.default_run_dir()).absolute())
-    lock(run_dir, model)
+    lock(run_dir, model, tell=say)
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
     room, said = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
     options, notes = [*options, *room], [*notes, *said]
     environment = build_environment(os.environ, run_dir, vllm_options, on_cpu) | policy.environment()
     for note in notes:
-        click.echo(f"tandem serve: {note}", err=True)
+        say(note)
     arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]
     os.execve(sys.executable, arguments, environment)
+
+
+def say(note: str) -> None:
+    """One sentence for whoever started the server."""
+    click.echo(f"tandem serve: {note}", err=True)

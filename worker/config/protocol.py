@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from producer.errors import TandemError
 from producer.transcript import Transcript
+from worker.config.version_record import VersionRecord
 
 
 class Torn(TandemError):
@@ -78,15 +79,10 @@ class Update:
         """`results` as they are stored."""
         return {job_id: result.as_map() for job_id, result in self.results.items()}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> VersionRecord:
         """What is committed, and what the weights' record area holds so that a restart can commit it."""
-        return {
-            "version": self.version,
-            "lineage": self.lineage,
-            "jobs": list(self.results),
-            "manifest": self.manifest,
-            "results": self.result_maps(),
-        }
+        assert self.version is not None, "nothing was trained"
+        return VersionRecord(self.version, self.lineage, list(self.results), self.manifest, self.result_maps())
 
 
 P = TypeVar("P", bound=Prepared)

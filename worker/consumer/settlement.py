@@ -13,14 +13,12 @@ import redis
 from redis.client import Pipeline
 
 from producer import keys
-from producer.serializer import MsgpackSerializer
-from producer.transcript import ID_PATTERN
 from worker.consumer import rq_private
-from worker.consumer.jobs import FeedbackJob, FeedbackQueue, open_queue
+from worker.consumer.jobs import FeedbackQueue, open_queue
 from worker.consumer.pipelines import merge, update_only
-from worker.consumer.redis_errors import execute, retryable
+from worker.consumer.redis_errors import execute
 from worker.consumer.rq_private import RqWorker
-from worker.consumer.transitions import Held, job_keys, owned, restore_lost
+from worker.consumer.transitions import Held, fetch, job_keys, owned, restore_lost
 
 
 def finish(
@@ -90,24 +88,6 @@ def _end_badly(queue: FeedbackQueue, held: Held, reason: str, pipe: Pipeline, wo
     else:
         rq_private.fail(worker, held.job, reason, held.execution, pipe)
     update_only(pipe, job_keys([held]), first)
-
-
-def fetch(queue: FeedbackQueue, ids: Sequence[str]) -> list[FeedbackJob | None]:
-    """As RQ's fetch_many, but a key of a wrong type is no job, rather than an error."""
-    with queue.connection.pipeline(transaction=False) as pipe:
-        for job_id in ids:
-            pipe.hgetall(FeedbackJob.key_for(job_id))
-        answers = pipe.execute(raise_on_error=False)
-    jobs: list[FeedbackJob | None] = []
-    for job_id, fields in zip(ids, answers, strict=True):
-        if isinstance(fields, Exception) and retryable(fields):
-            raise fields
-        job = None
-        if isinstance(fields, dict) and fields and ID_PATTERN.fullmatch(job_id):
-            job = FeedbackJob(job_id, connection=queue.connection, serializer=MsgpackSerializer)
-            job.restore(fields)
-        jobs.append(job)
-    return jobs
 
 
 def settle_with_rq(connection: redis.Redis) -> Callable[[dict[str, Any]], Callable[[Pipeline], None]]:

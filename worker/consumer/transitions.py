@@ -15,7 +15,7 @@ from redis.client import Pipeline
 
 from producer import keys
 from producer.serializer import MsgpackSerializer
-from producer.transcript import MAX_ID
+from producer.transcript import ID_PATTERN, MAX_ID
 from worker.consumer import rq_private
 from worker.consumer.jobs import MAX_HASH, FeedbackJob, FeedbackQueue
 from worker.consumer.pipelines import merge, update_only
@@ -63,10 +63,24 @@ class Dropped:
 
 NO_JOB = "no such job"
 
+# A job's hash as a list of fields and values; its size in bytes, more than `most`, where it is too large to be read.
+_READ = """
+local function read(key, most)
+  local size, count = 0, redis.call('HLEN', key)
+  if count > 200 then size = most + 1 else
+    for _, field in ipairs(redis.call('HKEYS', key)) do size = size + #field + redis.call('HSTRLEN', key, field) end
+  end
+  if size <= most then return redis.call('HGETALL', key) end
+  return size
+end
+"""
+
 # Moves up to ARGV[1] ids from the queue to the intermediate queue and reads their jobs, in one round trip. Ids that
 # are no job ids, or have no job, are dropped. Reply per id: {id, ledger version or nil, fields | size | why dropped,
 # whether RQ's registry of canceled jobs has it}.
-_TAKE = """
+_TAKE = (
+    _READ
+    + """
 local out = {}
 local function drop(id, why)
   redis.call('LREM', KEYS[2], 1, id)
@@ -77,12 +91,7 @@ local function look(id)
   local key = ARGV[4] .. id
   local kind = redis.call('TYPE', key).ok
   if kind ~= 'hash' then return drop(id, 'no such job') end
-  local size, count = 0, redis.call('HLEN', key)
-  if count > 200 then size = tonumber(ARGV[2]) + 1 else
-    for _, field in ipairs(redis.call('HKEYS', key)) do size = size + #field + redis.call('HSTRLEN', key, field) end
-  end
-  local body = size
-  if size <= tonumber(ARGV[2]) then body = redis.call('HGETALL', key) end
+  local body = read(key, tonumber(ARGV[2]))
   local canceled = redis.call('ZSCORE', KEYS[4], id)
   out[#out + 1] = {id, redis.call('HGET', KEYS[3], id), body, canceled and 1 or 0}
 end
@@ -94,6 +103,19 @@ for _ = 1, tonumber(ARGV[1]) do
 end
 return out
 """
+)
+
+# The jobs of KEYS as `read` has them; nil for what is no hash.
+_FETCH = (
+    _READ
+    + """
+local out = {}
+for i, key in ipairs(KEYS) do
+  out[i] = redis.call('TYPE', key).ok == 'hash' and read(key, tonumber(ARGV[1]))
+end
+return out
+"""
+)
 
 
 def announce(queue: FeedbackQueue) -> None:
@@ -116,12 +138,7 @@ def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[Held], lis
         if isinstance(body, bytes):
             dropped.append(Dropped(raw_id, body.decode()))
             continue
-        job = FeedbackJob(raw_id.decode(), connection=queue.connection, serializer=MsgpackSerializer)
-        if isinstance(body, int):
-            job.restore({b"data": b""})
-            job.defect = f"the job is larger in Redis than {MAX_HASH} bytes"
-        else:
-            job.restore(dict(zip(body[::2], body[1::2], strict=True)))
+        job = _job(queue, raw_id.decode(), body)
         # A hash alone is not believed, since a producer writes it; nor the registry alone, which RQ does not tidy up
         # when a canceled job is queued again.
         gone = bool(canceled) and job.get_status(refresh=False) == "canceled"
@@ -134,6 +151,26 @@ def _take(queue: FeedbackQueue, count: int, first: bytes) -> list[tuple[bytes, b
     names = [queue.key, queue.intermediate_queue_key, keys.LEDGER, queue.canceled_job_registry.key]
     result: Any = script(keys=names, args=[count, MAX_HASH, MAX_ID, FeedbackJob.redis_job_namespace_prefix, first])
     return result
+
+
+def _job(queue: FeedbackQueue, job_id: str, body: Any) -> FeedbackJob:
+    job = FeedbackJob(job_id, connection=queue.connection, serializer=MsgpackSerializer)
+    if isinstance(body, int):
+        job.restore({b"data": b""})
+        job.defect = f"the job is larger in Redis than {MAX_HASH} bytes"
+    else:
+        job.restore(dict(zip(body[::2], body[1::2], strict=True)))
+    return job
+
+
+def fetch(queue: FeedbackQueue, ids: Sequence[str]) -> list[FeedbackJob | None]:
+    """The jobs of `ids`, None for what is no job; one that is too large is read no further than that."""
+    if not ids:
+        return []
+    script = queue.connection.register_script(_FETCH)
+    bodies: Any = script(keys=[FeedbackJob.key_for(job_id) for job_id in ids], args=[MAX_HASH])
+    found = zip(ids, bodies, strict=True)
+    return [_job(queue, job_id, body) if body and ID_PATTERN.fullmatch(job_id) else None for job_id, body in found]
 
 
 def owned(batch: Iterable[Held]) -> dict[str, str]:

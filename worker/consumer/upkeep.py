@@ -15,11 +15,11 @@ from worker.consumer.events import EntryDropped, MaintenanceFailed, Notice
 from worker.consumer.jobs import FeedbackJob, FeedbackQueue
 from worker.consumer.pipelines import update_only
 from worker.consumer.redis_errors import execute, retryable
-from worker.consumer.settlement import abandon, fetch
-from worker.consumer.transitions import Held, owned, put_back_taken
+from worker.consumer.settlement import abandon
+from worker.consumer.transitions import Held, fetch, owned, put_back_taken
 from worker.versions import ledger
 
-LOOK_AT = 1000
+LOOK_AT = 100
 """Jobs that are looked at in one go."""
 
 

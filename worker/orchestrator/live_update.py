@@ -177,7 +177,7 @@ class SharedUpdate:
         leased = time.monotonic()
         point("paused")
         try:
-            self.weights.record.write(update.record())
+            self.weights.record.write(update.record().plain())
             header.begin(self.control.fence)
             point("applying")
             measured = self._write(update.version)

@@ -22,6 +22,7 @@ from worker.checkpoint.journal import Entry
 from worker.checkpoint.manager import Keeper
 from worker.checkpoint.records import LineageRecord, UpdateRecord
 from worker.checkpoint.snapshots import Trained
+from worker.config.version_record import VersionRecord
 from worker.consumer.settlement import settle_with_rq
 from worker.orchestrator.reports import CommittedAgain, LeftOut, Live, Lost, NotApplied, Refilled, Report
 from worker.orchestrator.requeue import requeue
@@ -177,20 +178,14 @@ def _commit_again(connection: redis.Redis, keeper: Keeper, missing: list[Entry])
         if again := entry.manifest.get("requeued"):
             settle = requeue(connection, keeper.journal, again)
         else:
-            settle = settle_with_rq(connection)(record["results"])
+            settle = settle_with_rq(connection)(record.results)
         ledger.commit(connection, record, settle, new_lineage=entry.kind == "lineage")
     return CommittedAgain(missing[0].version, missing[-1].version, sum(len(entry.ids) for entry in missing))
 
 
-def record_of(entry: Entry, results: dict[str, Any]) -> dict[str, Any]:
+def record_of(entry: Entry, results: dict[str, Any]) -> VersionRecord:
     """What the ledger commits for a journaled version."""
-    return {
-        "version": entry.version,
-        "lineage": entry.lineage,
-        "jobs": entry.ids,
-        "manifest": entry.manifest | {"base": entry.version - 1},
-        "results": results,
-    }
+    return VersionRecord(entry.version, entry.lineage, entry.ids, entry.manifest | {"base": entry.version - 1}, results)
 
 
 def _fill(connection: redis.Redis, keeper: Keeper, version: int, lineage: str, known: int) -> Refilled:

@@ -16,6 +16,7 @@ import redis
 
 from producer.errors import TandemError
 from worker.checkpoint.records import RollbackRecord
+from worker.config.version_record import VersionRecord
 from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import begin_rebuild
 from worker.orchestrator.reports import Report, RolledBack
@@ -71,8 +72,7 @@ def roll_back(
     if not plan.dropped & history.contained(target) and (compared := rebuilder.compare(target)):
         reports.append(compared)
     keeper.after(version, manifest)
-    committed = {"version": version, "lineage": lineage, "jobs": [], "manifest": manifest, "results": {}}
-    ledger.commit(connection, committed, settle)
+    ledger.commit(connection, VersionRecord(version, lineage, [], manifest), settle)
     counts = len(abandoned), len(later), len(again), len(retaken)
     reports.append(RolledBack(version, target, drop, *counts))
     if written := keeper.checkpoints.write():

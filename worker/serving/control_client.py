@@ -4,6 +4,7 @@ Every wait has a bound. Must not know: vLLM, torch. Invariant: after an error on
 which gives the pause back: the server then judges by the header what was left.
 """
 
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +31,8 @@ class ServerControl:
         self._socket: Any = None
         self.fence = -1
         """What `Header.begin` needs: given with each `pause` and `begin_hogwild`; -1 before the first."""
+        self._longest = PLANNED_SECONDS
+        self._taken: float | None = None
         self.rendering: dict[str, Any] = {}
         """After `connect`: {"chat_template": text or None, "template_kwargs": map}, as the server was started."""
 
@@ -47,27 +50,34 @@ class ServerControl:
             self.close()
             raise
 
-    def pause(self, planned: float = PLANNED_SECONDS) -> float:
+    def pause(self, planned: float | None = None) -> float:
         """Freeze the server; the seconds that took. Held until `resume`, or until this connection or process ends.
 
-        planned: seconds until `resume` or `renew`. A trainer that is silent for several times as long (`lease_seconds`)
-        is taken to hang: the server takes the weights back, and `Header.begin` with this pause's `fence` is refused.
+        planned: seconds until `resume` or `renew`; by default the longest that it has taken so far. A trainer that is
+        silent for several times as long (`lease_seconds`) is taken to hang: the server takes the weights back, and
+        `Header.begin` with this pause's `fence` is refused.
         From its return on no kernel reads the weights, and requests that come later find nothing that was computed with
         them. A server that recomputes running requests first ends what the last version gave it to recompute;
         ServerError when that takes too long.
         """
-        answer = self._ask({"op": "pause", "seconds": lease_seconds(planned)})
-        self.fence = int(answer["fence"])
-        return float(answer["seconds"])
+        return float(self._take("pause", planned)["seconds"])
 
-    def begin_hogwild(self, planned: float = PLANNED_SECONDS) -> None:
+    def begin_hogwild(self, planned: float | None = None) -> None:
         """Tell the server that it will be written to while it serves, from now until a `pause` and a `resume`.
 
         planned: as in `pause`.
         Should this connection end meanwhile, the server judges by the header as in a pause: torn weights answer nobody.
         ServerError unless it is serving whole weights.
         """
-        self.fence = int(self._ask({"op": "begin_hogwild", "seconds": lease_seconds(planned)})["fence"])
+        self._take("begin_hogwild", planned)
+
+    def _take(self, op: str, planned: float | None) -> dict[str, Any]:
+        """Ask for a lease; the answer."""
+        seconds = lease_seconds(self._longest if planned is None else planned)
+        answer = self._ask({"op": op, "seconds": seconds})
+        self.fence = int(answer["fence"])
+        self._taken = time.monotonic() if planned is None else None
+        return answer
 
     def renew(self, planned: float = PLANNED_SECONDS) -> None:
         """Say that the write goes on; planned: as in `pause`. ServerError when the server took the weights back."""
@@ -80,6 +90,8 @@ class ServerControl:
         last.
         """
         self._ask({"op": "resume", "version": version} | ({"rebuilt": True} if rebuilt else {}))
+        if self._taken is not None:
+            self._longest = max(self._longest, time.monotonic() - self._taken)
 
     def state(self) -> dict[str, Any]:
         """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),

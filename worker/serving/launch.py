@@ -13,10 +13,12 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from worker.serving.leftovers import end_leftovers
 from worker.serving.protocol import PLUGIN, SERVE_ENV, WEIGHT_ENGINE
+from worker.serving.refused_options import stale_drafter
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
 from worker.utils import torch_setup, unix_socket
 
@@ -25,34 +27,6 @@ DEFAULT_GROUPS = (
     "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
 )  # fmt: skip
 """Groups whose plugins vLLM loads when VLLM_PLUGINS is unset. Endpoint plugins load only when named."""
-
-_ONE_RANK = "one GPU serves and trains; more ranks are not built yet"
-_ONE_API = "the control socket and the versions in answers need exactly one API process"
-_OFFLOADED = "offloaded weights are not where the trainer would write"
-REFUSED: dict[str, tuple[str, str | None]] = {
-    "--api-server-count": (_ONE_API, "1"),
-    "--headless": (_ONE_API, None),
-    "--grpc": (_ONE_API, None),
-    "--grpc-port": (_ONE_API, None),
-    "--enable-sleep-mode": ("its allocator moves the weights, and memory from it cannot be shared", None),
-    "--quantization": ("quantized weights cannot be trained in place", None),
-    "--tensor-parallel-size": (_ONE_RANK, "1"),
-    "--pipeline-parallel-size": (_ONE_RANK, "1"),
-    "--data-parallel-size": (_ONE_RANK, "1"),
-    "--nnodes": (_ONE_RANK, "1"),
-    "--data-parallel-rank": (_ONE_RANK, None),
-    "--data-parallel-start-rank": (_ONE_RANK, None),
-    "--data-parallel-external-lb": (_ONE_RANK, None),
-    "--data-parallel-hybrid-lb": (_ONE_RANK, None),
-    "--data-parallel-multi-port-external-lb": (_ONE_RANK, None),
-    "--enable-elastic-ep": (_ONE_RANK, None),
-    "--cpu-offload-gb": (_OFFLOADED, "0"),
-    "--offload-group-size": (_OFFLOADED, "0"),
-    "--weight-transfer-config": ("tandem serve sets it to its own backend", None),
-    "--worker-extension-cls": ("tandem serve sets it to its own class", None),
-}
-"""Flag -> why not, and the value that does no harm. What vLLM makes of configuration files and abbreviations is checked
-again beside the weights (worker/serving/vllm/unsupported_flags.py)."""
 
 
 def is_cpu_build() -> bool:
@@ -82,30 +56,6 @@ def check_installed() -> None:
             )
 
 
-def check_options(options: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Raise LaunchError naming the first option or variable that breaks sharing or control."""
-    given = parse_flags(options)
-    for flag, values in given.items():
-        # --some-config.field is vLLM's way to write one field of --some-config.
-        reason, harmless = REFUSED.get(flag.partition(".")[0], (None, None))
-        if reason and (not values or any(value != harmless for value in values)):
-            raise LaunchError(f"{flag} cannot be used with tandem serve: {reason}")
-    if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise LaunchError(f"VLLM_USE_RUST_FRONTEND cannot be used with tandem serve: {_ONE_API}. Unset it")
-    if environment.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
-        raise LaunchError(
-            "VLLM_SERVER_DEV_MODE cannot be used with tandem serve: it lets any HTTP client resume the server while an"
-            " update is being written. Unset it"
-        )
-    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        setting = environment.get(variable, "").replace(" ", "").lower()
-        if "expandable_segments:true" in setting:
-            raise LaunchError(
-                f"{variable}={environment[variable]} cannot be used with tandem serve: memory of expandable segments "
-                "cannot be shared by CUDA IPC. Set expandable_segments:False"
-            )
-
-
 def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu: bool) -> tuple[list[str], list[str]]:
     """`options` with what is needed and not said, and one sentence for every choice made for the user."""
     given = parse_flags(options)
@@ -122,6 +72,11 @@ def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu
         notes.append("no compilation on the CPU (--no-enforce-eager compiles)")
     if on_cpu and not _kv_cache_said(given, environment):
         notes.append("a KV cache of 1 GiB (VLLM_CPU_KVCACHE_SPACE says otherwise)")
+    if method := stale_drafter(options):
+        notes.append(
+            f"the speculative drafter ({method}) does not learn with the model: answers stay right, but fewer drafted"
+            " tokens are accepted with every version. /metrics counts them; leave it out when it no longer pays"
+        )
     return [*options, *added], notes
 
 
@@ -130,6 +85,8 @@ def build_environment(
 ) -> dict[str, str]:
     """The environment of vLLM's processes: our mark, the run directory, the plugins, the CPU's KV cache."""
     result = {**environment, SERVE_ENV: "1", "TANDEM_RUN_DIR": str(run_dir)}
+    # vLLM's processes rename themselves, which would overwrite the variables that `leftovers` recognises them by.
+    result["SPT_NOENV"] = "1"
     result["VLLM_PLUGINS"] = ",".join(allowed_plugins(environment.get("VLLM_PLUGINS")))
     if on_cpu:
         # vLLM would skip platform plugins, ours among them, and a CPU build finds its platform without it.
@@ -147,8 +104,11 @@ def allowed_plugins(setting: str | None) -> list[str]:
     return list(dict.fromkeys([*(name.strip() for name in names if name.strip()), PLUGIN]))
 
 
-def lock(run_dir: Path, model: str) -> None:
-    """Take `run_dir` for this process and the vLLM it becomes; LaunchError naming the server that has it."""
+def lock(run_dir: Path, model: str, tell: Callable[[str], None] = print) -> None:
+    """Take `run_dir` for this process and the vLLM it becomes; LaunchError naming the server that has it.
+
+    What a killed server left there is ended; `tell` gets a sentence that says so.
+    """
     path = run_dir / "server.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -161,18 +121,22 @@ def lock(run_dir: Path, model: str) -> None:
     os.pwrite(descriptor, f"process {os.getpid()} serving {model}".encode(), 0)
     # Held through exec until vLLM's API process ends; the processes vLLM spawns do not inherit it.
     os.set_inheritable(descriptor, True)
+    end_leftovers(run_dir, tell)
     _refuse_leftovers(run_dir)
 
 
 def _refuse_leftovers(run_dir: Path) -> None:
-    """vLLM's engine outlives an API process that was killed with SIGKILL, and its worker holds the weights' socket."""
+    """A process that still holds a socket, and that `end_leftovers` did not take for one of ours."""
     for name in ("weights.sock", "control.sock"):
         try:
             with unix_socket.connect(unix_socket.socket_path(run_dir, name), timeout=2.0) as sock:
                 pid, _ = unix_socket.peer(sock)
         except unix_socket.WireError:
             continue
-        raise LaunchError(f"process {pid}, left over from a killed server, still holds {run_dir / name}: kill {pid}")
+        raise LaunchError(
+            f"process {pid} still holds {run_dir / name} and was not started by `tandem serve` for this folder: end it"
+            f" (kill {pid}), or choose another --run-dir"
+        )
 
 
 def _kv_cache_said(given: Mapping[str, list[str]], environment: Mapping[str, str]) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from producer.errors import TandemError
 
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size",
-         "-q": "--quantization", "-n": "--nnodes", "-asc": "--api-server-count"}  # fmt: skip
+         "-q": "--quantization", "-n": "--nnodes", "-asc": "--api-server-count",
+         "-sc": "--speculative-config"}  # fmt: skip
 KV_FLAGS = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes", "--kv-cache-memory")
 """Each says how much memory vLLM takes."""
 

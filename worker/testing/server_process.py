@@ -91,6 +91,11 @@ class ServerProcess:
             log.seek(self._log_start)
             return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
 
+    def kill_api_process(self) -> None:
+        """kill -9 of vLLM's API process alone, as an out-of-memory killer does: engine and worker are left behind."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> int | None:
         """End the server as SIGTERM does, and by force what is left after a while; vLLM's exit code. Idempotent."""
         if self.alive():

@@ -5,9 +5,6 @@ Invariants: `weights:version` only ever grows, and only together with its manife
 its jobs' settlement; committing the same record again changes nothing; a transcript id, once in
 `weights:ledger`, stays (a million ids of 36 characters take 96 MB of memory and 40 MB on disk in Redis 6.2.14, 96 bytes
 an id; `benchmarks/queue.py --ledger 1000000` measures it).
-
-A record is the plain map that also lies beside the weights: {"version": int, "lineage": str, "jobs": [job id],
-"manifest": {...}, "results": {job id: {...}}}.
 """
 
 import json
@@ -21,6 +18,7 @@ from redis.client import Pipeline
 
 from producer import keys
 from producer.errors import TandemError
+from worker.config.version_record import VersionRecord
 
 EVENTS_KEPT = 100_000
 """About how many entries the event stream keeps."""
@@ -69,14 +67,14 @@ def dropped(connection: redis.Redis) -> dict[str, int]:
 
 def commit(
     connection: redis.Redis,
-    record: dict[str, Any],
+    record: VersionRecord,
     settle: Callable[[Pipeline], None] = lambda pipe: None,
     watch: Iterable[str] = (),
     *,
     new_lineage: bool = False,
     history: int | None = None,
 ) -> bool:
-    """Commit `record` as version N = `record["version"]`, where Redis must be at `base(record)` of the same lineage.
+    """Commit `record` as version N = `record.version`, where Redis must be at `record.base` of the same lineage.
 
     settle: queues whatever else belongs to the transaction; may be called again when a watched key changed.
     watch: further keys whose change starts the transaction anew. history: manifests of versions that lie further back
@@ -84,7 +82,7 @@ def commit(
     Returns False when this very record is committed already (an earlier EXEC whose answer was lost).
     Raises LedgerMismatch, or redis errors with the outcome unknown: call again with the same record.
     """
-    version = record["version"]
+    version = record.version
     with connection.pipeline() as pipe:
         while True:
             try:
@@ -129,13 +127,7 @@ def _execute(pipe: Pipeline, own: int) -> None:
         )
 
 
-def base(record: dict[str, Any]) -> int:
-    """The version Redis must be at for `record` to follow: the one before, unless a run without Redis (`tandem train`
-    on a server) made several versions and says in its manifest which one it started from."""
-    return int(record["manifest"].get("base", record["version"] - 1))
-
-
-def write(record: dict[str, Any], pipeline: Pipeline | None = None, connection: redis.Redis | None = None) -> None:
+def write(record: VersionRecord, pipeline: Pipeline | None = None, connection: redis.Redis | None = None) -> None:
     """Version, manifest, ledger, event and state of `record`, on `pipeline` or at once on `connection`."""
     if pipeline is None:
         assert connection is not None, "write() needs a pipeline or a connection"
@@ -143,7 +135,7 @@ def write(record: dict[str, Any], pipeline: Pipeline | None = None, connection: 
             write(record, pipeline=pipe)
             pipe.execute()
         return
-    version, jobs = record["version"], list(record["jobs"])
+    version, jobs = record.version, record.jobs
     manifest = write_manifest(record, pipeline)
     head: dict[Any, Any] = {name: flat(manifest[name]) for name in _HEADLINE if manifest.get(name) is not None}
     head["jobs"] = len(jobs)
@@ -158,12 +150,12 @@ def write(record: dict[str, Any], pipeline: Pipeline | None = None, connection: 
     pipeline.hset(keys.STATE, mapping=head)
 
 
-def write_manifest(record: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]:
+def write_manifest(record: VersionRecord, pipeline: Pipeline) -> dict[str, Any]:
     """Only the manifest of `record`, queued on `pipeline`; returns it."""
-    manifest: dict[str, Any] = {"kind": "batch", "at": utc()} | record["manifest"]
-    manifest |= {"version": record["version"], "lineage": record["lineage"], "jobs": list(record["jobs"])}
+    manifest: dict[str, Any] = {"kind": "batch", "at": utc()} | record.manifest
+    manifest |= {"version": record.version, "lineage": record.lineage, "jobs": record.jobs}
     mapping: dict[Any, Any] = {name: flat(value) for name, value in manifest.items()}
-    pipeline.hset(keys.manifest(record["version"]), mapping=mapping)
+    pipeline.hset(keys.manifest(record.version), mapping=mapping)
     return manifest
 
 
@@ -198,16 +190,16 @@ def utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}Z"
 
 
-def _is_committed(connection: redis.Redis, record: dict[str, Any]) -> bool:
-    there = manifest(connection, record["version"])
-    return there.get("lineage") == record["lineage"] and there.get("jobs") == flat(list(record["jobs"]))
+def _is_committed(connection: redis.Redis, record: VersionRecord) -> bool:
+    there = manifest(connection, record.version)
+    return there.get("lineage") == record.lineage and there.get("jobs") == flat(record.jobs)
 
 
-def _check(now: LedgerState, record: dict[str, Any], new_lineage: bool) -> None:
-    version, lineage = record["version"], record["lineage"]
-    if now.version != base(record):
+def _check(now: LedgerState, record: VersionRecord, new_lineage: bool) -> None:
+    version, lineage = record.version, record.lineage
+    if now.version != record.base:
         raise LedgerMismatch(
-            f"the weights are at version {version} and Redis is at {now.version}, which should be {base(record)}:"
+            f"the weights are at version {version} and Redis is at {now.version}, which should be {record.base}:"
             " Redis lost writes, or something else changed it; restore Redis, or restart the server"
             " (tandem serve ...) and run `tandem worker --new-lineage` to count on from here"
         )

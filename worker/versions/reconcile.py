@@ -13,6 +13,7 @@ import redis
 from redis.client import Pipeline
 
 from producer.errors import TandemError
+from worker.config.version_record import VersionRecord
 from worker.versions import ledger
 
 RESTART = "restart the server (tandem serve ...), then run `tandem worker --new-lineage`"
@@ -33,7 +34,7 @@ class Decision:
 
 
 def decide(
-    header: dict[str, Any], record: dict[str, Any] | None, known: ledger.LedgerState, kind: str, new_lineage: bool
+    header: dict[str, Any], record: VersionRecord | None, known: ledger.LedgerState, kind: str, new_lineage: bool
 ) -> Decision:
     """The whole rule. header: {"lineage", "version", "state"}; known: Redis; kind: its latest manifest's kind.
 
@@ -62,7 +63,7 @@ def decide(
 
 def _same_lineage(
     header: dict[str, Any],
-    record: dict[str, Any] | None,
+    record: VersionRecord | None,
     known: ledger.LedgerState,
     kind: str,
     new_lineage: bool,
@@ -74,12 +75,12 @@ def _same_lineage(
             return Decision("introduce", 0, f"new weights, lineage {lineage}, version 0")
         unneeded = "; --new-lineage was not needed" if new_lineage else ""
         return Decision("nothing", version, f"weights and Redis agree: version {version}, lineage {lineage}{unneeded}")
-    ours = record is not None and record.get("version") == version and record.get("lineage") == lineage
-    if record is not None and ours and ledger.base(record) == known.version:
+    ours = record is not None and record.version == version and record.lineage == lineage
+    if record is not None and ours and record.base == known.version:
         many = f"versions {known.version + 1} to {version} were" if version > known.version + 1 else "version {} was"
         return Decision("commit", version, f"{many.format(version)} in the weights but not in Redis")
     if version == known.version + 1:
-        found = "none" if record is None else f"of version {record.get('version')}, lineage {record.get('lineage')}"
+        found = "none" if record is None else f"of version {record.version}, lineage {record.lineage}"
         raise Irreconcilable(f"{facts}, and the batch record beside the weights is {found}: {RESTART}")
     if version == 0 and kind == "lineage":
         return Decision("adopt", known.version, f"lineage {lineage} goes on as version {known.version}")
@@ -99,7 +100,7 @@ def _same_lineage(
 def reconcile(
     connection: redis.Redis,
     header: dict[str, Any],
-    record: dict[str, Any] | None,
+    recorded: dict[str, Any] | None,
     *,
     new_lineage: bool,
     adopt: Callable[[str, int], None],
@@ -107,24 +108,25 @@ def reconcile(
 ) -> list[str]:
     """Decide and apply; returns what was found and done, in plain sentences. Call it with the worker lock held.
 
-    adopt(lineage, version): make the header beside the weights say so; called after Redis knows it.
+    recorded: the plain map beside the weights. adopt(lineage, version): make the header beside the weights say so;
+    called after Redis knows it.
     settle(results): what finishes a recorded batch's jobs on a pipeline.
     """
     known = ledger.state(connection)
     kind = ledger.manifest(connection, known.version).get("kind", "") if known.version else ""
+    record = None if recorded is None else VersionRecord.from_plain(recorded)
     decision = decide(header, record, known, kind, new_lineage)
     said = [decision.said]
     if decision.action == "introduce":
         ledger.introduce(connection, header["lineage"])
     elif decision.action == "commit":
         assert record is not None
-        ledger.commit(connection, record, settle(record["results"]))
-        count = len(record["jobs"])
+        ledger.commit(connection, record, settle(record.results))
+        count = len(record.jobs)
         said.append(f"committed version {decision.version} and its {count} jobs; none will be trained again")
     elif decision.action == "lineage":
-        entry = {"version": decision.version, "lineage": header["lineage"], "jobs": [], "results": {}}
         was = {"kind": "lineage", "previous_lineage": known.lineage or "", "previous_version": known.version}
-        ledger.commit(connection, entry | {"manifest": was}, new_lineage=True)
+        ledger.commit(connection, VersionRecord(decision.version, header["lineage"], [], was), new_lineage=True)
     if decision.action in ("lineage", "adopt"):
         adopt(header["lineage"], decision.version)
     return said

@@ -20,6 +20,7 @@ from agreement import compare
 from contestants import Ours, make_peers, make_weights
 from flops import layer_weights, step_flops
 from load import ClosedLoop
+from patience import PATIENCE
 from record import OutOfTime, Part, Record, Until
 from shapes import text_config, text_facts, write_shape
 from texts import build, conversation, random_examples, text_builder
@@ -114,7 +115,7 @@ def endpoint() -> Iterator[tuple[str, list[str]]]:
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(PATIENCE)
     yield f"http://127.0.0.1:{ports[0]}", behaviours
     loop.call_soon_threadsafe(stopping.set)
     thread.join()

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 import outputs
+
+FOLDER = Path(outputs.__file__).parent
 
 
 @pytest.fixture

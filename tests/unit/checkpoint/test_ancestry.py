@@ -42,6 +42,7 @@ def test_an_abandoned_branch_is_no_ancestor() -> None:
 def test_who_is_in_a_version() -> None:
     assert contained(BRANCHED, 3) == {"a", "b", "c"}
     assert contained(BRANCHED, 5) == {"a", "d"}, "b was left out when 4 was made, c was abandoned"
+    assert contained({3: BRANCHED[3]}, 3) == {"a", "c"}, "a is rehearsed there"
 
 
 @pytest.mark.parametrize(

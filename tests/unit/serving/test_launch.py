@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from worker.serving import launch
+from worker.serving.refused_options import check_options
 from worker.testing.server_process import ServerFailed, ServerProcess
 from worker.utils import unix_socket
 
@@ -32,11 +33,19 @@ from worker.utils import unix_socket
         (["--offload-group-size", "1"], "--offload-group-size"),
         (["--weight-transfer-config.backend", "nccl"], "--weight-transfer-config.backend"),
         (["--worker-extension-cls", "mine.Extension"], "--worker-extension-cls"),
+        (["--enable-cumem-allocator"], "--enable-cumem-allocator"),
+        (
+            ["--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}'],
+            "--kv-transfer-config",
+        ),
+        (["--kv-transfer-config.kv_connector", "OffloadingConnector"], "--kv-transfer-config.kv-connector"),
+        (["--kv-offloading-size", "8"], "--kv-offloading-size"),
+        (["--calculate-kv-scales"], "--calculate-kv-scales"),
     ],
 )
 def test_options_that_break_sharing_are_refused_by_name(options: list[str], flag: str) -> None:
     with pytest.raises(launch.LaunchError, match=rf"^{flag} cannot be used"):
-        launch.check_options(options, {})
+        check_options(options, {})
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,7 @@ def test_options_that_break_sharing_are_refused_by_name(options: list[str], flag
     ],
 )
 def test_other_options_pass(options: list[str]) -> None:
-    launch.check_options(options, {})
+    check_options(options, {})
     assert launch.with_defaults(options, {}, on_cpu=True)[0][: len(options)] == options
 
 
@@ -60,6 +69,8 @@ def test_other_options_pass(options: list[str]) -> None:
         ("VLLM_USE_RUST_FRONTEND", "0", False),
         ("VLLM_SERVER_DEV_MODE", "1", True),
         ("VLLM_SERVER_DEV_MODE", "0", False),
+        ("VLLM_ENABLE_RESPONSES_API_STORE", "1", True),
+        ("VLLM_ENABLE_RESPONSES_API_STORE", "0", False),
         ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True", True),
         ("PYTORCH_ALLOC_CONF", "expandable_segments:true", True),
         ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", False),
@@ -67,9 +78,29 @@ def test_other_options_pass(options: list[str]) -> None:
 )
 def test_variables_that_break_sharing_are_refused_by_name(variable: str, value: str, refused: bool) -> None:
     if not refused:
-        return launch.check_options([], {variable: value})
+        return check_options([], {variable: value})
     with pytest.raises(launch.LaunchError, match=variable):
-        launch.check_options([], {variable: value})
+        check_options([], {variable: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2}'], "mtp"),
+        (["-sc", '{"model": "some/drafter", "num_speculative_tokens": 2}'], "a draft model"),
+        (["--speculative-config.method", "eagle3"], "eagle3"),
+        (["--spec-method=mtp", "--spec-tokens", "2"], "mtp"),
+        (["--spec-model", "some/drafter"], "a draft model"),
+        (["--speculative-config", '{"method": "ngram"}'], None),
+        (["--spec-method", "suffix"], None),
+        ([], None),
+    ],
+)
+def test_a_drafter_that_does_not_learn_is_said(options: list[str], method: str | None) -> None:
+    given, notes = launch.with_defaults(options, {}, on_cpu=False)
+    said = [note for note in notes if "drafter" in note]
+    assert given[: len(options)] == options, "it is not refused"
+    assert len(said) == (method is not None) and all(f"({method}) does not learn" in note for note in said)
 
 
 def test_what_the_user_said_is_not_said_again() -> None:
@@ -166,12 +197,12 @@ def test_a_run_directory_has_one_server(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptor_before
 
 
-def test_a_process_left_over_from_a_killed_server_is_named(tmp_path: Path) -> None:
+def test_a_process_of_somebody_else_that_holds_a_socket_is_named(tmp_path: Path) -> None:
     run_dir = unix_socket.prepare_run_dir(tmp_path / "run")
     with unix_socket.bind(str(run_dir / "weights.sock")):
         result = serve("model", run_dir=run_dir)
     assert result.returncode == 1
-    assert f"process {os.getpid()}, left over from a killed server, still holds {run_dir}/weights.sock" in result.stderr
+    assert f"process {os.getpid()} still holds {run_dir}/weights.sock and was not started by" in result.stderr
 
 
 def _points_to(descriptor: str, path: Path) -> bool:

@@ -206,3 +206,113 @@ def _is_refusal(answer: Client) -> None:
     assert answer.headers[b"content-length"] == str(len(answer.body)).encode()
     error = json.loads(answer.body)["error"]
     assert (error["message"], error["type"], error["code"]) == ("half written", "service_unavailable", 503)
+
+
+class SlowClient(Client):
+    """Sends its body in pieces, each when `more` says so; `gone`: goes away after the first."""
+
+    def __init__(self, app: Any, server: ServerState, gone: bool = False) -> None:
+        super().__init__(app, server)
+        self.more, self._gone, self._sent = asyncio.Event(), gone, 0
+
+    async def _receive(self) -> dict[str, Any]:
+        self._sent += 1
+        if self._sent == 1:
+            return {"type": "http.request", "body": b'{"prompt": ', "more_body": True}
+        await self.more.wait()
+        if self._gone or self._sent > 2:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": b'"x"}', "more_body": False}
+
+
+def echo(receive_more: bool = False) -> Any:
+    """An application that answers with the body that it got."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request", message
+            body, more = body + message["body"], message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": JSON})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        if receive_more:
+            body = str((await receive())["type"]).encode()
+        await send({"type": "http.response.body", "body": body if receive_more else b"", "more_body": False})
+
+    return app
+
+
+async def _settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_a_half_sent_request_counts_for_nothing_until_its_body_is_whole() -> None:
+    async def run() -> None:
+        server = state()
+        client = SlowClient(echo(), server)
+        asking = asyncio.create_task(client.ask())
+        await _settled()
+        assert (server.in_flight, client.messages) == (0, [])
+        server.pause()
+        client.more.set()
+        await _settled()
+        assert (server.in_flight, client.messages) == (0, []), "whole now, it waits for the end of the pause"
+        server.resume(4)
+        await asking
+        assert (client.status, client.body, client.headers[b"x-weight-version"]) == (200, b'{"prompt": "x"}', b"4")
+
+    asyncio.run(run())
+
+
+def test_a_half_sent_request_is_refused_when_the_weights_tear_meanwhile() -> None:
+    async def run() -> Client:
+        server = state()
+        client = SlowClient(echo(), server)
+        asking = asyncio.create_task(client.ask())
+        await _settled()
+        server.tear("half written")
+        client.more.set()
+        await asking
+        return client
+
+    _is_refusal(asyncio.run(run()))
+
+
+def test_a_client_that_goes_away_within_its_body_is_forgotten() -> None:
+    async def run() -> Client:
+        server = state()
+        client = SlowClient(echo(), server, gone=True)
+        client.more.set()
+        await client.ask()
+        assert server.in_flight == 0
+        return client
+
+    assert asyncio.run(run()).messages == []
+
+
+def test_the_application_still_hears_of_a_client_that_goes_away_after_its_body() -> None:
+    async def run() -> Client:
+        client = SlowClient(echo(receive_more=True), state())
+        client.more.set()
+        await client.ask()
+        return client
+
+    assert asyncio.run(run()).body == b'{"prompt": "x"}http.disconnect'
+
+
+@pytest.mark.parametrize("headers", [JSON, SSE])
+def test_an_answer_that_comes_after_the_weights_were_mended_is_still_no_answer(headers: Any) -> None:
+    """vLLM ended the request when the weights tore; what it says of that may come late."""
+    server = state()
+    early = [headers] if headers is SSE else []
+    late = [] if headers is SSE else [headers]
+    steps = application(
+        *early, lambda: server.tear("half written"), lambda: server.resume(4), *late, b"data: cut short\n\n"
+    )
+    answer = ask(steps, server)
+    assert b"cut short" not in answer.body and b"half written" in answer.body
+    if headers is JSON:
+        _is_refusal(answer)
+    assert ask(application(JSON, b"{}"), server).headers[b"x-weight-version"] == b"4", "others are answered"

@@ -300,6 +300,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "--cpu-offload-gb 1": ({"cpu_offload_gb": 1}, {}),
     "--offload-group-size 4": ({"offload_group_size": 4}, {}),
+    "--enable-cumem-allocator": ({}, {"model_config.enable_cumem_allocator": True}),
+    "--kv-offloading-size) with OffloadingConnector": ({"kv_offloading_size": 1.0}, {}),
+    "--kv-transfer-config (or --kv-offloading-size) with Ex": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        {},
+    ),
+    "--calculate-kv-scales": ({}, {"cache_config.calculate_kv_scales": True}),
 }
 
 

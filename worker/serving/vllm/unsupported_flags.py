@@ -28,6 +28,7 @@ class RefusedFlag(TandemError):
 def refuse_unshareable(vllm_config: Any, device_type: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raise `RefusedFlag` naming every flag of `vllm_config` (a vLLM VllmConfig) that stands in the way."""
     reasons = [*_parallel(vllm_config.parallel_config), *_model(vllm_config), *_memory(vllm_config)]
+    reasons += _caches(vllm_config)
     reasons += _compiler(vllm_config.compilation_config.inductor_compile_config, device_type, environment)
     if device_type == "cuda":
         reasons += _allocator(environment)
@@ -60,11 +61,25 @@ def _model(config: Any) -> Iterator[str]:
 def _memory(config: Any) -> Iterator[str]:
     if config.model_config.enable_sleep_mode:
         yield "--enable-sleep-mode frees and remaps the weights' memory: serve without it"
+    elif getattr(config.model_config, "enable_cumem_allocator", False):
+        yield "--enable-cumem-allocator allocates memory that cannot be shared: serve without it"
     offload = config.offload_config
     if offload.uva.cpu_offload_gb > 0:
         yield f"--cpu-offload-gb {offload.uva.cpu_offload_gb} keeps weights outside the GPU: use 0"
     if offload.prefetch.offload_group_size > 0:
         yield f"--offload-group-size {offload.prefetch.offload_group_size} keeps weights outside the GPU: use 0"
+
+
+def _caches(config: Any) -> Iterator[str]:
+    """What keeps keys and values, or scales of them, beyond an update."""
+    transfer = config.kv_transfer_config
+    if transfer is not None:
+        yield (
+            f"--kv-transfer-config (or --kv-offloading-size) with {transfer.kv_connector} keeps keys and values of"
+            " older weights outside vLLM's own cache: serve without it"
+        )
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        yield "--calculate-kv-scales computes the scales once, for weights that change: serve without it"
 
 
 def _compiler(options: Mapping[str, Any], device_type: str, environment: Mapping[str, str]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from producer.errors import TandemError
 from worker.apollo import state_bytes
+from worker.serving.refused_options import WITHOUT_DRAFTER
 from worker.serving.vllm.tensor_mapping import Mapping, derive
 from worker.serving.vllm.unsupported_flags import refuse_unshareable
 from worker.serving.vllm.weight_service import WeightService
@@ -142,6 +143,6 @@ def _optimizer_bytes(mapping: Mapping) -> int:
 def _drafter(vllm_config: Any) -> list[str]:
     """What a speculative drafter adds to the frozen names: its weights are its own, and training leaves them stale."""
     speculative = vllm_config.speculative_config
-    if speculative is None:
+    if speculative is None or speculative.method in WITHOUT_DRAFTER:
         return []
     return [f"drafter ({speculative.method}): {getattr(speculative, 'model', None) or 'in the model itself'}"]
