@@ -17,11 +17,6 @@ from rq.job import Job, JobStatus
 from rq.results import Result
 
 from . import keys
-from .connection import DEFAULT_URL as DEFAULT_URL
-from .connection import connect as connect
-from .connection import redis_errors as redis_errors
-from .connection import resolve_url as resolve_url
-from .connection import safe_url as safe_url
 from .errors import QueueUnavailable as QueueUnavailable
 from .errors import TranscriptFailed as TranscriptFailed
 from .errors import TranscriptFailedError, UnknownTranscriptError, WaitTimeoutError

@@ -24,6 +24,8 @@ from worker.utils.fault_injection import CHECKPOINT_POINTS, RECOVERY_POINTS
 from worker.versions import ledger, pause_switch
 
 QUEUE = f"rq:queue:{keys.QUEUE}"
+LEAST = 3
+"""Versions there are before one is rolled back."""
 WATCHED = 4
 """Conversations of the canary set."""
 
@@ -78,7 +80,7 @@ class Campaign:
                 operation = self.plan[number]
                 tell(number, str(operation))
                 sender.allowed = max(sender.allowed, self.transcripts * (number + 1) // len(self.plan))
-                self._fill(sender, operation.count if isinstance(operation, Kill) else 1)
+                self._fill(sender, operation.count if isinstance(operation, Kill) else 1 + LEAST)
                 self._do(operation)
                 self.manifests.collect()
                 self._note(number, operation)
@@ -205,14 +207,15 @@ class Campaign:
 
     def _roll_back(self, what: Rollback) -> None:
         """With the worker stopped, as the command asks for; of a server that may be torn or fresh."""
+        if ledger.state(self.cluster.redis).version < LEAST:
+            worker = self.start()
+            until(lambda: ledger.state(self.cluster.redis).version >= LEAST or not worker.alive(), "some versions", 300)
+            self._check_alive(worker)
         self.cluster.kill_worker()
         self.cluster.ensure_server()
         self.manifests.collect()
         now = ledger.state(self.cluster.redis).version
         target = max(now - what.back, 1)
-        if target >= now:
-            self.notes["no version to roll back to"] += 1
-            return
         recent = self.manifests.jobs(now - 2 * what.back, now) - self.manifests.dropped()
         drop = random.Random(what.dice).sample(sorted(recent), min(what.drop, len(recent)))
         arguments = ["rollback", str(target), *(word for id in drop for word in ("--drop", id))]

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from worker.serving.cache_policy import CachePolicy
 from worker.serving.control_client import server_state
 from worker.serving.vllm.control_server import Control
 from worker.serving.vllm.server_state import ServerState
@@ -30,37 +31,43 @@ class CountingEngine:
         self.paused = False
         self.errored = False
         self.fail: dict[str, Any] = {}
+        """Call -> what it raises, returns, or waits for."""
+        self.on: dict[str, Callable[[], Any]] = {}
+        """Call -> what is looked at while it is made."""
 
-    def _called(self, name: str) -> Any:
+    async def _called(self, name: str) -> Any:
         self.calls.append(name)
+        if name in self.on:
+            self.on[name]()
         outcome = self.fail.get(name)
         if isinstance(outcome, Exception):
             raise outcome
-        return outcome
+        return await outcome if asyncio.iscoroutine(outcome) else outcome
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        self._called(f"pause {mode} {'clear' if clear_cache else 'keep'}")
+        await self._called(f"pause {mode} {'clear' if clear_cache else 'keep'}")
         self.paused = True
 
     async def resume_generation(self) -> None:
-        self._called("resume")
+        await self._called("resume")
         self.paused = False
 
     async def is_paused(self) -> bool:
-        return self._called("is_paused") is None and self.paused
+        return await self._called("is_paused") is None and self.paused
 
     async def reset_prefix_cache(self) -> bool:
-        return self._called("reset_prefix_cache") is not False
+        return await self._called("reset_prefix_cache") is not False
 
     async def collective_rpc(self, name: str) -> list[None]:
-        self._called(name)
+        await self._called(name)
         return [None]
 
 
 class LocalServer:
     """`with LocalServer(folder) as server`: the sockets lie in `run_dir`; `header` is the one beside the weights."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, policy: CachePolicy = CachePolicy()) -> None:  # noqa: B008  (frozen)
+        self.policy = policy
         self.run_dir = unix_socket.prepare_run_dir(run_dir)
         self.header = Header(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
         self.header.adopt(LINEAGE, 0)
@@ -77,7 +84,8 @@ class LocalServer:
         return self
 
     async def _start(self) -> None:
-        self.control = Control(self.engine, self.state, self.run_dir, {"chat_template": None, "template_kwargs": {}})
+        rendering = {"chat_template": None, "template_kwargs": {}}
+        self.control = Control(self.engine, self.state, self.run_dir, rendering, self.policy)
         await self.control.start()
 
     def run(self, work: Any) -> Any:

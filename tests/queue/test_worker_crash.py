@@ -19,7 +19,7 @@ from rq.utils import now
 
 from producer import keys
 from producer.client import Producer
-from worker.consumer import transitions
+from worker.consumer import commit, transitions
 from worker.consumer.jobs import open_queue
 from worker.consumer.redis_errors import retryable
 from worker.testing.redis_server import RedisServer
@@ -182,7 +182,10 @@ def test_a_redis_that_restarts_is_waited_for(server: RedisServer, folder: Path) 
     assert producer.version() == weights.header["version"] and {producer.status(i).state for i in ids} == {"finished"}
 
 
-def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(server: RedisServer, folder: Path) -> None:
+def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(
+    server: RedisServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "STOP_GRACE", -1.0)  # which is for a worker that was asked to stop: this one was not
     weights, lines = Weights(folder), Lines()
     producer = Producer(server.url)
     ids = [producer.enqueue(GOOD, id=f"t{i}").id for i in range(3)]
@@ -207,8 +210,6 @@ def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(server: Re
 def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_next(
     server: RedisServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.consumer import commit
-
     monkeypatch.setattr(commit, "STOP_GRACE", 0.2)
     weights = Weights(folder)
     producer = Producer(server.url)
@@ -303,14 +304,14 @@ def test_a_redis_lost_right_after_a_commit_costs_neither_count_nor_hook(server: 
     producer.enqueue([*GOOD[:1], {"role": "assistant", "content": "not finite"}], id="refused")
     producer.enqueue(GOOD, id="t0")
     worker = start(connection, weights, hooks=[lines], heartbeat=60)
-    release = worker.intake.release
+    release = worker.batcher.release
 
     def loses_redis(settled):  # type: ignore[no-untyped-def]
         release(settled)
         if [held.id for held in settled] == ["t0"]:
             server.stop()
 
-    worker.intake.release = loses_redis  # type: ignore[method-assign]
+    worker.batcher.release = loses_redis  # type: ignore[method-assign]
     gets_well(lines, lambda: server.start())
     assert worker.work(burst=True) == 1
     assert [line["version"] for line in lines.versions] == [1]

@@ -14,8 +14,8 @@ import click
 import redis
 
 from producer.cli import redis_option
+from producer.connection import connect, resolve_url
 from producer.errors import TandemError
-from producer.jobs import connect, resolve_url
 from worker.checkpoint import record_file
 from worker.checkpoint.state_dir import default_state_dir, replace
 from worker.shared_weights.weights_client import ask

@@ -8,7 +8,7 @@ import click
 import redis
 
 from producer.cli import redis_option
-from producer.jobs import connect, redis_errors, resolve_url, safe_url
+from producer.connection import connect, redis_errors, resolve_url, safe_url
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings, Way, apply_option, max_tokens_option, memory_option
 from worker.consumer.worker_lock import WorkerLock

@@ -39,7 +39,8 @@ def state_options(command: F) -> F:
             "--history",
             type=click.IntRange(0),
             default=defaults.history,
-            help="Versions to roll back to; Redis keeps the manifests of as many.",
+            help="Versions to roll back to. One trains at most this and --checkpoint-every batches again. Redis keeps"
+            " the manifests of as many.",
         ),
         click.option(
             "--keep-transcripts",

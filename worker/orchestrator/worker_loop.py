@@ -141,7 +141,7 @@ def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWo
         log.info(sentence(report))
 
     def stopping() -> bool:
-        nothing_left = burst and not worker.intake.hands and not worker.queue.count
+        nothing_left = burst and not worker.batcher.hands and not worker.queue.count
         return bool(worker.stop_requested) or nothing_left
 
     rest(connection, step.duty, stopping=stopping, check=step.check)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from durable_parts import QUIET, Site
-
-from worker.shared_weights.attach import attach
-from worker.testing.tiny_model import make_tiny
+from worker.tiny import make_tiny
+from worker.weights.attach import attach
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "night", "day")
 

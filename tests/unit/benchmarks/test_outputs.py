@@ -51,6 +51,9 @@ def test_what_cannot_be_written_is_said_in_one_sentence(tmp_path: Path, blocked:
         ("optimizer", ["--json"]),
         ("optimizer", ["--plot"]),
         ("mutants", ["LIST", "--out"]),
+        ("kept_caches", ["FILE", "--out"]),
+        ("serving", ["--out"]),
+        ("stack_27b", ["--size", "tiny", "--out"]),
     ],
 )
 def test_a_run_is_not_begun_whose_results_have_nowhere_to_go(
@@ -80,6 +83,14 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def test_no_file_hides_a_module_of_the_standard_library() -> None:
     assert sources().keys() & sys.stdlib_module_names == set()
+
+
+def test_benchmarks_import_in_one_direction() -> None:
+    wanted: dict[str, set[str]] = {name: {*imported(tree)} & sources().keys() for name, tree in sources().items()}
+    while leaves := [name for name, others in wanted.items() if not others & wanted.keys()]:
+        for name in leaves:
+            del wanted[name]
+    assert wanted == {}, "these import each other in a circle"
 
 
 def test_there_is_something_to_look_at() -> None:

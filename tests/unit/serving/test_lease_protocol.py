@@ -1,0 +1,262 @@
+"""The control socket step by step: who may ask for what, what reaches the engine, and in which order.
+
+The same against a real vLLM: tests/server/test_lease.py.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from control_parts import LocalServer
+
+from worker.serving.cache_policy import KEEP, RECOMPUTE, CachePolicy
+from worker.serving.control_client import ServerControl, ServerError, ServerGone, server_state
+from worker.serving.protocol import MAX_REQUEST, TORN
+from worker.serving.vllm import control_server, engine
+from worker.serving.vllm.worker_extension import TandemWorkerExtension
+from worker.utils import unix_socket
+
+PAUSED_CALLS = ["pause keep keep", "is_paused", "tandem_synchronize"]
+RECOMPUTED_CALLS = ["pause keep clear", "is_paused", "reset_prefix_cache", "tandem_synchronize"]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[LocalServer]:
+    with LocalServer(tmp_path / "run") as running:
+        yield running
+
+
+@pytest.fixture
+def trainer(server: LocalServer) -> Iterator[ServerControl]:
+    with ServerControl(server.run_dir, "first") as control:
+        yield control
+
+
+def torn(server: LocalServer) -> None:
+    """A trainer dies in the middle of a write."""
+    with ServerControl(server.run_dir, "victim") as control:
+        control.pause()
+        server.header.begin(control.fence)
+    server.until(lambda state: state["state"] == TORN and state["trainer"] is None)
+
+
+# What reaches the engine
+
+
+def test_a_pause_and_a_resume_ask_the_engine_in_this_order(server: LocalServer, trainer: ServerControl) -> None:
+    trainer.pause()
+    assert server.engine.calls == PAUSED_CALLS
+    trainer.resume(0)
+    assert server.engine.calls == [*PAUSED_CALLS, "resume"]
+
+
+def test_recomputing_drops_every_cached_state(tmp_path: Path) -> None:
+    with (
+        LocalServer(tmp_path / "run", CachePolicy(RECOMPUTE)) as server,
+        ServerControl(server.run_dir, "first") as trainer,
+    ):
+        trainer.pause()
+        assert server.engine.calls == RECOMPUTED_CALLS
+        trainer.resume(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "outcome", "reason"),
+    [
+        ("pause keep clear", RuntimeError("lost"), r"did not pause \(RuntimeError: lost\)"),
+        ("is_paused", False, "reports that it is running"),
+        ("reset_prefix_cache", False, "prefix cache could not be reset and holds states of the old weights"),
+        ("tandem_synchronize", RuntimeError("no device"), "no device"),
+    ],
+)
+def test_a_pause_that_is_none_is_refused_and_the_server_goes_on(
+    tmp_path: Path, call: str, outcome: Any, reason: str
+) -> None:
+    with (
+        LocalServer(tmp_path / "run", CachePolicy(RECOMPUTE)) as server,
+        ServerControl(server.run_dir, "first") as trainer,
+    ):
+        server.engine.fail[call] = outcome
+        with pytest.raises(ServerError, match=reason):
+            trainer.pause()
+        assert trainer.state()["state"] == "serving" and not server.engine.paused
+        del server.engine.fail[call]
+        trainer.pause()
+        trainer.resume(0)
+
+
+def test_an_engine_that_hangs_is_an_error_in_words(
+    server: LocalServer, trainer: ServerControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "ENGINE_SECONDS", 0.1)
+    server.engine.fail["is_paused"] = asyncio.sleep(60)
+    with pytest.raises(ServerError, match=r"vLLM did not pause within 0\.1 s"):
+        trainer.pause()
+    assert trainer.state()["state"] == "serving"
+
+
+def test_requests_run_again_only_once_the_server_knows_its_version(server: LocalServer, trainer: ServerControl) -> None:
+    known = []
+    server.engine.on["resume"] = lambda: known.append((server.state.version, server.state.condition))
+    trainer.pause()
+    server.header.begin(trainer.fence)
+    server.header.finish(1)
+    trainer.resume(1)
+    assert known == [(1, "paused")]
+
+
+def test_the_device_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    TandemWorkerExtension().tandem_synchronize()
+    assert waited == [True]
+
+
+# Out of order
+
+
+def test_a_lease_is_given_once(server: LocalServer, trainer: ServerControl) -> None:
+    trainer.pause()
+    for ask in (trainer.pause, trainer.begin_hogwild):
+        with pytest.raises(ServerError, match=r"paused already|not serving whole weights"):
+            ask()
+    trainer.resume(0)
+    trainer.begin_hogwild()
+    with pytest.raises(ServerError, match="not serving whole weights"):
+        trainer.begin_hogwild()
+    trainer.pause()
+    trainer.resume(0)
+    with pytest.raises(ServerError, match="not paused"):
+        trainer.resume(0)
+
+
+def test_resume_needs_the_headers_version_and_state(server: LocalServer, trainer: ServerControl) -> None:
+    trainer.pause()
+    with pytest.raises(ServerError, match="the header beside the weights says CLEAN, version 0"):
+        trainer.resume(1)
+    server.header.begin(trainer.fence)
+    with pytest.raises(ServerError, match="the header beside the weights says APPLYING, version 0"):
+        trainer.resume(0)
+    assert trainer.state()["state"] == "paused" and server.engine.paused
+    server.header.finish(1)
+    trainer.resume(1)
+    assert trainer.state()["version"] == 1
+
+
+@pytest.mark.parametrize("left", ["CLEAN", "APPLYING"])
+def test_hogwild_is_a_lease_too(server: LocalServer, left: str) -> None:
+    with ServerControl(server.run_dir, "victim") as control:
+        control.begin_hogwild()
+        server.header.begin(control.fence)
+        if left == "CLEAN":
+            server.header.finish(1)
+    state = server.until(lambda state: state["trainer"] is None and "written" not in state)
+    assert state["state"] == ("serving" if left == "CLEAN" else TORN)
+    if left == "CLEAN":
+        assert state["version"] == 1 and server.engine.calls == [*PAUSED_CALLS, "resume"]
+        return
+    with ServerControl(server.run_dir, "next") as following:
+        with pytest.raises(ServerError, match="not serving whole weights"):
+            following.begin_hogwild()
+        following.pause()
+        server.header.finish(1)
+        following.resume(1)
+
+
+# Torn weights
+
+
+def test_what_was_inside_when_the_weights_tore_is_ended_and_stays_out(server: LocalServer) -> None:
+    server.state.in_flight = 1  # one waits for its answer
+    torn(server)
+    while "pause abort keep" not in server.engine.calls:
+        server.run(asyncio.sleep(0.01))
+    server.engine.calls.clear()
+    with ServerControl(server.run_dir, "next") as following:  # it waits for nobody
+        following.pause()
+        assert server.engine.calls[:4] == ["pause abort keep", *RECOMPUTED_CALLS[:3]]
+        assert following.state()["state"] == TORN
+        with pytest.raises(ServerError, match="paused already"):
+            following.pause()
+        server.header.finish(1)
+        following.resume(1)
+        assert following.state()["state"] == "serving"
+        server.engine.calls.clear()
+    server.state.in_flight = 0
+    server.run(asyncio.sleep(0.5))
+    assert "pause abort keep" not in server.engine.calls, "nor is anybody ended once they are whole"
+
+
+def test_a_trainer_that_only_looked_at_torn_weights_is_not_blamed(server: LocalServer) -> None:
+    torn(server)
+    reason = server_state(server.run_dir)["reason"]
+    with ServerControl(server.run_dir, "next"):
+        pass
+    state = server.until(lambda state: state["trainer"] is None)
+    assert (state["state"], state["reason"]) == (TORN, reason) and "'victim'" in reason
+
+
+def test_an_engine_that_has_ended_is_said_and_final(server: LocalServer, trainer: ServerControl) -> None:
+    server.engine.errored = True
+    state = server.until(lambda state: state["state"] == TORN)
+    assert "shutting down" in state["reason"]
+    with pytest.raises(ServerError, match="shutting down"):
+        trainer.pause()
+
+
+# Who may ask
+
+
+def test_only_the_first_that_says_hello_is_the_trainer(server: LocalServer, trainer: ServerControl) -> None:
+    with pytest.raises(ServerError, match=r"trainer 'first' \(process \d+, since .*stop it first"):
+        ServerControl(server.run_dir, "second").connect()
+    with unix_socket.connect(str(server.run_dir / "control.sock")) as sock:
+        for op in ("pause", "begin_hogwild", "renew", "resume"):
+            unix_socket.send(sock, {"op": op, "seconds": 1.0, "version": 0})
+            assert unix_socket.receive(sock) == {"error": "say hello first"}
+    assert trainer.state()["state"] == "serving" and server.engine.calls == []
+
+
+def test_a_request_that_is_too_long_costs_its_sender_the_connection(server: LocalServer) -> None:
+    with unix_socket.connect(str(server.run_dir / "control.sock")) as sock:
+        unix_socket.send(sock, {"op": "hello", "name": "x" * MAX_REQUEST})
+        answer = unix_socket.receive(sock)
+        assert answer is not None and f"over the limit of {MAX_REQUEST}" in answer["error"]
+        with contextlib.suppress(unix_socket.WireError):
+            assert unix_socket.receive(sock) is None
+
+
+def test_connections_have_an_end(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_server, "MAX_CONNECTIONS", 2)
+    path = str(server.run_dir / "control.sock")
+    with unix_socket.connect(path) as one, unix_socket.connect(path) as two, unix_socket.connect(path) as three:
+        for sock in (one, two):
+            unix_socket.send(sock, {"op": "state"})
+            assert "version" in (unix_socket.receive(sock) or {})
+        assert "more than 2 connections" in (unix_socket.receive(three) or {})["error"]
+
+
+def test_a_process_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, theirs = socket.socketpair()
+    with near, theirs:
+        assert unix_socket.check_peer(near) == os.getpid()
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        with pytest.raises(unix_socket.WireError, match=r"under uid \d+, not ours \(12345\)"):
+            unix_socket.check_peer(near)
+
+
+def test_a_client_without_a_server_says_what_to_do(server: LocalServer, trainer: ServerControl) -> None:
+    trainer.close()
+    with pytest.raises(ServerGone, match="not connected"):
+        trainer.pause()
+
+
+def test_policies() -> None:
+    assert CachePolicy().running == KEEP, "what these tests take for the default"
