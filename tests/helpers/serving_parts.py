@@ -115,6 +115,33 @@ class Background:
         return self._answer
 
 
+class EndlessClient:
+    """Streams one answer after the other, from `with` on; `answers` holds the bodies of those that ended."""
+
+    def __init__(self, server: Any, prompt_tokens: int, tokens: int) -> None:
+        self.answers: list[bytes] = []
+        self._server = server
+        self._body = {"prompt": [20 + 37 * n % 800 for n in range(prompt_tokens)], "stream": True}
+        self._tokens = tokens
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            status, _, body = completion(self._server, self._tokens, **self._body)
+            assert status == 200, body
+            self.answers.append(body)
+
+    def __enter__(self) -> "EndlessClient":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(300)
+        assert not self._thread.is_alive(), "an answer did not end"
+
+
 def events(body: bytes) -> list[str]:
     """The events of an SSE body, comments included."""
     return [event for event in body.decode().split("\n\n") if event]

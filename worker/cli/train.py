@@ -11,6 +11,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,11 +131,13 @@ def train_attached(
     max_tokens: what a GPU's memory is planned for; a version of more is refused where it does not fit.
     """
     from worker.orchestrator.worker_loop import attach_step
+    from worker.trainer.threads import TrainingThreads
 
     with attach_step(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
     ) as shared:
         shared.base = shared.weights.header.version
+        shared.confirm = partial(TrainingThreads().begin_version, shared.weights.state.device)
         if shared.base and shared.keeper.history.latest() != (shared.base, shared.weights.header.lineage):
             raise TandemError(
                 "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"

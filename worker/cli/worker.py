@@ -3,13 +3,11 @@
 import logging
 import os
 import socket
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import redis
-import torch
 
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
@@ -21,6 +19,7 @@ from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.reports import sentence
 from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
+from worker.trainer.threads import TrainingThreads
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 from worker.versions.eviction_watch import check_kind
@@ -39,7 +38,11 @@ log = logging.getLogger("tandem")
 @click.option("--until-empty", is_flag=True, help="Stop when the queue is empty.")
 @click.option("--burst", is_flag=True, hidden=True, help="The former name of --until-empty.")
 @click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads for training (default: before each version, as many as CPUs are free).",
+)
 @state_options
 @guard_options
 @apply_options
@@ -60,8 +63,7 @@ def command(
 ) -> None:
     """Drain the queue and train the weights that the server of --run-dir is serving."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if threads:
-        torch.set_num_threads(threads)
+    cpu_threads = TrainingThreads(threads)
     policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     connection = connect(resolve_url(redis_url), redis.Redis.from_url)
@@ -83,7 +85,12 @@ def command(
             max_tokens=max_tokens,
         ) as step:
             agree(connection, step, new_lineage=new_lineage)
-            step.confirm = partial(confirm, connection, step)
+
+            def before_version() -> None:
+                confirm(connection, step)
+                cpu_threads.begin_version(step.weights.state.device)
+
+            step.confirm = before_version
             forget_rest(connection)
             hooks = [LogHooks(), *watch(connection, step, guards)]
             limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
