@@ -24,7 +24,7 @@ def test_poison_fails_alone_and_the_good_around_it_are_trained(
         for n in range(8):
             producer.enqueue(say("good"), id=f"good-{i}-{n}")
         producer.enqueue(say(text), id=text.replace(" ", "-"))
-    lines = drain(connection, weights, max_jobs=45, prepare_limit=1)
+    lines = drain(connection, weights, max_jobs=45, prepare_limit=4)
     good = {f"good-{i}-{n}" for i in range(len(bad)) for n in range(8)}
     assert sorted(weights.trained) == sorted(good)
     assert {name.replace(" ", "-") for name in bad} == set(lines.rejected)
@@ -34,7 +34,7 @@ def test_poison_fails_alone_and_the_good_around_it_are_trained(
     assert reasons["not finite"] == "loss is not finite"
     assert "drain_parts.py" in reasons["breaks the step"] and "\nRuntimeError (message w" in reasons["breaks the step"]
     assert "in prepare" in reasons["breaks prepare"] and "\nRuntimeError (message w" in reasons["breaks prepare"]
-    assert "took more than 1 s" in reasons["hangs prepare"]
+    assert "took more than 4 s" in reasons["hangs prepare"]
 
 
 def test_what_may_pass_is_retried_and_what_cannot_is_not(
