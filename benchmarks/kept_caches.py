@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import outputs
 import torch
 from finetune import LENGTH, length, pretrain
 from rich.progress import track
@@ -129,6 +130,7 @@ def main(
     out: Path,
 ) -> None:
     """Compare answers over old caches with answers computed again."""
+    outputs.folder(out)
     torch_setup.prepare()
     h = Hyperparameters(max_length=max_length)
     if directory is None:
@@ -161,7 +163,6 @@ def main(
         "learnt_tokens": [sum(len(s.ids) for s in one.sequences) for one in train],
         "versions": found,
     }
-    out.mkdir(parents=True, exist_ok=True)
     name = "real" if directory else "tiny"
     (out / f"kept_caches_{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
