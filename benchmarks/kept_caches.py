@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import outputs
 import torch
 from finetune import LENGTH, length, pretrain
 from rich.progress import track
@@ -137,6 +138,7 @@ def main(
     out: Path,
 ) -> None:
     """Compare answers over old caches with answers computed again."""
+    outputs.folder(out)
     torch_setup.prepare()
     h = Hyperparameters(max_length=max_length)
     if directory is None:
@@ -163,7 +165,6 @@ def main(
         "learnt_tokens": [sum(len(s.ids) for s in one.sequences) for one in train],
         "versions": found,
     }
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"kept_caches_{'real' if directory else 'tiny'}.json"
     for version in track(range(1, max(wanted) + 1), "versions"):
         trainer.begin([train[(version - 1) % len(train)]])

@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import outputs
 import serving_report
 from load import ClosedLoop
 from record import OutOfTime, Part, Record, Until
@@ -235,9 +236,9 @@ def main(**o: Any) -> None:
     settle = max(2.0, seconds / 5) if o["settle"] is None else o["settle"]
     lengths = parse_range(o["transcripts"])
     phases = Phases(seconds, settle, o["rounds"], o["max_tokens"], o["every"], lengths, o["worker_option"])
+    outputs.folder(o["out"])
     until = Until(max(1.0, o["limit"] - CLOSING))
     torch_setup.prepare()
-    o["out"].mkdir(parents=True, exist_ok=True)
     record = Record(o["out"] / "serving.json")
     record.about |= {"gpu": torch.cuda.is_available(), "options": {key: str(value) for key, value in o.items()}}
     length = max(load.longest(o["max_tokens"]) for load in loads) + 64

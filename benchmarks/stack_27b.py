@@ -16,6 +16,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import outputs
 import serving
 import stack_checks
 from record import OutOfTime, Part, Record, Until
@@ -80,9 +81,9 @@ def main(
         lr=lr,
         worker=list(worker_option),
     )
+    outputs.folder(out)
     until = Until(max(1.0, seconds - CLOSING))
     torch_setup.prepare()
-    out.mkdir(parents=True, exist_ok=True)
     record = Record(out / f"stack_{size}.json")
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         rig = Rig(Path(folder), write_shape(size, Path(folder) / "model"))

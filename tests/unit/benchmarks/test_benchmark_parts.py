@@ -20,6 +20,7 @@ from agreement import compare
 from contestants import Ours, make_peers, make_weights
 from flops import layer_weights, step_flops
 from load import ClosedLoop
+from patience import PATIENCE
 from record import OutOfTime, Part, Record, Until
 from serving_loads import Load
 from shapes import text_config, text_facts, write_shape
@@ -27,7 +28,6 @@ from texts import build, conversation, random_examples, text_builder
 from transformers import AutoTokenizer
 
 from worker.shared_weights import bind
-from worker.testing.server_process import free_port
 from worker.utils import torch_setup
 
 
@@ -101,8 +101,8 @@ def test_loads_are_what_their_names_say() -> None:
 def endpoint() -> Iterator[tuple[str, list[str]]]:
     """(url, behaviours) of an HTTP server that streams as vLLM does; each request takes the first behaviour."""
     behaviours: list[str] = []
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    port = free_port()
+    ready, stopping, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
+    ports: list[int] = []
 
     async def complete(request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -127,26 +127,26 @@ def endpoint() -> Iterator[tuple[str, list[str]]]:
         app.router.add_post("/v1/completions", complete)
         runner = web.AppRunner(app)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports.append(runner.addresses[0][1])
         ready.set()
+        await stopping.wait()
+        await runner.cleanup()
 
-    def run() -> None:
-        loop.run_until_complete(serve())
-        loop.run_forever()
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()
-    assert ready.wait(10)
-    yield f"http://127.0.0.1:{port}", behaviours
-    loop.call_soon_threadsafe(loop.stop)
+    assert ready.wait(PATIENCE)
+    yield f"http://127.0.0.1:{ports[0]}", behaviours
+    loop.call_soon_threadsafe(stopping.set)
     thread.join()
+    loop.close()
 
 
 def test_the_load_counts_every_token_and_every_failure(endpoint: tuple[str, list[str]]) -> None:
     url, behaviours = endpoint
     behaviours += ["refuse", "say", "break"]
+    started = time.monotonic()  # before the first request, which may fail before this thread runs again
     with ClosedLoop(url, "m", load=Load.parse("2x8"), max_tokens=5) as load:
-        started = time.monotonic()
         while load.between(started, time.monotonic()).requests < 4:
             time.sleep(0.01)
     served = load.between(started, time.monotonic())

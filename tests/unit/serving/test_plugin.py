@@ -19,7 +19,7 @@ def run(code: str, **environment: str) -> str:
     """The standard output of `code` in a new interpreter."""
     kept = {name: value for name, value in os.environ.items() if name != "TANDEM_SERVE"}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=kept | environment, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment, check=False
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
