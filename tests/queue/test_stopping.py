@@ -119,7 +119,7 @@ def test_an_error_in_the_heartbeat_is_raised_between_steps(
 
     def robbed(prepared):  # type: ignore[no-untyped-def]
         connection.set(keys.WORKER_LOCK, '{"name": "robber", "pid": 1}')
-        until(lambda: worker.pulse.error is not None, "the heartbeat has noticed")
+        until(lambda: worker.heartbeats.error is not None, "the heartbeat has noticed")
         return run(prepared)
 
     weights.run = robbed  # type: ignore[method-assign]
