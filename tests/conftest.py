@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import redis
-import torch
 from hypothesis import settings
+from server_options import GPU, SERVER_OPTIONS
 
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
@@ -27,14 +27,6 @@ settings.register_profile("new", deadline=None, max_examples=1000, print_blob=Tr
 
 THREAD_SECONDS = 120.0
 """How long a thread of a test may take to end after the test, on a machine that is busy."""
-
-GPU = torch.cuda.is_available()
-SERVER_OPTIONS = ["--max-model-len", "2048", "--max-num-seqs", "8"]
-if GPU:
-    # vLLM 0.26 serves the text model of a multi-modal checkpoint only, and needs to be told which kernels to use. With
-    # its cache's size said, it does not measure free memory, which other tests beside it change.
-    SERVER_OPTIONS += ["--language-model-only", "--gdn-prefill-backend", "triton", "--enable-prefix-caching"]
-    SERVER_OPTIONS += ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", "2000000000"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

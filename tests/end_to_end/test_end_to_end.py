@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import GPU, SERVER_OPTIONS
 from patience import PATIENCE
 from rq.job import Job, JobStatus
+from server_options import GPU, SERVER_OPTIONS
 from serving_parts import Background
 from stack_parts import LEARNING, Stack, transcripts
 from transformers import AutoTokenizer

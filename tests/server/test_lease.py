@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 import msgpack
 import pytest
-from conftest import SERVER_OPTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from patience import PATIENCE, until
+from server_options import SERVER_OPTIONS
 from serving_parts import LONG, Background, Victim, completion, events, inside, request, streamed_tokens
 
 from worker.serving.control_client import ServerControl, ServerError, ServerGone, server_state

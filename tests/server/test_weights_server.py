@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPU
 from patience import PATIENCE
+from server_options import GPU
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -200,7 +200,7 @@ def command(
 ) -> None:
     """Train on FILE.jsonl (- for standard input) without a queue: a model directory, or a running server."""
     h = Hyperparameters(**options)
-    if plot and not plot.absolute().parent.is_dir():
+    if plot and not plot.absolute().parent.is_dir() and (out is None or plot.absolute().parent != out.absolute()):
         raise TandemError(f"--plot: the folder {plot.absolute().parent} does not exist: make it first")
     if attach:
         if model_dir or out:
