@@ -10,6 +10,7 @@ with all of it computed again. Reported for each number of versions, in nats per
 
     kept        KL(computed again || over old caches): what `--running keep` costs
     learnt      KL(new weights || start), both computed afresh: how far the versions moved the model at all
+    rounding    KL(a token at a time || all in one pass), the same weights: what bf16's order of sums makes by itself
 
 That is the worst case: a real request's caches are as old as its context only for what the context holds, and younger
 for every token it has made since. CPU; repeatable.
@@ -66,6 +67,11 @@ class Context:
             rows.append(model(input_ids=self.ids[:, at : at + 1], past_key_values=caches, use_cache=True).logits[0, 0])
         return torch.stack(rows).float().log_softmax(-1)
 
+    def at_once(self, model: torch.nn.Module) -> torch.Tensor:
+        """As `again`, context and answer in one pass."""
+        logits = model(input_ids=self.ids[:, :-1], use_cache=False).logits[0, self.first - 1 :]
+        return logits.float().log_softmax(-1)
+
     def again(self, model: torch.nn.Module) -> torch.Tensor:
         """As `stepwise`, over caches of the weights of now: as serving goes on after a recomputation."""
         caches = model(input_ids=self.ids[:, : self.first - 1], use_cache=True).past_key_values
@@ -80,17 +86,19 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def compare(model: torch.nn.Module, contexts: list[Context], start: list[torch.Tensor]) -> dict[str, float]:
     """The figures under the weights of now; start: `again` of each context under the start's."""
-    kept, learnt, agree = [], [], []
+    kept, learnt, agree, rounding = [], [], [], []
     for context, before in zip(contexts, start, strict=True):
         fresh, old = context.again(model), context.stepwise(model)
         kept.append(divergence(fresh, old))
         learnt.append(divergence(fresh, before))
+        rounding.append(divergence(fresh, context.at_once(model)))
         agree.append((fresh.argmax(-1) == old.argmax(-1)).float())
     every = torch.cat(kept)
     return {
         "kept": every.mean().item(),
         "kept_p99": every.quantile(0.99).item(),
         "learnt": torch.cat(learnt).mean().item(),
+        "rounding": torch.cat(rounding).mean().item(),
         "same_likeliest_token": torch.cat(agree).mean().item(),
     }
 
@@ -147,12 +155,6 @@ def main(
     trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None)
     wanted = [int(part) for part in versions.split(",")]
     found: dict[str, Any] = {}
-    for version in track(range(1, max(wanted) + 1), "versions"):
-        trainer.begin([train[(version - 1) % len(train)]])
-        trainer.apply()
-        if version in wanted:
-            found[str(version)] = compare(model, contexts, start)
-            print(version, json.dumps(found[str(version)]), flush=True)
     report = {
         "model": str(directory.name if directory else "tiny Qwen3.5, taught"),
         "torch": torch.__version__,
@@ -163,8 +165,14 @@ def main(
         "learnt_tokens": [sum(len(s.ids) for s in one.sequences) for one in train],
         "versions": found,
     }
-    name = "real" if directory else "tiny"
-    (out / f"kept_caches_{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    path = out / f"kept_caches_{'real' if directory else 'tiny'}.json"
+    for version in track(range(1, max(wanted) + 1), "versions"):
+        trainer.begin([train[(version - 1) % len(train)]])
+        trainer.apply()
+        if version in wanted:
+            found[str(version)] = compare(model, contexts, start)
+            print(version, json.dumps(found[str(version)]), flush=True)
+            path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

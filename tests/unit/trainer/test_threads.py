@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +67,17 @@ def test_cpus_that_are_kept_busy_are_not_free() -> None:
     finally:
         os.sched_setaffinity(0, cpus)
     assert 0 <= free_cpus.free_cpus(0.1) <= len(cpus) + 0.5
+
+
+def test_idle_time_is_counted_on_the_cpus_of_this_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stat(mine: int, others: int) -> None:
+        rows = [f"cpu  9 9 9 {mine + others} 0", f"cpu0 9 9 9 {mine} {mine}", f"cpu1 9 9 9 {others} 0", "intr 1"]
+        (tmp_path / "stat").write_text("\n".join(rows) + "\n")
+
+    monkeypatch.setattr(free_cpus, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    stat(100, 100)
+    assert free_cpus.free_cpus(1.0, sleep=lambda _: stat(100, 900)) == 0.0
+    assert free_cpus.free_cpus(1.0, sleep=lambda _: stat(200, 900)) > 0.0
