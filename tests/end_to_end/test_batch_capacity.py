@@ -36,12 +36,13 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.retention import Policy
 from worker.data.batch_capacity import Room, room_for
 from worker.data.packing import BatchError
-from worker.orchestrator import worker_loop
-from worker.orchestrator.live_update import SharedUpdate
+from worker.orchestrator import session as sessions
+from worker.orchestrator.agreement import agree
+from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
-from worker.orchestrator.worker_loop import attach_step
+from worker.orchestrator.session import Session, open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 from worker.shared_weights.header import APPLYING, CLEAN
@@ -161,9 +162,10 @@ def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
     running.close()
 
 
-def teach(step: SharedUpdate) -> int:
+def teach(session: Session) -> int:
     """Two versions by bursts, the second of more tokens than a row, which are returned."""
-    step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
+    step = LiveUpdate(session)
+    session.keeper.adopt(0, session.weights.header.lineage, Trained({}, {}))
     tokens = 0
     for prefix, times in (("x", 1), ("y", 24)):
         sent = transcripts(prefix, 2)
@@ -173,13 +175,13 @@ def teach(step: SharedUpdate) -> int:
         tokens = sum(ready.tokens for ready in batch)
         assert (tokens > ROW) == (prefix == "y")
         step.run(batch)
-    assert step.weights.header.version == 2
+    assert session.weights.header.version == 2
     return tokens
 
 
 @contextlib.contextmanager
 def streaming_keeper(site: Site) -> Iterator[Keeper]:
-    """Of a worker that attaches anew, as on a GPU with room for streaming alone: see `attach_step`."""
+    """Of a worker that attaches anew, as on a GPU with room for streaming alone: see `open_session`."""
     weights = attach(site.run_dir)
     model, tokenizer = weights.build_model(), AutoTokenizer.from_pretrained(weights.model_path)
     make = partial(make_trainer, model, list(model.named_parameters()), tokenizer, state=weights.state)
@@ -191,11 +193,11 @@ def streaming_keeper(site: Site) -> Iterator[Keeper]:
 
 @pytest.mark.parametrize("found", [CLEAN, APPLYING])
 def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        tokens, taught = teach(step), site.everything()
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        tokens, taught = teach(session), site.everything()
         if found == APPLYING:
-            step.control.pause()
-            step.weights.header.begin(step.control.fence)  # as a worker does that then dies
+            session.control.pause()
+            session.weights.header.begin(session.control.fence)  # as a worker does that then dies
     if found == APPLYING:
         site.is_torn()
     else:
@@ -207,27 +209,27 @@ def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -
             mend_weights(keeper, control, None)
         assert site.header() == header and site.everything() == before
     assert site.served() == served, "nor was it paused"
-    with attach_step(site.run_dir, "test", H, state_dir=site.state):  # as the message says: in burst
+    with open_session(site.run_dir, "test", H, state_dir=site.state):  # as the message says: in burst
         assert site.everything() == taught and site.served()["state"] == "serving"
 
 
 def test_a_rollback_that_would_not_fit_changes_nothing(site: Site) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        tokens, keeper = teach(step), step.keeper
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        tokens, keeper = teach(session), session.keeper
         before, header, served = site.everything(), site.header(), site.served()
-        trainer, rebuilder = step.trainer, keeper.rebuilder
+        trainer, rebuilder = session.trainer, keeper.rebuilder
         make, room = rebuilder.make_trainer, rebuilder.room
         rebuilder.make_trainer, rebuilder.room = (lambda h: as_on_a_gpu(make(h))), STREAMING
         with pytest.raises(CannotRebuild, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
-            roll_back(site.redis, step, 2, ("x-0",))
+            roll_back(site.redis, session, 2, ("x-0",))
         assert site.header() == header and site.everything() == before and site.served() == served
-        assert keeper.history.latest() == (2, header["lineage"]) and step.trainer is trainer
+        assert keeper.history.latest() == (2, header["lineage"]) and session.trainer is trainer
         assert rebuilder.plan(1).steps and rebuilder.plan(2, frozenset({"y-0"})).steps, (
             "without one of them it would fit"
         )
         rebuilder.make_trainer, rebuilder.room = make, room
-        worker_loop.agree(site.redis, step)
-        said = roll_back(site.redis, step, 2, ("x-0",))
+        agree(site.redis, session)
+        said = roll_back(site.redis, session, 2, ("x-0",))
         assert any("version 3 is live: it is version 2 without x-0" in text for text in map(sentence, said))
 
 
@@ -241,7 +243,7 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
         asked.append((arguments[4], arguments[3].memory))
         return choose_way(*arguments)
 
-    monkeypatch.setattr(worker_loop, "choose_way", watched)
+    monkeypatch.setattr(sessions, "choose_way", watched)
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("x", 2)))
     where = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]
@@ -268,22 +270,22 @@ def rewrite(site: Site, version: int, **change: Any) -> None:
 
 
 def test_steps_that_do_not_follow_on_each_other_are_found_before_the_first_write(site: Site) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        teach(step)
-        worker_loop.agree(site.redis, step)
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        teach(session)
+        agree(site.redis, session)
     rewrite(site, 2, step=7)
     before, header = site.everything(), site.header()
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:  # the weights are whole: nothing to replay
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:  # whole: nothing to replay
         served = site.served()
         with pytest.raises(CannotRebuild, match=r"version 2 was step 7 of the optimizer.*stand at 1.*nothing was"):
-            roll_back(site.redis, step, 2, ("x-0",))
-        assert step.keeper.history.latest() == (2, header["lineage"]), "nor was it journaled"
+            roll_back(site.redis, session, 2, ("x-0",))
+        assert session.keeper.history.latest() == (2, header["lineage"]), "nor was it journaled"
         assert site.everything() == before and site.header() == header and site.served() == served
     site.restart_server()
     fresh, header = site.everything(), site.header()
     with (
         pytest.raises(CannotRebuild, match="version 2 was step 7"),
-        attach_step(site.run_dir, "test", H, state_dir=site.state),
+        open_session(site.run_dir, "test", H, state_dir=site.state),
     ):
         raise AssertionError("what was learnt cannot be made again")
     assert site.everything() == fresh and site.header() == header and site.served()["state"] == "serving"
@@ -291,10 +293,10 @@ def test_steps_that_do_not_follow_on_each_other_are_found_before_the_first_write
 
 def test_a_checkpoint_of_other_steps_or_another_shape_is_found_before_the_first_write(site: Site) -> None:
     """Its bytes are those that were written: no digest finds this."""
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        teach(step)
-        worker_loop.agree(site.redis, step)
-        history, weights, rebuilder = step.keeper.history, step.weights, step.keeper.rebuilder
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        teach(session)
+        agree(site.redis, session)
+        history, weights, rebuilder = session.keeper.history, session.weights, session.keeper.rebuilder
         state = weights.state.clone()
         state[8] = 5  # the step count: apollo/state_layout.py
         history.snapshots.write(1, weights.header.lineage, weights.tensors, state, history.trained(1))
@@ -321,12 +323,12 @@ def test_a_file_with_a_batch_that_does_not_fit_trains_nothing(
     file.write_text("".join(json.dumps(item) + "\n" for item in sent))
 
     @contextlib.contextmanager
-    def on_a_gpu(*arguments: Any, **options: Any) -> Iterator[SharedUpdate]:
-        with attach_step(*arguments, **options) as step:
-            step.trainer = as_on_a_gpu(step.trainer)
-            yield step
+    def on_a_gpu(*arguments: Any, **options: Any) -> Iterator[Session]:
+        with open_session(*arguments, **options) as session:
+            session.trainer = as_on_a_gpu(session.trainer)
+            yield session
 
-    monkeypatch.setattr(worker_loop, "attach_step", on_a_gpu)
+    monkeypatch.setattr(sessions, "open_session", on_a_gpu)
     before = site.digest()
     with pytest.raises(TandemError, match=r"nothing was trained: a batch has \d+ tokens.* 512 at most.*--max-tokens"):
         train.train_attached(str(file), site.run_dir, H, count=1, batch=6, state_dir=site.state)

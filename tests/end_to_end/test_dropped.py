@@ -96,25 +96,30 @@ def go_back_in_a_worker(redis_url: str, run_dir: str, state: str, answers: str) 
     import redis
     import torch
 
-    from worker.config.guard_options import GuardSettings
+    from worker.checkpoint.batch_codec import rename
     from worker.config.hyperparameters import Hyperparameters
+    from worker.data.replay_buffer import Rehearsal
+    from worker.orchestrator.agreement import agree
+    from worker.orchestrator.live_update import LiveUpdate
     from worker.orchestrator.rollback import roll_back
-    from worker.orchestrator.worker_loop import agree, attach_step, watch
+    from worker.orchestrator.session import open_session
+    from worker.trainer.outliers import Guards
     from worker.versions import ledger
 
     torch.set_num_threads(1)
     connection, seen = redis.Redis.from_url(redis_url), []
-    with attach_step(
+    with open_session(
         Path(run_dir), "watch", Hyperparameters(), state_dir=Path(state), known=ledger.state(connection)
-    ) as step:
-        agree(connection, step)
-        watch(connection, step, GuardSettings(rehearse=1.0))
+    ) as session:
+        agree(connection, session)
+        guards, rehearsal = Guards(), Rehearsal(1.0, rename)
+        update = LiveUpdate(session, guards=guards, rehearsal=rehearsal)
         for target in (None, 2, 4):
             if target is not None:
-                roll_back(connection, step, target, ("x-0",))
-            assert step.guards is not None and step.rehearsal is not None
-            known = [ready.id for ready in step.rehearsal.known]
-            seen.append({"rehearsed": known, "losses": len(step.guards.losses.values)})
+                roll_back(connection, session, target, ("x-0",))
+                update.remember()
+            known = [ready.id for ready in rehearsal.known]
+            seen.append({"rehearsed": known, "losses": len(guards.losses.values)})
     Path(answers).write_text(json.dumps(seen))
 
 

@@ -3,6 +3,7 @@ streaming, and that nothing is compiled once it is warm. Needs a GPU, fla, liger
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,12 +91,26 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_lone_transcript_of_half_the_weight_goes_half_as_far(
+    reference: Any, examples: list[Example], streaming: bool
+) -> None:
+    """Packed, in bf16: the same gradient, bit for bit, and a step of exactly half the length."""
+    steps = {}
+    for weight in (1.0, 0.5):
+        trainer = on_gpu(reference, streaming=streaming)
+        trainer.begin([replace(examples[1], weight=weight)])
+        steps[weight] = trainer.apply()
+    assert steps[0.5]["step_scale"] == 0.5
+    assert steps[0.5]["update_rms"] == pytest.approx(steps[1.0]["update_rms"] / 2, rel=1e-3)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 4])
 def test_packed_on_a_gpu_is_transformers_one_by_one(reference: Any, examples: list[Example], kept: int) -> None:
     trainer = on_gpu(reference, kept=kept)
     found = trainer.begin(examples)
     assert len(trainer._batches(examples)) == 1 and trainer._batches(examples)[0].packed
-    total = sum(one.trained_tokens for one in examples)
+    total = sum(one.weight * one.trained_tokens for one in examples)
     nll = {}
     reference.zero_grad()
     for one in examples:

@@ -131,10 +131,11 @@ class LastUpdate:
 class Backend(Protocol):
     """One device's implementation of a step. `begin`, any number of `update`s of different slots, `finish`."""
 
-    def begin(self, draw: int) -> None:
-        """Start step t = step count + 1 with projections of redraw `draw`."""
+    def begin(self, draw: int, step_scale: float) -> None:
+        """Start step t = step count + 1 with projections of redraw `draw`; its update and decay are multiplied with
+        `step_scale`."""
 
-    def prepare(self, draw: int) -> None:
+    def prepare(self, draw: int, step_scale: float = 1.0) -> None:
         """The host's part of `begin`; harmless if done twice."""
 
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:

@@ -21,6 +21,7 @@ from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.batch_capacity import Room
 from worker.trainer.trainer import Trainer
+from worker.trainer.weighting import RULES, Rule
 
 BURST = "burst"
 """The way of a manifest that names none."""
@@ -81,13 +82,15 @@ def check_steps(records: Sequence[UpdateRecord], taken: int) -> None:
 
 
 def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: RoomOf) -> None:
-    """Every batch of `records` is there, and the trainer that would replay it takes it. Raises `ReplayError`.
+    """Every batch of `records` is there, of a known format, and the trainer that would replay it takes it. Raises
+    `ReplayError`.
 
     No trainer is made for it: that writes to the optimizer's state where it is fresh, and to what a live trainer's
     parameters learn. The error names the batch that needs the most: who does what it says is not refused again.
     """
     refused = []
     for record in records:
+        rule_of(record)
         examples, ours = unpack_batch(record, dropped), room(hyperparameters(record.h))
         if not ours.holds(examples):
             in_burst = replace(ours, streaming=False).holds(examples)
@@ -145,7 +148,7 @@ def replay(
             trainer.streaming = record.manifest.get("way", BURST) != BURST
         examples = unpack_batch(record, dropped)
         with _threads(record.facts["threads"]):
-            gradients = trainer.begin(examples) if examples else None
+            gradients = trainer.begin(examples, rule=rule_of(record)) if examples else None
             if gradients is None or not gradients.nll:
                 trainer.skip()
             else:
@@ -155,6 +158,16 @@ def replay(
         if gradients is not None and whole and gradients.loss != then:
             found.losses.append(OtherLoss(record.version, gradients.loss, then))
     return found
+
+
+def rule_of(record: UpdateRecord) -> Rule:
+    """How weights counted when the record was written. Raises `ReplayError` for a format that is not known."""
+    if record.format not in RULES:
+        raise ReplayError(
+            f"version {record.version} was journaled in format {record.format}, and this Tandem knows formats up to"
+            f" {max(RULES)}: use the Tandem that wrote it, or a newer one"
+        )
+    return RULES[record.format]
 
 
 def hyperparameters(plain: Mapping[str, Any]) -> Hyperparameters:

@@ -11,7 +11,6 @@ import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,29 +129,30 @@ def train_attached(
 
     max_tokens: what a GPU's memory is planned for; a version of more is refused where it does not fit.
     """
-    from worker.orchestrator.worker_loop import attach_step
+    from worker.orchestrator.live_update import LiveUpdate
+    from worker.orchestrator.session import open_session
     from worker.trainer.threads import TrainingThreads
 
-    with attach_step(
+    with open_session(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
-    ) as shared:
-        shared.base = shared.weights.header.version
-        shared.confirm = partial(TrainingThreads().begin_version, shared.weights.state.device)
-        if shared.base and shared.keeper.history.latest() != (shared.base, shared.weights.header.lineage):
+    ) as session:
+        base, lineage = session.weights.header.version, session.weights.header.lineage
+        if base and session.keeper.history.latest() != (base, lineage):
             raise TandemError(
                 "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
                 " note of them, or name the right directory with --state-dir"
             )
+        update = LiveUpdate(session, base=base, threads=TrainingThreads())
 
         def step(examples: list[Ready]) -> float:
-            update = shared.run(examples)
-            if update.rejected:
-                raise TandemError(f"the loss of {', '.join(update.rejected)} is not finite: lower --lr, or drop them")
-            return float(update.manifest["loss"])
+            made = update.run(examples)
+            if made.rejected:
+                raise TandemError(f"the loss of {', '.join(made.rejected)} is not finite: lower --lr, or drop them")
+            return float(made.manifest["loss"])
 
-        examples = load_examples(file, lambda transcript, id: shared.prepare(id, transcript))
+        examples = load_examples(file, lambda transcript, id: update.prepare(id, transcript))
         batches = list(epochs(examples, count=count, batch=batch, seed=h.seed))
-        check_batches(file, batches, shared.trainer.room)
+        check_batches(file, batches, session.trainer.room)
         return run_steps(batches, step)
 
 

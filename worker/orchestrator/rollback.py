@@ -15,12 +15,14 @@ from typing import Any
 import redis
 
 from producer.errors import TandemError
+from worker.checkpoint.rebuild import Plan, Rebuilt
 from worker.checkpoint.records import RollbackRecord
+from worker.config.protocol import Torn, Unavailable
 from worker.config.version_record import VersionRecord
-from worker.orchestrator.live_update import SharedUpdate
 from worker.orchestrator.recovery import begin_rebuild
 from worker.orchestrator.reports import Report, RolledBack
 from worker.orchestrator.requeue import requeue as requeue_ids
+from worker.orchestrator.session import Session
 from worker.utils.fault_injection import point
 from worker.versions import ledger
 
@@ -31,7 +33,7 @@ class CannotRollBack(TandemError):
 
 def roll_back(
     connection: redis.Redis,
-    step: SharedUpdate,
+    session: Session,
     target: int,
     drop: tuple[str, ...] = (),
     *,
@@ -40,10 +42,11 @@ def roll_back(
 ) -> list[Report]:
     """Make `target` again without `drop`, live in the server, as the next version; what was done.
 
-    For the writer of the weights, between updates, with Redis and the weights agreed. Raises `CannotRollBack` or
-    `CannotRebuild` with nothing changed; whatever else is raised leaves the rest to the next start of a worker.
+    For the writer of the weights, between updates, with Redis and the weights agreed. Raises `CannotRollBack`,
+    `CannotRebuild` or `JournalError` with nothing changed; whatever else is raised must end the worker, and the next
+    start does the rest: `Torn` while the header says APPLYING (the server answers 503), `Unavailable` when it is CLEAN.
     """
-    keeper, header = step.keeper, step.weights.header
+    keeper, header = session.keeper, session.weights.header
     history, rebuilder = keeper.history, keeper.rebuilder
     now, version, lineage = header.version, header.version + 1, header.lineage
     trained = history.trained(now)
@@ -60,24 +63,41 @@ def roll_back(
     settle = requeue_ids(connection, keeper.journal, again)
     keeper.journal.append(RollbackRecord(version, lineage, target, list(drop), manifest, sorted(plan.without)))
     point("journaled")
-    try:
-        begin_rebuild(step.control, header, len(plan.steps))
-    except BaseException:
-        keeper.void(version)
-        raise
-    reports: list[Report] = [rebuilder.rebuild(plan, lineage, version)]
-    step.control.resume(version, rebuilt=True)
-    step.trainer = rebuilder.make_trainer(step.h)  # the optimizer's step count is another now
-    step.remember()
+    reports: list[Report] = [_write(session, plan, version)]
     if not plan.dropped & history.contained(target) and (compared := rebuilder.compare(target)):
         reports.append(compared)
     keeper.after(version, manifest)
     ledger.commit(connection, VersionRecord(version, lineage, [], manifest), settle)
     counts = len(abandoned), len(later), len(again), len(retaken)
     reports.append(RolledBack(version, target, drop, *counts))
-    if written := keeper.checkpoints.write():
+    if written := keeper.checkpoints.try_write():
         reports.append(written)
     return reports
+
+
+def _write(session: Session, plan: Plan, version: int) -> Rebuilt:
+    """Pause the server, make the weights what `plan` says, and let it go on under `version`."""
+    try:
+        begin_rebuild(session.control, session.weights.header, len(plan.steps))
+    except BaseException as error:
+        session.keeper.void(version)
+        if isinstance(error, TandemError):
+            raise Unavailable(f"the server could not be paused: {error}") from error
+        raise
+    try:
+        rebuilt = session.keeper.rebuilder.rebuild(plan, session.weights.header.lineage, version)
+    except BaseException as error:
+        raise Torn(
+            f"version {version}, which is to be version {plan.version} again, broke off while it was written"
+            f" ({type(error).__name__}: {error}); the server refuses requests. Start the worker again: it finishes the"
+            " rollback"
+        ) from error
+    try:
+        session.control.resume(version, rebuilt=True)
+    except TandemError as error:
+        raise Unavailable(f"the server could not be resumed at version {version}: {error}") from error
+    session.renew_trainer()
+    return rebuilt
 
 
 def _check(trained: dict[str, int], now: int, target: int, drop: tuple[str, ...]) -> None:

@@ -6,8 +6,8 @@ forward pass alone, and `apply` is the backward pass, in which every gradient is
 The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
 vLLM, the header or versions.
 
-Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss
-is sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of weight .5 counts half.
+Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. How weights
+count in the loss and in the step, `worker.trainer.trainer.weighting` says.
 """
 
 import math
@@ -26,6 +26,7 @@ from worker.data.examples import Example, ExampleBuilder
 from worker.data.packing import Batch, BatchError, make_batches, pack
 from worker.model.inputs import model_inputs
 from worker.model.loss import linear_cross_entropy
+from worker.trainer.weighting import Rule, Weighting, effective_tokens, weighted_mean
 from worker.utils.fault_injection import point
 
 NOT_FINITE = "its loss is not finite under the present weights"
@@ -46,12 +47,17 @@ class Gradients:
     """What `begin` found; the gradients themselves are in the parameters, or in streaming still to come."""
 
     loss: float
+    """The weighted mean over trained tokens, in nats."""
     tokens: int
     trained_tokens: int
     nll: dict[str, float]
     """Example id -> mean negative log-likelihood of its trained tokens, in nats, under the weights before the step."""
     rejected: dict[str, str] = field(default_factory=dict)
     """Example id -> why it was left out; such an example has contributed nothing."""
+    step_scale: float = 1.0
+    """What `apply` multiplies the optimizer's step with: the mean weight of a trained token."""
+    effective_tokens: float = 0.0
+    """As many tokens of equal weight average as much noise away."""
 
 
 class Trainer:
@@ -89,17 +95,18 @@ class Trainer:
         self.streaming = streaming
         self.device = next(model.parameters()).device
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
+        self._step_scale = 1.0
 
     @property
     def room(self) -> Room:
         """What it takes at once: `begin` raises BatchError for what this does not hold."""
         return Room(self.sizes, self.packed, self.streaming)
 
-    def begin(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
+    def begin(self, examples: Sequence[Example], limit: Limit | None = None, rule: Rule = weighted_mean) -> Gradients:
         """All of a step that comes before its first write: gradients, or in streaming the forward pass.
 
         Examples whose loss is not finite, or beyond `limit`, are left out and reported. Raises BatchError for what
-        `room` does not hold.
+        `room` does not hold. rule: another than today's only to repeat a version that was made by it.
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -107,18 +114,19 @@ class Trainer:
         rejected: dict[str, str] = {}
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
-            nll = self._accumulate(kept, most)
+            weighting = rule(kept)
+            nll = self._accumulate(kept, weighting, most)
             bad = {id for id, value in nll.items() if not value <= most or math.isinf(value)}
             if not bad:
-                counts = {example.id: example.trained_tokens for example in kept}
-                total = sum(counts.values())
-                weights = {example.id: example.weight for example in kept}
+                self._step_scale = weighting.step_scale
                 return Gradients(
-                    loss=sum(weights[id] * nll[id] * counts[id] for id in nll) / total,
+                    loss=weighting.loss(kept, nll),
                     tokens=sum(example.tokens for example in kept),
-                    trained_tokens=total,
+                    trained_tokens=sum(example.trained_tokens for example in kept),
                     nll=nll,
                     rejected=rejected,
+                    step_scale=weighting.step_scale,
+                    effective_tokens=effective_tokens(kept),
                 )
             for id in bad:
                 beyond = limit is not None and math.isfinite(nll[id])
@@ -139,18 +147,19 @@ class Trainer:
         if self.streaming:
             self._stream()
         else:
-            self.optimizer.step()
+            self.optimizer.step(step_scale=self._step_scale)
         point("swept")
+        measured = {"lr": self.lr * factor, "step_scale": self._step_scale}
         self.forget()
         update = self.optimizer.last_update
-        measured = {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
+        measured |= {"update_rms": update.update_rms, "weight_rms": update.weight_rms}
         if self.device.type == "cuda":
             measured["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return measured
 
     def forget(self) -> None:
         """Let go of what `begin` left: nothing is applied."""
-        self._loss = None
+        self._loss, self._step_scale = None, 1.0
         self.optimizer.zero_grad(set_to_none=True)
 
     def parameters(self) -> list[torch.Tensor]:
@@ -166,30 +175,30 @@ class Trainer:
     def dry_run(self, examples: Sequence[Example]) -> None:
         """Forward and backward over `examples`; what becomes of the gradients is the caller's."""
         for batch in self._batches(examples):
-            self._forward(batch, total=1)[0].backward()  # type: ignore[no-untyped-call]
+            self._forward(batch)[0].backward()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         """Mean NLL per trained token by example id, without gradients."""
         sums = torch.zeros(len(examples), dtype=torch.float64)
         for batch in self._batches(examples):
-            self._add(sums, batch, self._forward(batch, total=1)[1])
+            self._add(sums, batch, self._forward(batch)[1])
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
 
     @torch.no_grad()
     def token_nll(self, example: Example) -> torch.Tensor:
         """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
-        return torch.cat([self._forward(batch, total=1)[1].cpu() for batch in self._batches([example])])
+        return torch.cat([self._forward(batch)[1].cpu() for batch in self._batches([example])])
 
-    def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
+    def _accumulate(self, examples: Sequence[Example], weighting: Weighting, most: float) -> dict[str, float]:
         """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
         or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
         self._check_room(examples)
         counts = [example.trained_tokens for example in examples]
-        total, bounds = sum(counts), torch.tensor(counts, dtype=torch.float64) * most
+        bounds = torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
         for batch in self._batches(examples):
-            loss, nll = self._forward(batch, total)
+            loss, nll = self._forward(batch, weighting.factors)
             self._add(sums, batch, nll)
             if not (torch.isfinite(sums) & (sums <= bounds)).all():
                 break
@@ -203,7 +212,7 @@ class Trainer:
     def _stream(self) -> None:
         assert self._loss is not None, "apply() without begin()"
         loss, self._loss = self._loss, None  # the graph is freed on the way
-        with self.optimizer.streaming():
+        with self.optimizer.streaming(step_scale=self._step_scale):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
@@ -220,12 +229,16 @@ class Trainer:
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
 
-    def _forward(self, batch: Batch, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N]."""
+    def _forward(self, batch: Batch, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N].
+
+        factors: fp32, what each example's tokens are multiplied with in the loss; by default their plain sum.
+        """
         hidden = self.body(**model_inputs(batch, self.device), use_cache=False).last_hidden_state  # [B, T, H]
         before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
         picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
-        return linear_cross_entropy(picked, self.head.weight, targets, batch.weights.to(self.device) / total)
+        each = factors[batch.examples] if factors is not None else torch.ones(len(batch.examples))  # [N]
+        return linear_cross_entropy(picked, self.head.weight, targets, each.to(self.device))
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
