@@ -18,6 +18,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "chaos"))
 
+import outputs
 from chaos_audit import Verdict, audit
 from chaos_campaign import Campaign
 from chaos_plan import OPTIONS, by_kind
@@ -88,7 +89,7 @@ def main(kills: int, real_vllm_kills: int, transcripts: int, seed: int, folder: 
     from worker.testing.tiny_model import make_tiny
 
     console.print(f"seed {seed}, {kills} kills on the stand-in, {real_vllm_kills} on vLLM, folder {folder}")
-    folder = folder.absolute()
+    folder = outputs.folder(folder.absolute())
     model = folder / "model"
     if not model.exists():
         make_tiny(model)

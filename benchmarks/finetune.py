@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import outputs
 import torch
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--pretrain-steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
+    outputs.folder(arguments.out)
     torch_setup.prepare()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +119,6 @@ def main() -> None:
             run.pop("losses")
             chosen = {"lr": lr, "scale": scale, "embeddings": embeddings, "warmup": warmup}
             report["choices"].append(chosen | run)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "finetune.json").write_text(json.dumps(report, indent=1))
     plot(report, arguments.out / "finetune.png")
     for row in report["rounding"] + report["choices"]:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
 
 import hypothesis
+import outputs
 from fuzz_bytes import Watch
 from fuzz_targets import targets
 from hypothesis import HealthCheck, Phase, given, settings
@@ -66,18 +67,23 @@ def run(target: Any, cases: int, seed: int, progress: Progress) -> Counter[str]:
 @click.option("--report", type=click.Path(path_type=Path), help="Where the figures go, as JSON.")
 def main(cases: int, seed: int, report: Path | None) -> None:
     """See the module."""
+    if report is not None:
+        outputs.file(report)
     console.print(f"seed {seed}, {cases} cases")
     logging.disable(logging.ERROR)  # each refusal is logged, as it should be
     columns = (TextColumn("{task.description:30}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     figures: dict[str, Any] = {"seed": seed}
-    with tempfile.TemporaryDirectory() as name, RedisServer(Path(name) / "redis") as server:
-        found = list(targets(server.url, Path(name)))
-        with Progress(*columns, console=console) as progress:
-            for target in found:
-                started = time.monotonic()
-                outcomes = run(target, -(-cases // len(found)), seed, progress)
-                seconds = round(time.monotonic() - started, 1)
-                figures[target.name] = {"cases": sum(outcomes.values()), "seconds": seconds, **outcomes}
+    with (
+        tempfile.TemporaryDirectory() as name,
+        RedisServer(Path(name) / "redis") as server,
+        targets(server.url, Path(name)) as found,
+        Progress(*columns, console=console) as progress,
+    ):
+        for target in found:
+            started = time.monotonic()
+            outcomes = run(target, -(-cases // len(found)), seed, progress)
+            seconds = round(time.monotonic() - started, 1)
+            figures[target.name] = {"cases": sum(outcomes.values()), "seconds": seconds, **outcomes}
     for key, value in figures.items():
         console.print(f"  {key}: {value}", markup=False)
     console.print(f"{sum(v['cases'] for v in figures.values() if isinstance(v, dict))} cases, all accounted for")

@@ -1,4 +1,4 @@
-"""A closed loop of streaming completions over HTTP: C clients, each sending its next request when its last has ended.
+"""A closed loop of streaming completions over HTTP: clients that send their next request when their last has ended.
 
 Runs in a thread with an event loop of its own, so that other things can be done meanwhile. What came when is kept, and
 any stretch of time can be asked for. Must not know: weights, workers.
@@ -8,13 +8,13 @@ breaks off or says an error is a failure, never dropped; so is one that has not 
 
 import asyncio
 import json
-import random
 import threading
 import time
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import aiohttp
+from serving_loads import Load
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Served:
     tokens_per_s: float
     itl_p50: float
     itl_p99: float
+    itl_p999: float
     itl_max: float
     coalesced: float
     """The share of gaps under 50 us: chunks that were ready together. Where it is not near 0, somebody between engine
@@ -42,8 +43,7 @@ class Served:
 class ClosedLoop:
     """Starts on `with`; at its end no new request is sent, and those on their way may end within `patience` seconds.
 
-    prompts: random token ids below `vocabulary`, a prompt of `prompt_tokens` each; every request asks for exactly
-    `max_tokens`.
+    load: what they send, of token ids below `vocabulary`; every request asks for exactly `max_tokens`.
     """
 
     def __init__(
@@ -51,14 +51,13 @@ class ClosedLoop:
         url: str,
         model: str,
         *,
-        clients: int,
-        prompt_tokens: int = 128,
+        load: Load,
         max_tokens: int = 128,
         vocabulary: int = 900,
         patience: float = 60.0,
     ) -> None:
-        self.url, self.model, self.clients, self.patience = url, model, clients, patience
-        self.prompt_tokens, self.max_tokens, self.vocabulary = prompt_tokens, max_tokens, vocabulary
+        self.url, self.model, self.load, self.patience = url, model, load, patience
+        self.max_tokens, self.vocabulary = max_tokens, vocabulary
         self.failures: list[tuple[float, str]] = []
         self._chunks: list[tuple[float, float | None, int]] = []  # (when, gap to the chunk before, tokens)
         self._first: list[tuple[float, float]] = []
@@ -94,6 +93,7 @@ class ClosedLoop:
             tokens_per_s=tokens / (end - start),
             itl_p50=quantile(gaps, 0.5),
             itl_p99=quantile(gaps, 0.99),
+            itl_p999=quantile(gaps, 0.999),
             itl_max=gaps[-1] if gaps else float("nan"),
             coalesced=sum(gap < 50e-6 for gap in gaps) / len(gaps) if gaps else float("nan"),
             first_token_p50=quantile(first, 0.5),
@@ -104,7 +104,7 @@ class ClosedLoop:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            tasks = [asyncio.create_task(self._client(session, number)) for number in range(self.clients)]
+            tasks = [asyncio.create_task(self._client(session, number)) for number in range(self.load.clients)]
             while not self._stopping.is_set():
                 await asyncio.sleep(0.05)
             _, late = await asyncio.wait(tasks, timeout=self.patience)
@@ -113,21 +113,23 @@ class ClosedLoop:
                 self.failures.append((time.monotonic(), f"not answered within {self.patience:g} s of the end"))
 
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
-        draw = random.Random(number)
+        prompts = self.load.prompts(number, self.vocabulary)
+        prompt = next(prompts)
         while not self._stopping.is_set():
-            prompt = [draw.randrange(300, self.vocabulary) for _ in range(self.prompt_tokens)]
             try:
-                await self._request(session, prompt)
+                answer = await self._request(session, prompt)
                 self._ended.append(time.monotonic())
+                prompt = prompts.send(answer)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 self.failures.append((time.monotonic(), f"{type(error).__name__}: {error}"))
                 await asyncio.sleep(0.2)  # a server that refuses is not to be flooded
 
-    async def _request(self, session: aiohttp.ClientSession, prompt: list[int]) -> None:
+    async def _request(self, session: aiohttp.ClientSession, prompt: list[int]) -> list[int]:
+        """One request; its answer's token ids."""
         body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": self.max_tokens, "stream": True}
-        body |= {"temperature": 1.0, "ignore_eos": True}
+        body |= {"temperature": 1.0, "ignore_eos": True, "return_token_ids": True}
         body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        sent, last, counted = time.monotonic(), None, 0
+        sent, last, counted, tokens = time.monotonic(), None, 0, []
         async with session.post(f"{self.url}/v1/completions", json=body) as answer:
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}: {(await answer.text())[:300]}")
@@ -138,6 +140,7 @@ class ClosedLoop:
                 if "error" in event:
                     raise ValueError(f"the stream says: {event['error']}")
                 done = int((event.get("usage") or {}).get("completion_tokens", counted))
+                tokens += [token for choice in event.get("choices", ()) for token in choice.get("token_ids") or ()]
                 if done == counted:
                     continue
                 if last is None:
@@ -146,6 +149,7 @@ class ClosedLoop:
                 last, counted = now, done
         if counted != self.max_tokens:
             raise ValueError(f"the stream ended after {counted} of {self.max_tokens} tokens")
+        return tokens
 
 
 def quantile(ascending: list[float], q: float) -> float:

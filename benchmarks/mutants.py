@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import outputs
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("producer", "worker", "tests", "benchmarks", "scripts", "pyproject.toml", "README.md")
 TIMEOUT = 300.0
@@ -155,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the outcomes to this file, as JSON")
     options = parser.parse_args(arguments)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        outputs.file(options.out)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder)
         copy_tree(ROOT, root)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import outputs
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -266,6 +267,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    for path in filter(None, (options.json, options.plot)):
+        outputs.file(path)
     if not torch.cuda.is_available():
         sys.exit("error: this benchmark needs an NVIDIA GPU")
     import triton

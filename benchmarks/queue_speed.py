@@ -1,8 +1,8 @@
 """The queue alone, with a step that does nothing: jobs a second and Redis round trips a job, against RQ's SimpleWorker.
 
-    python benchmarks/queue.py                         one interleaved run, medians; table, queue.json, queue.png
-    python benchmarks/queue.py --ledger 1000000        memory of a ledger of a million ids
-    python benchmarks/queue.py --latency --redis URL   enqueue -> published version on a running stack, and its parts
+    python benchmarks/queue_speed.py                         one interleaved run, medians; table, queue.json, queue.png
+    python benchmarks/queue_speed.py --ledger 1000000        memory of a ledger of a million ids
+    python benchmarks/queue_speed.py --latency --redis URL   enqueue to published version on a running stack, in parts
 
 Both sides get the same jobs (1 KB transcripts, msgpack, results kept) on the same private Redis (appendonly, everysec),
 client and server on this machine. Timed from the end of a worker's start to the beginning of its end.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import outputs
 import redis
 from redis.connection import AbstractConnection
 from rich.console import Console
@@ -277,6 +278,7 @@ def main(jobs: int, rounds: int, out: Path, ids: int | None, samples: int | None
     elif samples:
         latency(redis_url or "redis://127.0.0.1:6379/0", samples)
     else:
+        outputs.folder(out)
         show(measure(jobs, rounds), out, jobs, rounds)
 
 

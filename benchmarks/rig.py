@@ -17,15 +17,46 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import torch
 
 from producer import Producer
 from producer.errors import TandemError
+from worker.serving.launch import entry_module, is_cpu_build
 from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
 from worker.versions import ledger
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+CLOSING = 45.0
+"""Seconds of `--until` that are kept for ending what was started."""
+
+
+def server_options(length: int, trainer_memory: float | None, more: Sequence[str] = (), clients: int = 16) -> list[str]:
+    """vLLM's: random weights, for `clients` at a time; on a GPU the kernels that fit an offline Hopper, and the GB that
+    the trainer is to find (None: what `tandem serve` thinks)."""
+    options = [
+        "--load-format",
+        "dummy",
+        "--language-model-only",
+        "--max-model-len",
+        str(length),
+        "--max-num-seqs",
+        str(clients),
+    ]
+    if torch.cuda.is_available():
+        options += ["--gdn-prefill-backend", "triton"]
+        options += ["--trainer-memory", str(trainer_memory)] if trainer_memory else []
+    return [*options, *more]
+
+
+def metric(url: str, name: str) -> float:
+    """The sum of vLLM's counter `name` over its labels; 0 where it is not there."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
 
 class RigError(TandemError):
@@ -41,15 +72,31 @@ class Rig:
         self.folder, self.model, self.url = folder, model, url
         self.run_dir = run_dir or folder / "run"
         self.server: ServerProcess | None = None
+        self._servers = 0
         self.store = None if redis_url else RedisServer(folder / "redis").start()
         self.redis_url = redis_url or (self.store.url if self.store else "")
         self.redis = redis.Redis.from_url(self.redis_url)
         self.producer = Producer(self.redis_url)
         self.workers: list[Worker] = []
 
-    def start_server(self, options: Sequence[str], timeout: float = 300.0) -> None:
-        """`tandem serve` with vLLM's `options`; returns once it answers."""
-        self.server = ServerProcess(self.model, self.run_dir, extra=options, wait=False)
+    def start_server(self, options: Sequence[str], timeout: float = 300.0, plain: bool = False) -> None:
+        """`tandem serve`, or vLLM without Tandem (`plain`), with vLLM's `options`; returns once it answers.
+
+        In the place of the server before, and of all that was learnt on that.
+        """
+        if self.server is not None:
+            self.server.stop()
+            self._servers += 1
+            self.redis.flushall()
+        command = None
+        if plain:
+            on_cpu = is_cpu_build()
+            command = [sys.executable, "-P", "-m", *entry_module(on_cpu, str(self.model))]
+            options = [*options, *(["--dtype", "bfloat16", "--enforce-eager"] if on_cpu else [])]
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} if plain and is_cpu_build() else {}
+        self.server = ServerProcess(
+            self.model, self.run_dir, extra=options, env=environment, wait=False, command=command
+        )
         self.url = self.server.url
         self.server.wait_ready(timeout)
 
@@ -66,7 +113,7 @@ class Rig:
 
     def start_worker(self, *options: str, fault: str | None = None) -> "Worker":
         environment = os.environ | {"REDIS_URL": self.redis_url, "TANDEM_RUN_DIR": str(self.run_dir)}
-        environment |= {"TANDEM_STATE_DIR": str(self.folder / "state")}
+        environment |= {"TANDEM_STATE_DIR": str(self.folder / f"state-{self._servers}")}
         environment |= {"TANDEM_FAULT": fault} if fault else {}
         worker = Worker(options, environment, self.folder / f"worker-{len(self.workers)}.log")
         self.workers.append(worker)

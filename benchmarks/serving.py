@@ -1,23 +1,22 @@
-"""What training costs those who are served: vLLM's throughput and inter-token latency under a closed loop of requests.
+"""What those who are served see of training: throughput, first tokens and gaps, under loads that a chat service has.
 
-    python benchmarks/serving.py --size 0.8B --clients 16 --seconds 30 --out results
-    python benchmarks/serving.py --run-dir DIR --url URL --redis URL --model DIR ...   # a server that is there
+    python benchmarks/serving.py --size 27B --every 3 --transcripts 400 --out results      # a GPU
+    python benchmarks/serving.py --size tiny --load 4x128 --load 4x1500 --load 4xchat1500 --seconds 15 --out results
+    python benchmarks/serving.py --run-dir DIR --url URL --redis URL --model DIR ...       # a server that is there
 
-Phases, interleaved over the rounds: alone; beside a worker that has nothing to do; beside one that trains as fast as it
-can, its queue never empty; and the same at a duty cycle. Latency is the gap between two chunks of one stream, by the
-clients' clock; a chunk is a token unless several were ready at once. Medians over the rounds.
+Servers, one after the other: `keep` and `recompute` are `tandem serve --running ...`, `plain` is vLLM without Tandem.
+On each, every load (serving_loads.py) runs alone and, but on `plain`, while transcripts arrive by a clock and a worker
+with its defaults trains them; rounds are interleaved, and figures are medians over them. Prefix caching is on. A gap is
+the time between two chunks of one stream, by the clients' clock. First a prompt of before a version is asked again.
 """
 
-import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,237 +25,247 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import outputs
+import serving_report
 from load import ClosedLoop
 from record import OutOfTime, Part, Record, Until
-from rich.console import Console
-from rich.table import Table
-from rig import Rig
-from rq import Queue
+from rig import CLOSING, Rig, RigError, metric, server_options
+from serving_loads import Load
 from shapes import SIZES, write_shape
-from texts import conversation, text_builder
+from texts import text_builder
+from transcript_clock import TranscriptClock
 
-from producer import keys
 from worker.data.examples import ExampleBuilder
 from worker.utils import torch_setup
 
-QUEUE = Queue.redis_queue_namespace_prefix + keys.QUEUE
-ALONE, IDLE, FULL, DUTY = "alone", "idle worker", "training at full", "training at duty cycle"
+KINDS = ("keep", "recompute", "plain")
+ALONE, TRAINING = "alone", "training"
+DEFAULT_LOADS = ("16x128", "16x3500", "4x16000", "8x128+3500+16000", "16xchat3500")
+COUNTERS = {
+    "preempted": "vllm:num_preemptions_total",
+    "prefix_hits": "vllm:prefix_cache_hits_total",
+    "prefix_queries": "vllm:prefix_cache_queries_total",
+}
+"""vLLM's own, over a measurement. Hits and queries in tokens."""
 
 
 @dataclass(frozen=True)
 class Phases:
-    """seconds: of each measurement; settle: before it; duty: the share of time that the last phase may train."""
+    """seconds: of each measurement; settle: before it; every: seconds between transcripts of lengths[0] to lengths[1]
+    tokens; worker: options of `tandem worker`."""
 
     seconds: float
     settle: float
-    clients: int
-    duty: float
     rounds: int = 1
-    prompt_tokens: int = 128
     max_tokens: int = 128
-    apply: str = "streaming"
+    every: float = 3.0
+    lengths: tuple[int, int] = (400, 400)
+    worker: Sequence[str] = field(default_factory=list)
 
 
-class Feeder:
-    """Keeps two versions' worth of transcripts queued, from `with` on."""
-
-    _names = count()
-
-    def __init__(self, rig: Rig, builder: ExampleBuilder, jobs: int, tokens: int) -> None:
-        self._rig, self._jobs = rig, jobs
-        name = f"feed-{os.getpid()}-{next(self._names)}"
-        self._texts = [conversation(builder, f"{name}-{number}", tokens) for number in range(jobs)]
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._feed, daemon=True)
-
-    def __enter__(self) -> "Feeder":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._rig.redis.delete(QUEUE)  # what is left would be the next phase's
-
-    def _feed(self) -> None:
-        sent = 0
-        while not self._over.is_set():
-            if self._rig.redis.llen(QUEUE) < 2 * self._jobs:
-                again = [text | {"id": f"{text['id']}-{sent}"} for text in self._texts]
-                self._rig.producer.enqueue_many(again)
-                sent += 1
-            else:
-                time.sleep(0.02)
-
-
-def measure(rig: Rig, builder: ExampleBuilder, phases: Phases, sizes: Any, part: Part) -> None:
-    """All phases into `part`; `sizes` as in stack_checks."""
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in (ALONE, IDLE, FULL, DUTY)}
-
-    def phase(name: str) -> None:
-        rows[name].append(_phase(rig, builder, phases, sizes, name, part))
-        part[name] = {key: statistics.median(row[key] for row in rows[name]) for key in rows[name][0]}
-
-    options = sizes.options(phases.apply)
-    for _ in range(phases.rounds):
-        phase(ALONE)
-        with rig.worker(*options):
-            phase(IDLE)
-            phase(FULL)
-        with rig.worker(*options, "--duty-cycle", str(phases.duty)):
-            phase(DUTY)
-    part["rounds"] = phases.rounds
-    for name in rows:
-        part.check(f"{name}: no request failed", not any(row["failed"] for row in rows[name]))
-    for name in (FULL, DUTY):
-        part.check(f"{name}: something was trained", part.figures[name]["versions"] > 0)
-
-
-def _phase(rig: Rig, builder: ExampleBuilder, phases: Phases, sizes: Any, name: str, part: Part) -> dict[str, float]:
+def measure(
+    rig: Rig, builder: ExampleBuilder, kind: str, loads: Sequence[Load], phases: Phases, record: Record
+) -> None:
+    """Every load on the rig's server, which is of `kind`: a part of `record` for each."""
+    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     with ExitStack() as stack:
-        if name in (FULL, DUTY):
-            stack.enter_context(Feeder(rig, builder, sizes.jobs, sizes.version_tokens // sizes.jobs))
-            _until_version(rig, rig.producer.version() + 1)
-        load = stack.enter_context(
-            ClosedLoop(
-                rig.url,
-                str(rig.model),
-                clients=phases.clients,
-                prompt_tokens=phases.prompt_tokens,
-                max_tokens=phases.max_tokens,
-            )
+        if kind != "plain":
+            worker = stack.enter_context(rig.worker(*phases.worker))
+            record.about[f"worker ready, {kind}"] = worker.ready_s
+            longest = min(3500, max(max(load.lengths) for load in loads))
+            record.part(f"{kind}, old prefixes", lambda part: old_prefixes(rig, builder, longest, phases, part))
+        for _ in range(phases.rounds):
+            for load in loads:
+
+                def one(part: Part, load: Load = load) -> None:
+                    for state in (ALONE,) if kind == "plain" else (ALONE, TRAINING):
+                        found = rows.setdefault((load.name, state), [])
+                        found.append(_phase(rig, builder, load, state, phases, part))
+                        part[state] = {key: statistics.median(row[key] for row in found) for key in found[0]}
+                    part["rounds"] = len(found)
+                    _judge(part)
+
+                record.part(part_name(kind, load), one)
+
+
+def part_name(kind: str, load: Load) -> str:
+    return f"{kind}, {load.name}"
+
+
+def _phase(rig: Rig, builder: ExampleBuilder, load: Load, state: str, phases: Phases, part: Part) -> dict[str, float]:
+    """One measurement."""
+    with ExitStack() as stack:
+        running = stack.enter_context(
+            ClosedLoop(rig.url, str(rig.model), load=load, max_tokens=phases.max_tokens, vocabulary=900)
         )
+        clock = None
+        if state == TRAINING:
+            clock = stack.enter_context(TranscriptClock(rig, builder, phases.every, phases.lengths))
         time.sleep(phases.settle)
-        if name in (FULL, DUTY):  # from one version to another, so that rest and training are in proportion
-            first = _until_version(rig, rig.producer.version() + 1)
-            start = time.monotonic()
-            time.sleep(phases.seconds)
-            last = _until_version(rig, rig.producer.version() + 1)
-        else:
-            first, start = rig.producer.version(), time.monotonic()
-            time.sleep(phases.seconds)
-            last = rig.producer.version()
-        served = load.between(start, time.monotonic())
-    if load.failures:
-        part[f"{name}: failures"] = [reason for _, reason in load.failures][:10]
+        first, start = rig.producer.version(), time.monotonic()
+        before = {name: metric(rig.url, counter) for name, counter in COUNTERS.items()}
+        time.sleep(phases.seconds)
+        served = running.between(start, time.monotonic())
+        counted = {name: metric(rig.url, counter) - before[name] for name, counter in COUNTERS.items()}
+        last = rig.producer.version()
+    if running.failures:
+        part[f"{state}: failures"] = [reason for _, reason in running.failures][:10]
+    row = served.plain() | counted | {"failed": float(len(running.failures))}
+    if clock is None:
+        return row
     trained = [rig.manifest(version) for version in range(first + 1, last + 1)]
-    tokens = sum(manifest.get("tokens", 0.0) for manifest in trained)
-    pauses = [manifest["pause_s"] for manifest in trained if "pause_s" in manifest]
-    row = served.plain() | {"failed": float(len(load.failures))}
-    row |= {"versions": float(last - first), "trained_tokens_per_s": tokens / served.seconds}
-    return row | {"pause_share": sum(pauses) / served.seconds}
+    pauses = [manifest["pause_s"] for manifest in trained]
+    row |= {"versions": float(last - first), "trained_tokens": sum(manifest["tokens"] for manifest in trained)}
+    row |= {"pause_share": sum(pauses) / served.seconds, "pause_max": max(pauses, default=0.0)}
+    return row | {"latency_p50": float("nan"), "latency_max": float("nan")} | clock.plain()
 
 
-def _until_version(rig: Rig, version: int, timeout: float = 240.0) -> int:
-    """Wait for `version`; the one that is live then."""
-    deadline = time.monotonic() + timeout
-    while (found := rig.producer.version()) < version:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no version {version} within {timeout:g} s: {rig.workers[-1].said()[-2000:]}")
-        time.sleep(0.01)
-    return found
+def _judge(part: Part) -> None:
+    """What the part's medians say beside alone, and what must hold."""
+    alone, training = part.figures[ALONE], part.figures.get(TRAINING)
+    part.check("no request failed", not any(row["failed"] for row in (alone, training) if row))
+    if training is None:
+        return
+    names = {"tokens_per_s": "tokens/s", "itl_p99": "p99 gap", "first_token_p50": "first token"}
+    part["times alone"] = {said: training[name] / alone[name] for name, said in names.items() if alone[name]}
+    part["p99.9 above alone"] = training["itl_p999"] - alone["itl_p999"]
+    part.check("something was trained", training["versions"] > 0)
+    part.check("every transcript became live", training["live"] == training["sent"])
 
 
-def show(part: dict[str, Any]) -> None:
-    """The table of a part that `measure` filled."""
-    table = Table(title="Serving beside training, medians over the rounds")
-    for column in ("", "tokens/s", "x alone", "ITL p50 ms", "p99", "most", "first token p50 ms", "trained tokens/s"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in (ALONE, IDLE, FULL, DUTY):
-        if row := part.get(name):
-            times = [1000 * row[key] for key in ("itl_p50", "itl_p99", "itl_max", "first_token_p50")]
-            share = row["tokens_per_s"] / part[ALONE]["tokens_per_s"]
-            cells = [f"{row['tokens_per_s']:,.0f}", f"{share:.2f}", *(f"{ms:,.1f}" for ms in times)]
-            table.add_row(name, *cells, f"{row['trained_tokens_per_s']:,.0f}")
-    Console(width=120).print(table)
+def old_prefixes(rig: Rig, builder: ExampleBuilder, length: int, phases: Phases, part: Part) -> None:
+    """A prompt that was cached before a version, asked again after it, beside prompts that nobody has sent."""
+    prompt = next(Load("old prefixes", 1, (length,)).prompts(0, 900))
+
+    def ask(salt: str | None = None) -> tuple[float, dict[str, float]]:
+        """(cached tokens, log-probabilities of the likeliest next tokens)."""
+        before = metric(rig.url, COUNTERS["prefix_hits"])
+        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+        body |= {"cache_salt": salt} if salt else {}
+        status, answer = rig.post("/v1/completions", body)
+        if status != 200:
+            raise RigError(f"status {status}: {answer}")
+        return metric(rig.url, COUNTERS["prefix_hits"]) - before, answer["choices"][0]["logprobs"]["top_logprobs"][0]
+
+    def distance(one: dict[str, float], other: dict[str, float]) -> float:
+        return max(abs(one[token] - other[token]) for token in one.keys() & other.keys())
+
+    ask()
+    part["cached before"], old = ask()
+    with TranscriptClock(rig, builder, 3600.0, phases.lengths):
+        pass  # one transcript, waited for
+    part["cached after"], again = ask()
+    fresh = [ask(f"nobody-{number}")[1] for number in range(3)]
+    part["from fresh ones"] = max(distance(again, one) for one in fresh)
+    part["between fresh ones"] = max(distance(one, other) for one in fresh for other in fresh)
+    part["from before"] = distance(again, old)
+    part.check("the prompt was cached before the version", part.figures["cached before"] > 0)
+    part.check("nothing of it was read after the version", part.figures["cached after"] == 0)
+    part.check("it is answered like a fresh one", part.figures["from fresh ones"] <= part.figures["between fresh ones"])
 
 
 @contextmanager
-def rig_of(
-    size: str,
-    model: Path | None,
-    run_dir: Path | None,
-    url: str,
-    redis_url: str | None,
-    options: list[str],
-    wait: float,
-) -> Iterator[Rig]:
-    """A rig with a server of its own, or on one that is there."""
+def rig_of(size: str, model: Path | None, run_dir: Path | None, url: str, redis_url: str | None) -> Iterator[Rig]:
+    """A rig without a server, or on one that is there."""
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
-        rig = Rig(
-            Path(folder),
-            model or write_shape(size, Path(folder) / "model"),
-            run_dir=run_dir,
-            url=url,
-            redis_url=redis_url,
-        )
+        path = model or write_shape(size, Path(folder) / "model")
+        rig = Rig(Path(folder), path, run_dir=run_dir, url=url, redis_url=redis_url)
         try:
-            if run_dir is None:
-                rig.start_server(options, wait)
             yield rig
         finally:
             rig.close()
+
+
+def start(rig: Rig, kind: str, options: list[str], timeout: float, part: Part) -> None:
+    """A server of `kind`; the one before it is stopped."""
+    part["options"] = options
+    started = time.monotonic()
+    if kind == "plain":
+        rig.start_server(options, timeout, plain=True)
+    else:
+        rig.start_server([*options, "--running", kind], timeout)
+    part["start_s"] = time.monotonic() - started
+    said = (rig.run_dir / "server.log").read_text(errors="replace").splitlines()
+    part["memory"] = [line for line in said if "leaves at least" in line or "KV cache" in line]
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """ "400" or "200:2000": tokens of a transcript."""
+    low, _, high = text.partition(":")
+    try:
+        found = int(low), int(high or low)
+    except ValueError:
+        found = (0, 0)
+    if not 1 <= found[0] <= found[1]:
+        raise click.BadParameter(f"{text!r}: write 400, or 200:2000", param_hint="--transcripts")
+    return found
 
 
 @click.command()
 @click.option("--size", type=click.Choice(SIZES), default="tiny", show_default=True, help="Random weights of a size.")
 @click.option("--model", type=click.Path(path_type=Path), help="A model directory instead of --size.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Of a server that is there; with --url and --model.")
-@click.option("--url", default="", help="That server's, e.g. http://127.0.0.1:8000.")
+@click.option("--url", default="", help="That server's, e.g. http://127.0.0.1:8000; --server says its kind.")
 @click.option("--redis", "redis_url", help="A Redis that knows that server's weights (default: a private, empty one).")
-@click.option("--clients", default=8, show_default=True)
-@click.option("--seconds", default=20.0, show_default=True, help="Of each measurement.")
+@click.option("--server", "kinds", default="keep", show_default=True, help=f"Comma-separated: {', '.join(KINDS)}.")
+@click.option("--load", "loads", multiple=True, default=DEFAULT_LOADS, show_default=True, help="See serving_loads.py.")
+@click.option("--seconds", default=40.0, show_default=True, help="Of each measurement.")
+@click.option("--settle", type=float, help="Seconds before it [default: a fifth of it, at least 2].")
 @click.option("--rounds", default=1, show_default=True)
-@click.option("--duty-cycle", default=0.3, show_default=True)
-@click.option("--apply", default="streaming", show_default=True)
-@click.option("--prompt-tokens", default=128, show_default=True)
-@click.option("--max-tokens", default=128, show_default=True)
-@click.option("--version-tokens", default=8192, show_default=True)
-@click.option("--jobs", default=8, show_default=True)
+@click.option("--every", default=3.0, show_default=True, help="Seconds between two transcripts.")
+@click.option("--transcripts", default="400", show_default=True, help="Their tokens, or a range: 200:2000.")
+@click.option("--max-tokens", default=128, show_default=True, help="Of an answer.")
+@click.option("--prefix-max-age", type=int, help="tandem serve's, for keep.")
 @click.option("--trainer-memory", type=float, help="GB that vLLM leaves [default: its plan's].")
 @click.option("--until", "limit", default=580.0, show_default=True, help="Seconds for all of it.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"))
 @click.option("--server-option", multiple=True, help="More of vLLM's, one word each.")
 @click.option("--worker-option", multiple=True, help="More of `tandem worker`'s, one word each.")
 def main(**o: Any) -> None:
-    """Measure a server with and without a worker beside it."""
-    from stack_27b import CLOSING, server_options
-    from stack_checks import Sizes
-
-    if o["run_dir"] and not (o["url"] and o["model"]):
-        raise click.UsageError("--run-dir needs --url and --model: the server's address and its model directory")
+    """Measure servers with and without a worker beside them."""
+    kinds = o["kinds"].split(",")
+    if unknown := set(kinds) - set(KINDS):
+        raise click.UsageError(f"--server: unknown {', '.join(sorted(unknown))}; choose from {', '.join(KINDS)}")
+    if o["run_dir"] and not (o["url"] and o["model"] and len(kinds) == 1):
+        raise click.UsageError("--run-dir needs --url, --model and one kind in --server: what that server is")
+    try:
+        loads = [Load.parse(name) for name in o["loads"]]
+    except ValueError as error:
+        raise click.UsageError(f"--load: {error}") from None
+    seconds = o["seconds"]
+    settle = max(2.0, seconds / 5) if o["settle"] is None else o["settle"]
+    lengths = parse_range(o["transcripts"])
+    phases = Phases(seconds, settle, o["rounds"], o["max_tokens"], o["every"], lengths, o["worker_option"])
+    outputs.folder(o["out"])
     until = Until(max(1.0, o["limit"] - CLOSING))
     torch_setup.prepare()
-    o["out"].mkdir(parents=True, exist_ok=True)
     record = Record(o["out"] / "serving.json")
     record.about |= {"gpu": torch.cuda.is_available(), "options": {key: str(value) for key, value in o.items()}}
-    tokens = o["version_tokens"]
-    sizes = Sizes(
-        version_tokens=tokens,
-        jobs=o["jobs"],
-        single_tokens=tokens // o["jobs"],
-        versions=0,
-        singles=0,
-        clients=o["clients"],
-        lr=3e-5,
-        worker=list(o["worker_option"]),
-    )
-    phases = Phases(
-        o["seconds"], max(2.0, o["seconds"] / 5), o["clients"], o["duty_cycle"],
-        o["rounds"], o["prompt_tokens"], o["max_tokens"], o["apply"],
-    )  # fmt: skip
-    options = server_options(o["prompt_tokens"] + o["max_tokens"] + 64, o["trainer_memory"], o["server_option"])
+    length = max(load.longest(o["max_tokens"]) for load in loads) + 64
+    clients = max(load.clients for load in loads)
+    options = server_options(length, None, ("--enable-prefix-caching", *o["server_option"]), clients)
     try:
-        with rig_of(o["size"], o["model"], o["run_dir"], o["url"], o["redis_url"], options, until.left) as rig:
+        with rig_of(o["size"], o["model"], o["run_dir"], o["url"], o["redis_url"]) as rig:
             builder = text_builder(rig.model)
-            record.part("serving", lambda part: measure(rig, builder, phases, sizes, part))
+            for kind in kinds:
+                own = list(options)
+                if o["trainer_memory"] and kind != "plain":
+                    own += ["--trainer-memory", str(o["trainer_memory"])]
+                if o["prefix_max_age"] and kind == "keep":
+                    own += ["--prefix-max-age", str(o["prefix_max_age"])]
+                begin = lambda part, kind=kind, own=own: start(rig, kind, own, until.left, part)  # noqa: E731
+                if o["run_dir"] or record.part(f"server, {kind}", begin):
+                    measure(rig, builder, kind, loads, phases, record)
+                    serving_report.plot(record.parts, o["out"] / "serving.png")
             until.disarm()
     except OutOfTime:
-        until.disarm()
         print("the time is over: what is missing was not run", flush=True)
-    show(record.parts.get("serving", {}))
+    finally:
+        until.disarm()
+    serving_report.show(record.parts)
+    serving_report.plot(record.parts, o["out"] / "serving.png")
     record.summary()
-    sys.exit(0 if record.parts.get("serving", {}).get("ok") else 1)
+    sys.exit(0 if record.parts and all(part.get("ok") for part in record.parts.values()) else 1)
 
 
 if __name__ == "__main__":

@@ -13,40 +13,21 @@ import time
 from pathlib import Path
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import outputs
 import serving
 import stack_checks
 from record import OutOfTime, Part, Record, Until
-from rig import Rig
+from rig import CLOSING, Rig, server_options
+from serving_loads import Load
 from shapes import SIZES, write_shape
 from stack_checks import Sizes, Stack
 
 from worker.utils import torch_setup
 
 PARTS = ("redraw", "agreement", "streaming", "burst", "serving", "torn")
-CLOSING = 45.0
-"""Seconds of `--until` that are kept for ending what was started."""
-
-
-def server_options(length: int, trainer_memory: float | None, more: tuple[str, ...]) -> list[str]:
-    """`tandem serve`'s: random weights; on a GPU the kernels that fit an offline Hopper, and the GB that the trainer
-    is to find (None: what `tandem serve` thinks)."""
-    options = [
-        "--load-format",
-        "dummy",
-        "--language-model-only",
-        "--max-model-len",
-        str(length),
-        "--max-num-seqs",
-        "16",
-    ]
-    if torch.cuda.is_available():
-        options += ["--gdn-prefill-backend", "triton"]
-        options += ["--trainer-memory", str(trainer_memory)] if trainer_memory else []
-    return [*options, *more]
 
 
 @click.command()
@@ -64,7 +45,7 @@ def server_options(length: int, trainer_memory: float | None, more: tuple[str, .
 @click.option("--clients", default=4, show_default=True, help="Concurrent requests beside training.")
 @click.option("--lr", default=3e-5, show_default=True)
 @click.option("--serving-seconds", default=10.0, show_default=True, help="Of each phase of the serving part.")
-@click.option("--duty-cycle", default=0.3, show_default=True, help="Of the serving part's last phase.")
+@click.option("--every", default=3.0, show_default=True, help="Seconds between the serving part's transcripts.")
 @click.option("--server-option", multiple=True, help="More of vLLM's, one word each.")
 @click.option("--worker-option", multiple=True, help="More of `tandem worker`'s, one word each.")
 def main(
@@ -82,7 +63,7 @@ def main(
     clients: int,
     lr: float,
     serving_seconds: float,
-    duty_cycle: float,
+    every: float,
     server_option: tuple[str, ...],
     worker_option: tuple[str, ...],
 ) -> None:
@@ -100,9 +81,9 @@ def main(
         lr=lr,
         worker=list(worker_option),
     )
+    outputs.folder(out)
     until = Until(max(1.0, seconds - CLOSING))
     torch_setup.prepare()
-    out.mkdir(parents=True, exist_ok=True)
     record = Record(out / f"stack_{size}.json")
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         rig = Rig(Path(folder), write_shape(size, Path(folder) / "model"))
@@ -110,7 +91,8 @@ def main(
             options = server_options(max_model_len, trainer_memory, server_option)
             if record.part("server", lambda part: start(rig, part, options, until)):
                 stack = Stack(rig, sizes)
-                phases = serving.Phases(serving_seconds, max(2.0, serving_seconds / 5), clients, duty_cycle)
+                lengths = (single_tokens or sizes.single_tokens,) * 2
+                phases = serving.Phases(serving_seconds, max(2.0, serving_seconds / 5), every=every, lengths=lengths)
                 run(record, stack, parts.split(","), phases)
         except OutOfTime:
             print("the time is over: what is missing was not run", flush=True)
@@ -146,7 +128,8 @@ def run(record: Record, stack: Stack, parts: list[str], phases: serving.Phases) 
             record.part(f"worker, {apply}", lambda part, apply=apply: stack_checks.train(stack, part, apply))
             agree(f"after {apply} updates")
     if "serving" in parts:
-        record.part("serving", lambda part: serving.measure(stack.rig, stack.builder, phases, stack.sizes, part))
+        loads = [Load.parse(f"{stack.sizes.clients}x{length}") for length in (128, 3500)]
+        serving.measure(stack.rig, stack.builder, "keep", loads, phases, record)
     if "torn" in parts:
         record.part("killed in mid-update", lambda part: stack_checks.torn(stack, part))
 

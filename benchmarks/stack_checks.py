@@ -16,6 +16,7 @@ from load import ClosedLoop
 from memory import Highest, device_used, held_by
 from record import Part
 from rig import Rig
+from serving_loads import Load
 from texts import build, conversation, text_builder
 from transformers import AutoTokenizer
 
@@ -72,7 +73,8 @@ class Stack:
         return served_logprobs(self.rig.url, str(self.rig.model), examples)
 
     def load(self) -> ClosedLoop:
-        return ClosedLoop(self.rig.url, str(self.rig.model), clients=self.sizes.clients)
+        load = Load.parse(f"{self.sizes.clients}x128")
+        return ClosedLoop(self.rig.url, str(self.rig.model), load=load)
 
 
 def open_and_redraw(stack: Stack, part: Part) -> None:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import outputs
 from contestants import Contestant, Halves, Ours, make_peers, make_weights
 from flops import matmul_rate, step_flops
 from record import OutOfTime, Part, Record, Until
@@ -255,10 +256,10 @@ def main(**options: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and sizes != ["tiny"]:
         raise click.UsageError("without an NVIDIA GPU only --sizes tiny can be tried")
+    outputs.folder(options["out"])
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # the memory plan
     torch_setup.prepare()
     until = Until(options["seconds"])
-    options["out"].mkdir(parents=True, exist_ok=True)
     record = Record(options["out"] / "training.json")
     try:
         for size in sizes:

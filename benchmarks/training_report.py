@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import outputs
 from record import Record
 from rich.console import Console
 from rich.table import Table
@@ -60,4 +61,5 @@ def plot(parts: Iterable[tuple[str, Mapping[str, Any]]], path: Path) -> None:
 
 if __name__ == "__main__":
     *files, target = (Path(word) for word in sys.argv[1:])
+    outputs.file(target)
     plot(chain.from_iterable(json.loads(file.read_text())["parts"].items() for file in files), target)

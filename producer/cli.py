@@ -21,7 +21,7 @@ from .client import Producer
 from .connection import DEFAULT_URL
 from .errors import QueueUnavailableError
 from .eviction import log as eviction_log
-from .jsonl import Line, blocks, parse_line
+from .jsonl import Line, checked_blocks, parse_line
 from .transcript import Transcript
 
 redis_option = click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
@@ -37,7 +37,8 @@ KEPT = 100_000
 def enqueue(file: BufferedReader, redis_url: str | None) -> None:
     """Queue the transcripts in FILE, one JSON object a line; - is standard input.
 
-    Lines that cannot be queued are reported and skipped; the exit code is then 1. Lines whose id is known are not
+    Lines that cannot be queued are reported and skipped; the exit code is then 1. A file of another format (ratings,
+    pairs, an export) is refused as a whole. Lines whose id is known are not
     queued again, so a file whose lines have ids may be sent twice.
 
     Where Redis may evict keys, it is looked up at the end whether it still has what was queued.
@@ -48,7 +49,7 @@ def enqueue(file: BufferedReader, redis_url: str | None) -> None:
     with Producer(redis_url) as producer:
         safe = _say_eviction(producer)
         with _progress(file) as bar:
-            for lines, size in blocks(file):
+            for lines, size in checked_blocks(file, file.name):
                 queued += _send(producer, file.name, lines, counts, bar)
                 bar.update(size)
         lost = 0 if safe else _report_lost(producer, file.name, queued)

@@ -1,12 +1,14 @@
 """JSONL of transcripts: numbered lines, as they arrive, with bounded memory.
 
-A line is validated on its own; a bad one is an `InvalidTranscript` or `ValueError` in its place and stops nothing.
-Must not know: where transcripts go.
+A line is validated on its own; a bad one is an `InvalidTranscriptError` or `ValueError` in its place and stops nothing.
+A file of another format is refused as a whole. Must not know: where transcripts go.
 """
 
 from collections.abc import Iterator
 from io import BufferedReader
 
+from .errors import TandemError
+from .formats import ForeignFormatError, recognise_file
 from .plain import parse_json
 from .transcript import MAX_BYTES, Transcript
 
@@ -18,18 +20,42 @@ Line = tuple[int, bytes | None]
 """Its number, from 1, and its bytes without the newline; None: too long to be kept."""
 
 
+class NotTranscriptsError(TandemError):
+    """A file is of another format; the message names the file, the format and what to do."""
+
+
 def read_transcripts(path: str) -> Iterator[tuple[int, Transcript | ValueError]]:
-    """(line number, transcript or what is wrong with it) of every line of `path` (-: standard input) but blank ones."""
+    """(line number, transcript or what is wrong with it) of every line of `path` (-: standard input) but blank ones.
+
+    Raises NotTranscriptsError, which names what the file is, when the file is of another format."""
     with open(0 if path == "-" else path, "rb") as file:
-        for lines, _size in blocks(file):
+        for lines, _size in checked_blocks(file, path):
             for number, line in lines:
                 try:
                     transcript = parse_line(line, first=number == 1)
-                except ValueError as error:  # InvalidTranscript is one
+                except ValueError as error:  # InvalidTranscriptError is one
                     yield number, error
                 else:
                     if transcript is not None:
                         yield number, transcript
+
+
+def checked_blocks(file: BufferedReader, name: str) -> Iterator[tuple[list[Line], int]]:
+    """As `blocks`; NotTranscriptsError when the start of the file, or its first line, says that all of it is of
+    another format. `name`: the file's, for the error."""
+    if problem := recognise_file(file.peek()):
+        raise NotTranscriptsError(f"{name}: {problem}")
+    looked = False
+    for lines, size in blocks(file):
+        if not looked and (first := next((line for line in lines if line[1] is None or line[1].strip()), None)):
+            looked = True
+            try:
+                parse_line(first[1], first=first[0] == 1)
+            except ForeignFormatError as error:
+                raise NotTranscriptsError(f"{name}: {error.problem}") from None
+            except ValueError:  # reported in its place
+                pass
+        yield lines, size
 
 
 def parse_line(line: bytes | None, first: bool) -> Transcript | None:

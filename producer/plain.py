@@ -9,7 +9,8 @@ nothing with the input, and fits msgpack. Errors never quote a text: transcripts
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from .errors import InvalidTranscript as InvalidTranscript
@@ -28,7 +29,7 @@ def shown(name: object) -> str:
     return ascii(name[:40]) + ("..." if len(name) > 40 else "")
 
 
-def _path(field: str, key: str) -> str:
+def path(field: str, key: str) -> str:
     return f"{field}.{key}" if len(key) <= 40 and key.isascii() and key.isidentifier() else f"{field}[{shown(key)}]"
 
 
@@ -60,7 +61,7 @@ class PlainCopy:
             return [self(item, f"{field}[{index}]", depth + 1) for index, item in enumerate(value)]
         if isinstance(value, dict):
             return {
-                self._key(key, field): self(item, _path(field, str.__str__(key)), depth + 1)
+                self._key(key, field): self(item, path(field, str.__str__(key)), depth + 1)
                 for key, item in value.items()
             }
         raise InvalidTranscript(
@@ -106,16 +107,25 @@ def _no_constant(name: str) -> Any:
 
 
 def known(
-    raw: dict[str, Any], names: Collection[str], where: str, derived: Collection[str] = (), whose: str = ""
+    raw: dict[str, Any],
+    names: Collection[str],
+    where: str,
+    dropped: Collection[str] = (),
+    whose: str = "",
+    hints: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The fields that say something. Clients log many that are empty: those are dropped; any other is an error."""
+    """The fields of `raw` that are among `names` and say something.
+
+    Clients log many that are empty, or in `dropped`: those go. Any other is an error, with what `hints` says of it.
+    """
     fields = {}
     for name, value in raw.items():
-        if name in derived or (value in (None, [], {}) and name != "content"):
-            continue
-        if name not in names:
-            raise InvalidTranscript(where, f"unknown field {shown(name)}; remove it. Known{whose}: {listed(names)}")
-        fields[name] = value
+        if name in names:
+            if value not in (None, [], {}) or name == "content":
+                fields[name] = value
+        elif name not in dropped and value not in (None, [], {}, ""):
+            hint = f"is no field that a model reads or writes; remove it. Known{whose}: {listed(names)}"
+            raise InvalidTranscript(path(where, name), hints.get(name, hint))
     return fields
 
 

@@ -10,8 +10,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from .formats import recognise
 from .messages import MAX_MESSAGES, ROLES, normalise, says_something
-from .plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, shown
+from .plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, path
+from .reasoning import unfit
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_ID", "MAX_MESSAGES", "MAX_META_BYTES", "MAX_TOOLS", "ROLES"]
 __all__ += ["InvalidTranscript", "Transcript", "check_id"]
@@ -25,6 +27,22 @@ MAX_ID = 128
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 """RQ's own alphabet (rq 3.0, `JOB_ID_PATTERN`)."""
+
+LOGGED = frozenset({
+    "model", "temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens", "n", "stop", "stream",
+    "stream_options", "seed", "user", "logprobs", "top_logprobs", "logit_bias", "presence_penalty", "object",
+    "frequency_penalty", "repetition_penalty", "parallel_tool_calls", "tool_choice", "function_call", "created",
+    "response_format", "service_tier", "store", "created_at", "timestamp", "usage", "system_fingerprint", "priority",
+    "safety_identifier", "prompt_cache_key", "cache_salt", "request_id", "ignore_eos", "skip_special_tokens",
+})  # fmt: skip
+"""What clients log beside the conversation and a chat template does not read: how the answer was asked for."""
+
+_HINTS = {
+    "functions": 'is the older name of tools; send [{"type": "function", "function": ...}, ...] as tools',
+    "metadata": "call it meta, which travels with the transcript and is not trained",
+    "system": "belongs into messages, as the first of them, with the role system",
+    **dict.fromkeys(("enable_thinking", "reasoning_effort"), "belongs into chat_template_kwargs"),
+}
 
 RESERVED_TEMPLATE_KWARGS = [
     "add_generation_prompt",
@@ -72,16 +90,19 @@ class Transcript:
         # The raw form may be wordier than the form that is kept; the kept form must fit the limit by itself,
         # or the worker, which validates again, would refuse what the producer let through.
         copy = PlainCopy(2 * MAX_BYTES)
-        messages = normalise(copy(self.messages, "messages"), copy)
-        kept = {
+        messages, left_out = normalise(copy(self.messages, "messages"), copy)
+        kept: dict[str, Any] = {
             "id": None if self.id is None else check_id(self.id),
             "messages": messages,
-            "train_on": _train_on(self.train_on, messages),
+            "train_on": _train_on(self.train_on, messages, left_out),
             "weight": _weight(self.weight),
             "tools": _tools(copy(self.tools, "tools")),
             "chat_template_kwargs": _template_kwargs(copy(self.chat_template_kwargs, "chat_template_kwargs")),
             "meta": as_map(PlainCopy(MAX_META_BYTES)(self.meta, "meta"), "meta"),
         }
+        for index in trained_turns(messages, kept["train_on"]):
+            if problem := unfit(messages[index]["content"]):
+                raise InvalidTranscript(f"messages[{index}].content", problem)
         final = PlainCopy(MAX_BYTES)
         for name in ("tools", "chat_template_kwargs", "messages"):
             final(kept[name], name)
@@ -93,12 +114,13 @@ class Transcript:
         """A transcript from its plain map, e.g. one parsed line of a JSONL file. Raises InvalidTranscript."""
         if not isinstance(value, dict):
             raise InvalidTranscript("transcript", f"must be an object with messages, not {type(value).__name__}")
-        for name, item in value.items():
-            if name not in cls.__slots__ and item is not None:
-                raise InvalidTranscript(
-                    "transcript",
-                    f"unknown field {shown(name)}; put it in meta. Known: {listed(cls.__slots__)}",
-                )
+        unknown = [name for name, item in value.items() if name not in cls.__slots__ and item not in (None, [], {}, "")]
+        unknown = [name for name in unknown if name not in LOGGED]
+        if unknown and (foreign := recognise(value)):
+            raise foreign
+        for name in unknown:
+            hint = f"is no field of a transcript; put it into meta. Known: {listed(cls.__slots__)}"
+            raise InvalidTranscript(path("", str(name)).lstrip("."), _HINTS.get(name, hint))
         if value.get("messages") is None:
             raise InvalidTranscript("messages", "is missing; give the conversation as a list of messages")
         return cls(**{name: value[name] for name in cls.__slots__ if value.get(name) is not None})
@@ -155,16 +177,24 @@ def _template_kwargs(kwargs: Any) -> dict[str, Any]:
     return named
 
 
-def _train_on(train_on: Any, messages: list[dict[str, Any]]) -> str | list[int]:
+def _train_on(train_on: Any, messages: list[dict[str, Any]], left_out: set[int]) -> str | list[int]:
+    """`train_on` in its one form; the messages `left_out` by their own weight are in none."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trainable = [i for i in turns if says_something(messages[i])]
     if not trainable:
         raise InvalidTranscript("messages", "no assistant turn has content, reasoning or tool calls to train on")
+    chosen = [i for i in trainable if i not in left_out]
+    if not chosen:
+        raise InvalidTranscript("messages", "every assistant turn has weight 0: there is nothing to train")
     if isinstance(train_on, str):
         if train_on not in ("all", "last"):
             raise InvalidTranscript("train_on", 'must be "all", "last" or a list of indices into messages')
         if train_on == "last" and turns[-1] not in trainable:
             raise InvalidTranscript("train_on", f"the last assistant turn, messages[{turns[-1]}], is empty; remove it")
+        if train_on == "last" and turns[-1] in left_out:
+            raise InvalidTranscript("train_on", f"the last assistant turn, messages[{turns[-1]}], has weight 0")
+        if train_on == "all" and chosen != trainable:
+            return [i for i in chosen if i > opening(messages)] or chosen
         return str.__str__(train_on)
     if not isinstance(train_on, list | tuple) or not train_on:
         raise InvalidTranscript("train_on", 'must be "all", "last" or a non-empty list of indices into messages')
@@ -178,9 +208,29 @@ def _train_on(train_on: Any, messages: list[dict[str, Any]]) -> str | list[int]:
             raise InvalidTranscript(where, f"is outside the {len(messages)} messages; indices start at 0")
         if index not in trainable:
             raise InvalidTranscript(where, f"messages[{index}] is not an assistant turn that says something")
+        if index in left_out:
+            raise InvalidTranscript(where, f"messages[{index}] has weight 0; take it out here, or give it weight 1")
     if len(set(train_on)) != len(train_on):
         raise InvalidTranscript("train_on", "names a turn twice; weight is for what counts more or less")
     return sorted(int(index) for index in train_on)
+
+
+def trained_turns(messages: list[dict[str, Any]], train_on: str | list[int]) -> list[int]:
+    """Indices of the turns to train, of normalised messages. Of "all", turns that say nothing and an opening greeting
+    are left out."""
+    if isinstance(train_on, list):
+        return train_on
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if train_on == "last":
+        return turns[-1:]
+    turns = [i for i in turns if says_something(messages[i])]
+    return [i for i in turns if i > opening(messages)] or turns
+
+
+def opening(messages: list[dict[str, Any]]) -> int:
+    """Index of the first message by a user; -1 when there is none. What an assistant says before it answers nobody: a
+    greeting, which is context and not trained by "all"."""
+    return next((i for i, message in enumerate(messages) if message["role"] == "user"), -1)
 
 
 def _weight(weight: Any) -> float:

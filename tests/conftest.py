@@ -1,13 +1,15 @@
 """Session fixtures: real servers, started once. Nothing here stands in for a part a user has."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
-import torch
 from hypothesis import settings
+from server_options import GPU, SERVER_OPTIONS
 
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
@@ -18,22 +20,47 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
-settings.register_profile("untimed", deadline=None)  # these machines are noisy: no test may fail for being slow
-settings.load_profile("untimed")
+# No deadlines: machines are noisy, and no test may fail for being slow. A commit passes or fails, always: the examples
+# are the same in every run. `-m slow` draws new ones, and more.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("new", deadline=None, max_examples=1000, print_blob=True)
 
-GPU = torch.cuda.is_available()
-SERVER_OPTIONS = ["--max-model-len", "2048", "--max-num-seqs", "8"]
-if GPU:
-    # vLLM 0.26 serves the text model of a multi-modal checkpoint only, and needs to be told which kernels to use. With
-    # its cache's size said, it does not measure free memory, which other tests beside it change.
-    SERVER_OPTIONS += ["--language-model-only", "--gdn-prefill-backend", "triton"]
-    SERVER_OPTIONS += ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", "2000000000"]
+THREAD_SECONDS = 120.0
+"""How long a thread of a test may take to end after the test, on a machine that is busy."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU the end to end tests train, and in the end stop, the session's server: they come last."""
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("new" if _slow(config) else "same")
+
+
+def _slow(config: pytest.Config) -> bool:
+    return str(config.getoption("-m")).strip() == "slow"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Property tests run with `-m slow` too. On a GPU the end to end tests train, and in the end stop, the session's
+    server: they come last."""
+    if _slow(config):
+        for item in items:
+            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+                item.add_marker(pytest.mark.slow)
     if GPU:
         items.sort(key=lambda item: item.path.name == "test_end_to_end.py")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_outlives_its_test() -> Iterator[None]:
+    """Threads that a test started have ended soon after it: a daemon thread would disturb, or log into, later tests."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + THREAD_SECONDS
+    # A loop's idle helpers end with the loop, which may be that of a fixture of several tests.
+    new = [thread for thread in threading.enumerate() if thread not in before and thread.name[:8] != "asyncio_"]
+    for thread in new:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    left = [thread.name for thread in new if thread.is_alive()]
+    assert not left, f"threads that outlive their test: {left}"
 
 
 @pytest.fixture(scope="session")

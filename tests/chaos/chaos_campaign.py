@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from chaos_plan import MAX_JOBS, CanaryFails, Kill, Operation, Rollback, operations, transcript
-from chaos_processes import Cluster, Forked, TimedOut, until
+from chaos_processes import Cluster, Forked
+from patience import TimedOut, until
 
 from producer import Producer, keys
 from producer.errors import TandemError
@@ -162,7 +163,7 @@ class Campaign:
         worker = self.cluster.worker
         if worker is None or not worker.alive():
             worker = self.start()
-        until(lambda: "worker ready" in worker.said() or not worker.alive(), "the worker to be ready", timeout=300)
+        until(lambda: "worker ready" in worker.said() or not worker.alive(), "the worker to be ready")
         self._check_alive(worker)
         return worker
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import redis
+from patience import PATIENCE, TimedOut, until
 
 from worker.shared_weights.weights_client import read_header
 from worker.testing.redis_server import RedisServer
@@ -25,19 +26,6 @@ TESTS = Path(__file__).parents[1]
 WARM = ["chaos_warm"]
 """What the fork server imports before its first fork."""
 LEARNING = ("--lr", "3e-4", "--max-length", "1024", "--threads", "1")
-
-
-class TimedOut(AssertionError):
-    """Something that must happen did not."""
-
-
-def until(condition: Any, what: str, timeout: float = 120.0, pace: float = 0.01) -> None:
-    """Wait until `condition()` holds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimedOut(f"waited {timeout:g} s in vain: {what}")
-        time.sleep(pace)
 
 
 def _forker() -> Any:
@@ -72,7 +60,7 @@ class Forked:
         self._process.kill()
         self._process.join()
 
-    def ended(self, timeout: float = 120) -> int:
+    def ended(self, timeout: float = PATIENCE) -> int:
         """Its exit code (negative: the signal); TimedOut if it goes on."""
         self._process.join(timeout)
         if self._process.exitcode is None:

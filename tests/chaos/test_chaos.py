@@ -57,7 +57,6 @@ def survived(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         cluster.close()
 
 
-@pytest.mark.timeout(1800)
 def test_nothing_lost_nothing_twice_nothing_torn(survived: tuple[Cluster, Campaign, Verdict]) -> None:
     _, campaign, verdict = survived
     assert verdict.problems == [], f"seed {SEED}: {verdict.problems}"

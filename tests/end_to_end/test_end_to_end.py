@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import GPU, SERVER_OPTIONS
+from patience import PATIENCE
 from rq.job import Job, JobStatus
+from server_options import GPU, SERVER_OPTIONS
 from serving_parts import Background
 from stack_parts import LEARNING, Stack, transcripts
 from transformers import AutoTokenizer
@@ -83,7 +84,7 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
     stack.wait_until(worker, lambda: len(stack.ledger()) == 20, "train all twenty")
     mapped, private = shared_and_private(worker.pid, "/memfd:")
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(120) == 0, stack.said(worker)
+    assert worker.wait(PATIENCE) == 0, stack.said(worker)
 
     ledger = stack.ledger()
     assert len(ledger) == 20 and set(ledger.values()) == set(range(1, stack.producer.version() + 1))
@@ -108,7 +109,7 @@ def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
     second = stack.tandem("worker", "--name", "the-second")
     assert second.returncode == 1 and "the-first" in second.stderr
     first.send_signal(signal.SIGKILL)  # at rest
-    first.wait()
+    first.wait(PATIENCE)
     assert stack.complete("Are you there?")[0] == 200
     assert stack.weights_version()["state"] == "serving"
 
@@ -119,7 +120,7 @@ def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(s
     sent = transcripts(point, 5)
     stack.producer.enqueue_many(sent)
     victim = stack.worker("--max-jobs", "3", fault=f"{point}:1")
-    assert victim.wait(120) == -signal.SIGKILL, stack.said(victim)
+    assert victim.wait(PATIENCE) == -signal.SIGKILL, stack.said(victim)
     assert stack.complete("Are you there?")[0] == 200, "a dead trainer must never leave the server frozen"
 
     done = stack.tandem("worker", "--until-empty", "--max-jobs", "3", *LEARNING)
@@ -146,7 +147,7 @@ def test_streaming_beside_requests_that_run(stack: Stack, options: tuple[str, ..
     stack.producer.enqueue_many(transcripts(way, 4))
     stack.wait_until(worker, lambda: f"{way}-3" in stack.ledger(), "train what it was sent")
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(120) == 0, stack.said(worker)
+    assert worker.wait(PATIENCE) == 0, stack.said(worker)
     assert stack.producer.version() > before
     assert stack.redis.hget(keys.manifest(before + 1), "way") == way.encode()
     for status, _, body in (answer.result() for answer in answers):
@@ -175,7 +176,7 @@ def test_a_server_that_was_killed_is_brought_back_to_what_it_had_learnt(stack: S
     worker = stack.worker()
     stack.wait_for(worker, "worker ready")
     stack.server.kill_api_process()
-    assert worker.wait(60) == 1
+    assert worker.wait(PATIENCE) == 1
     assert "gone" in stack.said(worker) or "down" in stack.said(worker), stack.said(worker)
 
     stack.start_server()
@@ -207,7 +208,7 @@ def test_torn_weights_are_never_served_and_the_next_worker_mends_them(stack: Sta
     before = stack.producer.version()
     stack.producer.enqueue_many(transcripts("torn", 2))
     victim = stack.worker(fault="applying")
-    assert victim.wait(120) == -signal.SIGKILL, stack.said(victim)
+    assert victim.wait(PATIENCE) == -signal.SIGKILL, stack.said(victim)
     status, body, _ = stack.complete("Are you whole?")
     assert status == 503 and "tandem worker" in json.dumps(body), body
     mended = stack.tandem("worker", "--until-empty")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from chaos_campaign import transcript
-from chaos_processes import Cluster, until
+from chaos_processes import Cluster
 from click.testing import CliRunner
+from patience import until
 
 from producer import Producer, keys
 from worker.cli.resume import command as resume_command
@@ -45,7 +46,7 @@ def test_a_failing_canary_holds_training_while_the_server_serves(cluster: Cluste
         producer.enqueue_many([transcript(i) for i in range(12)])
     flags = ("--canary", str(file), "--canary-every", "2", "--canary-bound", "0.001", "--auto-rollback")
     worker = cluster.start_worker(*flags)
-    until(lambda: "training is on hold" in worker.said() or not worker.alive(), "the hold", timeout=300)
+    until(lambda: "training is on hold" in worker.said() or not worker.alive(), "the hold")
     assert worker.alive() and ledger.state(cluster.redis).version == 2
     assert "no version passed before" in worker.said()
     assert cluster.redis.llen(f"rq:queue:{keys.QUEUE}") + cluster.redis.zcard(f"rq:wip:{keys.QUEUE}") == 4
@@ -53,5 +54,5 @@ def test_a_failing_canary_holds_training_while_the_server_serves(cluster: Cluste
     assert header is not None and header["state"] == "CLEAN"
     assert CliRunner().invoke(resume_command, ["--redis", cluster.store.url]).exit_code == 0
     until(lambda: pause_switch.held(cluster.redis) is None or not worker.alive(), "the hold to end")
-    until(lambda: ledger.state(cluster.redis).version == 3 or not worker.alive(), "training to go on", timeout=300)
+    until(lambda: ledger.state(cluster.redis).version == 3 or not worker.alive(), "training to go on")
     assert worker.alive(), worker.said()

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chaos_processes import Forked, until
+from chaos_processes import Forked
 from durable_parts import QUIET, Site
+from patience import until
 
 from worker.shared_weights.header import APPLYING, CLEAN
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_processes import until
 from durable_parts import LEARNING, QUIET, Site, transcripts
+from patience import until
 
 from producer import keys
 from worker.checkpoint.batch_codec import unpack_batch

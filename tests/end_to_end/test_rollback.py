@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import redis
-from chaos_processes import Forked, until
+from chaos_processes import Forked
 from durable_parts import LEARNING, QUIET, Site, transcripts
+from patience import until
 
 from producer import Producer, keys
 

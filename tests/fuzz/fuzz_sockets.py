@@ -13,6 +13,7 @@ import msgpack
 import torch
 from fuzz_bytes import packed, plain
 from hypothesis import strategies as st
+from patience import PATIENCE
 from stand_in import Engine
 
 from worker.serving.control_client import server_state
@@ -82,15 +83,23 @@ class Sockets:
             self.run_dir, {"describe": self.header.fields, "header": self.header.fields, "revoke": self.header.revoke}
         )
         started = threading.Event()
-        threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True).start()
-        assert started.wait(30)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True)
+        self._thread.start()
+        assert started.wait(PATIENCE)
+
+    def close(self) -> None:
+        """Answer no more, and end the threads."""
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join()
+        self.service.close()
 
     async def _serve(self, started: threading.Event) -> None:
         state = ServerState("b" * 32, 0)
         self.control = Control(self.engine, state, self.run_dir, {"chat_template": None, "template_kwargs": {}})
         await self.control.start()
+        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         started.set()
-        await asyncio.Event().wait()
+        await self._ended.wait()
 
 
 class WeightsSocket:

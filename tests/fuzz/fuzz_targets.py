@@ -27,7 +27,8 @@ from producer import Producer, keys
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 from worker.checkpoint import record_file
-from worker.checkpoint.journal import FORMAT, Journal, JournalError
+from worker.checkpoint.journal import Journal, JournalError
+from worker.checkpoint.records import FILE_FORMAT
 from worker.consumer.jobs import FeedbackJob
 from worker.shared_weights.batch_record import RecordArea, RecordError
 from worker.shared_weights.header import HEADER_BYTES, Header, HeaderError
@@ -236,7 +237,7 @@ class JournalRecords:
         {
             "kind": kinds, "version": st.integers(1, 9), "lineage": st.just("a" * 32), "parent": st.just(0),
             "time": st.just(1.0), "batch": st.just([]), "ids": st.just(["t1"]), "manifest": st.just({"loss": 1.0}),
-            "dropped": st.just([]), "format": st.just(FORMAT), "source": st.just("s"),
+            "dropped": st.just([]), "format": st.just(FILE_FORMAT), "source": st.just("s"),
         }
     )  # fmt: skip
     names = st.sampled_from(["version", "lineage", "parent", "time", "batch", "ids", "manifest", "dropped", "format"])
@@ -251,7 +252,7 @@ class JournalRecords:
     def take(self, case: list[dict[str, Any]]) -> Counter[str]:
         for old in self.folder.iterdir():
             old.unlink()
-        first = {"kind": "segment", "format": FORMAT, "source": "s", "time": 0.0}
+        first = {"kind": "segment", "format": FILE_FORMAT, "source": "s", "time": 0.0}
         (self.folder / "00000001.journal").write_bytes(b"".join(map(record_file.pack, [first, *case])))
         try:
             journal = Journal(self.folder, "s")
@@ -263,10 +264,12 @@ class JournalRecords:
         return Counter(["opened"])
 
 
-def targets(url: str, folder: Path) -> Iterator[Any]:
+@contextlib.contextmanager
+def targets(url: str, folder: Path) -> Iterator[list[Any]]:
     """One of each, on a real Redis at `url` (emptied again and again)."""
-    sockets = Sockets(folder / "run")
     for name in ("weights", "file", "journal"):
         (folder / name).mkdir()
-    yield from (QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets))
-    yield from (Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal"))
+    with contextlib.closing(Sockets(folder / "run")) as sockets:
+        found = [QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets)]
+        found += [Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal")]
+        yield found

@@ -19,7 +19,8 @@ NAMES += ("JournalFile", "JournalRecords")
 
 @pytest.fixture(scope="module")
 def doors(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    yield {type(target).__name__: target for target in targets(redis_server.url, tmp_path_factory.mktemp("fuzz"))}
+    with targets(redis_server.url, tmp_path_factory.mktemp("fuzz")) as found:
+        yield {type(target).__name__: target for target in found}
 
 
 def test_every_target_is_tested_here(doors: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from worker.shared_weights.backend import SharingError
 from worker.shared_weights.backends import opener_for
@@ -71,7 +72,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     yield folder
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
 
 
 def opened(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -71,17 +71,23 @@ class LocalServer:
         self.run_dir = unix_socket.prepare_run_dir(run_dir)
         self.header = Header(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
         self.header.adopt(LINEAGE, 0)
+        self.before_header: Callable[[], None] = lambda: None
+        """Called before the header is read for the API process."""
         self.engine = CountingEngine()
         self.state = ServerState(LINEAGE, 0)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
 
     def __enter__(self) -> Self:
-        answers = {"describe": self.header.fields, "header": self.header.fields, "revoke": self.header.revoke}
+        answers = {"describe": self.header.fields, "header": self._read_header, "revoke": self.header.revoke}
         self.service = WeightService(self.run_dir, answers)
         self._thread.start()
         self.run(self._start())
         return self
+
+    def _read_header(self) -> dict[str, Any]:
+        self.before_header()
+        return self.header.fields()
 
     async def _start(self) -> None:
         rendering = {"chat_template": None, "template_kwargs": {}}
@@ -94,7 +100,7 @@ class LocalServer:
 
     def until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The server's state, once `condition` holds of it."""
-        for _ in range(3000):
+        for _ in range(1500):
             if condition(state := server_state(self.run_dir)):
                 return state
             self.run(asyncio.sleep(0.02))

@@ -11,7 +11,8 @@ from typing import Any
 
 import redis
 import torch
-from chaos_processes import Forked, RealServer, run_stand_in, run_tandem, until
+from chaos_processes import Forked, RealServer, run_stand_in, run_tandem
+from patience import until
 from stack_parts import transcripts
 
 from producer import Producer, keys

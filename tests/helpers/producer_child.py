@@ -34,7 +34,7 @@ async def queue_and_wait(url: str, id: str, queued: Any) -> Any:
         queued()
         return {
             "outcomes": outcomes,
-            "version": await sent.wait(timeout=120),
+            "version": await sent.wait(timeout=600),
             "state": (await producer.status(id)).state,
         }
 
@@ -50,9 +50,9 @@ def main(url: str) -> None:
         seen = {
             "rq": rq.VERSION,
             "redis": redis.__version__,
-            "first": [first.outcome, job and job.meta, first.wait(timeout=120)],
+            "first": [first.outcome, job and job.meta, first.wait(timeout=600)],
             "many": [sent.outcome for sent in many],
-            "failed": reason(lambda: many[1].wait(timeout=120)),
+            "failed": reason(lambda: many[1].wait(timeout=600)),
             "again": producer.enqueue(talk("good"), id="a").version,
             "version": producer.version(),
             "async": awaited,

@@ -7,9 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from patience import PATIENCE
+
+from worker.serving.control_client import server_state
 
 TRAINER = """
 import os, sys, time
@@ -17,39 +22,43 @@ from pathlib import Path
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 
-run_dir, steps = Path(sys.argv[1]), sys.argv[2].split(",")
-header = attach(run_dir).header
-control = ServerControl(run_dir, "victim")
+header = attach(Path(sys.argv[1])).header
+control = ServerControl(Path(sys.argv[1]), "victim")
 control.connect()
 print("ready", flush=True)
-sys.stdin.readline()
-for step in steps:
-    if step == "pause":
-        control.pause()
-    elif step == "hogwild":
-        control.begin_hogwild()
-    elif step == "begin":
-        header.begin(control.fence)
-    elif step == "finish":
-        header.finish(header.version + 1)
-print("done", flush=True)
+for line in sys.stdin:
+    for step in line.split():
+        if step == "pause":
+            control.pause()
+        elif step == "resume":
+            control.resume(header.version)
+        elif step == "hogwild":
+            control.begin_hogwild()
+        elif step == "begin":
+            header.begin(control.fence)
+        elif step == "finish":
+            header.finish(header.version + 1)
+    print("done", flush=True)
 time.sleep(600)
 """
 
+LONG = 1500
+"""Tokens of a request that must still run when this process, on a busy machine, comes to look."""
+
 
 class Victim:
-    """A trainer process, connected, that does `steps` (pause, hogwild, begin, finish) at `go` and waits."""
+    """A trainer process, connected, that does what `do` says (pause, resume, hogwild, begin, finish) and waits."""
 
-    def __init__(self, run_dir: Path, *steps: str) -> None:
-        arguments = [sys.executable, "-c", TRAINER, str(run_dir), ",".join(steps)]
+    def __init__(self, run_dir: Path) -> None:
+        arguments = [sys.executable, "-c", TRAINER, str(run_dir)]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self.process.pid
         self._expect("ready")
 
-    def go(self) -> None:
+    def do(self, *steps: str) -> None:
         """Returns once the steps are done."""
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write(" ".join(steps) + "\n")
         self.process.stdin.flush()
         self._expect("done")
 
@@ -64,7 +73,7 @@ class Victim:
 
 
 def request(
-    url: str, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = 60
+    url: str, method: str, path: str, body: dict[str, Any] | None = None, timeout: float = PATIENCE
 ) -> tuple[int, dict[str, str], bytes]:
     """(status, headers in lower case, body) of one HTTP request."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout)
@@ -93,7 +102,7 @@ class Background:
         self._thread.start()
 
     def _run(self, server: Any, tokens: int, stream: bool, more: dict[str, Any]) -> None:
-        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE)
         body = {"model": str(server.model_dir), "prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
         body |= more
         if stream:
@@ -110,9 +119,56 @@ class Background:
 
     def result(self) -> tuple[int, dict[str, str], bytes]:
         """(status, headers, body); fails if the request never ended."""
-        self._thread.join(120)
+        self._thread.join(PATIENCE)
         assert self._answer is not None, "the request did not end, or its connection broke"
         return self._answer
+
+
+def inside(
+    server: Any, *streams: bool, at: Callable[[], object], undo: Callable[[], object], tokens: int = LONG
+) -> list[Background]:
+    """Requests, one for each of `streams`, that are all inside vLLM once `at()` was done.
+
+    On a busy machine one may have ended, or not yet arrived: then `undo()` is done, and all start anew.
+    """
+    for _ in range(20):
+        requests = [Background(server, tokens, stream) for stream in streams]
+        for one, stream in zip(requests, streams, strict=True):
+            assert not stream or one.started.wait(PATIENCE)
+        at()
+        if server_state(server.run_dir)["in_flight"] == len(requests):
+            return requests
+        undo()
+        for one in requests:
+            one.result()
+    raise AssertionError("20 times a request had ended, or not arrived, when it was looked for")
+
+
+class EndlessClient:
+    """Streams one answer after the other, from `with` on; `answers` holds the bodies of those that ended."""
+
+    def __init__(self, server: Any, prompt_tokens: int, tokens: int) -> None:
+        self.answers: list[bytes] = []
+        self._server = server
+        self._body = {"prompt": [20 + 37 * n % 800 for n in range(prompt_tokens)], "stream": True}
+        self._tokens = tokens
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            status, _, body = completion(self._server, self._tokens, **self._body)
+            assert status == 200, body
+            self.answers.append(body)
+
+    def __enter__(self) -> "EndlessClient":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "an answer did not end"
 
 
 def events(body: bytes) -> list[str]:

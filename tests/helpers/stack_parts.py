@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import redis
 import torch
+from patience import PATIENCE, until
 
 from producer import Producer, keys
 from worker.testing.child_process import die_with_parent
@@ -55,7 +55,7 @@ class Stack:
         own = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.server.run_dir)}
         return os.environ | own | {"TANDEM_STATE_DIR": str(self.folder / "state")}
 
-    def tandem(self, *arguments: str, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
+    def tandem(self, *arguments: str, timeout: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
         """One command, to its end."""
         return subprocess.run(
             [sys.executable, "-m", "worker.cli", *arguments],
@@ -82,14 +82,11 @@ class Stack:
         self.wait_until(process, lambda: text in self.said(process), f"say {text!r}")
 
     def wait_until(
-        self, process: "subprocess.Popen[str]", done: Callable[[], bool], what: str, timeout: float = 240
+        self, process: "subprocess.Popen[str]", done: Callable[[], bool], what: str, timeout: float = PATIENCE
     ) -> None:
         """Until `done()`; an error, with all that the worker said, when it ends before or takes `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while not done():
-            assert process.poll() is None, f"the worker ended before it could {what}:\n{self.said(process)}"
-            assert time.monotonic() < deadline, f"the worker did not {what}:\n{self.said(process)}"
-            time.sleep(0.1)
+        until(lambda: done() or process.poll() is not None, f"the worker did not {what}", timeout, pace=0.1)
+        assert done(), f"the worker ended before it could {what}:\n{self.said(process)}"
 
     def ledger(self) -> dict[str, int]:
         return {key.decode(): int(value) for key, value in self.redis.hgetall(keys.LEDGER).items()}
@@ -111,13 +108,13 @@ class Stack:
             {"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
                 return reply.status, json.load(reply), lowered(reply.headers)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error), lowered(error.headers)
 
     def weights_version(self) -> dict[str, Any]:
-        with urllib.request.urlopen(self.server.url + "/weights/version", timeout=30) as reply:
+        with urllib.request.urlopen(self.server.url + "/weights/version", timeout=PATIENCE) as reply:
             answer: dict[str, Any] = json.load(reply)
             return answer
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE
 from safetensors.torch import load_file, save_file
 
 
@@ -49,7 +50,7 @@ class Owner:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=PATIENCE)
 
 
 def padded_model(source: Path, target: Path) -> Path:

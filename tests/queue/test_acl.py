@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 import redis
+from patience import PATIENCE
 from rq.job import Job, JobStatus
 
 from producer import (
@@ -93,7 +94,7 @@ def test_the_documented_rights_are_enough(app_url: str, store: redis.Redis) -> N
         assert app.enqueue(TALK, id="a").job is not None
         assert len(app.enqueue_many([{"id": "b", "messages": TALK}] * 2)) == 2
         thread = once_blocked(store, lambda: train(store, "a", 1))
-        assert app.wait("a", timeout=60) == 1
+        assert app.wait("a", timeout=PATIENCE) == 1
         thread.join()
         fail(store, "b", "no")
         assert (app.status("b").reason, app.version()) == ("no", 1)

@@ -16,6 +16,7 @@ import msgpack
 import pytest
 import redis
 from drain_parts import Weights, start
+from patience import PATIENCE
 from rq import Worker
 
 from producer import keys
@@ -77,13 +78,13 @@ def dashboard(redis_url: str) -> Iterator[str]:
         yield found.group()
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(timeout=PATIENCE)
 
 
 def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, str]:
     request = urllib.request.Request(url, method=method, headers={k.replace("_", "-"): v for k, v in headers.items()})
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -116,7 +117,7 @@ def test_every_page_answers_and_none_shows_a_transcript(site: str, connection: r
     password = redis_url.split("@")[0].split(":")[-1]
     for page in pages + data:
         request = urllib.request.Request(site + page)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             body = answer.read().decode(errors="replace")
             assert answer.status == 200 and SECRET not in body and password not in body, page
     for state, jobs in STATES.items():
@@ -174,13 +175,13 @@ def test_another_sites_page_cannot_press_the_buttons(
 def test_a_port_in_use_is_said_so(site: str, redis_url: str) -> None:
     port = site.rpartition(":")[2]
     command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", redis_url, "--port", port]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert ended.returncode == 1 and "choose another --port" in ended.stderr
 
 
 def test_a_url_that_cannot_be_read_is_refused_without_its_password() -> None:
     command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", "redis://:hunter2/x@h", "--port", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert ended.returncode == 1 and "not a Redis URL" in ended.stderr
     assert "hunter2" not in ended.stderr + ended.stdout
 

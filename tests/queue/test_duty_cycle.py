@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from chaos_processes import until
 from durable_parts import LEARNING, QUIET, Site
+from patience import until
 
 from producer import keys
 from producer.errors import TandemError

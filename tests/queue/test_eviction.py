@@ -8,6 +8,7 @@ import pytest
 import redis
 from click.testing import CliRunner
 from drain_parts import Lines, Weights, start
+from patience import PATIENCE
 from redis_kinds import Kinds, redis_kinds
 
 from producer import Eviction, Producer, State, TandemError, TranscriptFailedError, keys
@@ -129,7 +130,7 @@ def test_an_evicted_job_is_reported_by_its_id(redis_url: str, connection: redis.
     assert producer.status("a").version == 1
     assert [producer.status(id).state for id in ("b", long_id)] == [State.LOST] * 2
     with pytest.raises(TranscriptFailedError, match="transcript b is lost"):
-        producer.wait("b", timeout=60)
+        producer.wait("b", timeout=PATIENCE)
     found = looked_at(redis_url, tmp_path)
     assert found["lost"] == ["b", long_id]
     assert any(f"2 queued transcripts have no job in Redis: evicted, or deleted; queue them again: b, {long_id}" in p

@@ -1,7 +1,5 @@
 """Jobs that cannot be trained: they fail alone, are tried again where that may help, and are requeued by a person."""
 
-import time
-
 import pytest
 import redis
 from drain_parts import Weights, counts, drain, job, say
@@ -26,7 +24,7 @@ def test_poison_fails_alone_and_the_good_around_it_are_trained(
         for n in range(8):
             producer.enqueue(say("good"), id=f"good-{i}-{n}")
         producer.enqueue(say(text), id=text.replace(" ", "-"))
-    lines = drain(connection, weights, max_jobs=45, prepare_limit=1)
+    lines = drain(connection, weights, max_jobs=45, prepare_limit=4)
     good = {f"good-{i}-{n}" for i in range(len(bad)) for n in range(8)}
     assert sorted(weights.trained) == sorted(good)
     assert {name.replace(" ", "-") for name in bad} == set(lines.rejected)
@@ -36,7 +34,7 @@ def test_poison_fails_alone_and_the_good_around_it_are_trained(
     assert reasons["not finite"] == "loss is not finite"
     assert "drain_parts.py" in reasons["breaks the step"] and "\nRuntimeError (message w" in reasons["breaks the step"]
     assert "in prepare" in reasons["breaks prepare"] and "\nRuntimeError (message w" in reasons["breaks prepare"]
-    assert "took more than 1 s" in reasons["hangs prepare"]
+    assert "took more than 4 s" in reasons["hangs prepare"]
 
 
 def test_what_may_pass_is_retried_and_what_cannot_is_not(
@@ -70,11 +68,11 @@ def test_a_failed_job_can_be_requeued_and_trained(redis_url: str, connection: re
 
 def test_a_retry_with_an_interval_waits_and_runs_without_a_scheduler(connection: redis.Redis, weights: Weights) -> None:
     queue = open_queue(connection)
-    queue.enqueue(keys.FUNCTION, {"messages": say("breaks the step")}, job_id="later", retry=Retry(max=1, interval=1))
+    queue.enqueue(keys.FUNCTION, {"messages": say("breaks the step")}, job_id="later", retry=Retry(max=1, interval=600))
     drain(connection, weights)
     scheduled = ScheduledJobRegistry(keys.QUEUE, connection=connection)
     assert "later" in scheduled and job(connection, "later").get_status() == JobStatus.SCHEDULED
-    time.sleep(2.1)
+    connection.zadd(scheduled.key, {"later": 1})  # ten minutes later it is due
     drain(connection, weights)
     assert weights.batches == [["later"], ["later"]] and "later" not in scheduled
     assert job(connection, "later").get_status() == JobStatus.FAILED

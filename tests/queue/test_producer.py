@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+from patience import PATIENCE
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.results import Result
@@ -184,7 +185,7 @@ def test_a_refused_transcript_is_an_outcome_like_the_others(producer: Producer, 
     assert refused.problem and refused.problem.startswith("is missing") and refused.job is None
     assert (nameless.id, nameless.refused) == ("", True)
     with pytest.raises(TranscriptFailedError, match=r"the transcript was refused: messages: is missing"):
-        refused.wait(timeout=60)
+        refused.wait(timeout=PATIENCE)
     train(store, "a", 3)
     again = producer.enqueue(TALK, id="a")
     assert again == Enqueued("a", Outcome.TRAINED, 3) and again.wait(timeout=0) == 3
@@ -209,7 +210,7 @@ def test_a_lost_transcript_is_said_to_be_lost_until_it_is_queued_again(producer:
     store.hset(keys.LOST, "a", "2026-01-01T00:00:00Z")
     assert producer.status("a").state is State.LOST
     with pytest.raises(TranscriptFailedError, match=r"transcript a is lost: .* at 2026-01-01.*hand it in again"):
-        producer.wait("a", timeout=60)
+        producer.wait("a", timeout=PATIENCE)
     assert producer.enqueue(TALK, id="a").new
     assert producer.status("a").state is State.QUEUED
     train(store, "a", 1)
@@ -271,7 +272,7 @@ def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis
     producer.enqueue(TALK, id="a")
     calls = store.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"]
     thread = once_blocked(store, lambda: train(store, "a", 4))
-    assert producer.wait("a", timeout=60) == 4
+    assert producer.wait("a", timeout=PATIENCE) == 4
     thread.join()
     assert store.info("commandstats")["cmdstat_xread"]["calls"] - calls <= 2
     assert producer.status("a") == Status("a", State.FINISHED, 4)
@@ -287,7 +288,7 @@ def test_wait_sees_an_end_that_came_between_its_look_and_its_sleep(
         return 60_000  # longer than the socket waits: a sleep that misses the end breaks off with an error
 
     monkeypatch.setattr("producer.exchange.block_ms", late)
-    assert producer.wait("a", timeout=60) == 4
+    assert producer.wait("a", timeout=PATIENCE) == 4
 
 
 def test_wait_sleeps_no_longer_than_it_may(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +353,7 @@ def test_wait_says_why_a_transcript_failed(producer: Producer, store: redis.Redi
     with pytest.raises(
         TranscriptFailedError, match=r"transcript a failed: ExampleError: one turn is longer than 4,096 tokens"
     ):
-        producer.wait("a", timeout=60)
+        producer.wait("a", timeout=PATIENCE)
     thread.join()
     assert producer.status("a").state == "failed"
 
@@ -362,21 +363,21 @@ def test_wait_after_a_failed_job_was_requeued_and_trained(producer: Producer, st
     fail(store, "a", "x")
     Job.fetch("a", connection=store, serializer=MsgpackSerializer).requeue()
     thread = once_blocked(store, lambda: train(store, "a", 9))
-    assert producer.wait("a", timeout=60) == 9
+    assert producer.wait("a", timeout=PATIENCE) == 9
     thread.join()
 
 
 def test_wait_ends_for_cancelled_unknown_and_late(producer: Producer, store: redis.Redis) -> None:
     with pytest.raises(UnknownTranscriptError, match="'nobody'"):
-        producer.wait("nobody", timeout=60)
+        producer.wait("nobody", timeout=PATIENCE)
     producer.enqueue(TALK, id="a")
     with pytest.raises(WaitTimeoutError, match=r"still queued after 0\.1 s"):
         producer.wait("a", timeout=0.1)
     Job.fetch("a", connection=store, serializer=MsgpackSerializer).cancel()
     with pytest.raises(TranscriptFailedError, match="canceled"):
-        producer.wait("a", timeout=60)
+        producer.wait("a", timeout=PATIENCE)
     with pytest.raises(InvalidTranscriptError):
-        producer.wait("../etc", timeout=60)
+        producer.wait("../etc", timeout=PATIENCE)
 
 
 def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +385,7 @@ def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monk
     producer.enqueue(TALK, id="a")
     thread = once_blocked(store, Job.fetch("a", connection=store, serializer=MsgpackSerializer).delete)
     with pytest.raises(UnknownTranscriptError):
-        producer.wait("a", timeout=60)
+        producer.wait("a", timeout=PATIENCE)
     thread.join()
 
 
@@ -597,7 +598,7 @@ def test_many_async_waits_leave_the_loop_free(redis_url: str, store: redis.Redis
     async def talk() -> list[int]:
         async with AsyncProducer(redis_url) as producer:
             ids = [(await producer.enqueue(TALK)).id for _ in range(60)]
-            waits = asyncio.gather(*(producer.wait(job_id, timeout=60) for job_id in ids))
+            waits = asyncio.gather(*(producer.wait(job_id, timeout=PATIENCE) for job_id in ids))
             while store.info("clients")["blocked_clients"] < 60:
                 await asyncio.sleep(0.01)
             assert (await producer.enqueue(TALK)).new

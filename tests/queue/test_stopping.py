@@ -2,11 +2,11 @@
 
 import os
 import signal
-import time
 
 import pytest
 import redis
 from drain_parts import Weights, counts, drain, job, say, start
+from patience import until
 from rq.job import JobStatus
 
 from producer import keys
@@ -101,11 +101,8 @@ def test_what_is_wrong_with_a_job_does_not_cost_the_lock(
     def breaks_keys(prepared):  # type: ignore[no-untyped-def]
         connection.set("rq:executions:t0", "no set of executions any more")
         connection.expire(keys.WORKER_LOCK, 30)
-        for _ in range(500):
-            if connection.ttl(keys.WORKER_LOCK) > 40:
-                return run(prepared)
-            time.sleep(0.02)
-        raise AssertionError("the lock was not renewed")
+        until(lambda: connection.ttl(keys.WORKER_LOCK) > 40, "the lock is renewed")
+        return run(prepared)
 
     weights.run = breaks_keys  # type: ignore[method-assign]
     drain(connection, weights, heartbeat=0.1)
@@ -122,7 +119,7 @@ def test_an_error_in_the_heartbeat_is_raised_between_steps(
 
     def robbed(prepared):  # type: ignore[no-untyped-def]
         connection.set(keys.WORKER_LOCK, '{"name": "robber", "pid": 1}')
-        time.sleep(0.4)
+        until(lambda: worker.heartbeats.error is not None, "the heartbeat has noticed")
         return run(prepared)
 
     weights.run = robbed  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from drain_parts import Weights, counts, say, start
 
 from producer import keys
 from producer.client import Producer
-from worker.consumer import upkeep
+from worker.consumer import transitions, upkeep
 
 
 def test_maintenance_leaves_the_batch_in_hand_alone(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
@@ -18,7 +18,7 @@ def test_maintenance_leaves_the_batch_in_hand_alone(redis_url: str, connection: 
     run, seen = weights.run, []
 
     def maintains(prepared: Any) -> Any:
-        seen.append(upkeep.clean(worker.queue, {held.id for held in worker.intake.hands}))
+        seen.append(upkeep.clean(worker.queue, {held.id for held in worker.batcher.hands}))
         seen.append(counts(connection))
         return run(prepared)
 
@@ -40,3 +40,13 @@ def test_maintenance_puts_back_what_is_in_nobodys_hands(
     assert upkeep.clean(worker.queue, ours=()) == [] and worker.queue.job_ids == ["a"]
     worker.work(burst=True)
     assert weights.trained == ["a"]
+
+
+def test_what_a_dead_worker_had_taken_comes_first(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
+    for job_id in ("taken-1", "taken-2", "queued"):
+        Producer(redis_url).enqueue(say("good"), id=job_id)
+    dead = start(connection, weights, hooks=[], name="dead")
+    assert [held.id for held in transitions.take(dead.queue, 2, 0)[0]] == ["taken-1", "taken-2"]
+    dead.lock.release()
+    start(connection, weights, hooks=[], max_jobs=1, linger=0).work(burst=True)
+    assert weights.batches == [["taken-1"], ["taken-2"], ["queued"]]

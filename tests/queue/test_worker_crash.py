@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from typing import ClassVar
 import pytest
 import redis
 from drain_parts import Lines, Weights, start
+from patience import PATIENCE, until
 from rq.utils import now
 
 from producer import keys
 from producer.client import Producer
-from worker.consumer import transitions
+from worker.consumer import commit, transitions
 from worker.consumer.jobs import open_queue
 from worker.consumer.redis_errors import retryable
 from worker.testing.redis_server import RedisServer
@@ -57,7 +59,7 @@ class Process:
         self.process.wait()
         self.log.close()
 
-    def ended(self, timeout: float = 120) -> int:
+    def ended(self, timeout: float = PATIENCE) -> int:
         code = self.process.wait(timeout=timeout)
         self.log.close()
         return code
@@ -70,21 +72,19 @@ def no_worker_survives() -> Iterator[None]:
         Process.running.pop().kill()
 
 
-def until(condition, timeout: float = 60.0) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
 def test_workers_killed_at_random_lose_nothing_and_train_nothing_twice(redis_url: str, folder: Path) -> None:
     connection, producer = redis.Redis.from_url(redis_url), Producer(redis_url)
-    ids = [producer.enqueue(GOOD, id=f"t{i}").id for i in range(400)]  # 12 kills cannot be enough to train them all
+    ids: list[str] = []
     dice, kills, weights = random.Random(7), 0, Weights(folder)
-    while kills < 12:
+    # What a kill hits is chance, and depends on the machine: kills go on until each kind has happened.
+    met = ("put back", "in the weights but not in Redis")  # before an update; between weights and Redis
+    while kills < 12 or not all(kind in (folder / "log").read_text() for kind in met):
+        assert kills < 200, "no kill fell before an update, or none between weights and Redis"
+        for _ in range(32 if ids else 100):
+            ids.append(producer.enqueue(GOOD, id=f"t{len(ids)}").id)
         worker = Process(redis_url, folder)
         version = weights.header["version"]
-        until(lambda v=version, w=worker: weights.header["version"] > v or w.process.poll() is not None)
+        until(lambda v=version, w=worker: weights.header["version"] > v or w.process.poll() is not None, "a version")
         time.sleep(dice.uniform(0, 0.12))  # a batch takes about this long
         worker.kill()
         kills += 1
@@ -98,9 +98,6 @@ def test_workers_killed_at_random_lose_nothing_and_train_nothing_twice(redis_url
     # Redis' ledger and the versions' manifests tell the same story as the weights.
     story = [entry[b"version"] for _, entry in connection.xrange(keys.EVENTS)]
     assert [int(version) for version in story] == list(range(1, weights.header["version"] + 1))
-    said = (folder / "log").read_text()
-    assert "put back" in said, "no kill fell before an update: the test proved nothing"
-    assert "in the weights but not in Redis" in said, "no kill fell between weights and Redis: the test proved nothing"
 
 
 def test_a_kill_between_weights_and_redis_is_mended_at_the_next_start(redis_url: str, folder: Path) -> None:
@@ -124,7 +121,7 @@ def test_a_kill_between_weights_and_redis_is_mended_at_the_next_start(redis_url:
     connection.rpush(worker.queue.key, "t3")  # and one was put back already
     again = start(connection, weights, hooks=[])
     assert producer.version() == 1 and {producer.status(i).state for i in ids} == {"finished"}
-    assert [producer.wait(i, timeout=5) for i in ids] == [1] * 5
+    assert [producer.wait(i, timeout=PATIENCE) for i in ids] == [1] * 5
     again.work(burst=True)
     assert weights.trained == ids and producer.version() == 1
     assert connection.zcard(f"rq:wip:{keys.QUEUE}") == 0
@@ -135,7 +132,7 @@ def test_a_killed_worker_is_replaced_at_once(redis_url: str, folder: Path) -> No
     for i in range(40):
         producer.enqueue(GOOD, id=f"t{i}")
     worker = Process(redis_url, folder)
-    until(lambda: weights.header["version"] >= 1)
+    until(lambda: weights.header["version"] >= 1, "the first version")
     worker.kill()
     assert connection.ttl(keys.WORKER_LOCK) > 0  # it had no time to give it back
     weights.untear()
@@ -146,42 +143,49 @@ def test_a_killed_worker_is_replaced_at_once(redis_url: str, folder: Path) -> No
 
 def test_sigterm_ends_a_worker_cleanly_and_a_second_changes_nothing(redis_url: str, folder: Path) -> None:
     producer, weights = Producer(redis_url), Weights(folder)
-    for i in range(60):
+    for i in range(252):  # more than it trains until the signal arrives, and no multiple of a batch
         producer.enqueue(GOOD, id=f"t{i}")
     worker = Process(redis_url, folder)
-    until(lambda: weights.header["version"] >= 1)
+    until(lambda: weights.header["version"] >= 1, "the first version")
     for _ in range(3):
         worker.process.send_signal(signal.SIGTERM)
     assert worker.ended() == 0
     header = weights.header
     assert header["state"] == "CLEAN" and header["version"] == producer.version()
-    assert len(weights.trained) % 8 == 0 and 0 < len(weights.trained) < 60
+    assert len(weights.trained) % 8 == 0 and 0 < len(weights.trained) < 252
     idle = Process(redis_url, folder)
-    until(lambda: producer.version() * 8 >= 60)
-    until(lambda: not redis.Redis.from_url(redis_url).llen(f"rq:queue:{keys.QUEUE}"))
+    until(lambda: len(weights.trained) == 252, "all are trained")
+    until(lambda: producer.version() == weights.header["version"], "the last version is committed")
     idle.process.send_signal(signal.SIGINT)
     assert idle.ended() == 0
-    assert len(weights.trained) == 60
+    assert len(weights.trained) == 252
 
 
 def test_a_redis_that_restarts_is_waited_for(server: RedisServer, folder: Path) -> None:
     weights = Weights(folder)
     ids = [Producer(server.url).enqueue(GOOD, id=f"t{i}").id for i in range(64)]
     worker = Process(server.url, folder, "--burst")
+
+    def notices() -> list[str]:
+        return re.findall("Redis does not serve this worker|Redis has not taken version", (folder / "log").read_text())
+
     for at in (2, 4):
-        until(lambda v=at: weights.header["version"] >= v or worker.process.poll() is not None)
+        until(lambda v=at: weights.header["version"] >= v or worker.process.poll() is not None, "the next version")
+        before = len(notices())
         server.stop()  # an orderly restart: nothing written is lost
-        time.sleep(0.4)
+        until(lambda n=before: len(notices()) > n or worker.process.poll() is not None, "the worker misses Redis")
         server.start()
     assert worker.ended() == 0, (folder / "log").read_text()[-3000:]
-    said = (folder / "log").read_text()
-    assert "Redis does not serve this worker" in said or "Redis has not taken version" in said
+    assert notices()
     assert sorted(weights.trained) == sorted(ids)
     producer = Producer(server.url)
     assert producer.version() == weights.header["version"] and {producer.status(i).state for i in ids} == {"finished"}
 
 
-def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(server: RedisServer, folder: Path) -> None:
+def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(
+    server: RedisServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "STOP_GRACE", -1.0)  # which is for a worker that was asked to stop: this one was not
     weights, lines = Weights(folder), Lines()
     producer = Producer(server.url)
     ids = [producer.enqueue(GOOD, id=f"t{i}").id for i in range(3)]
@@ -199,15 +203,13 @@ def test_a_redis_killed_before_it_hears_of_a_version_hears_of_it_once(server: Re
 
     weights.run, lines.say = stops_redis, on_notice  # type: ignore[method-assign]
     worker.work(burst=True)
-    assert weights.trained == ids and [producer.wait(i, timeout=5) for i in ids] == [1, 1, 1]
+    assert weights.trained == ids and [producer.wait(i, timeout=PATIENCE) for i in ids] == [1, 1, 1]
     assert any("has not taken version 1" in notice for notice in lines.notices)
 
 
 def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_next(
     server: RedisServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.consumer import commit
-
     monkeypatch.setattr(commit, "STOP_GRACE", 0.2)
     weights = Weights(folder)
     producer = Producer(server.url)
@@ -228,7 +230,7 @@ def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_nex
     weights.run = run  # type: ignore[method-assign]
     connection.delete(keys.WORKER_LOCK)  # this process lives on and would count as the holder
     start(connection, weights, hooks=[]).work(burst=True)
-    assert weights.trained == ["t0"] and producer.wait("t0", timeout=5) == 1
+    assert weights.trained == ["t0"] and producer.wait("t0", timeout=PATIENCE) == 1
 
 
 def test_a_full_redis_is_waited_for(redis_url: str, folder: Path) -> None:
@@ -288,7 +290,7 @@ def test_a_redis_whose_disk_is_full_is_waited_for(server: RedisServer, folder: P
         (server.folder / "dump.rdb" / "in the way").mkdir(parents=True)  # a snapshot cannot take its name
         connection.config_set("save", "3600 1")
         connection.bgsave()
-        until(lambda: connection.info("persistence")["rdb_last_bgsave_status"] == "err")
+        until(lambda: connection.info("persistence")["rdb_last_bgsave_status"] == "err", "the snapshot fails")
 
     lines.on_start = snapshots_fail  # type: ignore[method-assign]
     gets_well(lines, lambda: connection.config_set("save", ""))  # without snapshots none can have failed
@@ -302,14 +304,14 @@ def test_a_redis_lost_right_after_a_commit_costs_neither_count_nor_hook(server: 
     producer.enqueue([*GOOD[:1], {"role": "assistant", "content": "not finite"}], id="refused")
     producer.enqueue(GOOD, id="t0")
     worker = start(connection, weights, hooks=[lines], heartbeat=60)
-    release = worker.intake.release
+    release = worker.batcher.release
 
     def loses_redis(settled):  # type: ignore[no-untyped-def]
         release(settled)
         if [held.id for held in settled] == ["t0"]:
             server.stop()
 
-    worker.intake.release = loses_redis  # type: ignore[method-assign]
+    worker.batcher.release = loses_redis  # type: ignore[method-assign]
     gets_well(lines, lambda: server.start())
     assert worker.work(burst=True) == 1
     assert [line["version"] for line in lines.versions] == [1]

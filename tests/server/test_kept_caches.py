@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from serving_parts import Background, completion, events, metric, token_ids
 
 from worker.serving.control_client import ServerControl
@@ -127,7 +128,7 @@ def test_a_running_request_keeps_its_caches_and_nobody_else_gets_them(server: Se
     first, tokens = trainer.version, prompt(5, 600)
     preempted = metric(server, PREEMPTED)
     running = Background(server, 1300, stream=True, prompt=tokens, return_token_ids=True, temperature=0)
-    assert running.started.wait(60)
+    assert running.started.wait(PATIENCE)
     last = trainer.update()
     status, headers, body = running.result()
     assert (status, headers["x-weight-version"]) == (200, str(first))

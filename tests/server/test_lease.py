@@ -2,7 +2,6 @@
 
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from urllib.parse import urlsplit
 
 import msgpack
 import pytest
-from conftest import SERVER_OPTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_parts import Background, Victim, completion, events, request, streamed_tokens
+from patience import PATIENCE, until
+from server_options import SERVER_OPTIONS
+from serving_parts import LONG, Background, Victim, completion, events, inside, request, streamed_tokens
 
 from worker.serving.control_client import ServerControl, ServerError, ServerGone, server_state
 from worker.serving.vllm.framing import MAX_REQUEST
@@ -36,10 +36,6 @@ def control(server: ServerProcess) -> Iterator[ServerControl]:
     _put_back(server, before)
 
 
-LONG = 1500
-"""Tokens of a request that must still run when this process, on a busy machine, comes to look."""
-
-
 def _put_back(server: ServerProcess, before: dict[str, Any]) -> None:
     """Other tests share the server: give it the version it had."""
     if read_header(server.run_dir) == before:
@@ -48,13 +44,6 @@ def _put_back(server: ServerProcess, before: dict[str, Any]) -> None:
         trainer.pause()
         attach(server.run_dir).header.adopt(before["lineage"], before["version"])
         trainer.resume(before["version"])
-
-
-def _until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.02)
 
 
 def _serving(server: ServerProcess) -> bool:
@@ -77,7 +66,7 @@ def test_a_second_trainer_is_refused_by_the_firsts_name(server: ServerProcess, c
     control.pause()  # the first still holds its place
     control.resume(control.state()["version"])
     control.close()
-    _until(lambda: _serving(server), "the first trainer's place is free")
+    until(lambda: _serving(server), "the first trainer's place is free")
     with ServerControl(server.run_dir, "second") as second:
         assert second.state()["trainer"]["name"] == "second"
 
@@ -86,9 +75,7 @@ def test_pause_freezes_and_resume_needs_the_headers_version(server: ServerProces
     version = control.state()["version"]
     with pytest.raises(ServerError, match="not paused"):
         control.resume(version)
-    waiting = Background(server, LONG, stream=True)
-    assert waiting.started.wait(60)
-    assert control.pause() > 0
+    (waiting,) = inside(server, True, at=control.pause, undo=lambda: control.resume(version))
     with pytest.raises(ServerError, match="paused already"):
         control.pause()
     frozen = control.state()
@@ -111,7 +98,7 @@ def test_no_request_fails_under_many_pauses(server: ServerProcess, control: Serv
     version = control.state()["version"]
     requests = [Background(server, 150, stream=bool(number % 2)) for number in range(8)]
     for _ in range(12):
-        control.pause()
+        assert control.pause() > 0
         requests.append(Background(server, 20, stream=True))  # arrives during a pause
         control.resume(version)
     for one in requests:
@@ -125,10 +112,7 @@ def test_answers_carry_the_versions_they_span(server: ServerProcess, control: Se
     first = control.state()["version"]
     _, headers, _ = completion(server, 2)
     assert headers["x-weight-version"] == str(first)
-    stream, whole = Background(server, LONG, stream=True), Background(server, LONG, stream=False)
-    assert stream.started.wait(60)
-    _until(lambda: control.state()["in_flight"] == 2, "both requests are inside vLLM")
-    control.pause()
+    stream, whole = inside(server, True, False, at=control.pause, undo=lambda: control.resume(first))
     during = Background(server, 2, stream=False)
     header = attach(server.run_dir).header
     header.begin(control.fence)
@@ -144,17 +128,16 @@ def test_answers_carry_the_versions_they_span(server: ServerProcess, control: Se
     assert events(completion(server, 2, stream=True)[2])[-1] == f": weight-version {first + 1}"
 
 
-@pytest.mark.parametrize("steps", [("pause",), ("pause", "begin", "finish")], ids=["before", "after"])
+@pytest.mark.parametrize("steps", [(), ("begin", "finish")], ids=["before", "after"])
 def test_a_clean_server_goes_on_when_its_trainer_is_killed(server: ServerProcess, steps: tuple[str, ...]) -> None:
     before = read_header(server.run_dir)
-    victim = Victim(server.run_dir, *steps)
-    running = Background(server, 300, stream=True)
-    assert running.started.wait(60)
-    victim.go()
+    victim = Victim(server.run_dir)
+    (running,) = inside(server, True, at=lambda: victim.do("pause"), undo=lambda: victim.do("resume"), tokens=600)
+    victim.do(*steps)
     assert server_state(server.run_dir)["state"] == "paused"
     arriving = Background(server, 5, stream=False)
     victim.kill()
-    _until(lambda: _serving(server), "the server goes on")
+    until(lambda: _serving(server), "the server goes on")
     applied = before["version"] + ("finish" in steps)
     assert server_state(server.run_dir)["version"] == applied
     status, headers, body = running.result()
@@ -168,9 +151,7 @@ def test_a_server_that_is_written_to_goes_on_and_its_answers_say_so(
     server: ServerProcess, control: ServerControl
 ) -> None:
     first = control.state()["version"]
-    running = Background(server, LONG, stream=True)
-    assert running.started.wait(60)
-    control.begin_hogwild()
+    (running,) = inside(server, True, at=control.begin_hogwild, undo=lambda: (control.pause(), control.resume(first)))
     state = control.state()
     assert (state["state"], state["version"], state["written"]) == ("serving", first, first + 1)
     with pytest.raises(ServerError, match="begin_hogwild"):
@@ -197,12 +178,12 @@ def test_a_server_goes_on_when_who_wrote_to_it_is_killed_with_whole_weights(
     server: ServerProcess, steps: tuple[str, ...]
 ) -> None:
     before = read_header(server.run_dir)
-    victim = Victim(server.run_dir, *steps)
+    victim = Victim(server.run_dir)
     running = Background(server, 300, stream=False)
-    victim.go()
+    victim.do(*steps)
     assert server_state(server.run_dir)["written"] == before["version"] + 1
     victim.kill()
-    _until(lambda: _serving(server) and "written" not in server_state(server.run_dir), "the lease has ended")
+    until(lambda: _serving(server) and "written" not in server_state(server.run_dir), "the lease has ended")
     applied = before["version"] + ("finish" in steps)
     assert server_state(server.run_dir)["version"] == applied
     assert running.result()[0] == 200
@@ -228,7 +209,7 @@ MALFORMED = st.one_of(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sent=st.lists(MALFORMED, min_size=1, max_size=4).map(b"".join))
 def test_malformed_messages_get_an_error_and_change_nothing(server: ServerProcess, sent: bytes) -> None:
-    with unix_socket.connect(str(server.run_dir / "control.sock"), timeout=30) as sock:
+    with unix_socket.connect(str(server.run_dir / "control.sock"), timeout=PATIENCE) as sock:
         try:
             sock.sendall(sent)
             sock.shutdown(socket.SHUT_WR)
@@ -242,7 +223,7 @@ def test_malformed_messages_get_an_error_and_change_nothing(server: ServerProces
             assert "reset" in str(error)
     # Only a well-formed hello or pause could be answered with anything else than an error.
     assert all("error" in reply or "version" in reply or "seconds" in reply for reply in replies)
-    _until(lambda: _serving(server), "the server serves, without a trainer")
+    until(lambda: _serving(server), "the server serves, without a trainer")
 
 
 def test_a_request_that_never_ends_does_not_hold_up_others(server: ServerProcess, control: ServerControl) -> None:
@@ -258,14 +239,12 @@ def test_a_torn_server_says_so_to_everyone(tiny_model: Path, tmp_path: Path) -> 
         completion(server, 2)
         half_sent = socket.create_connection(urlsplit(server.url).netloc.split(":"))  # and never ends
         half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
-        victim = Victim(server.run_dir, "pause", "begin")
-        stream, whole = Background(server, 1500, stream=True), Background(server, 1500, stream=False)
-        assert stream.started.wait(60)
-        _until(lambda: server_state(server.run_dir)["in_flight"] == 2, "both requests are inside vLLM")
-        victim.go()
+        victim = Victim(server.run_dir)
+        stream, whole = inside(server, True, False, at=lambda: victim.do("pause"), undo=lambda: victim.do("resume"))
+        victim.do("begin")
         arriving = Background(server, 5, stream=True)
         victim.kill()
-        _until(lambda: server_state(server.run_dir)["state"] == "torn", "the server is torn")
+        until(lambda: server_state(server.run_dir)["state"] == "torn", "the server is torn")
 
         reason = server_state(server.run_dir)["reason"]
         assert f"process {victim.pid}" in reason

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from durable_parts import QUIET, Site, transcripts
-from serving_parts import Background, completion, events
+from serving_parts import Background, completion, events, inside
 
 from producer.transcript import Transcript
 from worker.config.hyperparameters import Hyperparameters
@@ -74,9 +74,14 @@ def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site
     header = attach(site.run_dir).header
     control = ServerControl(site.run_dir, "lost")
     control.connect()
-    stream, whole = Background(server, 4000, stream=True), Background(server, 4000, stream=False)
-    assert stream.started.wait(60)
-    control.begin_hogwild()
+    stream, whole = inside(
+        server,
+        True,
+        False,
+        at=control.begin_hogwild,
+        undo=lambda: (control.pause(), control.resume(before)),
+        tokens=4000,
+    )
     header.begin(control.fence)
     control.close()  # as the end of its process does, which a busy machine may put off
     site.is_torn()

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPU
+from patience import PATIENCE
+from server_options import GPU
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -36,14 +37,14 @@ AGREEMENT = 0.08
 
 
 def post(server: Any, body: dict[str, Any]) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{server.url}/v1/models", timeout=60) as reply:
+    with urllib.request.urlopen(f"{server.url}/v1/models", timeout=PATIENCE) as reply:
         model = json.load(reply)["data"][0]["id"]
     request = urllib.request.Request(
         f"{server.url}/v1/completions",
         json.dumps({"model": model} | body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=120) as reply:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
         answer: dict[str, Any] = json.load(reply)
     return answer
 

@@ -26,13 +26,19 @@ from worker.utils import torch_setup, unix_socket
 @click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 @click.argument("model")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the sockets lie; default $TANDEM_RUN_DIR.")
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Folder for the server's sockets; the worker needs the same. By default $TANDEM_RUN_DIR, else a folder of"
+    " your own below $XDG_RUNTIME_DIR or /tmp.",
+)
 @click.option(
     "--trainer-memory",
     type=TrainerMemory(),
     default="auto",
     show_default=True,
-    help="Device memory in GB that vLLM leaves to the trainer; auto: by MODEL's sizes; 0: what vLLM leaves by itself.",
+    help="GPU memory, in GB, that vLLM leaves to the trainer. auto: what training MODEL needs. 0: what vLLM leaves by"
+    " itself.",
 )
 @cache_options
 def command(

@@ -139,6 +139,7 @@ def train_attached(
     """
     from worker.orchestrator.live_update import LiveUpdate
     from worker.orchestrator.session import open_session
+    from worker.trainer.threads import TrainingThreads
 
     with open_session(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
@@ -149,7 +150,7 @@ def train_attached(
                 "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
                 " note of them, or name the right directory with --state-dir"
             )
-        update = LiveUpdate(session, base=base)
+        update = LiveUpdate(session, base=base, threads=TrainingThreads())
 
         def step(examples: list[Ready]) -> float:
             made = update.run(examples)
@@ -207,6 +208,8 @@ def command(
 ) -> None:
     """Train on FILE.jsonl (- for standard input) without a queue: a model directory, or a running server."""
     h = Hyperparameters(**options)
+    if plot and not plot.absolute().parent.is_dir() and (out is None or plot.absolute().parent != out.absolute()):
+        raise TandemError(f"--plot: the folder {plot.absolute().parent} does not exist: make it first")
     if attach:
         if model_dir or out:
             raise TandemError("--attach trains the running server: leave out --model and --out")

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import redis
-import torch
 
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
@@ -22,6 +21,7 @@ from worker.orchestrator.agreement import agree
 from worker.orchestrator.reports import sentence
 from worker.orchestrator.session import open_session
 from worker.orchestrator.worker_loop import WorkerLoop
+from worker.trainer.threads import TrainingThreads
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 from worker.versions.eviction_watch import check_kind
@@ -39,7 +39,11 @@ log = logging.getLogger("tandem")
 @click.option("--until-empty", is_flag=True, help="Stop when the queue is empty.")
 @click.option("--burst", is_flag=True, hidden=True, help="The former name of --until-empty.")
 @click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads for training (default: torch's choice).")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads for training (default: before each version, as many as CPUs are free).",
+)
 @state_options
 @guard_options
 @apply_options
@@ -60,8 +64,7 @@ def command(
 ) -> None:
     """Drain the queue and train the weights that the server of --run-dir is serving."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if threads:
-        torch.set_num_threads(threads)
+    cpu_threads = TrainingThreads(threads)
     policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     connection = connect(resolve_url(redis_url), redis.Redis.from_url)
@@ -86,7 +89,10 @@ def command(
             limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
             limits["history"] = policy.history
             empty = until_empty or burst
-            WorkerLoop(connection, session, lock, guards, until_empty=empty, hooks=[LogHooks()], **limits).run()
+            loop = WorkerLoop(
+                connection, session, lock, guards, cpu_threads, until_empty=empty, hooks=[LogHooks()], **limits
+            )
+            loop.run()
             if policy.at_stop and (report := session.keeper.checkpoints.try_write()):
                 log.info(sentence(report))
     finally:

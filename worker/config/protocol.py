@@ -1,4 +1,4 @@
-"""What the drain asks of the thing that trains: one protocol, one answer, two errors.
+"""What the queue's worker asks of the thing that trains: one protocol, one answer, two errors.
 
 Must not know: Redis, RQ, torch. Everything here is plain Python, so that the queue side can be tested with any step
 and the training side with any queue.

@@ -20,7 +20,7 @@ import redis
 
 from worker.config.protocol import Step, Unavailable
 from worker.consumer import transitions, upkeep
-from worker.consumer.batcher import Intake
+from worker.consumer.batcher import Batcher
 from worker.consumer.bisection import Bisection
 from worker.consumer.commit import Committer
 from worker.consumer.events import (
@@ -33,7 +33,7 @@ from worker.consumer.events import (
     Stopping,
     TookOver,
 )
-from worker.consumer.heartbeat import Pulse
+from worker.consumer.heartbeat import Heartbeat
 from worker.consumer.jobs import FeedbackJob, FeedbackQueue, open_queue
 from worker.consumer.log_lines import LogHooks, logger
 from worker.consumer.redis_errors import own_words, retryable
@@ -83,11 +83,11 @@ class BatchWorker(RqWorker):
         self.lock = lock or WorkerLock(connection, self.name)
         self.settling = threading.RLock()
         limits: dict[str, Any] = {"max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
-        self.intake = Intake(
+        self.batcher = Batcher(
             self, self.queue, step, prepare_limit=prepare_limit, tell=self.tell, settling=self.settling, **limits
         )
-        self.committer = Committer(self, self.queue, self.intake, self.settling, self.tell, history)
-        self.pulse = Pulse(heartbeat, self.beat)
+        self.committer = Committer(self, self.queue, self.batcher, self.settling, self.tell, history)
+        self.heartbeats = Heartbeat(heartbeat, self.beat)
         self.evictions = EvictionWatch(connection, lambda problem: self.tell("on_notice", MayEvict(problem)))
 
     @property
@@ -105,7 +105,7 @@ class BatchWorker(RqWorker):
         """
         self.take_lock()
         self.committer.versions = 0
-        bisection = Bisection(self.step, self.intake, self.committer, self.tell)
+        bisection = Bisection(self.step, self.batcher, self.committer, self.tell)
         try:
             self.begin(logging_level)
             while not self.stop_requested and (max_versions is None or self.versions < max_versions):
@@ -137,12 +137,12 @@ class BatchWorker(RqWorker):
         for notice in [*wrong, *([JobsRecovered(recovered)] if recovered else [])]:
             self.tell("on_notice", notice)
         self.begin_life(logging_level)
-        self.pulse.start()
+        self.heartbeats.start()
         self.tell("on_start")
 
     def go_round(self, bisection: Bisection, burst: bool) -> bool:
         """One round of the loop: upkeep, then a batch if there is one. False: burst mode has nothing left to do."""
-        self.pulse.check()
+        self.heartbeats.check()
         self.evictions.look()
         if self.check is not None:
             self.check()
@@ -150,10 +150,10 @@ class BatchWorker(RqWorker):
             return False
         upkeep.enqueue_due(self.queue)
         if self.maintenance_is_due():
-            for notice in upkeep.clean(self.queue, {held.id for held in self.intake.hands}):
+            for notice in upkeep.clean(self.queue, {held.id for held in self.batcher.hands}):
                 self.tell("on_notice", notice)
-        if self.intake.collect(burst):
-            bisection.train(list(self.intake.batch), linger_s=time.monotonic() - self.intake.first)
+        if self.batcher.collect(burst):
+            bisection.train(list(self.batcher.batch), linger_s=time.monotonic() - self.batcher.first)
             return True
         return not burst or bool(upkeep.enqueue_due(self.queue))
 
@@ -167,7 +167,7 @@ class BatchWorker(RqWorker):
             try:
                 self.connection.ping()
                 self.lock.renew()
-                count = len(self.intake.hands)
+                count = len(self.batcher.hands)
                 self.put_back_rest()
                 count += transitions.put_back_taken(self.queue)
             except redis.RedisError:
@@ -177,17 +177,17 @@ class BatchWorker(RqWorker):
 
     def put_back_rest(self) -> None:
         """Return every job in hand to the front of the queue, in order, with no retry spent."""
-        self.put_back(self.intake.hands)
+        self.put_back(self.batcher.hands)
 
     def put_back(self, jobs: list[Held]) -> None:
         with self.settling:
             if jobs:
                 transitions.put_back(self, self.queue, jobs)
-                self.intake.release(jobs)
+                self.batcher.release(jobs)
 
     def leave(self) -> None:
         """The way out. A batch still in hand here was cut off by an error: it stays started, for the next worker."""
-        self.pulse.stop()
+        self.heartbeats.stop()
         self.give_back_signals()
         self.unsubscribe()
         for last in (self.put_back_backlog, lambda: self.tell("on_stop"), self.teardown, self.lock.release):
@@ -198,19 +198,19 @@ class BatchWorker(RqWorker):
 
     def put_back_backlog(self) -> None:
         if self.lock.held:
-            self.put_back(list(self.intake.backlog))
+            self.put_back(list(self.batcher.backlog))
 
     def beat(self) -> None:
         """One sign of life, from the heartbeat's thread: worker, jobs in hand, and the lock."""
         self.lock.renew()  # first: nothing that is wrong with a job may cost us the lock
         with self.settling:
-            transitions.heartbeat(self, self.intake.hands, WORKER_TTL + 60)
+            transitions.heartbeat(self, self.batcher.hands, WORKER_TTL + 60)
 
     def request_stop(self, signum: int, frame: Any) -> None:
         """SIGTERM and SIGINT: finish the batch in hand, then end. Asking again changes nothing: a step that is cut
         short would tear the weights."""
         notice = Stopping(signal.Signals(signum).name, again=self.stop_requested)
-        self.stop_requested = self.intake.stop = True
+        self.stop_requested = self.batcher.stop = True
         self.tell("on_notice", notice)
 
     def tell(self, event: str, *details: Any) -> None:

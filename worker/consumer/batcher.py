@@ -1,6 +1,6 @@
-"""The intake: which jobs make the next batch.
+"""Which jobs make the next batch.
 
-Must not know: weights, versions, torch; RQ's inside (worker/consumer/transitions.py).
+Must not know: weights, versions, torch; RQ.
 Invariants: every job taken is acknowledged, dropped, failed alone, or in `backlog` or `batch`, each id once and in the
 order it came; texts never reach logs; the only time limit, SIGALRM, is around preparing one transcript.
 """
@@ -32,7 +32,7 @@ LOOKS = 8
 """How often the queue is looked at while a batch lingers."""
 
 
-class Intake:
+class Batcher:
     """Collects batches for `worker`: at most `max_jobs`, at most `max_tokens` (a larger transcript goes alone), at most
     `linger` seconds after the first job.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from producer.errors import TandemError
 from worker.config.protocol import Step, Torn, Unavailable
-from worker.consumer.batcher import Intake
+from worker.consumer.batcher import Batcher
 from worker.consumer.commit import Committer
 from worker.consumer.error_text import told
 from worker.consumer.transitions import Held
@@ -22,10 +22,10 @@ SICK_AFTER = 3
 
 
 class Bisection:
-    """Trains batches of `intake` with `step` and has them committed. tell: the worker's hooks."""
+    """Trains batches of `batcher` with `step` and has them committed. tell: the worker's hooks."""
 
-    def __init__(self, step: Step[Any], intake: Intake, committer: Committer, tell: Callable[..., None]) -> None:
-        self.step, self.intake, self.committer, self.tell = step, intake, committer, tell
+    def __init__(self, step: Step[Any], batcher: Batcher, committer: Committer, tell: Callable[..., None]) -> None:
+        self.step, self.batcher, self.committer, self.tell = step, batcher, committer, tell
         self.broken_on: list[str] = []
         """Jobs on which the step broke alone, since a version was trained."""
 
@@ -38,7 +38,7 @@ class Bisection:
             raise
         except Exception as error:
             if len(batch) == 1:
-                self.intake.reject(batch[0], told(error), permanent=False)
+                self.batcher.reject(batch[0], told(error), permanent=False)
                 self._suspect(batch[0], error)
                 return
             self.tell("on_split", len(batch), told(error).splitlines()[-1][:200])

@@ -15,7 +15,7 @@ from redis.client import Pipeline
 from producer.errors import TandemError
 from worker.config.protocol import Update
 from worker.consumer import rq_private, settlement
-from worker.consumer.batcher import Intake
+from worker.consumer.batcher import Batcher
 from worker.consumer.events import CommitWaits, NotesNotWritten
 from worker.consumer.jobs import FeedbackQueue
 from worker.consumer.redis_errors import own_words
@@ -42,13 +42,13 @@ class Committer:
         self,
         worker: RqWorker,
         queue: FeedbackQueue,
-        intake: Intake,
+        batcher: Batcher,
         settling: threading.RLock,
         tell: Callable[..., None],
         history: int | None = None,
     ) -> None:
         self.history = history
-        self.worker, self.queue, self.intake, self.settling, self.tell = worker, queue, intake, settling, tell
+        self.worker, self.queue, self.batcher, self.settling, self.tell = worker, queue, batcher, settling, tell
         self.versions = 0
         """How many versions were committed."""
 
@@ -65,7 +65,7 @@ class Committer:
             self.tell("on_version", update.manifest | line)
         for held in batch:
             if held.id in update.rejected:
-                self.intake.reject(held, update.rejected[held.id], permanent=True)
+                self.batcher.reject(held, update.rejected[held.id], permanent=True)
 
     @staticmethod
     def _complete(update: Update, trained: list[Held], step_s: float, linger_s: float) -> None:
@@ -90,7 +90,7 @@ class Committer:
             try:
                 with self.settling:
                     ledger.commit(self.worker.connection, record, finish, history=self.history)
-                    self.intake.release(trained)
+                    self.batcher.release(trained)
                 point("committed")
                 break
             except redis.DataError:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import redis
 
 
-class Pulse:
+class Heartbeat:
     """Calls `beat` every `interval` seconds until `stop()`. Redis being away is no error: the main thread says so."""
 
     def __init__(self, interval: float, beat: Callable[[], None]) -> None:

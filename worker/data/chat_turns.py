@@ -77,10 +77,14 @@ class TurnRenderer:
         """The turn that is the last of `messages`, an assistant's. Raises ExampleError, which calls it `where`."""
         *before, message = messages
         if not before:
-            raise ExampleError(f"{where} is an assistant turn with nothing before it: there is no prompt to answer")
+            raise ExampleError(
+                f"{where} is an assistant turn with nothing before it: there is no prompt to answer; leave it out of "
+                "train_on"
+            )
         kwargs = self.template_kwargs | {"enable_thinking": has_reasoning(message)} | dict(kwargs)
         tools = None if tools is None else server_tools(tools)
-        context = self._render(before, tools, kwargs, where, prompt=True)
+        messages = [*map(_as_sent, before), message]
+        context = self._render(messages[:-1], tools, kwargs, where, prompt=True)
         whole = self._render(messages, tools, kwargs, where, prompt=False)
         if not whole.startswith(context):
             raise ExampleError(f"{where} {self._why_no_continuation(message, kwargs)}")
@@ -164,7 +168,7 @@ class TurnRenderer:
 
     def _continuation(self, text: str, message: Message, where: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character ranges of what the server had to generate: `text` up to and with the end of the turn."""
-        own = Counter(hit for part in _strings(message) for hit in self._control_text.findall(part))
+        own = Counter(hit for part in strings(message) for hit in self._control_text.findall(part))
         if own:
             return self._continuation_spelling_controls(text, own, where)
         ids, offsets = self._encode(text)
@@ -210,10 +214,15 @@ class TurnRenderer:
 
 
 def has_reasoning(message: Message) -> bool:
-    """Whether an assistant's message holds reasoning, in its own field or as a think block inside the content."""
-    before, closed, _ = message.get("content", "").partition("</think>")
-    inline = before.rpartition("<think>")[2] if closed else ""
-    return bool((message.get("reasoning_content") or inline).strip())
+    """Whether a normalised assistant's message holds reasoning."""
+    return bool(message.get("reasoning_content", "").strip())
+
+
+def _as_sent(message: Message) -> Message:
+    """An earlier message as a client sends it to the server, which is never told that there was no reasoning."""
+    if message.get("reasoning_content") == "":
+        return {name: value for name, value in message.items() if name != "reasoning_content"}
+    return message
 
 
 def server_tools(tools: Tools) -> list[dict[str, Any]]:
@@ -230,17 +239,17 @@ def server_tools(tools: Tools) -> list[dict[str, Any]]:
     return result
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """Every string in a plain value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
+            yield from strings(key)
+            yield from strings(item)
     elif isinstance(value, Sequence):
         for item in value:
-            yield from _strings(item)
+            yield from strings(item)
 
 
 def _reason(error: Exception) -> str:

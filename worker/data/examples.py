@@ -4,8 +4,9 @@ Must not know: torch, Redis, vLLM. What a single turn is, `worker.data.chat_turn
 
 Invariants: each trained turn stands in exactly one sequence, after exactly the tokens a server would have been prompted
 with. Turns share a sequence where the prompt of the next begins with the very tokens so far; templates that rewrite
-history (Qwen's drop the thinking of earlier turns) get a sequence a turn. No sequence exceeds `max_tokens`; what a
-conversation costs over its longest sequence (the expansion) is reported and bounded.
+history (Qwen's drop the thinking of earlier turns) get a sequence a turn. No sequence exceeds `max_tokens`. What a
+conversation costs over its longest sequence (the expansion) is bounded, and so is the rendering that is done for it:
+within those bounds the latest turns are trained, and the report says how many.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
-from producer.messages import says_something
-from producer.transcript import Transcript
-from worker.data.chat_turns import ExampleError, Turn, TurnRenderer
+from producer.transcript import Transcript, trained_turns
+from worker.data.chat_turns import ExampleError, Turn, TurnRenderer, strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,8 +30,10 @@ class TooLong(ExampleError):
     """A turn with all that comes before it does not fit into `max_tokens`."""
 
 
-class TooExpansive(ExampleError):
-    """The sequences together are over the bound on what they may cost."""
+RENDERED = 12 * 1024 * 1024
+"""Characters that are rendered and tokenized for one transcript at most, beyond its last turn: half a minute's work."""
+MESSAGE = 150
+"""Characters that a message counts besides its own: what a template's loop costs, in the same time."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Example:
-    """What one transcript trains. `report` is plain: counts, how much was dropped, the expansion."""
+    """What one transcript trains. `report` is plain: counts, how much was dropped, the expansion. Its `turns` are
+    trained; `dropped_turns` were asked for too, but lie before what `max_tokens` or the bounds allow."""
 
     id: str
     sequences: tuple[TokenSequence, ...]
@@ -65,8 +69,8 @@ class ExampleBuilder:
 
     `overlong="truncate"` drops the oldest messages after the system message, up to a user turn, until every sequence
     fits into `max_tokens`; "reject" makes that an error. `max_expansion` bounds tokens over all sequences divided by
-    those of the longest. `template_kwargs` are the server's default chat template arguments; `end_ids` the tokens
-    that end a turn according to the model's generation config.
+    those of the longest: the latest turns within it are trained. `template_kwargs` are the server's default chat
+    template arguments; `end_ids` the tokens that end a turn according to the model's generation config.
     """
 
     def __init__(
@@ -82,6 +86,8 @@ class ExampleBuilder:
     ) -> None:
         if overlong not in ("truncate", "reject"):
             raise ExampleError(f'overlong must be "truncate" or "reject", not {overlong!r}')
+        if max_expansion < 1:
+            raise ExampleError(f"max_expansion must be at least 1, not {max_expansion:g}")
         if chat_template is None and not tokenizer.chat_template:
             raise ExampleError("the tokenizer has no chat template: name one")
         self.max_tokens = max_tokens
@@ -93,89 +99,30 @@ class ExampleBuilder:
 
     def build(self, transcript: Transcript, id: str) -> Example:
         """The example of `transcript`. Raises ExampleError, which names the message and what to do."""
-        turns = _trained_turns(transcript)
-        messages = transcript.messages
-        head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-        start, sequences = head, None
+        asked = trained_turns(transcript.messages, transcript.train_on)
+        work = _Work(self, transcript)
+        start = work.head
         try:
-            sequences = self._sequences(transcript, turns, head, head)
+            turns = work.latest(asked, start)
         except TooLong as error:
             if self.overlong == "reject":
                 raise
-            start, sequences = self._truncated(transcript, turns, head, error)
-        return self._example(transcript, id, turns, sequences, start - head, start)
-
-    def _example(
-        self,
-        transcript: Transcript,
-        id: str,
-        turns: list[int],
-        sequences: list[TokenSequence],
-        dropped: int,
-        start: int,
-    ) -> Example:
+            start, turns = work.truncated(asked, error)
+        sequences = _joined(turns)
         tokens = sum(len(sequence.ids) for sequence in sequences)
-        expansion = tokens / max(len(sequence.ids) for sequence in sequences)
-        self._check_expansion(expansion)
-        kept = [turn for turn in turns if turn >= start]
         report = {
-            "turns": len(kept),
+            "turns": len(turns),
             "sequences": len(sequences),
             "tokens": tokens,
             "trained_tokens": sum(sum(sequence.mask) for sequence in sequences),
-            "dropped_messages": dropped,
-            "dropped_turns": len(turns) - len(kept),
-            "expansion": round(expansion, 3),
+            "dropped_messages": start - work.head,
+            "dropped_turns": len(asked) - len(turns),
+            "expansion": round(tokens / max(len(sequence.ids) for sequence in sequences), 3),
         }
         return Example(id, tuple(sequences), transcript.weight, report)
 
-    def _truncated(
-        self, transcript: Transcript, turns: list[int], head: int, error: TooLong
-    ) -> tuple[int, list[TokenSequence]]:
-        """The earliest user turn from which on every sequence fits, and those sequences."""
-        users = [i for i in range(head + 1, turns[-1]) if transcript.messages[i]["role"] == "user"]
-        # The last trained turn has nearly always the longest prompt, and a later start only shortens it.
-        first = bisect_left(users, True, key=lambda start: self._last_fits(transcript, turns, head, start))
-        for start in users[first:]:
-            try:
-                return start, self._sequences(transcript, turns, head, start)
-            except TooLong as later:
-                error = later
-            except TooExpansive:
-                raise
-            except ExampleError:
-                continue  # a template may refuse to start here, say at a tool's answer dressed as a user's
-        raise error
-
-    def _last_fits(self, transcript: Transcript, turns: list[int], head: int, start: int) -> bool:
-        try:
-            self._turn(transcript, turns[-1], head, start)
-        except TooLong:
-            return False
-        except ExampleError:
-            return True  # no more than a question of length here; building says what is wrong
-        return True
-
-    def _sequences(self, transcript: Transcript, turns: list[int], head: int, start: int) -> list[TokenSequence]:
-        """The trained turns from message `start` on, seen after the first `head` messages and those from `start` on."""
-        last = self._turn(transcript, turns[-1], head, start)  # first of all, since it is the likeliest to be too long
-        done: list[TokenSequence] = []
-        ids: list[int] = []
-        mask: list[bool] = []
-        tokens = 0
-        for index in (turn for turn in turns if turn >= start):
-            turn = last if index == turns[-1] else self._turn(transcript, index, head, start)
-            if turn.context[: len(ids)] != ids:
-                done.append(_sequence(ids, mask))
-                tokens += len(ids)
-                self._check_expansion(tokens / self.max_tokens)  # a lower bound already: stop early
-                ids, mask = [], []
-            mask += [False] * (len(turn.context) - len(ids)) + turn.trained
-            ids = turn.context + turn.continuation
-        return [*done, _sequence(ids, mask)]
-
-    def _turn(self, transcript: Transcript, index: int, head: int, start: int) -> Turn:
-        messages = transcript.messages[:head] + transcript.messages[start : index + 1]
+    def turn(self, transcript: Transcript, messages: list[dict[str, Any]], index: int) -> Turn:
+        """The turn that is the last of `messages`; `index`: its place in the transcript. Raises TooLong."""
         turn = self._renderer.turn(messages, transcript.tools, transcript.chat_template_kwargs, f"messages[{index}]")
         if len(turn) > self.max_tokens:
             raise TooLong(
@@ -184,22 +131,92 @@ class ExampleBuilder:
             )
         return turn
 
-    def _check_expansion(self, expansion: float) -> None:
-        if expansion > self.max_expansion:
-            raise TooExpansive(
-                f"the chat template rewrites history, so that this conversation would cost {expansion:.1f} times its "
-                f"length; the bound is {self.max_expansion:g}: train on fewer turns (train_on), or raise the bound"
-            )
+
+class _Work:
+    """One transcript while its example is built: what may still be rendered for it, and what was found.
+
+    `head`: how many system messages it opens with; they stay when older messages are dropped.
+    """
+
+    def __init__(self, builder: ExampleBuilder, transcript: Transcript) -> None:
+        self.builder, self.transcript = builder, transcript
+        messages = transcript.messages
+        self.head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+        self.left = RENDERED
+        sizes = (MESSAGE + sum(map(len, strings(message))) for message in messages)
+        self._before = list(accumulate(sizes, initial=0))  # characters of the messages before each
+        self._tools = sum(map(len, strings(transcript.tools or [])))
+
+    def latest(self, asked: list[int], start: int) -> list[Turn]:
+        """The latest of the turns `asked` for that the bounds allow, in order, seen after the first `head` messages
+        and those from `start` on. Raises TooLong."""
+        turns: list[Turn] = []  # the last one first
+        tokens = longest = 0
+        for index in reversed([turn for turn in asked if turn >= start]):
+            if turns and self.left <= 0:
+                break
+            turn = self.turn(index, start)
+            if not (turns and _continues(turns[-1], turn)):  # it ends a sequence
+                tokens, longest = tokens + len(turn), max(longest, len(turn))
+                if tokens > self.builder.max_expansion * longest:
+                    break
+            turns.append(turn)
+        return turns[::-1]
+
+    def truncated(self, asked: list[int], error: TooLong) -> tuple[int, list[Turn]]:
+        """The earliest user turn from which on every sequence fits, and what is trained from there."""
+        users = [i for i in range(self.head + 1, asked[-1]) if self.transcript.messages[i]["role"] == "user"]
+        # The last trained turn has nearly always the longest prompt, and a later start only shortens it.
+        first = bisect_left(users, True, key=lambda start: self._fits(asked[-1], start))
+        for start in users[first:]:
+            try:
+                return start, self.latest(asked, start)
+            except TooLong as later:
+                error = later
+            except ExampleError:
+                pass  # a template may refuse to start here, say at a tool's answer dressed as a user's
+            if self.left <= 0:
+                raise ExampleError(
+                    f"{error}; looking for a later start took too long: shorten the conversation, or train on its last "
+                    'turn (train_on: "last")'
+                )
+        raise error
+
+    def _fits(self, index: int, start: int) -> bool:
+        try:
+            self.turn(index, start)
+        except TooLong:
+            return False
+        except ExampleError:
+            return True  # no more than a question of length here; building says what is wrong
+        return True
+
+    def turn(self, index: int, start: int) -> Turn:
+        """The turn `index`, seen from `start` on. Raises TooLong."""
+        self.left -= self._before[self.head] + self._before[index + 1] - self._before[start] + self._tools
+        messages = self.transcript.messages[: self.head] + self.transcript.messages[start : index + 1]
+        return self.builder.turn(self.transcript, messages, index)
 
 
-def _trained_turns(transcript: Transcript) -> list[int]:
-    """Indices of the turns to train on. Of "all", turns that say nothing are left out."""
-    if isinstance(transcript.train_on, list):
-        return sorted(transcript.train_on)
-    turns = [i for i, message in enumerate(transcript.messages) if message["role"] == "assistant"]
-    if transcript.train_on == "last":
-        return turns[-1:]
-    return [i for i in turns if says_something(transcript.messages[i])]
+def _continues(later: Turn, earlier: Turn) -> bool:
+    """Whether the prompt of `later` begins with the very tokens of `earlier`, so that both fit into one sequence."""
+    end = len(earlier.context)
+    return (
+        later.context[:end] == earlier.context
+        and later.context[end : end + len(earlier.continuation)] == earlier.continuation
+    )
+
+
+def _joined(turns: list[Turn]) -> list[TokenSequence]:
+    """The sequences of turns in order."""
+    sequences: list[TokenSequence] = []
+    mask: list[bool] = []
+    for turn, later in zip_longest(turns, turns[1:]):
+        mask += [False] * (len(turn.context) - len(mask)) + turn.trained
+        if later is None or not _continues(later, turn):
+            sequences.append(_sequence(turn.context + turn.continuation, mask))
+            mask = []
+    return sequences
 
 
 def _sequence(ids: list[int], mask: list[bool]) -> TokenSequence:

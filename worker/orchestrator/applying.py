@@ -110,7 +110,7 @@ def _end_lease(session: Session, version: int) -> float:
     """Let the server go on under `version`; time.monotonic() of when it stood still, at the latest."""
     try:
         if session.settings.hogwild:
-            session.control.pause()  # drops what was computed with weights of two versions
+            session.control.pause()  # what was computed with weights of two versions stays with those that have it
         paused = time.monotonic()
         session.control.resume(version)
         return paused

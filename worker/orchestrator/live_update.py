@@ -30,6 +30,7 @@ from worker.orchestrator.applying import apply_update
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
 from worker.trainer.outliers import GradientOutlier, Guards
+from worker.trainer.threads import TrainingThreads
 from worker.trainer.trainer import Gradients
 from worker.utils.duty_cycle import Duty
 from worker.utils.signals import deferred
@@ -82,12 +83,14 @@ class LiveUpdate:
         base: int | None = None,
         guards: Guards | None = None,
         rehearsal: Rehearsal[Ready] | None = None,
+        threads: TrainingThreads | None = None,
         confirm: Callable[[], None] = lambda: None,
     ) -> None:
         self.session = session
         self.base = base
         self.guards = guards
         self.rehearsal = rehearsal
+        self.threads = threads
         self.confirm = confirm
         self.duty = Duty(session.settings.duty_cycle)
         self.remember()
@@ -114,6 +117,8 @@ class LiveUpdate:
         if self.session.weights.header.state != CLEAN:
             raise Torn("the weights are torn: start the worker again, which restores them")
         self.confirm()
+        if self.threads is not None:
+            self.threads.begin_version(self.session.trainer.device)
         with self.duty.work():
             try:
                 return self._run(prepared)

@@ -26,6 +26,7 @@ from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, Report, s
 from worker.orchestrator.rollback import roll_back
 from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
+from worker.trainer.threads import TrainingThreads
 from worker.versions import ledger, pause_switch
 from worker.versions.rest_status import forget_rest, rest
 
@@ -35,7 +36,8 @@ log = logging.getLogger("tandem")
 class WorkerLoop:
     """Of one session, whose weights agree with Redis and the state directory; `lock` is held.
 
-    until_empty: stop when the queue is empty. hooks, limits: `BatchWorker`'s.
+    until_empty: stop when the queue is empty. threads: of the CPU; None: as torch has them. hooks, limits:
+    `BatchWorker`'s.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class WorkerLoop:
         session: Session,
         lock: WorkerLock,
         guards: GuardSettings,
+        threads: TrainingThreads | None = None,
         *,
         until_empty: bool,
         hooks: Sequence[Hooks],
@@ -53,7 +56,11 @@ class WorkerLoop:
         self.until_empty, self.hooks, self.limits = until_empty, hooks, limits
         rehearsal = Rehearsal(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
         self.update = LiveUpdate(
-            session, guards=Guards(guards.outliers), rehearsal=rehearsal, confirm=partial(confirm, connection, session)
+            session,
+            guards=Guards(guards.outliers),
+            rehearsal=rehearsal,
+            threads=threads,
+            confirm=partial(confirm, connection, session),
         )
         canary = Canary.of(guards, session.builder, self._score)
         going_back = self._go_back if guards.auto_rollback else None
@@ -101,7 +108,7 @@ class WorkerLoop:
             log.info(sentence(report))
 
         def stopping() -> bool:
-            nothing_left = self.until_empty and not worker.intake.hands and not worker.queue.count
+            nothing_left = self.until_empty and not worker.batcher.hands and not worker.queue.count
             return worker.stop_requested or nothing_left
 
         rest(self.connection, self.update.duty, stopping=stopping, check=self.session.check)

@@ -155,7 +155,7 @@ def find_config(model: str, given: Mapping[str, Sequence[str]]) -> Path:
     except (OSError, ValueError) as error:  # the bases of the hub's errors
         reason = str(error).strip().partition("\n")[0]
         raise LaunchError(
-            f"{model} is no directory, and its config.json is not to be had: {reason}; {WAY_OUT}"
+            f"{model} is not a directory, and its config.json was not found: {reason}; {WAY_OUT}"
         ) from None
 
 
@@ -180,7 +180,9 @@ def pick_device(table: str, visible: str | None) -> int:
             if not size.isdecimal() or not int(size):
                 raise LaunchError(_unknown_device(f"nvidia-smi says {size!r} for the memory of device {first}"))
             return int(size) << 20
-    raise LaunchError(_unknown_device(f"CUDA_VISIBLE_DEVICES={visible!r} names no device that nvidia-smi lists first"))
+    raise LaunchError(
+        _unknown_device(f"CUDA_VISIBLE_DEVICES={visible!r} does not begin with a device that nvidia-smi lists")
+    )
 
 
 def _unknown_device(reason: str) -> str:

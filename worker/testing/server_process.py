@@ -38,9 +38,11 @@ class ServerProcess:
         extra: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         wait: bool = True,
+        command: Sequence[str] | None = None,
     ) -> None:
         """Start serving `model_dir` on 127.0.0.1:`port` (a free one if None) with vLLM's options `extra`.
 
+        command: what to run in the place of `tandem serve MODEL_DIR`, with the same options.
         The log goes to run_dir/server.log. Returns once the server answers (`wait`), or raises ServerFailed.
         """
         self.model_dir, self.run_dir = Path(model_dir), Path(run_dir)
@@ -49,7 +51,8 @@ class ServerProcess:
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
-        arguments = [sys.executable, "-P", "-m", "worker.cli", "serve", str(model_dir), "--run-dir", str(run_dir)]
+        tandem = [sys.executable, "-P", "-m", "worker.cli", "serve", str(model_dir), "--run-dir", str(run_dir)]
+        arguments = tandem if command is None else command
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [*arguments, "--host", "127.0.0.1", "--port", str(port), *extra],

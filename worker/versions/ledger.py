@@ -4,7 +4,7 @@ Must not know: torch, RQ, how a version is made. How jobs are settled comes in a
 Invariants: `weights:version` only ever grows, and only together with its manifest, its ledger entries, its event and
 its jobs' settlement; committing the same record again changes nothing; a transcript id, once in
 `weights:ledger`, stays (a million ids of 36 characters take 96 MB of memory and 40 MB on disk in Redis 6.2.14, 96 bytes
-an id; `benchmarks/queue.py --ledger 1000000` measures it).
+an id; `benchmarks/queue_speed.py --ledger 1000000` measures it).
 """
 
 import json

@@ -20,14 +20,15 @@ from agreement import compare
 from contestants import Ours, make_peers, make_weights
 from flops import layer_weights, step_flops
 from load import ClosedLoop
+from patience import PATIENCE
 from record import OutOfTime, Part, Record, Until
+from serving_loads import Load
 from shapes import text_config, text_facts, write_shape
 from texts import build, conversation, random_examples, text_builder
 from transformers import AutoTokenizer
 
 from worker.memory.planner import Way
 from worker.shared_weights import bind
-from worker.testing.server_process import free_port
 from worker.utils import torch_setup
 
 
@@ -79,12 +80,31 @@ def test_agreement_is_of_the_same_tokens() -> None:
     assert (found.mean, found.most, found.tokens) == (0.25, 0.5, 2)
 
 
+def test_loads_are_what_their_names_say() -> None:
+    mixed = Load.parse("8x128+3500")
+    assert (mixed.clients, mixed.lengths, mixed.longest(128)) == (8, (128, 3500), 3628)
+    prompts = mixed.prompts(0, 900)
+    lengths = {len(next(prompts)), *(len(prompts.send([1])) for _ in range(20))}
+    assert lengths == {128, 3500}
+    chat = Load.parse("2xchat100")
+    turns = chat.prompts(1, 900)
+    first = next(turns)
+    second = turns.send([7] * 10)
+    assert len(first) == 100 and second[:110] == [*first, *[7] * 10] and len(second) > 110
+    longest = max(len(turns.send([7] * 10)) for _ in range(20))
+    assert longest + 10 <= chat.longest(10), "a server of that length takes it"
+    assert next(chat.prompts(0, 900)) != first == next(chat.prompts(1, 900))
+    for wrong in ("128", "0x128", "4x", "4xchat", "4x12,8"):
+        with pytest.raises(ValueError, match="is no load"):
+            Load.parse(wrong)
+
+
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, list[str]]]:
     """(url, behaviours) of an HTTP server that streams as vLLM does; each request takes the first behaviour."""
     behaviours: list[str] = []
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    port = free_port()
+    ready, stopping, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
+    ports: list[int] = []
 
     async def complete(request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -109,26 +129,26 @@ def endpoint() -> Iterator[tuple[str, list[str]]]:
         app.router.add_post("/v1/completions", complete)
         runner = web.AppRunner(app)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports.append(runner.addresses[0][1])
         ready.set()
+        await stopping.wait()
+        await runner.cleanup()
 
-    def run() -> None:
-        loop.run_until_complete(serve())
-        loop.run_forever()
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()
-    assert ready.wait(10)
-    yield f"http://127.0.0.1:{port}", behaviours
-    loop.call_soon_threadsafe(loop.stop)
+    assert ready.wait(PATIENCE)
+    yield f"http://127.0.0.1:{ports[0]}", behaviours
+    loop.call_soon_threadsafe(stopping.set)
     thread.join()
+    loop.close()
 
 
 def test_the_load_counts_every_token_and_every_failure(endpoint: tuple[str, list[str]]) -> None:
     url, behaviours = endpoint
     behaviours += ["refuse", "say", "break"]
-    with ClosedLoop(url, "m", clients=2, max_tokens=5) as load:
-        started = time.monotonic()
+    started = time.monotonic()  # before the first request, which may fail before this thread runs again
+    with ClosedLoop(url, "m", load=Load.parse("2x8"), max_tokens=5) as load:
         while load.between(started, time.monotonic()).requests < 4:
             time.sleep(0.01)
     served = load.between(started, time.monotonic())

@@ -251,7 +251,8 @@ def test_a_record_that_could_not_be_cut_off_is_cut_off_by_the_next(
         with pytest.raises(JournalError, match="Input/output error"):
             journal.append(update(2, "lost"))
     journal.append(update(2, "job-2"))
-    assert Journal(tmp_path, SOURCE).entries[2].ids == ["job-2"]
+    assert Journal(tmp_path, SOURCE).entries[2].ids == ["job-2"] == journal.read(2).ids
+    assert b"lost" not in journal._path.read_bytes()
 
 
 def fail_to_sync(*arguments: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 from examples_parts import DATA, END, QUESTIONS, TEMPLATES, TOKENIZER, build, builder, prompt, runs, trained
 
 from producer.transcript import Transcript
+from worker.data import examples
 from worker.data.examples import ExampleBuilder, ExampleError
 from worker.testing.tiny_model import build_tokenizer
 
@@ -197,6 +198,34 @@ def test_refusals_name_the_message_and_quote_nothing() -> None:
         ExampleBuilder(bare, max_tokens=10)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tags_that_an_answer_mentions_are_trained(name: str) -> None:
+    for line in map(json.loads, (DATA / "client_logs" / "think_tag_in_answer.jsonl").read_text().splitlines()):
+        transcript = Transcript.from_dict(line)
+        example = builder(TEMPLATES[name]).build(transcript, "t")
+        assert trained(example) == [line["messages"][1]["content"] + "<|im_end|>"]
+        again = [*transcript.messages, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Yes."}]
+        last = builder(TEMPLATES[name]).build(Transcript(messages=again, train_on="last"), "t")
+        as_sent = [*line["messages"], again[-2]]  # the server is not told that there was no reasoning
+        assert next(runs(last))[0] == prompt(as_sent, TEMPLATES[name], enable_thinking=False)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_greeting_is_context(name: str) -> None:
+    for line in map(json.loads, (DATA / "client_logs" / "greeting_first.jsonl").read_text().splitlines()):
+        example = builder(TEMPLATES[name]).build(Transcript.from_dict(line), "t")
+        assert trained(example) == ["4.<|im_end|>"]
+        assert next(runs(example))[0] == prompt(line["messages"][:-1], TEMPLATES[name], enable_thinking=False)
+        assert example.report["turns"] == 1 and example.report["dropped_turns"] == 0
+
+
+def test_a_message_of_weight_0_is_context() -> None:
+    first, _ = map(json.loads, (DATA / "client_logs" / "weight_per_message.jsonl").read_text().splitlines())
+    example = builder().build(Transcript.from_dict(first), "t")
+    assert trained(example) == ["Canberra.<|im_end|>"]
+    assert "Sydney." in TOKENIZER.decode(next(runs(example))[0])
+
+
 # Over-long conversations
 
 
@@ -228,14 +257,74 @@ def test_a_single_turn_too_long() -> None:
         builder(max_tokens=80).build(Transcript(messages=loop), "t")
 
 
-def test_expansion_is_bounded() -> None:
+def test_expansion_is_bounded_by_training_the_latest_turns() -> None:
     example = build(QUESTIONS)
     total = sum(len(sequence.ids) for sequence in example.sequences)
     longest = max(len(sequence.ids) for sequence in example.sequences)
     assert example.report["expansion"] == pytest.approx(total / longest, abs=1e-3) and total / longest > 3
-    with pytest.raises(ExampleError, match=r"cost 3\.\d times its length; the bound is 3: .*train_on"):
-        builder(max_expansion=3).build(Transcript(messages=QUESTIONS), "t")
-    assert builder(max_expansion=1).build(Transcript(messages=QUESTIONS, train_on="last"), "t").report["turns"] == 1
+    fewer = builder(max_expansion=3).build(Transcript(messages=QUESTIONS), "t")
+    assert fewer.sequences == example.sequences[-fewer.report["turns"] :]
+    assert fewer.report["turns"] == 3 and fewer.report["dropped_turns"] == 3 and fewer.report["dropped_messages"] == 0
+    assert fewer.report["expansion"] <= 3
+    assert builder(max_expansion=1).build(Transcript(messages=QUESTIONS), "t").report["turns"] == 1
+    with pytest.raises(ExampleError, match="max_expansion must be at least 1, not 0"):
+        builder(max_expansion=0)
+
+
+def test_a_chat_of_33_turns_is_trained_and_says_how_many() -> None:
+    """Each turn is a sequence of its own: with this tokenizer the latest 26 cost 16 times the conversation."""
+    line = json.loads((DATA / "client_logs" / "chat_of_33_turns.jsonl").read_text())
+    example = build(line["messages"])
+    assert example.report["turns"] + example.report["dropped_turns"] == 33
+    assert trained(example) == [f"It is {2 * n}.<|im_end|>" for n in range(33)][-example.report["turns"] :]
+    assert 15 < example.report["expansion"] <= 16 and example.report["turns"] == 26
+
+
+def test_what_is_rendered_is_bounded_by_training_the_latest_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a template that keeps history, where the expansion is 1 and the work grows with the turns' square."""
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    assert build(QUESTIONS, template).report == build(QUESTIONS, template).report | {"turns": 6, "dropped_turns": 0}
+    whole = sum(examples.MESSAGE + len("role" + "content" + m["role"] + m["content"]) for m in QUESTIONS)
+    monkeypatch.setattr(examples, "RENDERED", whole + 1)
+    example = build(QUESTIONS, template)
+    assert example.report["turns"] == 2 and example.report["dropped_turns"] == 4
+    assert trained(example) == [QUESTIONS[i]["content"] + "<|im_end|>" for i in (10, 12)]
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * whole}}
+    assert build(QUESTIONS, template, tools=[tool]).report["turns"] == 1, "tools are rendered with every turn"
+
+
+def test_looking_for_a_start_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier turns are longer than the last one: without a bound every user's turn is tried as a start."""
+    chat = []
+    for _ in range(40):
+        chat += [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning": "Hm. " * 40}]
+    chat += [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    limit = len(build(chat[-2:]).sequences[0].ids) + 60
+    starts: list[int] = []
+    latest = examples._Work.latest
+
+    def counted(work: Any, asked: list[int], start: int) -> Any:
+        starts.append(start)
+        return latest(work, asked, start)
+
+    monkeypatch.setattr(examples._Work, "latest", counted)
+    report = builder(max_tokens=limit).build(Transcript(messages=chat), "t").report
+    assert (report["turns"], report["dropped_turns"]) == (1, 40) and len(starts) > 5
+    starts.clear()
+    monkeypatch.setattr(examples, "RENDERED", 1000)
+    report = builder(max_tokens=limit).build(Transcript(messages=chat), "t").report
+    assert (report["turns"], report["dropped_turns"]) == (1, 40) and len(starts) == 2
+
+
+def test_a_template_that_refuses_every_start_is_asked_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% if messages | length < 14 %}{{ raise_exception('no') }}{% endif %}" + TEMPLATES["qwen3_5_think"]
+    longer = [*QUESTIONS, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    with pytest.raises(ExampleError, match=r"the limit is 40: shorten it, or raise the limit$"):
+        builder(template, max_tokens=40).build(Transcript(messages=longer, train_on="last"), "t")
+    monkeypatch.setattr(examples, "RENDERED", 1000)
+    with pytest.raises(ExampleError, match=r"the limit is 40: .*a later start took too long: .*train_on: .last"):
+        builder(template, max_tokens=40).build(Transcript(messages=longer, train_on="last"), "t")
 
 
 def test_truncation_does_not_start_where_the_template_refuses_to() -> None:
@@ -248,10 +337,11 @@ def test_truncation_does_not_start_where_the_template_refuses_to() -> None:
     assert example.report["dropped_messages"] == 4 and example.tokens == sizes[1]
 
 
-def test_truncation_does_not_evade_the_bound() -> None:
-    """Dropping ever more would in the end fit the bound too, but silently: the error names what to do instead."""
-    with pytest.raises(ExampleError, match=r"the bound is 1\.5"):
-        builder(max_tokens=150, max_expansion=1.5).build(Transcript(messages=QUESTIONS), "t")
+def test_truncation_and_the_bound_both_hold() -> None:
+    example = builder(max_tokens=150, max_expansion=1.5).build(Transcript(messages=QUESTIONS), "t")
+    assert example.report["dropped_messages"] > 0 and example.report["expansion"] <= 1.5
+    assert example.report["turns"] + example.report["dropped_turns"] == 6
+    assert trained(example) == [QUESTIONS[12]["content"] + "<|im_end|>"]
 
 
 def test_example_carries_weight_and_id() -> None:

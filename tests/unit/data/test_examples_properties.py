@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.transcript import Transcript
-from worker.data.examples import ExampleError
+from worker.data.examples import Example, ExampleError
 
 PIECES = [
     "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<tool_call>", "</tool_response>", "<|im", "_end|>",
     "<think>", " the", "\n", "\n\n", " ", "é", "e\u0301", "日本", "\u200b", "0", "{{ x }}", "user\n",
 ]  # fmt: skip
 TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=6).map("".join)
-SPOKEN = TEXT.filter(lambda text: text.strip() and "</think>" not in text)
+SPOKEN = TEXT.filter(lambda text: text.strip() and "</think>" not in text and not text.lstrip().startswith("<think>"))
 
 
 @st.composite
@@ -80,13 +80,17 @@ def test_any_limit(messages: list[dict[str, Any]], limit: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(bound=st.floats(1, 4), data=st.data())
 def test_any_bound_on_the_expansion(bound: float, data: Any) -> None:
-    turns = data.draw(st.lists(st.sampled_from(range(2, 14, 2)), min_size=1, unique=True))
-    transcript = Transcript(messages=QUESTIONS, train_on=turns)
-    free = builder(max_expansion=100).build(transcript, "t")
-    longest = max(len(sequence.ids) for sequence in free.sequences)
-    try:
-        assert builder(max_expansion=bound).build(transcript, "t").sequences == free.sequences
-        assert free.tokens / longest <= bound
-    except ExampleError:
-        assert free.tokens / longest > bound
+    """Trained are the latest turns within the bound, and no fewer than fit."""
+    turns = sorted(data.draw(st.lists(st.sampled_from(range(2, 14, 2)), min_size=1, unique=True)))
+    example = builder(max_expansion=bound).build(Transcript(messages=QUESTIONS, train_on=turns), "t")
+    kept = example.report["turns"]
+    assert kept >= 1 and kept + example.report["dropped_turns"] == len(turns)
+
+    def free(count: int) -> Example:
+        return builder(max_expansion=100).build(Transcript(messages=QUESTIONS, train_on=turns[-count:]), "t")
+
+    assert example.sequences == free(kept).sequences
+    assert free(kept).report["expansion"] <= bound + 1e-3
+    if kept < len(turns):
+        assert free(kept + 1).report["expansion"] > bound - 1e-3
     assert TOKENIZER.eos_token_id == END

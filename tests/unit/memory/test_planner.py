@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from worker.apollo import ApolloMini, state_bytes
@@ -18,6 +18,7 @@ from worker.memory.activations import extra, factors, saved
 from worker.memory.model_config import ATTENTION, GDN, TextConfig
 from worker.memory.planner import (
     BUCKET_BYTES,
+    CONTEXT_BYTES,
     SLACK,
     STEP,
     MemoryPlanError,
@@ -166,12 +167,25 @@ def test_streaming_recomputing_and_freezing_never_need_more(config: TextConfig, 
         assert total(way, True, "frozen") <= total(way, True) + rounding
 
 
-@given(configs, tokens, WAYS, st.integers(0, 400 * GB))
-def test_the_most_layers_that_fit_are_kept(config: TextConfig, tokens: int, way: Way, free: int) -> None:
-    found = layers_kept(config, tokens, free, way=way, embeddings="apollo", context_bytes=10**9)
-    fits = [make_plan(config, tokens, way=way, kept=n).total <= free for n in range(len(config.layers) + 1)]
-    assert fits[found] or found == 0
-    assert not any(fits[found + 1 :])
+NARROW = TextConfig(
+    hidden=1152, intermediate=14336, vocab=1, heads=1, kv_heads=1, head_dim=64, linear_key_heads=1,
+    linear_value_heads=1, linear_key_dim=64, linear_value_dim=64, conv_kernel=1, layers=(ATTENTION,) * 5, tied=False,
+    bias=False,
+)  # fmt: skip
+
+
+@given(configs, tokens, WAYS, st.sampled_from([0, 10**9, CONTEXT_BYTES]), st.data())
+@example(NARROW, 1, "burst", 10**9, 1_719_989_760)  # five layers fit here, and none where CONTEXT_BYTES are to be taken
+@example(NARROW, 1, "burst", CONTEXT_BYTES, 1_719_989_760)
+def test_the_most_layers_that_fit_are_kept(config: TextConfig, tokens: int, way: Way, context: int, drawn: Any) -> None:
+    """In exactly the plan that was asked about; `drawn`: the free bytes, near what some number of layers needs."""
+    every = range(len(config.layers) + 1)
+    totals = [make_plan(config, tokens, way=way, kept=n, context_bytes=context).total for n in every]
+    near = st.builds(int.__add__, st.sampled_from(totals), st.integers(-2 * STEP, 2 * STEP))
+    free = drawn if isinstance(drawn, int) else drawn.draw(near)
+    found = layers_kept(config, tokens, free, way=way, embeddings="apollo", context_bytes=context)
+    assert totals[found] <= free or (found == 0 and min(totals) > free)
+    assert all(total > free for total in totals[found + 1 :])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ end_to_end/test_hung_worker.py.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,20 @@ def test_a_lease_that_was_given_back_does_not_end_the_next(
     trainer.resume(0)
     with pytest.raises(ServerError, match="no lease"):
         trainer.renew()
+
+
+def test_a_deadline_that_falls_into_the_resume_comes_to_nothing(
+    server: LocalServer, trainer: ServerControl, lease: Any
+) -> None:
+    lease.seconds = 1.0
+    trainer.pause()
+    server.before_header = lambda: time.sleep(1.5)
+    trainer.resume(0)
+    server.before_header = lambda: None
+    server.run(asyncio.sleep(0.3))  # what the deadline began would show by now
+    assert (trainer.state()["state"], server.header.fence) == ("serving", 0)
+    trainer.pause()
+    trainer.resume(0)
 
 
 @pytest.mark.parametrize("seconds", [None, 0, -1.0, float("nan"), float("inf"), 2 * LONGEST_LEASE, "3", True])

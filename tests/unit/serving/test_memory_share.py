@@ -220,7 +220,7 @@ assert not {"torch", "vllm", "transformers"} & set(sys.modules)
     assert found == str(snapshot / "config.json")
     assert len(refused) == 3
     for line in refused:
-        assert "is no directory, and its config.json is not to be had" in line
+        assert "is not a directory, and its config.json was not found" in line
         assert line.endswith("--trainer-memory N (GB)")
 
 

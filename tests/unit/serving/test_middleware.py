@@ -316,3 +316,10 @@ def test_an_answer_that_comes_after_the_weights_were_mended_is_still_no_answer(h
     if headers is JSON:
         _is_refusal(answer)
     assert ask(application(JSON, b"{}"), server).headers[b"x-weight-version"] == b"4", "others are answered"
+
+
+def test_an_answer_that_is_made_while_the_next_version_is_written_names_both() -> None:
+    server = state()
+    server.begin_hogwild()
+    assert ask(application(JSON, b"{}"), server).headers[b"x-weight-version"] == b"3-4"
+    assert ask(application(SSE, b"data: 1\n\n"), server).body.endswith(b": weight-version 3-4\n\n")

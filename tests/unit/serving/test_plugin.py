@@ -19,7 +19,7 @@ def run(code: str, **environment: str) -> str:
     """The standard output of `code` in a new interpreter."""
     kept = {name: value for name, value in os.environ.items() if name != "TANDEM_SERVE"}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=kept | environment, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment, check=False
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -96,6 +96,53 @@ def test_a_name_that_vllm_lost_is_an_error_that_names_it() -> None:
     for module in ("json", "no_such_module"):
         with pytest.raises(private_api.VllmChanged, match=rf"has no {module}\.lost .*checked on vLLM 0\.26\.0"):
             private_api.lookup(module, "lost")
+
+
+SALTS = """
+import asyncio
+from types import SimpleNamespace as Made
+from worker.utils import torch_setup
+torch_setup.prepare()
+from worker.serving.vllm import private_api
+
+sent = []
+
+class Core:
+    async def add_request_async(self, request):
+        sent.append(request.cache_salt)
+
+engine = Made(engine_core=Core())
+private_api.salt_requests(engine, lambda own: f"version 3 {own}")
+for own in (None, "alice"):
+    asyncio.run(engine.engine_core.add_request_async(Made(cache_salt=own)))
+assert sent == ["version 3 None", "version 3 alice"], sent
+
+class Moved:
+    async def add_request_async(self, request, priority):
+        raise AssertionError
+
+for core in (Moved(), Made()):
+    try:
+        private_api.salt_requests(Made(engine_core=core), str)
+    except private_api.VllmChanged as error:
+        assert "engine_core.add_request_async(request)" in str(error) and "use one of these" in str(error)
+    else:
+        raise AssertionError("nothing was said")
+config = Made(scheduler_config=Made(max_num_seqs=2))
+try:
+    private_api.progress_of(Made(vllm_config=config, output_processor=Made(request_states=[])))
+except private_api.VllmChanged as error:
+    assert "output_processor.request_states" in str(error)
+else:
+    raise AssertionError("nothing was said")
+states = {name: Made(detokenizer=Made(num_output_tokens=lambda: 7)) for name in "abc"}
+progress = private_api.progress_of(Made(vllm_config=config, output_processor=Made(request_states=states)))
+assert progress() == {"a": 7, "b": 7}, "those that may run, the oldest first"
+"""
+
+
+def test_every_request_is_salted_where_vllm_hands_it_over_and_a_vllm_that_does_so_elsewhere_is_refused() -> None:
+    run(SALTS, TANDEM_SERVE="1")
 
 
 def test_a_replacement_reaches_modules_that_imported_the_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,32 @@ def test_adopt_keeps_any_lineage_and_version(lineage: uuid.UUID, version: int) -
     assert header.fields() == {"lineage": lineage.hex, "version": version, "state": CLEAN, "fence": 0}
 
 
+class Watched(Header):
+    """Another process looks at the header after every word that is written."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor)
+        self.seen: list[tuple[object, ...]] = []
+        self._reader = Header(tensor)
+
+    def _put(self, word: int, value: int) -> None:
+        super()._put(word, value)
+        fields = self._reader.fields()
+        self.seen.append((fields["state"], fields["lineage"], fields["version"]))
+
+
+def test_whoever_reads_clean_reads_the_new_version_and_lineage() -> None:
+    _, memory = new_header()
+    header = Watched(memory)
+    header.begin(0)
+    header.finish(1)
+    assert {seen for seen in header.seen if seen[0] == CLEAN} == {(CLEAN, LINEAGE, 1)}
+    header.seen.clear()
+    header.adopt("a" * 32, 7)
+    assert {seen for seen in header.seen if seen[0] == CLEAN} == {(CLEAN, "a" * 32, 7)}
+    assert header.seen[0][0] == APPLYING, "said before anything else changes"
+
+
 def test_steps_out_of_order_are_refused_and_change_nothing() -> None:
     header, _ = new_header()
     with pytest.raises(HeaderError, match="without begin"):

@@ -81,6 +81,12 @@ def test_what_cannot_be_trained_or_written_is_said_before_any_work(tmp_path: Pat
     assert "--model" in error(str(file), "--model", str(tmp_path), "--out", out)
     assert "exists" in error(str(file), "--model", str(tiny_model), "--out", str(tmp_path))
     assert "--attach" in error(str(file))
+    curve = ["--plot", str(tmp_path / "none" / "loss.png")]
+    assert f"--plot: the folder {tmp_path / 'none'} does not exist" in error(str(file), "--attach", *curve)
+    inside = error(str(file), "--model", str(tiny_model), "--out", out, "--plot", f"{out}/curve.png")
+    assert "line 2" in inside, "OUT is made by this command"
+    ratings = str(Path(__file__).parents[2] / "data" / "client_logs" / "preference_formats.jsonl")
+    assert "preference pairs" in error(ratings, "--model", str(tiny_model), "--out", out)
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ Must not know: vLLM, sockets. Invariant: between two versions, recomputing takes
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 POLL_SECONDS = 0.05
 
@@ -14,8 +14,13 @@ POLL_SECONDS = 0.05
 class Recomputation:
     """progress(): request id -> tokens it has made so far, for the requests that may be inside the engine."""
 
-    def __init__(self, progress: Callable[[], dict[str, int]]) -> None:
-        self._progress = progress
+    def __init__(
+        self,
+        progress: Callable[[], dict[str, int]],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._progress, self._clock, self._sleep = progress, clock, sleep
         self._running: asyncio.Task[None] | None = None
         self.left = 0
         """Requests that have made no token yet since the last version."""
@@ -34,11 +39,11 @@ class Recomputation:
         return time.monotonic() - started
 
     async def _watch(self, before: dict[str, int]) -> None:
-        started = time.monotonic()
+        started = self._clock()
         while self._count(before):
-            await asyncio.sleep(POLL_SECONDS)
+            await self._sleep(POLL_SECONDS)
         if before:
-            await asyncio.sleep(time.monotonic() - started)  # as long again for answers
+            await self._sleep(self._clock() - started)  # as long again for answers
 
     def _count(self, before: dict[str, int]) -> int:
         now = self._progress()

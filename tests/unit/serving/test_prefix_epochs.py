@@ -117,3 +117,21 @@ def test_the_next_version_waits_for_what_the_last_one_threw_back(monkeypatch: py
         await recomputed.over(30)
 
     asyncio.run(run())
+
+
+def test_between_two_versions_answers_have_as_long_as_recomputing_took() -> None:
+    made, now, slept = {"a": 5}, [100.0], []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += 7.0  # this long it really took
+        made["a"] += len(slept) == 2
+        await asyncio.sleep(0)
+
+    async def run() -> None:
+        recomputed = Recomputation(lambda: dict(made), clock=lambda: now[0], sleep=sleep)
+        recomputed.begin()
+        await recomputed.over(30)
+
+    asyncio.run(run())
+    assert slept[2:] == [14.0]

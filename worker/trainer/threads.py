@@ -1,0 +1,33 @@
+"""How many CPU threads a version is trained with: by default as many as CPUs are free when it begins.
+
+torch's threads meet at a barrier in every operation. Beside a busy server on few CPUs one of them is always waiting for
+a CPU, and all others for it: a version that takes a second alone took minutes. A single thread waits only for itself.
+The number goes into the journal with each version, and a replay uses it again.
+
+Must not know: queues, servers. Invariant: never more threads than torch would take by itself (OMP_NUM_THREADS).
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from worker.utils.free_cpus import free_cpus
+
+ALMOST = 0.25
+"""What others may use of a CPU that still counts as free."""
+
+
+class TrainingThreads:
+    """wanted: a fixed number, or None to look before each version."""
+
+    def __init__(self, wanted: int | None = None, free: Callable[[], float] = free_cpus) -> None:
+        self._most = torch.get_num_threads()
+        self._free = free
+        self._looks = wanted is None and self._most > 1
+        if wanted is not None:
+            torch.set_num_threads(wanted)
+
+    def begin_version(self, device: torch.device) -> None:
+        """Set the number of threads for the version that is trained next on `device`; nothing on a GPU."""
+        if self._looks and device.type == "cpu":
+            torch.set_num_threads(max(1, min(self._most, int(self._free() + ALMOST))))
