@@ -36,6 +36,7 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.retention import Policy
 from worker.data.batch_capacity import Room, room_for
 from worker.data.packing import BatchError
+from worker.memory.planner import Way
 from worker.orchestrator import session as sessions
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.live_update import LiveUpdate
@@ -52,7 +53,7 @@ from worker.trainer.trainer import Trainer, make_trainer
 H = Hyperparameters(lr=3e-4, max_length=512)
 ROW = 512
 """Tokens of the longest packed row of the trainers here."""
-STREAMING = partial(room_for, packed=True, streaming=True, budget=ROW)
+STREAMING = partial(room_for, packed=True, way="streaming", budget=ROW)
 
 
 @pytest.fixture(autouse=True)
@@ -72,28 +73,24 @@ def padding(tiny_model: Path) -> Trainer:
     return make_trainer(model, model.named_parameters(), tokenizer, H, state=None)
 
 
-def as_on_a_gpu(trainer: Trainer, sizes: tuple[int, ...] = (ROW,), *, streaming: bool = True) -> Trainer:
+def as_on_a_gpu(trainer: Trainer, sizes: tuple[int, ...] = (ROW,), *, way: Way = "streaming") -> Trainer:
     """Another on the same model and optimizer, that packs."""
-    return Trainer(
-        trainer.model, trainer.optimizer, pad_id=0, lr=trainer.lr, sizes=sizes, packed=True, streaming=streaming
-    )
+    return Trainer(trainer.model, trainer.optimizer, pad_id=0, lr=trainer.lr, sizes=sizes, packed=True, way=way)
 
 
 @given(
     lengths=st.lists(st.lists(st.integers(2, 80), min_size=1, max_size=3), min_size=1, max_size=4),
     packed=st.booleans(),
-    streaming=st.booleans(),
+    way=st.sampled_from(["burst", "factors", "streaming"]),
 )
 def test_a_room_holds_what_its_trainer_takes(
-    padding: Trainer, lengths: list[list[int]], packed: bool, streaming: bool
+    padding: Trainer, lengths: list[list[int]], packed: bool, way: Way
 ) -> None:
     examples = [example(f"e{i}", some) for i, some in enumerate(lengths)]
-    trainer = Trainer(
-        padding.model, padding.optimizer, pad_id=0, lr=1.0, sizes=(32, 64), packed=packed, streaming=streaming
-    )
+    trainer = Trainer(padding.model, padding.optimizer, pad_id=0, lr=1.0, sizes=(32, 64), packed=packed, way=way)
     if trainer.room.holds(examples):
         passes = len(trainer._batches(examples))
-        assert passes == 1 or not (packed and streaming)
+        assert passes == 1 or not (packed and way != "burst")
         return
     with pytest.raises(BatchError):
         trainer.begin(examples)
@@ -103,12 +100,12 @@ def test_a_room_holds_what_its_trainer_takes(
 
 
 def test_a_room_is_known_before_its_trainer(padding: Trainer) -> None:
-    assert padding.room == room_for(H, packed=False, streaming=False)
-    assert padding.room == Room((128, 256, 512), packed=False, streaming=False)
-    assert room_for(H, packed=True, streaming=True).longest == 8192
-    assert room_for(replace(H, max_length=16384), packed=True, streaming=True).longest == 16384
+    assert padding.room == room_for(H, packed=False, way="burst")
+    assert padding.room == Room((128, 256, 512), packed=False, way="burst")
+    assert room_for(H, packed=True, way="streaming").longest == 8192
+    assert room_for(replace(H, max_length=16384), packed=True, way="streaming").longest == 16384
     # What memory was planned for is the bound, also for a batch of a day of longer conversations.
-    assert room_for(replace(H, max_length=16384), packed=True, streaming=False, budget=1024).longest == 1024
+    assert room_for(replace(H, max_length=16384), packed=True, way="burst", budget=1024).longest == 1024
 
 
 # What is refused
@@ -135,20 +132,20 @@ def test_the_refusal_names_what_needs_the_most_and_a_way_that_is_not_refused_aga
     assert said.startswith("version 6 ") and "its batch has 800 tokens" in said and "takes 512 at most" in said
     assert "nothing was changed" in said and "--apply burst, or --max-tokens 800" in said
     check_fits(steps, NOBODY, partial(STREAMING, budget=800))
-    check_fits(steps, NOBODY, partial(STREAMING, streaming=False))
-    check_fits(steps, NOBODY, partial(room_for, packed=False, streaming=True))  # a CPU takes several passes
+    check_fits(steps, NOBODY, partial(STREAMING, way="burst"))
+    check_fits(steps, NOBODY, partial(room_for, packed=False, way="streaming"))  # a CPU takes several passes
     check_fits(steps, frozenset({"e0"}), STREAMING)
 
 
 def test_a_sequence_that_is_longer_than_any_row_fits_in_no_way() -> None:
     steps = [step_of(1, [300, 300]), step_of(2, [600])]
-    said = refusal(steps, partial(STREAMING, streaming=False))
+    said = refusal(steps, partial(STREAMING, way="burst"))
     assert "version 2 " in said and "a sequence of its batch has 600 tokens" in said
     assert "Use --max-tokens 600" in said and "burst" not in said
     said = refusal(steps, STREAMING)
     assert "--max-tokens 600" in said and "burst" not in said, "burst would be refused too"
     check_fits(steps, NOBODY, partial(STREAMING, budget=600))
-    cpu = refusal(steps, partial(room_for, packed=False, streaming=False))
+    cpu = refusal(steps, partial(room_for, packed=False, way="burst"))
     assert "version 2 " in cpu and "--" not in cpu, "no flag makes a CPU's rows longer than the record's --max-length"
 
 

@@ -205,6 +205,14 @@ class ApolloMini(torch.optim.Optimizer):
             raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
         self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
 
+    def sweep_order(self) -> list[Tensor]:
+        """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
+        return [slot.parameter for slot in self._backend.order()]
+
+    def name_of(self, parameter: Tensor) -> str:
+        """What errors call it."""
+        return self._by_tensor[id(parameter)].name
+
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
         if not self._open:
@@ -225,10 +233,28 @@ class ApolloMini(torch.optim.Optimizer):
         Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
         applies each at once. step_scale: as for `step`.
         """
+        self.begin(step_scale)
+        try:
+            with self._collecting(bucket_bytes, self.update_many):
+                yield
+        except BaseException:
+            self.abandon()
+            raise
+        self.finish()
+
+    @contextmanager
+    def dropping(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
+        """As `streaming`, but that gradients are dropped where they would be applied: no step, the same memory."""
+        with self._collecting(bucket_bytes, lambda bucket: None):
+            yield
+
+    @contextmanager
+    def _collecting(self, bucket_bytes: int, use: Callable[[list[tuple[Tensor, Tensor]]], None]) -> Iterator[None]:
+        """Inside, gradients leave the parameters as they come, and go to `use` when they are `bucket_bytes` or more."""
         bucket: list[tuple[Tensor, Tensor]] = []
 
         def flush() -> None:
-            self.update_many(bucket)
+            use(bucket)
             bucket.clear()
 
         def take(parameter: Tensor) -> None:
@@ -238,19 +264,14 @@ class ApolloMini(torch.optim.Optimizer):
             if sum(gradient.nbytes for _, gradient in bucket) >= bucket_bytes:
                 flush()
 
-        self.begin(step_scale)
         trained = [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
         hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
         try:
             yield
             flush()
-        except BaseException:
-            self.abandon()
-            raise
         finally:
             for hook in hooks:
                 hook.remove()
-        self.finish()
 
     def check(self) -> None:
         """Raise `NonFiniteGradient` if a step was refused and nobody was told yet; waits for the device."""

@@ -35,6 +35,9 @@ class CpuBackend:
         self._update_squares = self._weight_squares = 0.0
         self._elements = 0
 
+    def order(self) -> Sequence[Slot]:
+        return self.slots
+
     def begin(self, draw: int, step_scale: float) -> None:
         self.prepare(draw, step_scale)
 

@@ -72,6 +72,9 @@ class CudaBackend:
         self.control = zeros(columns.CONTROLS.value, dtype=torch.int64)
         self.told = torch.zeros(columns.CONTROLS.value, dtype=torch.int64, pin_memory=self.pinned)
 
+    def order(self) -> Sequence[Slot]:
+        return self.tables.slots
+
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def begin(self, draw: int, step_scale: float) -> None:

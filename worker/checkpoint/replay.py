@@ -20,11 +20,9 @@ from worker.checkpoint.batch_codec import ReplayError, unpack_batch
 from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.batch_capacity import Room
+from worker.memory.planner import Way
 from worker.trainer.trainer import Trainer
 from worker.trainer.weighting import RULES, Rule
-
-BURST = "burst"
-"""The way of a manifest that names none."""
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: R
         rule_of(record)
         examples, ours = unpack_batch(record, dropped), room(hyperparameters(record.h))
         if not ours.holds(examples):
-            in_burst = replace(ours, streaming=False).holds(examples)
+            in_burst = replace(ours, way="burst").holds(examples)
             refused.append((ours.needs(examples), record.version, ours, in_burst))
     if refused:
         needed, version, ours, _ = max(refused, key=lambda item: item[0])
@@ -103,9 +101,9 @@ def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: R
 def _misfit(needed: int, version: int, room: Room, *, burst: bool) -> str:
     """burst: that way would do."""
     batch = "its batch" if room.whole else "a sequence of its batch"
-    streaming = " (streaming takes one a version)" if room.whole else ""
+    single = f" ({room.way} takes one a version)" if room.whole else ""
     text = f"version {version} cannot be trained again as things are: {batch} has {needed} tokens, and a forward pass"
-    text += f" here takes {room.longest} at most{streaming}; nothing was changed"
+    text += f" here takes {room.longest} at most{single}; nothing was changed"
     if not room.packed:
         return f"{text}. Make it again on the kind of machine that trained it"
     return f"{text}. Use {'--apply burst, or ' if burst else ''}--max-tokens {needed}, if the GPU's memory allows it"
@@ -145,7 +143,7 @@ def replay(
         if trainer.optimizer.step_count != record.step:
             raise ReplayError(f"version {record.version}: the optimizer stands at {trainer.optimizer.step_count}")
         if not trainer.packed:  # the order of sums is each way's own; on a GPU it is memory that decides
-            trainer.streaming = record.manifest.get("way", BURST) != BURST
+            trainer.way = trained_way(record.manifest)
         examples = unpack_batch(record, dropped)
         with _threads(record.facts["threads"]):
             gradients = trainer.begin(examples, rule=rule_of(record)) if examples else None
@@ -168,6 +166,12 @@ def rule_of(record: UpdateRecord) -> Rule:
             f" {max(RULES)}: use the Tandem that wrote it, or a newer one"
         )
     return RULES[record.format]
+
+
+def trained_way(manifest: Mapping[str, Any]) -> Way:
+    """How a trainer goes the way of a version: hogwild is streaming to it, and those that name none were bursts."""
+    named = manifest.get("way", "burst")
+    return "burst" if named == "burst" else "factors" if named == "factors" else "streaming"
 
 
 def hyperparameters(plain: Mapping[str, Any]) -> Hyperparameters:

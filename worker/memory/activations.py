@@ -24,6 +24,17 @@ def extra(config: TextConfig, kind: str) -> int:
     return streams + max(6 * config.intermediate, mixer - saved(config, kind)[1])
 
 
+def factors(config: TextConfig, kind: str) -> int:
+    """What a layer's matrices leave in place of their gradients: the inputs of its linear layers, which the mixer's
+    projections share, and so the MLP's; and the gradients of their outputs."""
+    hidden = config.hidden
+    mlp = hidden + config.intermediate + 2 * config.intermediate + hidden
+    if kind == ATTENTION:
+        return 2 * (mlp + hidden + config.queries + 2 * config.queries + 2 * config.keys + hidden)
+    values, heads = config.linear_values, config.linear_value_heads
+    return 2 * (mlp + hidden + values + config.conv + values + 2 * heads + hidden)
+
+
 def _gdn_saved(config: TextConfig) -> int:
     """Convolution's input and output; q and k normed, z, the output, and that normed and gated; per value head a row
     of the chunk's inverse (bf16), and decay and beta."""

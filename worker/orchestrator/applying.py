@@ -1,6 +1,6 @@
 """The writing half of an update: pause, record, APPLYING, write, CLEAN, resume.
 
-    burst, streaming: pause -> record -> APPLYING -> write -> CLEAN, version + 1 -> resume
+    burst, factors, streaming: pause -> record -> APPLYING -> write -> CLEAN, version + 1 -> resume
     hogwild:          record -> APPLYING -> write -> CLEAN, version + 1 -> pause -> resume
 
 Must not know: what is trained, guards, Redis, RQ.
@@ -56,7 +56,7 @@ def apply_update(session: Session, update: Update) -> dict[str, float]:
     waited = {"wait_for_pause_s": paused - written, "pause_s": done - paused}
     if not hogwild:
         waited = {"wait_for_pause_s": leased - asked, "pause_s": done - leased}
-    return measured | {"sweep_s": written - leased} | waited
+    return measured | _measured(session, version) | {"sweep_s": written - leased} | waited
 
 
 def _take_lease(session: Session, version: int) -> None:
@@ -75,11 +75,11 @@ def _write(session: Session, version: int) -> dict[str, float]:
     """All writes of the update and their end awaited, then CLEAN; CLEAN without a write if a burst was refused."""
     trainer, started = session.trainer, time.monotonic()
     try:
-        measured = trainer.apply()
+        trainer.write()
         trainer.optimizer.check()  # on CUDA a refused gradient is known only once the device has answered
         session.weights.header.finish(version)
     except NonFiniteGradient as error:
-        if not trainer.streaming:
+        if trainer.begun == "burst":
             session.weights.header.abandon()
             raise
         session.keeper.void(version)  # it must not be tried again when the weights are restored
@@ -92,7 +92,18 @@ def _write(session: Session, version: int) -> dict[str, float]:
             f"the update to version {version} broke off while it was written: {error}; the weights are torn: start"
             " the worker again, which restores them"
         ) from error
-    return measured | ({"backward_s": time.monotonic() - started} if trainer.streaming else {})
+    return {"backward_s": time.monotonic() - started} if trainer.begun == "streaming" else {}
+
+
+def _measured(session: Session, version: int) -> dict[str, float]:
+    """What the trainer says of its write, asked when the server has gone on."""
+    try:
+        return session.trainer.measured()
+    except Exception as error:
+        raise Unavailable(
+            f"version {version} is live, but the trainer cannot go on from it ({error}): start the worker again, which"
+            " commits the version"
+        ) from error
 
 
 def _end_lease(session: Session, version: int) -> float:

@@ -29,7 +29,6 @@ from worker.data.replay_buffer import Rehearsal
 from worker.orchestrator.applying import apply_update
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
-from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.outliers import GradientOutlier, Guards
 from worker.trainer.threads import TrainingThreads
 from worker.trainer.trainer import Gradients
@@ -142,10 +141,10 @@ class LiveUpdate:
         batch = [*prepared, *(self.rehearsal.pick(version, prepared) if self.rehearsal else [])]
         gradients = trainer.begin([ready.example for ready in batch], self.guards)
         begun = time.monotonic()
-        norm = None
-        if self.guards is not None and gradients.nll and not trainer.streaming:
-            norm = gradient_norm(trainer.parameters())
-        trainer.optimizer.prepare()  # a GPU's new projections, where due: not under the pause
+        # By factors it is also what refuses a gradient that is not finite: under the pause that would be half-way.
+        asked = self.guards is not None or trainer.begun == "factors"
+        norm = trainer.gradient_norm() if asked and gradients.nll else None
+        trainer.prepare()  # a GPU's new projections, where due: not under the pause
         return Computed(prepared, batch, gradients, norm, begun - started, time.monotonic() - started)
 
     def _screen(self, computed: Computed) -> dict[str, str] | None:
@@ -179,10 +178,10 @@ class LiveUpdate:
 
     def _manifest(self, computed: Computed, version: int) -> dict[str, Any]:
         """What is known of the version before it is applied."""
-        gradients, streaming = computed.gradients, self.session.trainer.streaming
+        gradients, way = computed.gradients, self.session.trainer.begun
         manifest: dict[str, Any] = {
             "kind": "update",
-            "way": "hogwild" if self.session.settings.hogwild else "streaming" if streaming else "burst",
+            "way": "hogwild" if self.session.settings.hogwild else way,
             "base": version - 1 if self.base is None else self.base,
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "jobs": len(computed.new),
@@ -191,7 +190,7 @@ class LiveUpdate:
             "loss": gradients.loss,
             "gradients_s": computed.seconds,
         }
-        manifest |= {"forward_s": computed.forward_s} if streaming else {}
+        manifest |= {"forward_s": computed.forward_s} if way == "streaming" else {}
         manifest |= Rehearsal.record(computed.trained)
         if self.guards is not None:
             nll = {ready.id: gradients.nll[ready.id] for ready in computed.new}

@@ -34,7 +34,7 @@ from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import sentence
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights, attach
-from worker.trainer.device import choose_way, growing_segments, keep_within, warm
+from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
 from worker.trainer.trainer import Trainer, make_builder, make_trainer
 from worker.utils import torch_setup
 from worker.versions import ledger
@@ -98,8 +98,9 @@ def open_session(
         model = weights.build_model()
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
-        keep_within(settings, weights.state.device)
-        way = choose_way(model, weights.model_path, h, settings, max_tokens, weights.state.device)
+        device, settings = weights.state.device, within_share(settings, control.trainer_bytes)
+        keep_within(settings, device)
+        chosen = choose_way(model, weights.model_path, h, settings, max_tokens, device)
         # Whatever is trained again, is trained in the way that new versions are.
         make = partial(
             make_trainer,
@@ -107,10 +108,17 @@ def open_session(
             list(model.named_parameters()),
             tokenizer,
             state=weights.state,
-            streaming=way.streaming,
-            budget=way.budget,
+            way=chosen.way,
+            by_factors=chosen.by_factors,
+            budget=chosen.budget,
         )
-        room = partial(room_for, packed=weights.state.is_cuda, streaming=way.streaming, budget=way.budget)
+        room = partial(
+            room_for,
+            packed=weights.state.is_cuda,
+            way=chosen.way,
+            by_factors=chosen.by_factors,
+            budget=chosen.budget,
+        )
         keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, room, policy)))
         for report in mend_weights(keeper, control, known, new_lineage=new_lineage):
             log.info(sentence(report))

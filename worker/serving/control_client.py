@@ -31,6 +31,8 @@ class ServerControl:
         self._socket: Any = None
         self.fence = -1
         """What `Header.begin` needs: given with each `pause` and `begin_hogwild`; -1 before the first."""
+        self.trainer_bytes = 0
+        """After `connect`: how much of the device the server was started to leave to its trainer; 0: nothing said."""
         self._longest = PLANNED_SECONDS
         self._taken: float | None = None
         self.rendering: dict[str, Any] = {}
@@ -45,6 +47,7 @@ class ServerControl:
         try:
             answer = self._ask({"op": "hello", "name": self._name})
             self.rendering = answer.pop("rendering")
+            self.trainer_bytes = int(answer.pop("trainer_bytes", 0))
             return answer
         except TandemError:
             self.close()

@@ -11,6 +11,7 @@ Invariants: one trainer at a time; no message, however malformed, does more than
 import asyncio
 import atexit
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 from producer.errors import TandemError
 from worker.serving.cache_policy import CachePolicy
+from worker.serving.memory_share import share_of_environment
 from worker.serving.protocol import LONGEST_LEASE, SOCKET, ControlError
 from worker.serving.vllm.engine import Engine
 from worker.serving.vllm.framing import peer_pid, receive, send
@@ -136,7 +138,8 @@ class Control:
         connection.name = name
         self._trainer = connection
         logger.info("tandem: %s connected", connection)
-        return self._plain() | {"rendering": self._rendering}
+        share = share_of_environment(os.environ)
+        return self._plain() | {"rendering": self._rendering, "trainer_bytes": share}
 
     def _way_out(self) -> str:
         """How to get rid of the trainer that is connected."""
