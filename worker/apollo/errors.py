@@ -19,5 +19,5 @@ class NonFiniteGradientError(ApolloError):
         self.parameter = parameter
 
 
-NonFiniteGradient = NonFiniteGradientError
+NonFiniteGradientError = NonFiniteGradientError
 """The former name."""
