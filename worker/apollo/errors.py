@@ -19,5 +19,5 @@ class NonFiniteGradientError(ApolloError):
         self.parameter = parameter
 
 
-NonFiniteGradientError = NonFiniteGradientError
+NonFiniteGradient = NonFiniteGradientError
 """The former name."""
