@@ -15,12 +15,12 @@ from durable_parts import QUIET, Site, transcripts
 from torch.utils.hooks import RemovableHandle
 
 from producer.transcript import Transcript
-from worker.apollo import ApolloMini, NonFiniteGradient
+from worker.apollo import ApolloMini, NonFiniteGradientError
 from worker.checkpoint.batch_codec import Ready
 from worker.checkpoint.snapshots import Trained
 from worker.cli.worker import command as worker_command
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.protocol import Torn
+from worker.config.protocol import TornWeightsError
 from worker.config.update_options import Apply, ApplySettings
 from worker.data.examples import Example
 from worker.orchestrator.live_update import LiveUpdate
@@ -149,12 +149,12 @@ def test_a_gradient_that_is_not_finite_tears_in_streaming_and_is_not_tried_again
     before, streaming = site.digest(), ApplySettings("streaming")
     with open_session(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as session:
         step = LiveUpdate(session)
-        session.keeper.adopt(0, session.weights.header.lineage, Trained({}, {}))
+        session.manager.adopt(0, session.weights.header.lineage, Trained({}, {}))
         spoil(session.trainer)
-        with pytest.raises(Torn, match=r"embed_tokens.*not finite.*start the worker again"):
+        with pytest.raises(TornWeightsError, match=r"embed_tokens.*not finite.*start the worker again"):
             step.run(ready(step, "x"))
-        assert session.weights.header.state == APPLYING and 1 not in session.keeper.journal.entries
-        with pytest.raises(Torn):
+        assert session.weights.header.state == APPLYING and 1 not in session.manager.journal.entries
+        with pytest.raises(TornWeightsError):
             step.run(ready(step, "x"))
     site.is_torn()
     assert site.digest() != before
@@ -168,17 +168,17 @@ def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it
     streaming = ApplySettings("streaming")
     with open_session(site.run_dir, "test", H, state_dir=site.state, settings=streaming) as session:
         step = LiveUpdate(session)
-        session.keeper.adopt(0, session.weights.header.lineage, Trained({}, {}))
+        session.manager.adopt(0, session.weights.header.lineage, Trained({}, {}))
         assert step.run(ready(step, "x")).version == 1
         before = site.everything()
         broken = spoil(session.trainer, RuntimeError("the device is lost"))
-        with pytest.raises(Torn, match=r"version 2 broke off.*device is lost.*start the worker again"):
+        with pytest.raises(TornWeightsError, match=r"version 2 broke off.*device is lost.*start the worker again"):
             step.run(ready(step, "y"))
         broken.remove()
         session.control.close()
         site.is_torn()
-        assert site.everything() != before and session.keeper.history.latest() == (2, session.weights.header.lineage)
-        make, spoiled = session.keeper.rebuilder.make_trainer, []
+        assert site.everything() != before and session.manager.history.latest() == (2, session.weights.header.lineage)
+        make, spoiled = session.manager.rebuilder.make_trainer, []
 
         def make_spoiled(h: Hyperparameters) -> Trainer:
             """One that meets the second batch's gradient as the first time."""
@@ -195,9 +195,9 @@ def test_recovery_leaves_out_what_is_not_finite_and_the_half_that_it_wrote_of_it
             trainer.begin = begin_spoiled  # type: ignore[method-assign, assignment]
             return trainer
 
-        session.keeper.rebuilder.make_trainer = make_spoiled
+        session.manager.rebuilder.make_trainer = make_spoiled
         with ServerControl(site.run_dir, "next") as control:
-            said = mend_weights(session.keeper, control, None)
+            said = mend_weights(session.manager, control, None)
     assert any("version 2 has a gradient that is not finite" in text for text in map(sentence, said))
     assert site.everything() == before and site.header()["version"] == 1 and site.served()["state"] == "serving"
 
@@ -214,7 +214,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_where_all_are_known(
         monkeypatch.setattr(session.control, "pause", lambda: (paused.append(1), pause())[1])
         step = LiveUpdate(session)
         spoiled = spoil(session.trainer)
-        with pytest.raises(NonFiniteGradient, match="embed_tokens"):
+        with pytest.raises(NonFiniteGradientError, match="embed_tokens"):
             step.run(ready(step, "x"))
         assert site.digest() == before and site.served()["state"] == "serving"
         assert len(paused) == (0 if way == "factors" else 1)

@@ -11,7 +11,7 @@ import torch
 from test_packing import example
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
-from worker.apollo import NonFiniteGradient
+from worker.apollo import NonFiniteGradientError
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
 from worker.memory.planner import Way
@@ -227,7 +227,7 @@ def test_what_is_not_finite_is_refused_by_factors_before_a_write(reference: Any,
     kept = trainer.sweep.factors.of(trainer.model.model.layers[2].mlp.up_proj.weight)
     assert kept is not None
     kept.passes[0][0][0].left[5, 7] = float("nan")
-    with pytest.raises(NonFiniteGradient, match=r"layers\.2\.mlp\.up_proj"):
+    with pytest.raises(NonFiniteGradientError, match=r"layers\.2\.mlp\.up_proj"):
         trainer.gradient_norm()
     trainer.forget()
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())

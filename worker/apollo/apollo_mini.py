@@ -1,7 +1,7 @@
 """`ApolloMini`: a torch optimizer with AdamW's step sizes and, for a matrix, max(rows, cols) numbers of state a moment.
 
-It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py,
-chosen by the parameters' device. It must not know Redis, vLLM or transformers.
+It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py, chosen
+by the parameters' device. Must not know: Redis, vLLM, transformers.
 
 Invariants: everything that outlives a step is in the state area or follows from (seed, id, step). A burst that meets a
 non-finite gradient changes nothing. One matrix's result does not depend on which others are updated with it.
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.launch_tables import Kind, kind_of
 from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
 from worker.apollo.state_layout import Layout, StateArea
@@ -109,8 +109,8 @@ class ApolloMini(torch.optim.Optimizer):
         grads: one per parameter, in order, instead of the parameters' own `.grad` (a None is skipped). step_scale: the
         batch's own multiplier of the step, 0 or more, decay included; a factor on the gradients would change nothing,
         since the step is normalised. It multiplies after the limiter, and moments never see it. On a CPU, raises
-        `NonFiniteGradient` before anything changes; on CUDA nothing changes either, and `check`, `last_update` or a
-        later step raises it.
+        `NonFiniteGradientError` before anything changes; on CUDA nothing changes either, and `check`, `last_update` or
+        a later step raises it.
         """
         loss = None
         if closure is not None:
@@ -274,14 +274,14 @@ class ApolloMini(torch.optim.Optimizer):
                 hook.remove()
 
     def check(self) -> None:
-        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet; waits for the device."""
+        """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
         self._told(self._backend.check)
 
     def _told(self, ask: Callable[[], T]) -> T:
         """`ask()`, which may report a refused step: then the steps launched are not the steps taken."""
         try:
             return ask()
-        except NonFiniteGradient:
+        except NonFiniteGradientError:
             self._steps = int(self.area.step_count)
             raise
 

@@ -151,7 +151,7 @@ class Backend(Protocol):
         """End the step: the step count goes up by one."""
 
     def check(self) -> None:
-        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet. Waits for the device."""
+        """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet. Waits for the device."""
 
     def totals(self) -> Totals:
         """Of the last finished step. Waits for the device."""

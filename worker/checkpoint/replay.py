@@ -1,6 +1,6 @@
 """What it takes to train a journaled batch again and get the same weights: its order, its circumstances, its trainer.
 
-Must not know: Redis, vLLM, sockets, where records are kept.
+Must not know: Redis, vLLM, sockets.
 Invariants: a batch that is trained again goes through the same trainer as the first time, from the very tokens of the
 first time; every random draw follows from the seed and the optimizer's step. On a CPU, with the threads and the torch
 of the record, the weights are the same bit for bit; `differences` names what is not as it was.
@@ -19,7 +19,7 @@ import transformers
 from worker.checkpoint.batch_codec import ReplayError, unpack_batch
 from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
-from worker.data.batch_capacity import Room
+from worker.data.batch_capacity import BatchCapacity
 from worker.memory.planner import Way
 from worker.trainer.trainer import Trainer
 from worker.trainer.weighting import RULES, Rule
@@ -63,7 +63,7 @@ def _threads(count: int) -> Iterator[None]:
 Make = Callable[[Hyperparameters], Trainer]
 """Makes the trainer on the live weights; a new one takes over the step count from the state beside them."""
 
-RoomOf = Callable[[Hyperparameters], Room]
+CapacityOf = Callable[[Hyperparameters], BatchCapacity]
 """What the trainer that `Make` makes of the same takes at once."""
 
 
@@ -79,7 +79,7 @@ def check_steps(records: Sequence[UpdateRecord], taken: int) -> None:
             )
 
 
-def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: RoomOf) -> None:
+def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: CapacityOf) -> None:
     """Every batch of `records` is there, of a known format, and the trainer that would replay it takes it. Raises
     `ReplayError`.
 
@@ -98,7 +98,7 @@ def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: R
         raise ReplayError(_misfit(needed, version, ours, burst=all(in_burst for *_, in_burst in refused)))
 
 
-def _misfit(needed: int, version: int, room: Room, *, burst: bool) -> str:
+def _misfit(needed: int, version: int, room: BatchCapacity, *, burst: bool) -> str:
     """burst: that way would do."""
     batch = "its batch" if room.whole else "a sequence of its batch"
     single = f" ({room.way} takes one a version)" if room.whole else ""

@@ -1,8 +1,7 @@
 """`tandem train`: the same examples, trainer and optimizer without a queue.
 
 Two targets: a model directory (`--model DIR --out NEW`, which writes a new directory), or the weights of a running
-server (`--attach`, the update protocol without Redis; the next `tandem worker` takes the result over). Must not know
-Redis.
+server (`--attach`, the update protocol without Redis; the next `tandem worker` takes the result over).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from worker.config.update_options import (
     max_tokens_option,
     memory_option,
 )
-from worker.data.batch_capacity import Room
+from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example, ExampleError
 from worker.memory.planner import Way
 from worker.utils.unix_socket import default_run_dir
@@ -145,7 +144,7 @@ def train_attached(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
     ) as session:
         base, lineage = session.weights.header.version, session.weights.header.lineage
-        if base and session.keeper.history.latest() != (base, lineage):
+        if base and session.manager.history.latest() != (base, lineage):
             raise TandemError(
                 "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
                 " note of them, or name the right directory with --state-dir"
@@ -164,7 +163,7 @@ def train_attached(
         return run_steps(batches, step)
 
 
-def check_batches(file: str, batches: Sequence[list[Ready]], room: Room) -> None:
+def check_batches(file: str, batches: Sequence[list[Ready]], room: BatchCapacity) -> None:
     """The trainer takes every batch; asked before the first version is made. Raises `TandemError`."""
     refused = [found for ready in batches if not room.holds(found := [item.example for item in ready])]
     if refused:

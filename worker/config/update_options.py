@@ -1,6 +1,6 @@
 """How updates are applied, and how much of the time training may take: the flags and what they mean together.
 
-Must not know: how an update is applied. Must not import torch: `tandem --help` reads this.
+Must not know: torch.
 """
 
 from collections.abc import Callable

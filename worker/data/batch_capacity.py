@@ -1,8 +1,8 @@
 """How much a trainer takes at once: the lengths of its rows, and whether a batch fits, known before there is a trainer.
 
-Must not know: torch, models, weights, versions.
-Invariants: `Room.holds` says what `Trainer.begin` would do, from lengths alone; a packed row is never longer than the
-budget that memory was planned for, rounded up to the next of few lengths.
+Must not know: torch, versions.
+Invariants: `BatchCapacity.holds` says what `Trainer.begin` would do, from lengths alone; a packed row is never longer
+than the budget that memory was planned for, rounded up to the next of few lengths.
 """
 
 import math
@@ -18,7 +18,7 @@ NARROWEST = 128
 
 
 @dataclass(frozen=True)
-class Room:
+class BatchCapacity:
     """Of one trainer: the lengths of its rows in tokens, whether it packs several sequences into one, and its way.
 
     by_factors: in streaming, micro-batches whose row is no longer than this go by factors.
@@ -57,14 +57,16 @@ class Room:
         return self.needs(examples) <= self.longest
 
 
-def room_for(h: Hyperparameters, *, packed: bool, way: Way, budget: int | None = None, by_factors: int = 0) -> Room:
+def capacity_for(
+    h: Hyperparameters, *, packed: bool, way: Way, budget: int | None = None, by_factors: int = 0
+) -> BatchCapacity:
     """The room of the trainer that `make_trainer` makes of the same arguments.
 
     budget: tokens of a packed row, by default `h.max_length`, at least 8,192. What was planned is the bound, whatever
     `h` says: a replay's hyper-parameters are those of another day. Rows that are padded go by `h.max_length` alone.
     """
     most = budget or max(h.max_length, 8192)
-    return Room(sizes_up_to(most) if packed else widths_up_to(h.max_length), packed, way, by_factors)
+    return BatchCapacity(sizes_up_to(most) if packed else widths_up_to(h.max_length), packed, way, by_factors)
 
 
 def sizes_up_to(longest: int) -> tuple[int, ...]:

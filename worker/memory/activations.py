@@ -1,7 +1,7 @@
 """What one layer's forward pass keeps for its backward pass, and what the backward pass adds: bytes a token, bf16.
 
 Counted from the model's sizes for fused norms and SwiGLU, FlashAttention and fla's delta net; without these kernels it
-is a multiple. Must not know: budgets, devices, the optimizer. All of it is proportional to the tokens.
+is a multiple. Must not know: the optimizer. All of it is proportional to the tokens.
 """
 
 from worker.memory.model_config import ATTENTION, TextConfig

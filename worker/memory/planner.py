@@ -1,7 +1,7 @@
 """How much device memory the trainer takes beside the server, row by row, and which way of training fits.
 
 Arithmetic on a model's sizes and a number of tokens; what it cannot know is in the constants below, checked against
-measured peaks. Must not know: torch, vLLM, a device: `tandem serve` asks it before either may be imported.
+measured peaks. Must not know: torch, vLLM.
 
 Invariants: every row is a whole number of `STEP` bytes, so that the printed rows add up to the printed total; more
 tokens never need less. The peak has one of three moments: in the loss (the logits), in a layer's backward pass, or at

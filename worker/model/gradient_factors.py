@@ -9,7 +9,7 @@
 For T tokens the factors of a matrix take T (rows + cols) numbers in place of rows * cols. Linear layers, the embeddings
 and the output head are kept in this way; every other parameter has its gradient as ever.
 
-Must not know: optimizers, what a step is, which way is taken.
+Must not know: the optimizer.
 Invariants: outside `recording` the model computes what it computed before. A product is the call of torch.mm that
 autograd would have made, on the same operands in the same layout. Of a layer that is computed again in backward, the
 inputs kept are those of the second time: the first ones were dropped.

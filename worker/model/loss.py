@@ -4,7 +4,7 @@ For 8,192 tokens and 248,320 words the logits are 4 GB in bf16 and 8 GB in fp32,
 Here the vocabulary is gone through in blocks: once for every token's log-sum-exp, and once more in backward for the
 gradients, which are therefore rounded to the weights' dtype once, however many blocks there are.
 
-Must not know: examples, optimizers, devices.
+Must not know: examples, the optimizer.
 Invariants: the loss of each token is that of `cross_entropy(head(hidden).float())` up to the order of sums; nothing of
 size [N, V] outlives a block; no gradient is computed that nobody asked for.
 """

@@ -1,7 +1,7 @@
 """The trainer's share of the device: how much of it vLLM is told to leave, when nobody said how much vLLM may take.
 
 vLLM fills the device with its KV cache up to --gpu-memory-utilization, so that a trainer that comes later would find
-nothing. Must not import torch or vLLM; pynvml neither, which CPU installs lack.
+nothing. Must not know: torch, vLLM.
 Invariants: what the user said about vLLM's memory is never changed; every choice is one sentence; bytes are bytes, GB
 are 10^9 of them.
 """

@@ -7,7 +7,7 @@
     sweep.apply()                      # one step of the optimizer; the time in which a server stands still
     sweep.forget()
 
-Must not know: the server, versions, which way is taken when.
+Must not know: the server, versions.
 Invariants: the step is, bit for bit, the one that the optimizer makes of the gradients themselves. `apply` takes no
 memory for the first time (with one backward pass; a second one needs a matrix more).
 """
@@ -19,7 +19,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from worker.apollo import ApolloMini, NonFiniteGradient
+from worker.apollo import ApolloMini, NonFiniteGradientError
 from worker.model.gradient_factors import Factors, GradientFactors
 
 ALIGNMENT = 512
@@ -51,8 +51,8 @@ class FactorSweep:
     def norm(self) -> float:
         """The L2 norm of all gradients together; waits for the device once.
 
-        Raises `NonFiniteGradient` naming the first parameter whose gradient is not finite, or too large to be measured
-        in fp32.
+        Raises `NonFiniteGradientError` naming the first parameter whose gradient is not finite, or too large to be
+        measured in fp32.
         """
         found: list[tuple[Tensor, Tensor]] = []
         grams: dict[int, Tensor] = {}
@@ -67,7 +67,7 @@ class FactorSweep:
         squares = torch.stack([value for _, value in found]).cpu()
         bad = ~(squares < LARGEST_SQUARES)  # true for NaN as well
         if bad.any():
-            raise NonFiniteGradient(self.optimizer.name_of(found[int(bad.nonzero()[0])][0]))
+            raise NonFiniteGradientError(self.optimizer.name_of(found[int(bad.nonzero()[0])][0]))
         return math.sqrt(max(0.0, float(squares.sum())))
 
     def prepare(self) -> None:
@@ -94,7 +94,7 @@ class FactorSweep:
     def rehearse(self) -> None:
         """`norm` and every product, whatever they are, and nothing applied: what they need of libraries is loaded
         afterwards."""
-        with suppress(NonFiniteGradient):
+        with suppress(NonFiniteGradientError):
             self.norm()
         for _ in self.products():
             pass

@@ -2,7 +2,7 @@
 
     warm_up(trainer, tell)   # tell(done, all, what): for a progress bar
 
-Must not know: what is trained, the server.
+Must not know: the server.
 Invariants: no weight and no state of the optimizer changes, not even for a moment: gradients are dropped as they come,
 and the optimizer's kernels are compiled on tensors of their own.
 """

@@ -4,8 +4,8 @@ Three ways. Burst: `begin` computes all gradients, `apply` is one sweep of the o
 the gradients of matrices are products of, and `apply` forms and applies them (`factor_sweep`). Streaming: `begin` is
 the forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
 
-The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
-vLLM, the header or versions.
+The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. Must not know: Redis,
+vLLM, the header, versions.
 
 Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. How weights
 count in the loss and in the step, `worker.trainer.trainer.weighting` says.
@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
 from worker.config.hyperparameters import Hyperparameters
-from worker.data.batch_capacity import Room, room_for
+from worker.data.batch_capacity import BatchCapacity, capacity_for
 from worker.data.examples import Example, ExampleBuilder
 from worker.data.packing import Batch, BatchError, make_batches, pack
 from worker.memory.planner import Way
@@ -110,9 +110,9 @@ class Trainer:
         self._written: dict[str, float] = {}
 
     @property
-    def room(self) -> Room:
+    def room(self) -> BatchCapacity:
         """What it takes at once: `begin` raises BatchError for what this does not hold."""
-        return Room(self.sizes, self.packed, self.way, self.by_factors)
+        return BatchCapacity(self.sizes, self.packed, self.way, self.by_factors)
 
     def begin(self, examples: Sequence[Example], limit: Limit | None = None, rule: Rule = weighted_mean) -> Gradients:
         """All of a step that comes before its first write: gradients, or in streaming the forward pass.
@@ -196,7 +196,7 @@ class Trainer:
     def gradient_norm(self) -> float | None:
         """The L2 norm of what `begin` left, all parameters together; None in streaming, where it is not known yet.
 
-        By factors, raises `NonFiniteGradient`, with nothing written: `apply` could only find it half-way.
+        By factors, raises `NonFiniteGradientError`, with nothing written: `apply` could only find it half-way.
         """
         if self.begun == "factors":
             return self.sweep.norm()
@@ -345,7 +345,7 @@ def make_trainer(
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
     budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
-    model must be fused (`worker.model`); `room_for` says what that holds. The order of parameters, and with it the
+    model must be fused (`worker.model`); `capacity_for` says what that holds. The order of parameters, and with it the
     layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` says:
     frozen ones never have a gradient.
     """
@@ -362,7 +362,7 @@ def make_trainer(
         seed=h.seed,
         state=state,
     )
-    room = room_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
+    room = capacity_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
     return Trainer(
         model,
         optimizer,

@@ -12,7 +12,7 @@ from test_packing import example
 from transformers import AutoTokenizer
 
 from producer.transcript import Transcript
-from worker.apollo import NonFiniteGradient
+from worker.apollo import NonFiniteGradientError
 from worker.checkpoint import model_directory
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.batch_capacity import Room
@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_refused_before_anything_is_written(
         kept.passes[0][0][0].left[0, 0] = math.nan
     else:
         kept.passes[0][1][0].values[0, 0] = math.inf
-    with pytest.raises(NonFiniteGradient, match=name):
+    with pytest.raises(NonFiniteGradientError, match=name):
         trainer.gradient_norm()
     trainer.forget()
     same(trainer, other)

@@ -4,7 +4,6 @@ Messages are maps with "op": hello {name}, pause {seconds}, begin_hogwild {secon
 {version, rebuilt}, state; answers are maps with "error" if refused. What a pause means, and what becomes of it when its
 trainer dies or hangs, is in `lease.py`.
 
-Must not know: tensors, transcripts, HTTP.
 Invariants: one trainer at a time; no message, however malformed, does more than cost its sender the connection.
 """
 
