@@ -64,7 +64,7 @@ def test_a_version_that_somebody_sets_in_between_is_not_overwritten(connection: 
         if len(calls) == 1:
             connection.set(keys.VERSION, 7)
 
-    with pytest.raises(ledger.LedgerMismatch, match="Redis is at 7"):
+    with pytest.raises(ledger.LedgerMismatchError, match="Redis is at 7"):
         ledger.commit(connection, record(1, "a"), settle)
     assert connection.get(keys.VERSION) == b"7" and ledger.everyone(connection) == {}
 
