@@ -35,8 +35,8 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
     torch.set_num_threads(1)
     seen: dict[int, dict[str, Any]] = {}
     with open_session(Path(run_dir), "all", Hyperparameters(), state_dir=Path(state)) as session:
-        keeper, rebuilder, weights = session.keeper, session.keeper.rebuilder, session.weights
-        facts, lineage = keeper.journal.read(1).facts, weights.header.lineage
+        manager, rebuilder, weights = session.manager, session.manager.rebuilder, session.weights
+        facts, lineage = manager.journal.read(1).facts, weights.header.lineage
         same = replay.differences(facts, replay.facts(weights.state.device)) == []
         session.control.pause()
         rebuilder.rebuild(rebuilder.plan(0), lineage, 0)
