@@ -45,7 +45,7 @@ class Undisturbed:
     def _go_back(self, done: Batches) -> None:
         for tensor, kept in zip(self._memory(), self._kept[done], strict=True):
             tensor.copy_(kept)
-        self._done, self._trainer = done, self.session.keeper.rebuilder.make_trainer(self.session.h)
+        self._done, self._trainer = done, self.session.manager.rebuilder.make_trainer(self.session.h)
 
     def _train(self, batch: tuple[str, ...]) -> None:
         if not batch:

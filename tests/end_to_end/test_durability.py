@@ -49,7 +49,7 @@ def step(server: Site, tmp_path: Path) -> Iterator[LiveUpdate]:
     policy = Policy(every=1, keep=2, history=2)
     with open_session(server.run_dir, "test", H, state_dir=tmp_path / "state", policy=policy) as session:
         header = session.weights.header
-        session.keeper.adopt(header.version, header.lineage, Trained({}, {}), parent=None)
+        session.manager.adopt(header.version, header.lineage, Trained({}, {}), parent=None)
         yield LiveUpdate(session)
 
 
@@ -78,7 +78,7 @@ def watch(step: LiveUpdate, monkeypatch: pytest.MonkeyPatch, seen: list[str], lo
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    wrap(step.session.keeper, "before", after="journaled")
+    wrap(step.session.manager, "before", after="journaled")
     wrap(step.session.control, "pause", before="pause", after="paused")
     wrap(step.session.weights.record, "write", after="recorded")
     wrap(step.session.weights.header, "begin", before="begin")
@@ -99,7 +99,7 @@ def test_an_update_reaches_disk_record_header_and_weights_in_this_order(
         assert header.state == (APPLYING if stage in ("write", "written", "finish") else CLEAN), stage
         if stage == "pause":  # while the server still serves: the version is on disk, whatever happens to the power
             found = Journal(
-                disk.after_a_power_cut(tmp_path / "cut") / "state" / "journal", step.session.keeper.journal.source
+                disk.after_a_power_cut(tmp_path / "cut") / "state" / "journal", step.session.manager.journal.source
             )
             assert found.entries[version].ids == [one.id for one in batch] and found.notices == []
         if stage == "begin":  # a restarted worker that finds CLEAN and this version can commit it
@@ -147,11 +147,11 @@ def test_what_a_power_cut_leaves_of_the_state_directory(
 ) -> None:
     """Names as well as bytes: a file that was renamed into a folder is there when the folder was synced."""
     disk = Disk(tmp_path, monkeypatch)
-    journal, keeper = step.session.keeper.journal, step.session.keeper
+    journal, manager = step.session.manager.journal, step.session.manager
     first = step.session.weights.header.version + 1
     for index in range(2):
         step.run(ready(step, f"cut-{index}", 1))
-        keeper.checkpoints.write()  # which begins a new file of the journal
+        manager.checkpoints.write()  # which begins a new file of the journal
         cut = disk.after_a_power_cut(tmp_path / f"cut-{index}") / "state"
         found = Journal(cut / "journal", journal.source)
         assert set(range(first, first + index + 1)) <= set(found.entries) and found.notices == []
@@ -177,26 +177,26 @@ def test_checkpoints_and_journal_follow_the_history(step: LiveUpdate) -> None:
     first = step.session.weights.header.version
     for index in range(7):
         step.run(ready(step, f"history-{index}", 1))
-        step.session.keeper.checkpoints.write_if_due()
+        step.session.manager.checkpoints.write_if_due()
     newest = step.session.weights.header.version
-    snapshots, journal = step.session.keeper.history.snapshots, step.session.keeper.journal
+    snapshots, journal = step.session.manager.history.snapshots, step.session.manager.journal
     base = min(snapshots.versions())
     assert newest == first + 7 and newest - 2 * 2 - 1 <= base <= newest - 2
     assert set(snapshots.versions()) >= {base, newest - 1, newest} and len(snapshots.versions()) <= 4
     assert sorted(journal.entries) == list(range(base + 1, newest + 1))
     for version in range(newest - 2, newest + 1):
-        assert step.session.keeper.rebuilder.plan(version).base >= base
-    assert len(step.session.keeper.history.trained(newest).ledger) == 7
+        assert step.session.manager.rebuilder.plan(version).base >= base
+    assert len(step.session.manager.history.trained(newest).ledger) == 7
 
 
 def test_a_visitor_prunes_nothing(server: Site, tmp_path: Path) -> None:
     """`tandem rollback` and `tandem train --attach` do not know the worker's --history."""
     with open_session(server.run_dir, "test", H, state_dir=tmp_path / "state") as session:
         step, header = LiveUpdate(session), session.weights.header
-        step.session.keeper.adopt(header.version, header.lineage, Trained({}, {}), parent=None)
+        step.session.manager.adopt(header.version, header.lineage, Trained({}, {}), parent=None)
         for index in range(4):
             step.run(ready(step, f"visit-{index}", 1))
-            step.session.keeper.checkpoints.write()
+            step.session.manager.checkpoints.write()
         versions = list(range(header.version - 3, header.version + 1))
-        assert step.session.keeper.history.snapshots.versions() == versions
-        assert set(versions) <= step.session.keeper.journal.entries.keys()
+        assert step.session.manager.history.snapshots.versions() == versions
+        assert set(versions) <= step.session.manager.journal.entries.keys()

@@ -21,7 +21,7 @@ from worker.checkpoint.batch_codec import Ready
 from worker.cli.resume import command as resume
 from worker.config.guard_options import GuardSettings
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.protocol import Torn, Unavailable
+from worker.config.protocol import TornWeightsError, UnavailableError
 from worker.config.update_options import ApplySettings
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.agreement import agree
@@ -76,7 +76,7 @@ def canary(tmp_path: Path) -> Path:
 
 
 def held(site: Site) -> str:
-    return pause_switch.held(site.redis) or ""
+    return pause_switch.pause_reason(site.redis) or ""
 
 
 def judged(canary: Path, bound: float, **more: Any) -> GuardSettings:
@@ -104,13 +104,13 @@ def test_a_canary_s_rollback_that_breaks_off_in_its_write_ends_the_worker(
 
     monkeypatch.setattr(rebuild.replay, "replay", lost)
     said = r"version 3, which is to be version 1 again.*finishes the rollback"
-    with pytest.raises(Torn, match=said), worker(site, settings) as loop:
+    with pytest.raises(TornWeightsError, match=said), worker(site, settings) as loop:
         loop.run()
     monkeypatch.undo()
     site.is_torn()
     assert site.header()["state"] == APPLYING and "`tandem worker` again" in site.served()["reason"]
     assert "version 2 is" in held(site), "and nothing is trained until somebody has looked"
-    site.work(*QUIET, code=1)  # on hold: it says so, once it has restored the weights
+    site.work(*QUIET, code=1)  # paused: it says so, once it has restored the weights
     assert site.agree() == 3 and site.manifest(3)["kind"] == "rollback" and site.manifest(3)["target"] == "1"
     assert site.digest() == site.manifest(1)["digest"]
     assert CliRunner().invoke(resume, ["--redis", site.store.url]).exit_code == 0
@@ -122,7 +122,7 @@ def test_a_canary_s_rollback_after_which_the_server_cannot_resume_ends_the_worke
     site: Site, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = fail_at(site, canary)
-    with pytest.raises(Unavailable, match="could not be resumed at version 3"), worker(site, settings) as loop:
+    with pytest.raises(UnavailableError, match="could not be resumed at version 3"), worker(site, settings) as loop:
         control = loop.session.control
         resume_server = control.resume
 
@@ -141,7 +141,10 @@ def test_a_canary_s_rollback_after_which_the_server_cannot_resume_ends_the_worke
 
 def test_a_canary_that_goes_back_is_followed_by_training_on_hold(site: Site, canary: Path) -> None:
     settings = replace(fail_at(site, canary), rehearse=1.0)
-    with pytest.raises(Unavailable, match=r"on hold.*version 3 is version 1 again"), worker(site, settings) as loop:
+    with (
+        pytest.raises(UnavailableError, match=r"paused.*version 3 is version 1 again"),
+        worker(site, settings) as loop,
+    ):
         loop.run()
     assert loop.update.rehearsal is not None and [ready.id for ready in loop.update.rehearsal.known] == ["good-0"]
     assert site.agree() == 3 and site.digest() == site.manifest(1)["digest"]
@@ -157,8 +160,8 @@ def test_a_canary_that_cannot_be_scored_stops_training_and_says_so(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Trainer, "score", broken)
-    said = r"on hold.*could not be scored at version 1 .RuntimeError"
-    with pytest.raises(Unavailable, match=said), worker(site, judged(canary, bound=100.0)) as loop:
+    said = r"paused.*could not be scored at version 1 .RuntimeError"
+    with pytest.raises(UnavailableError, match=said), worker(site, judged(canary, bound=100.0)) as loop:
         loop.run()
     assert site.agree() == 1 and "could not be scored" in held(site) and site.served()["state"] == "serving"
     assert site.redis.hget("weights:state", "canary_good") is None
@@ -182,11 +185,11 @@ def test_what_fails_once_a_version_is_live_ends_the_worker_and_trains_nobody_twi
         raise ValueError("I/O operation on closed file")
 
     settings = GuardSettings(outliers=8.0, rehearse=1.0)
-    with pytest.raises(Unavailable, match=r"version 1 is live.*ValueError"), worker(site, settings) as loop:
+    with pytest.raises(UnavailableError, match=r"version 1 is live.*ValueError"), worker(site, settings) as loop:
         assert loop.update.guards is not None and loop.update.rehearsal is not None
         holder, name = {
             "guards": (loop.update.guards, "remember"),
-            "journal": (loop.session.keeper, "after"),
+            "journal": (loop.session.manager, "after"),
             "rehearsal": (loop.update.rehearsal, "add"),
         }[part]
         monkeypatch.setattr(holder, name, broken)
@@ -205,7 +208,7 @@ def test_a_header_that_cannot_be_finished_tears(site: Site, monkeypatch: pytest.
             raise RuntimeError("the device is lost")
 
         monkeypatch.setattr(session.weights.header, "finish", broken)
-        with pytest.raises(Torn, match="version 1 broke off"):
+        with pytest.raises(TornWeightsError, match="version 1 broke off"):
             update.run(ready(update, "x"))
         assert session.weights.header.state == APPLYING
     site.is_torn()
@@ -219,5 +222,5 @@ def test_the_weights_decide_what_a_refused_batch_leaves(site: Site) -> None:
         guards.remember([Guards.measures({}, 1e-9, 1e9)] * 4)
         before = site.everything()
         found = update.run(ready(update, "x")[:1])
-        assert found.version is None and "norm" in found.rejected["x-0"] and session.keeper.history.latest() is None
+        assert found.version is None and "norm" in found.rejected["x-0"] and session.manager.history.latest() is None
         assert site.everything() == before and len(guards.norms.values) == 4

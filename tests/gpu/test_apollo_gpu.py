@@ -16,7 +16,7 @@ import test_apollo_state as state
 import torch
 from torch import Tensor
 
-from worker.apollo import ApolloMini, NonFiniteGradient, philox
+from worker.apollo import ApolloMini, NonFiniteGradientError, philox
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
@@ -165,7 +165,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named(bad: float) -> None:
     optimizer.step(grads=[g.to(DEVICE) for g in gradients[1]])
     assert torch.equal(optimizer.area.memory, memory)
     assert all(torch.equal(a, p) for a, (_, p) in zip(before, parameters, strict=True))
-    with pytest.raises(NonFiniteGradient, match="p1"):
+    with pytest.raises(NonFiniteGradientError, match="p1"):
         optimizer.check()
     assert optimizer.step_count == 1
     optimizer.step(grads=[g.to(DEVICE) for g in gradients[2]])
@@ -178,11 +178,11 @@ def test_a_refused_step_is_reported_by_its_numbers() -> None:
     parameter = torch.nn.Parameter(torch.zeros(8, 8, device=DEVICE))
     optimizer = ApolloMini([("w", parameter)], lr=1e-3)
     optimizer.step(grads=[torch.full((8, 8), math.nan, device=DEVICE)])
-    with pytest.raises(NonFiniteGradient, match="w"):
+    with pytest.raises(NonFiniteGradientError, match="w"):
         _ = optimizer.last_update.update_rms
     assert optimizer.step_count == 0
     optimizer.step(grads=[torch.full((8, 8), math.nan, device=DEVICE)])
-    with pytest.raises(NonFiniteGradient, match="w"):
+    with pytest.raises(NonFiniteGradientError, match="w"):
         for _ in range(300):  # told at the latest by the redraw, without being asked
             optimizer.step(grads=[torch.ones(8, 8, device=DEVICE)])
     assert optimizer.step_count == int(optimizer.area.step_count) < 200

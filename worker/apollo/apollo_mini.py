@@ -1,7 +1,7 @@
 """`ApolloMini`: a torch optimizer with AdamW's step sizes and, for a matrix, max(rows, cols) numbers of state a moment.
 
-It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py,
-chosen by the parameters' device. It must not know Redis, vLLM or transformers.
+It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py, chosen
+by the parameters' device. Must not know: Redis, vLLM, transformers.
 
 Invariants: everything that outlives a step is in the state area or follows from (seed, id, step). A burst that meets a
 non-finite gradient changes nothing. One matrix's result does not depend on which others are updated with it.
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.launch_tables import Kind, kind_of
 from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
 from worker.apollo.state_layout import Layout, StateArea
@@ -109,8 +109,8 @@ class ApolloMini(torch.optim.Optimizer):
         grads: one per parameter, in order, instead of the parameters' own `.grad` (a None is skipped). step_scale: the
         batch's own multiplier of the step, 0 or more, decay included; a factor on the gradients would change nothing,
         since the step is normalised. It multiplies after the limiter, and moments never see it. On a CPU, raises
-        `NonFiniteGradient` before anything changes; on CUDA nothing changes either, and `check`, `last_update` or a
-        later step raises it.
+        `NonFiniteGradientError` before anything changes; on CUDA nothing changes either, and `check`, `last_update` or
+        a later step raises it.
         """
         loss = None
         if closure is not None:
@@ -205,6 +205,14 @@ class ApolloMini(torch.optim.Optimizer):
             raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
         self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
 
+    def sweep_order(self) -> list[Tensor]:
+        """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
+        return [slot.parameter for slot in self._backend.order()]
+
+    def name_of(self, parameter: Tensor) -> str:
+        """What errors call it."""
+        return self._by_tensor[id(parameter)].name
+
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
         if not self._open:
@@ -225,10 +233,28 @@ class ApolloMini(torch.optim.Optimizer):
         Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
         applies each at once. step_scale: as for `step`.
         """
+        self.begin(step_scale)
+        try:
+            with self._collecting(bucket_bytes, self.update_many):
+                yield
+        except BaseException:
+            self.abandon()
+            raise
+        self.finish()
+
+    @contextmanager
+    def dropping(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
+        """As `streaming`, but that gradients are dropped where they would be applied: no step, the same memory."""
+        with self._collecting(bucket_bytes, lambda bucket: None):
+            yield
+
+    @contextmanager
+    def _collecting(self, bucket_bytes: int, use: Callable[[list[tuple[Tensor, Tensor]]], None]) -> Iterator[None]:
+        """Inside, gradients leave the parameters as they come, and go to `use` when they are `bucket_bytes` or more."""
         bucket: list[tuple[Tensor, Tensor]] = []
 
         def flush() -> None:
-            self.update_many(bucket)
+            use(bucket)
             bucket.clear()
 
         def take(parameter: Tensor) -> None:
@@ -238,29 +264,24 @@ class ApolloMini(torch.optim.Optimizer):
             if sum(gradient.nbytes for _, gradient in bucket) >= bucket_bytes:
                 flush()
 
-        self.begin(step_scale)
         trained = [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
         hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
         try:
             yield
             flush()
-        except BaseException:
-            self.abandon()
-            raise
         finally:
             for hook in hooks:
                 hook.remove()
-        self.finish()
 
     def check(self) -> None:
-        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet; waits for the device."""
+        """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
         self._told(self._backend.check)
 
     def _told(self, ask: Callable[[], T]) -> T:
         """`ask()`, which may report a refused step: then the steps launched are not the steps taken."""
         try:
             return ask()
-        except NonFiniteGradient:
+        except NonFiniteGradientError:
             self._steps = int(self.area.step_count)
             raise
 

@@ -1,6 +1,6 @@
 """APOLLO-Mini on a CPU: the formulas, in chunks of rows so that fp32 copies stay small.
 
-Bitwise repeatable for a fixed number of threads. Must not know: streams, files, anything above tensors.
+Bitwise repeatable for a fixed number of threads.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from worker.apollo import formulas, philox
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.parameters import Options, Slot, Totals
 from worker.apollo.state_layout import APOLLO, StateArea
 
@@ -35,6 +35,9 @@ class CpuBackend:
         self._update_squares = self._weight_squares = 0.0
         self._elements = 0
 
+    def order(self) -> Sequence[Slot]:
+        return self.slots
+
     def begin(self, draw: int, step_scale: float) -> None:
         self.prepare(draw, step_scale)
 
@@ -53,7 +56,7 @@ class CpuBackend:
         measured = [self._measure(slot, gradient) for slot, gradient in pairs]
         for (slot, _), (_, g_norm) in zip(pairs, measured, strict=True):
             if not math.isfinite(g_norm):
-                raise NonFiniteGradient(slot.name)
+                raise NonFiniteGradientError(slot.name)
         for (slot, gradient), (r, g_norm) in zip(pairs, measured, strict=True):  # g_norm 0: nothing changes
             if slot.algorithm != APOLLO:
                 self._adamw(slot, gradient)

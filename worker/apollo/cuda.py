@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.apollo import formulas, philox
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.kernels import columns, decide, measure, write
 from worker.apollo.launch_tables import SMALL, TALL, UNIT, Known, Run, Tiling, build, cut, is_aligned, merge
 from worker.apollo.parameters import Options, Slot, Totals
@@ -71,6 +71,9 @@ class CudaBackend:
         self.weight_squares = zeros(count)
         self.control = zeros(columns.CONTROLS.value, dtype=torch.int64)
         self.told = torch.zeros(columns.CONTROLS.value, dtype=torch.int64, pin_memory=self.pinned)
+
+    def order(self) -> Sequence[Slot]:
+        return self.tables.slots
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +150,7 @@ class CudaBackend:
         if bad:
             self.control.zero_()
             self.told.zero_()
-            raise NonFiniteGradient(next(s.name for s in self.tables.slots if s.index == bad - 1))
+            raise NonFiniteGradientError(next(s.name for s in self.tables.slots if s.index == bad - 1))
 
     def totals(self) -> Totals:
         self.check()

@@ -141,6 +141,9 @@ class Backend(Protocol):
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
         """A step over these gradients as something that can be replayed."""
 
+    def order(self) -> Sequence[Slot]:
+        """All slots, those that can share a launch side by side."""
+
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         """Apply these gradients, or, if one is not finite, report it and change nothing."""
 
@@ -148,7 +151,7 @@ class Backend(Protocol):
         """End the step: the step count goes up by one."""
 
     def check(self) -> None:
-        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet. Waits for the device."""
+        """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet. Waits for the device."""
 
     def totals(self) -> Totals:
         """Of the last finished step. Waits for the device."""

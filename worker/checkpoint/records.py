@@ -4,7 +4,7 @@
     LineageRecord   weights taken over as they are      Measured        what was measured of an applied version
     Voided          a version that was never applied    Segment         first in each file
 
-Must not know: torch, Redis, files, how a version is rebuilt.
+Must not know: torch, Redis.
 Invariants: `parse(record.plain())` is the record; a field that an older Tandem did not write has its old meaning.
 """
 

@@ -10,7 +10,7 @@ import redis
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.update_options import ApplySettings, Way, apply_option, max_tokens_option, memory_option
+from worker.config.update_options import Apply, ApplySettings, apply_option, max_tokens_option, memory_option
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.reports import sentence
@@ -36,7 +36,7 @@ def command(
     drop: tuple[str, ...],
     requeue: bool,
     reason: str,
-    apply: Way,
+    apply: Apply,
     max_tokens: int,
     memory: float | None,
     redis_url: str | None,

@@ -1,8 +1,7 @@
 """`tandem train`: the same examples, trainer and optimizer without a queue.
 
 Two targets: a model directory (`--model DIR --out NEW`, which writes a new directory), or the weights of a running
-server (`--attach`, the update protocol without Redis; the next `tandem worker` takes the result over). Must not know
-Redis.
+server (`--attach`, the update protocol without Redis; the next `tandem worker` takes the result over).
 """
 
 from __future__ import annotations
@@ -21,13 +20,21 @@ from producer.errors import TandemError
 from producer.jsonl import read_transcripts
 from producer.transcript import Transcript
 from worker.config.hyperparameters import Hyperparameters, training_options
-from worker.config.update_options import MAX_TOKENS, ApplySettings, Way, apply_option, max_tokens_option, memory_option
+from worker.config.update_options import (
+    MAX_TOKENS,
+    Apply,
+    ApplySettings,
+    apply_option,
+    max_tokens_option,
+    memory_option,
+)
+from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example, ExampleError
+from worker.memory.planner import Way
 from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:
     from worker.checkpoint.batch_codec import Ready
-    from worker.data.batch_capacity import Room
 
 T = TypeVar("T")
 
@@ -90,7 +97,7 @@ def run_steps(batches: Sequence[list[T]], step: Callable[[list[T]], float]) -> H
 
 
 def train_directory(
-    file: str, model_dir: Path, out: Path, h: Hyperparameters, *, count: int, batch: int, streaming: bool = False
+    file: str, model_dir: Path, out: Path, h: Hyperparameters, *, count: int, batch: int, way: Way = "burst"
 ) -> History:
     """Fine-tune the model in `model_dir` on `file` and write the result to the new directory `out`."""
     from worker.checkpoint import model_directory
@@ -99,7 +106,7 @@ def train_directory(
     model_directory.check_target(model_dir, out)
     model, tokenizer = model_directory.load(model_dir)
     builder = make_builder(tokenizer, model_dir, h)
-    trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
+    trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
 
     def step(examples: list[Example]) -> float:
         gradients = trainer.begin(examples)
@@ -137,7 +144,7 @@ def train_attached(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
     ) as session:
         base, lineage = session.weights.header.version, session.weights.header.lineage
-        if base and session.keeper.history.latest() != (base, lineage):
+        if base and session.manager.history.latest() != (base, lineage):
             raise TandemError(
                 "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
                 " note of them, or name the right directory with --state-dir"
@@ -156,7 +163,7 @@ def train_attached(
         return run_steps(batches, step)
 
 
-def check_batches(file: str, batches: Sequence[list[Ready]], room: Room) -> None:
+def check_batches(file: str, batches: Sequence[list[Ready]], room: BatchCapacity) -> None:
     """The trainer takes every batch; asked before the first version is made. Raises `TandemError`."""
     refused = [found for ready in batches if not room.holds(found := [item.example for item in ready])]
     if refused:
@@ -193,7 +200,7 @@ def command(
     count: int,
     batch: int,
     plot: Path | None,
-    apply: Way,
+    apply: Apply,
     max_tokens: int,
     memory: float | None,
     **options: Any,
@@ -221,8 +228,8 @@ def command(
             raise TandemError("say what to train: --model DIR --out NEW, or --attach for the running server")
         if memory:
             raise TandemError("--memory is for --attach: a model of its own takes what it takes")
-        streaming = apply == "streaming"
-        history = train_directory(file, model_dir, out, h, count=count, batch=batch, streaming=streaming)
+        way: Way = "burst" if apply == "auto" else apply
+        history = train_directory(file, model_dir, out, h, count=count, batch=batch, way=way)
         plot = plot or out / "loss.png"
     history.plot(plot)
     click.echo(f"{len(history.losses)} steps, loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}; curve: {plot}")

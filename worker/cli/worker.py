@@ -93,7 +93,7 @@ def command(
                 connection, session, lock, guards, cpu_threads, until_empty=empty, hooks=[LogHooks()], **limits
             )
             loop.run()
-            if policy.at_stop and (report := session.keeper.checkpoints.try_write()):
+            if policy.at_stop and (report := session.manager.checkpoints.try_write()):
                 log.info(sentence(report))
     finally:
         lock.release()

@@ -1,6 +1,6 @@
 """Examples -> batches of a few fixed shapes: rows padded on the right, or sequences packed into one row.
 
-Must not know: tokenizers, models, Redis, vLLM.
+Must not know: Redis, vLLM.
 Invariants: every sequence stands in exactly one row, whole. `make_batches` gives a row to one sequence, from column 0,
 so that nothing leaks between examples (causal attention and the gated delta net never look to the right, where the
 padding is); `pack` puts several into the one row of a batch, for kernels that are told where each begins. Shapes are

@@ -1,21 +1,20 @@
 """The writing half of an update: pause, record, APPLYING, write, CLEAN, resume.
 
-    burst, streaming: pause -> record -> APPLYING -> write -> CLEAN, version + 1 -> resume
+    burst, factors, streaming: pause -> record -> APPLYING -> write -> CLEAN, version + 1 -> resume
     hogwild:          record -> APPLYING -> write -> CLEAN, version + 1 -> pause -> resume
 
-Must not know: what is trained, guards, Redis, RQ.
 Invariants: the record is complete before the header says APPLYING, so a restarted worker that finds CLEAN and that
 version can commit it. The header says APPLYING from before the first write until after the last. Whatever goes wrong
 before the first write leaves the header CLEAN, the version unchanged and the server running. Whatever goes wrong after
-it ends the worker: as `Torn` while the header says APPLYING (the server answers 503 with the reason, and the next start
-makes the weights again), as `Unavailable` once it is CLEAN (the next start commits the version).
+it ends the worker: as `TornWeightsError` while the header says APPLYING (the server answers 503 with the reason, and
+the next start makes the weights again), as `UnavailableError` once it is CLEAN (the next start commits the version).
 """
 
 import time
 
 from producer.errors import TandemError
-from worker.apollo import NonFiniteGradient
-from worker.config.protocol import Torn, Unavailable, Update
+from worker.apollo import NonFiniteGradientError
+from worker.config.protocol import TornWeightsError, UnavailableError, Update
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import LeaseLostError
 from worker.utils.fault_injection import point
@@ -24,8 +23,8 @@ from worker.utils.fault_injection import point
 def apply_update(session: Session, update: Update) -> dict[str, float]:
     """Make `update`, which is journaled, the live version from what `Trainer.begin` left; what was measured.
 
-    For the main thread, with signals deferred. Raises as the invariants say; `NonFiniteGradient` when a burst met one,
-    with nothing changed and the journal's entry voided.
+    For the main thread, with signals deferred. Raises as the invariants say; `NonFiniteGradientError` when a burst met
+    one, with nothing changed and the journal's entry voided.
     """
     header, hogwild = session.weights.header, session.settings.hogwild
     before, version = header.version, update.version
@@ -39,13 +38,13 @@ def apply_update(session: Session, update: Update) -> dict[str, float]:
         header.begin(session.control.fence)
         point("applying")
         measured = _write(session, version)
-    except Torn:
+    except TornWeightsError:
         raise
     except LeaseLostError as error:
-        session.keeper.void(version)
-        raise Unavailable(str(error)) from error
+        session.manager.void(version)
+        raise UnavailableError(str(error)) from error
     except BaseException:  # nothing was written
-        session.keeper.void(version)
+        session.manager.void(version)
         _end_lease(session, before)
         raise
     point("applied")
@@ -56,7 +55,7 @@ def apply_update(session: Session, update: Update) -> dict[str, float]:
     waited = {"wait_for_pause_s": paused - written, "pause_s": done - paused}
     if not hogwild:
         waited = {"wait_for_pause_s": leased - asked, "pause_s": done - leased}
-    return measured | {"sweep_s": written - leased} | waited
+    return measured | _measured(session, version) | {"sweep_s": written - leased} | waited
 
 
 def _take_lease(session: Session, version: int) -> None:
@@ -67,32 +66,43 @@ def _take_lease(session: Session, version: int) -> None:
         else:
             session.control.pause()
     except TandemError as error:
-        session.keeper.void(version)
-        raise Unavailable(f"the server could not be paused: {error}") from error
+        session.manager.void(version)
+        raise UnavailableError(f"the server could not be paused: {error}") from error
 
 
 def _write(session: Session, version: int) -> dict[str, float]:
     """All writes of the update and their end awaited, then CLEAN; CLEAN without a write if a burst was refused."""
     trainer, started = session.trainer, time.monotonic()
     try:
-        measured = trainer.apply()
+        trainer.write()
         trainer.optimizer.check()  # on CUDA a refused gradient is known only once the device has answered
         session.weights.header.finish(version)
-    except NonFiniteGradient as error:
-        if not trainer.streaming:
+    except NonFiniteGradientError as error:
+        if trainer.begun == "burst":
             session.weights.header.abandon()
             raise
-        session.keeper.void(version)  # it must not be tried again when the weights are restored
-        raise Torn(
+        session.manager.void(version)  # it must not be tried again when the weights are restored
+        raise TornWeightsError(
             f"{error}, and a part of version {version} was written already: the weights are torn, and the server"
             " refuses requests; start the worker again, which restores them"
         ) from error
     except BaseException as error:
-        raise Torn(
+        raise TornWeightsError(
             f"the update to version {version} broke off while it was written: {error}; the weights are torn: start"
             " the worker again, which restores them"
         ) from error
-    return measured | ({"backward_s": time.monotonic() - started} if trainer.streaming else {})
+    return {"backward_s": time.monotonic() - started} if trainer.begun == "streaming" else {}
+
+
+def _measured(session: Session, version: int) -> dict[str, float]:
+    """What the trainer says of its write, asked when the server has gone on."""
+    try:
+        return session.trainer.measured()
+    except Exception as error:
+        raise UnavailableError(
+            f"version {version} is live, but the trainer cannot go on from it ({error}): start the worker again, which"
+            " commits the version"
+        ) from error
 
 
 def _end_lease(session: Session, version: int) -> float:
@@ -106,4 +116,4 @@ def _end_lease(session: Session, version: int) -> float:
     except TandemError as error:
         # The header is CLEAN: the server resumes by itself when our connection ends, and the record is committed
         # at the next start.
-        raise Unavailable(f"the server could not be resumed at version {version}: {error}") from error
+        raise UnavailableError(f"the server could not be resumed at version {version}: {error}") from error

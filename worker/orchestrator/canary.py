@@ -1,8 +1,7 @@
 """The canary set: conversations that are never trained, scored on the live weights every so many versions.
 
-A loss beyond the bound, or a set that cannot be scored, puts training on hold (serving goes on); a loss beyond the
-bound also takes the weights back to the last version that passed, if asked. Must not know: how a version is rebuilt,
-RQ.
+A loss beyond the bound, or a set that cannot be scored, pauses training (serving goes on); a loss beyond the
+bound also takes the weights back to the last version that passed, if asked.
 Invariants: scoring changes no weight; it happens between two versions, as a step of the worker's loop, so that what
 goes wrong in a rollback ends the worker; no text of the set reaches logs or Redis.
 """
@@ -19,14 +18,14 @@ import redis
 from producer import keys
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
-from worker.checkpoint.ancestry import CannotRebuild
+from worker.checkpoint.ancestry import RebuildError
 from worker.checkpoint.journal import JournalError
 from worker.checkpoint.snapshots import SnapshotError
 from worker.config.guard_options import GuardSettings
 from worker.consumer.error_text import told
 from worker.data.examples import Example, ExampleBuilder, ExampleError
 from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, CanaryScored, NothingPassed, Report, sentence
-from worker.orchestrator.rollback import CannotRollBack
+from worker.orchestrator.rollback import RollbackError
 from worker.versions import ledger, pause_switch
 
 log = logging.getLogger("tandem.worker")
@@ -149,13 +148,13 @@ class CanaryStep:
             return
         try:
             made = self.roll_back(good)
-        except (CannotRollBack, CannotRebuild, JournalError, SnapshotError) as error:  # nothing was changed
+        except (RollbackError, RebuildError, JournalError, SnapshotError) as error:  # nothing was changed
             self._hold(replace(failed, target=good, problem=str(error)))
             return
         self._hold(replace(failed, target=good, made=made))
 
     def _hold(self, why: CanaryFailed | CanaryNotScored) -> None:
-        pause_switch.hold(self.connection, sentence(why))
+        pause_switch.pause(self.connection, sentence(why))
         self.tell(why)
 
     def _note(self, verdict: Verdict) -> None:

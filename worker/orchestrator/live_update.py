@@ -6,12 +6,12 @@
     apply     pause, write, resume: `applying`
     observe   guards, rehearsal and journal learn of the live version
 
-Knows the trainer, the header beside the weights, the keeper of the journal and the server's control socket. Must not
-know Redis or RQ: the consumer commits the `Update` that comes back.
+Knows the trainer, the header beside the weights, the keeper of the journal and the server's control socket. The
+consumer commits the `Update` that comes back.
 
 Invariants: a version is in the journal, on disk, before the server is paused for it. Whatever `run` raises besides
-`Torn` and `Unavailable` means that no weight was touched, so that the batch may be tried again in parts; nothing that
-fails once the version is live is raised as anything else.
+`TornWeightsError` and `UnavailableError` means that no weight was touched, so that the batch may be tried again in
+parts; nothing that fails once the version is live is raised as anything else.
 """
 
 import time
@@ -24,13 +24,12 @@ from producer.transcript import Transcript
 from worker.checkpoint.batch_codec import Ready, make_ready, unpack_ready
 from worker.checkpoint.journal import JournalError
 from worker.checkpoint.records import UpdateRecord
-from worker.config.protocol import JobResult, Torn, Unavailable, Update
-from worker.data.replay_buffer import Rehearsal
+from worker.config.protocol import JobResult, TornWeightsError, UnavailableError, Update
+from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.applying import apply_update
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
-from worker.trainer.grad_norm import gradient_norm
-from worker.trainer.outliers import GradientOutlier, Guards
+from worker.trainer.outliers import GradientOutlierError, Guards
 from worker.trainer.threads import TrainingThreads
 from worker.trainer.trainer import Gradients
 from worker.utils.duty_cycle import Duty
@@ -74,7 +73,7 @@ class LiveUpdate:
 
     base: the version that Redis will have when the next update is committed: by default the one before it; a run
     without Redis names the version it started from, so that a later worker can take over all of it at once. confirm:
-    called before each step; raises `Unavailable` when no version may be made now.
+    called before each step; raises `UnavailableError` when no version may be made now.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class LiveUpdate:
         *,
         base: int | None = None,
         guards: Guards | None = None,
-        rehearsal: Rehearsal[Ready] | None = None,
+        rehearsal: ReplayBuffer[Ready] | None = None,
         threads: TrainingThreads | None = None,
         confirm: Callable[[], None] = lambda: None,
     ) -> None:
@@ -99,13 +98,13 @@ class LiveUpdate:
     def remember(self) -> None:
         """Guards and rehearsal learn the ancestry of the live version, and nothing else: at the start, and whenever the
         weights have become those of another version. Nobody who was ever dropped is rehearsed."""
-        keeper = self.session.keeper
-        way = keeper.history.ancestry(self.session.weights.header.version)
+        manager = self.session.manager
+        way = manager.history.ancestry(self.session.weights.header.version)
         if self.guards is not None:
             self.guards.relearn(entry.manifest for entry in way)
         if self.rehearsal is not None:
-            dropped = frozenset(keeper.history.dropped())
-            records = (keeper.journal.read(e.version) for e in way if e.kind == "update" and not e.expired)
+            dropped = frozenset(manager.history.dropped())
+            records = (manager.journal.read(e.version) for e in way if e.kind == "update" and not e.expired)
             updates = (record for record in records if isinstance(record, UpdateRecord))
             self.rehearsal.relearn(ready for record in updates for ready in unpack_ready(record, dropped))
 
@@ -114,9 +113,10 @@ class LiveUpdate:
         return make_ready(transcript, self.session.builder.build(transcript, job_id))
 
     def run(self, prepared: Sequence[Ready]) -> Update:
-        """Train one version on `prepared`. Raises `Torn`, `Unavailable`, or anything else with no weight touched."""
+        """Train one version on `prepared`. Raises `TornWeightsError`, `UnavailableError`, or anything else with no
+        weight touched."""
         if self.session.weights.header.state != CLEAN:
-            raise Torn("the weights are torn: start the worker again, which restores them")
+            raise TornWeightsError("the weights are torn: start the worker again, which restores them")
         self.confirm()
         if self.threads is not None:
             self.threads.begin_version(self.session.trainer.device)
@@ -142,15 +142,15 @@ class LiveUpdate:
         batch = [*prepared, *(self.rehearsal.pick(version, prepared) if self.rehearsal else [])]
         gradients = trainer.begin([ready.example for ready in batch], self.guards)
         begun = time.monotonic()
-        norm = None
-        if self.guards is not None and gradients.nll and not trainer.streaming:
-            norm = gradient_norm(trainer.parameters())
-        trainer.optimizer.prepare()  # a GPU's new projections, where due: not under the pause
+        # By factors it is also what refuses a gradient that is not finite: under the pause that would be half-way.
+        asked = self.guards is not None or trainer.begun == "factors"
+        norm = trainer.gradient_norm() if asked and gradients.nll else None
+        trainer.prepare()  # a GPU's new projections, where due: not under the pause
         return Computed(prepared, batch, gradients, norm, begun - started, time.monotonic() - started)
 
     def _screen(self, computed: Computed) -> dict[str, str] | None:
-        """None: the batch is to be trained. Else why nobody of it is, by id; raises `GradientOutlier` when it may be
-        one of several that is to blame."""
+        """None: the batch is to be trained. Else why nobody of it is, by id; raises `GradientOutlierError` when it may
+        be one of several that is to blame."""
         if not computed.new:
             return computed.rejected
         reason = None
@@ -159,11 +159,11 @@ class LiveUpdate:
         if reason is None:
             return None
         if len(computed.prepared) > 1:
-            raise GradientOutlier(reason)
+            raise GradientOutlierError(reason)
         return {ready.id: reason for ready in computed.prepared}
 
     def _journal(self, computed: Computed) -> Update:
-        """The version, on disk. Raises `Unavailable` when it cannot be written."""
+        """The version, on disk. Raises `UnavailableError` when it cannot be written."""
         header, version = self.session.weights.header, self.session.weights.header.version + 1
         gradients = computed.gradients
         results = {
@@ -172,17 +172,17 @@ class LiveUpdate:
         update = Update(version, header.lineage, self._manifest(computed, version), results, computed.rejected)
         try:
             step = self.session.trainer.optimizer.step_count
-            self.session.keeper.before(update, computed.trained, self.session.h, step)
+            self.session.manager.before(update, computed.trained, self.session.h, step)
         except JournalError as error:
-            raise Unavailable(str(error)) from error
+            raise UnavailableError(str(error)) from error
         return update
 
     def _manifest(self, computed: Computed, version: int) -> dict[str, Any]:
         """What is known of the version before it is applied."""
-        gradients, streaming = computed.gradients, self.session.trainer.streaming
+        gradients, way = computed.gradients, self.session.trainer.begun
         manifest: dict[str, Any] = {
             "kind": "update",
-            "way": "hogwild" if self.session.settings.hogwild else "streaming" if streaming else "burst",
+            "way": "hogwild" if self.session.settings.hogwild else way,
             "base": version - 1 if self.base is None else self.base,
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "jobs": len(computed.new),
@@ -191,24 +191,24 @@ class LiveUpdate:
             "loss": gradients.loss,
             "gradients_s": computed.seconds,
         }
-        manifest |= {"forward_s": computed.forward_s} if streaming else {}
-        manifest |= Rehearsal.record(computed.trained)
+        manifest |= {"forward_s": computed.forward_s} if way == "streaming" else {}
+        manifest |= ReplayBuffer.record(computed.trained)
         if self.guards is not None:
             nll = {ready.id: gradients.nll[ready.id] for ready in computed.new}
             manifest |= Guards.measures(nll, computed.norm, gradients.effective_tokens)
         return manifest
 
     def _observe(self, computed: Computed, update: Update) -> None:
-        """The version is live. Raises `Unavailable` when any of this fails: the next start commits the version."""
+        """The version is live. Raises `UnavailableError` when any of this fails: the next start commits the version."""
         assert update.version is not None
         try:
             if self.rehearsal is not None:
                 self.rehearsal.add(computed.trained)
             if self.guards is not None:
                 self.guards.remember([update.manifest])
-            self.session.keeper.after(update.version, update.manifest)
+            self.session.manager.after(update.version, update.manifest)
         except Exception as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"version {update.version} is live, but the worker cannot go on from it ({type(error).__name__}): start"
                 " it again, which commits the version"
             ) from error

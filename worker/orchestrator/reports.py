@@ -1,6 +1,6 @@
 """What a recovery or a rollback did: facts, one dataclass for each kind, and `sentence`, which shows them.
 
-Must not know: how any of it is done. Only what logs or prints calls `sentence`; everybody else passes the facts on.
+Only what logs or prints calls `sentence`; everybody else passes the facts on.
 """
 
 import math
@@ -93,7 +93,7 @@ class CanaryScored:
 
 @dataclass(frozen=True)
 class CanaryFailed:
-    """It did not pass, and training is on hold. target: the version to go back to, if that was asked and there is one;
+    """It did not pass, and training is paused. target: the version to go back to, if that was asked and there is one;
     made: the version that holds it now; problem: why there is none."""
 
     version: int
@@ -106,7 +106,7 @@ class CanaryFailed:
 
 @dataclass(frozen=True)
 class CanaryNotScored:
-    """Scoring it at `version` broke off, and training is on hold. kind: the exception's type."""
+    """Scoring it at `version` broke off, and training is paused. kind: the exception's type."""
 
     version: int
     kind: str

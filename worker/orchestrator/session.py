@@ -4,8 +4,7 @@
         update = LiveUpdate(session, ...)            # trains versions
         roll_back(connection, session, 118)          # makes one again
 
-`tandem worker`, `tandem rollback` and `tandem train --attach` begin with one. Must not know: what is trained, Redis,
-RQ.
+`tandem worker`, `tandem rollback` and `tandem train --attach` begin with one.
 Invariants: whoever has a session is the server's only trainer; its weights are whole (torn or restarted ones were
 brought back before); nothing is missing in it and nothing is put into it later.
 """
@@ -21,20 +20,20 @@ import torch
 from transformers import AutoTokenizer
 
 from producer.errors import TandemError
-from worker.checkpoint.manager import Keeper
+from worker.checkpoint.manager import CheckpointManager
 from worker.checkpoint.replay import make_deterministic
 from worker.checkpoint.state_dir import StateDir, default_state_dir
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.protocol import Unavailable
+from worker.config.protocol import UnavailableError
 from worker.config.retention import Policy
 from worker.config.update_options import MAX_TOKENS, ApplySettings
-from worker.data.batch_capacity import room_for
+from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import sentence
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights, attach
-from worker.trainer.device import choose_way, growing_segments, keep_within, warm
+from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
 from worker.trainer.trainer import Trainer, make_builder, make_trainer
 from worker.utils import torch_setup
 from worker.versions import ledger
@@ -48,24 +47,24 @@ class Session:
 
     control: ServerControl
     weights: AttachedWeights
-    keeper: Keeper
+    manager: CheckpointManager
     builder: ExampleBuilder
     trainer: Trainer
     h: Hyperparameters
     settings: ApplySettings
 
     def check(self) -> None:
-        """Raises `Unavailable` when the server has gone."""
+        """Raises `UnavailableError` when the server has gone."""
         try:
             self.control.state()
         except TandemError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"{error}. Start it again, then the worker: it brings the server back to what it had learnt"
             ) from error
 
     def renew_trainer(self) -> None:
         """The weights were made again: the optimizer's step count beside them is another now."""
-        self.trainer = self.keeper.rebuilder.make_trainer(self.h)
+        self.trainer = self.manager.rebuilder.make_trainer(self.h)
 
 
 @contextlib.contextmanager
@@ -98,8 +97,9 @@ def open_session(
         model = weights.build_model()
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
-        keep_within(settings, weights.state.device)
-        way = choose_way(model, weights.model_path, h, settings, max_tokens, weights.state.device)
+        device, settings = weights.state.device, within_share(settings, control.trainer_bytes)
+        keep_within(settings, device)
+        chosen = choose_way(model, weights.model_path, h, settings, max_tokens, device)
         # Whatever is trained again, is trained in the way that new versions are.
         make = partial(
             make_trainer,
@@ -107,13 +107,20 @@ def open_session(
             list(model.named_parameters()),
             tokenizer,
             state=weights.state,
-            streaming=way.streaming,
-            budget=way.budget,
+            way=chosen.way,
+            by_factors=chosen.by_factors,
+            budget=chosen.budget,
         )
-        room = partial(room_for, packed=weights.state.is_cuda, streaming=way.streaming, budget=way.budget)
-        keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, room, policy)))
-        for report in mend_weights(keeper, control, known, new_lineage=new_lineage):
+        room = partial(
+            capacity_for,
+            packed=weights.state.is_cuda,
+            way=chosen.way,
+            by_factors=chosen.by_factors,
+            budget=chosen.budget,
+        )
+        manager = stack.enter_context(contextlib.closing(CheckpointManager(state, weights, make, room, policy)))
+        for report in mend_weights(manager, control, known, new_lineage=new_lineage):
             log.info(sentence(report))
         trainer = make(h)
         warm(trainer)
-        yield Session(control, weights, keeper, builder, trainer, h, settings)
+        yield Session(control, weights, manager, builder, trainer, h, settings)

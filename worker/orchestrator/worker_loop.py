@@ -1,7 +1,7 @@
 """The worker's loop: the queue is drained into versions, and between two of them comes whatever must not meet a write.
 
-Between two batches, in this order: is the server there; the canary; training on hold; a checkpoint; the rest that the
-duty cycle asks. Must not know: how a version is trained, rebuilt or committed, RQ's inside.
+Between two batches, in this order: is the server there; the canary; a paused training; a checkpoint; the rest that the
+duty cycle asks.
 Invariants: nothing but this loop's thread writes weights; whatever goes wrong after a first write ends the worker.
 """
 
@@ -18,8 +18,8 @@ from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.data.examples import Example
-from worker.data.replay_buffer import Rehearsal
-from worker.orchestrator.agreement import RedisBehind, agree, confirm
+from worker.data.replay_buffer import ReplayBuffer
+from worker.orchestrator.agreement import RedisBehindError, agree, confirm
 from worker.orchestrator.canary import Canary, CanaryStep
 from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, Report, sentence
@@ -54,7 +54,7 @@ class WorkerLoop:
     ) -> None:
         self.connection, self.session, self.lock = connection, session, lock
         self.until_empty, self.hooks, self.limits = until_empty, hooks, limits
-        rehearsal = Rehearsal(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
+        rehearsal = ReplayBuffer(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
         self.update = LiveUpdate(
             session,
             guards=Guards(guards.outliers),
@@ -76,7 +76,7 @@ class WorkerLoop:
             try:
                 worker.work(burst=self.until_empty)
                 return
-            except (ledger.LedgerMismatch, RedisBehind) as error:
+            except (ledger.LedgerMismatchError, RedisBehindError) as error:
                 if (version := self.session.weights.header.version) == mended:
                     raise
                 mended = version
@@ -97,14 +97,14 @@ class WorkerLoop:
         return worker
 
     def between_batches(self, worker: BatchWorker) -> None:
-        """Raises `Unavailable` when the server has gone, `Torn` when a rollback broke off."""
+        """Raises `UnavailableError` when the server has gone, `TornWeightsError` when a rollback broke off."""
         self.session.check()
         if self.canary is not None:
             self.canary.take(self.session.weights.header.version)
         pause_switch.wait(
             self.connection, burst=self.until_empty, stopping=lambda: worker.stop_requested, tell=log.warning
         )
-        if report := self.session.keeper.checkpoints.write_if_due():
+        if report := self.session.manager.checkpoints.write_if_due():
             log.info(sentence(report))
 
         def stopping() -> bool:
@@ -123,7 +123,9 @@ class WorkerLoop:
                 log.info(sentence(report))
         except redis.RedisError:
             self.update.remember()
-            confirm(self.connection, self.session)  # waits for Redis; `RedisBehind` has `run` commit from the journal
+            confirm(
+                self.connection, self.session
+            )  # waits for Redis; `RedisBehindError` has `run` commit from the journal
             raise
         self.update.remember()
         return self.session.weights.header.version
@@ -131,5 +133,5 @@ class WorkerLoop:
 
 def _tell(report: Report) -> None:
     level = logging.ERROR if isinstance(report, CanaryFailed | CanaryNotScored) else logging.INFO
-    held = "training is on hold: " if level == logging.ERROR else ""
+    held = "training is paused: " if level == logging.ERROR else ""
     log.log(level, "%s%s", held, sentence(report))

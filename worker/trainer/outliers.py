@@ -7,7 +7,7 @@
     manifest |= guards.measures(nll, norm)      # before it is journaled
     guards.remember([manifest])                 # the version is live
 
-Must not know: torch, Redis, the weights.
+Must not know: torch, Redis.
 Invariants: nothing is refused before `minimum` values are known; what was refused never enters the history, so that a
 flood of outliers cannot make itself normal; the history follows from the manifests alone, so a restart changes nothing.
 """
@@ -28,7 +28,7 @@ SPREAD = 0.05
 """The least spread, as a part of the median: a history of equal values must not refuse the first that differs."""
 
 
-class GradientOutlier(TandemError):
+class GradientOutlierError(TandemError):
     """The gradient of a whole batch is too large; nothing was written. The drain tries its halves."""
 
 

@@ -1,17 +1,19 @@
 """One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
 
-Two ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Streaming: `begin` is the
-forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
+Three ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Factors: `begin` computes what
+the gradients of matrices are products of, and `apply` forms and applies them (`factor_sweep`). Streaming: `begin` is
+the forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
 
-The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
-vLLM, the header or versions.
+The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. Must not know: Redis,
+vLLM, the header, versions.
 
 Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. How weights
 count in the loss and in the step, `worker.trainer.trainer.weighting` says.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +23,15 @@ from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
 from worker.config.hyperparameters import Hyperparameters
-from worker.data.batch_capacity import Room, room_for
+from worker.data.batch_capacity import BatchCapacity, capacity_for
 from worker.data.examples import Example, ExampleBuilder
 from worker.data.packing import Batch, BatchError, make_batches, pack
+from worker.memory.planner import Way
+from worker.model.gradient_factors import factors_of
 from worker.model.inputs import model_inputs
 from worker.model.loss import linear_cross_entropy
+from worker.trainer.factor_sweep import FactorSweep
+from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.weighting import Rule, Weighting, effective_tokens, weighted_mean
 from worker.utils.fault_injection import point
 
@@ -80,7 +86,8 @@ class Trainer:
         warmup: int = 0,
         budget: int = 4096,
         packed: bool = False,
-        streaming: bool = False,
+        way: Way = "burst",
+        by_factors: int = 0,
     ) -> None:
         self.model: Any = model
         self.body: Any = model.model
@@ -92,15 +99,20 @@ class Trainer:
         self.sizes = tuple(sizes)
         self.budget = max(budget, max(sizes))
         self.packed = packed
-        self.streaming = streaming
+        self.way = way
+        self.by_factors = by_factors
         self.device = next(model.parameters()).device
+        self.begun: Way = way
+        """The way of the micro-batch that `begin` was last called with."""
+        self.sweep = FactorSweep(factors_of(model), optimizer)
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
         self._step_scale = 1.0
+        self._written: dict[str, float] = {}
 
     @property
-    def room(self) -> Room:
+    def room(self) -> BatchCapacity:
         """What it takes at once: `begin` raises BatchError for what this does not hold."""
-        return Room(self.sizes, self.packed, self.streaming)
+        return BatchCapacity(self.sizes, self.packed, self.way, self.by_factors)
 
     def begin(self, examples: Sequence[Example], limit: Limit | None = None, rule: Rule = weighted_mean) -> Gradients:
         """All of a step that comes before its first write: gradients, or in streaming the forward pass.
@@ -112,6 +124,8 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
+        self._check_room(examples)
+        self.begun = self.room.way_of(examples)
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
             weighting = rule(kept)
@@ -134,25 +148,41 @@ class Trainer:
         self.forget()
         return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
 
-    def apply(self) -> dict[str, float]:
-        """One optimizer step with what `begin` left; returns the RMS of update and weights, and on a GPU `peak_bytes`,
-        the most that this process had allocated since `begin`.
+    def prepare(self) -> None:
+        """Do ahead what `write` would do first: call it before a server is paused."""
+        self.optimizer.prepare()
+        if self.begun == "factors":
+            self.sweep.prepare()
 
-        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever
-        streaming raises leaves weights half-written.
+    def apply(self) -> dict[str, float]:
+        """`write`, and what `measured` says of it."""
+        self.write()
+        return self.measured()
+
+    def write(self) -> None:
+        """One optimizer step with what `begin` left. On a GPU it is launched; `optimizer.check` waits for it.
+
+        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever the
+        other ways raise leaves weights half-written.
         """
         factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        if self.streaming:
+        if self.begun == "streaming":
             self._stream()
+        elif self.begun == "factors":
+            self.sweep.apply(self._step_scale)
         else:
             self.optimizer.step(step_scale=self._step_scale)
         point("swept")
-        measured = {"lr": self.lr * factor, "step_scale": self._step_scale}
+        self._written = {"lr": self.lr * factor, "step_scale": self._step_scale}
         self.forget()
+
+    def measured(self) -> dict[str, float]:
+        """Of the last `write`: the RMS of update and weights, and on a GPU `peak_bytes`, the most that this process had
+        allocated since `begin`. Waits for the device."""
         update = self.optimizer.last_update
-        measured |= {"update_rms": update.update_rms, "weight_rms": update.weight_rms}
+        measured = self._written | {"update_rms": update.update_rms, "weight_rms": update.weight_rms}
         if self.device.type == "cuda":
             measured["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return measured
@@ -160,7 +190,17 @@ class Trainer:
     def forget(self) -> None:
         """Let go of what `begin` left: nothing is applied."""
         self._loss, self._step_scale = None, 1.0
+        self.sweep.forget()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_norm(self) -> float | None:
+        """The L2 norm of what `begin` left, all parameters together; None in streaming, where it is not known yet.
+
+        By factors, raises `NonFiniteGradientError`, with nothing written: `apply` could only find it half-way.
+        """
+        if self.begun == "factors":
+            return self.sweep.norm()
+        return gradient_norm(self.parameters()) if self.begun == "burst" else None
 
     def parameters(self) -> list[torch.Tensor]:
         """All that the optimizer may change."""
@@ -173,9 +213,17 @@ class Trainer:
         self.optimizer.finish()
 
     def dry_run(self, examples: Sequence[Example]) -> None:
-        """Forward and backward over `examples`; what becomes of the gradients is the caller's."""
-        for batch in self._batches(examples):
-            self._forward(batch)[0].backward()  # type: ignore[no-untyped-call]
+        """All that a step over `examples` computes before it writes, and as much memory as it takes; nothing is written
+        or kept. Afterwards a step of the same shape takes nothing for the first time."""
+        self.forget()
+        self.begun = self.room.way_of(examples)
+        with self._recording(), self._dropping():
+            for batch in self._batches(examples):
+                self.sweep.factors.begin_pass()
+                self._forward(batch)[0].backward()  # type: ignore[no-untyped-call]
+        if self.begun == "factors":
+            self.sweep.rehearse()
+        self.forget()
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -193,21 +241,36 @@ class Trainer:
     def _accumulate(self, examples: Sequence[Example], weighting: Weighting, most: float) -> dict[str, float]:
         """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
         or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
-        self._check_room(examples)
         counts = [example.trained_tokens for example in examples]
         bounds = torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
-        for batch in self._batches(examples):
-            loss, nll = self._forward(batch, weighting.factors)
-            self._add(sums, batch, nll)
-            if not (torch.isfinite(sums) & (sums <= bounds)).all():
-                break
-            if self.streaming:
-                self._loss = loss if self._loss is None else self._loss + loss
-            else:
-                loss.backward()  # type: ignore[no-untyped-call]
-                point("backward")
+        with self._recording():
+            for batch in self._batches(examples):
+                loss, nll = self._forward(batch, weighting.factors)
+                self._add(sums, batch, nll)
+                if not (torch.isfinite(sums) & (sums <= bounds)).all():
+                    break
+                if self.begun == "streaming":
+                    self._loss = loss if self._loss is None else self._loss + loss
+                else:
+                    self.sweep.factors.begin_pass()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    point("backward")
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """By factors, the buffer is taken first, and forward and backward keep factors."""
+        if self.begun != "factors":
+            yield
+            return
+        self.sweep.reserve()
+        with self.sweep.factors.recording():
+            yield
+
+    def _dropping(self) -> AbstractContextManager[None]:
+        """In streaming: gradients are held back as when they are applied, and dropped."""
+        return self.optimizer.dropping() if self.begun == "streaming" else nullcontext()
 
     def _stream(self) -> None:
         assert self._loss is not None, "apply() without begin()"
@@ -224,7 +287,7 @@ class Trainer:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
         if self.room.whole and not self.room.holds(examples):
             raise BatchError(
-                f"streaming takes one forward pass a version, of {self.room.longest} tokens at most, and these"
+                f"{self.way} takes one forward pass a version, of {self.room.longest} tokens at most, and these"
                 f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
@@ -238,7 +301,8 @@ class Trainer:
         before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
         picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
         each = factors[batch.examples] if factors is not None else torch.ones(len(batch.examples))  # [N]
-        return linear_cross_entropy(picked, self.head.weight, targets, each.to(self.device))
+        keep = self.sweep.factors.head_keeper(self.head.weight)
+        return linear_cross_entropy(picked, self.head.weight, targets, each.to(self.device), keep)
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
@@ -274,13 +338,14 @@ def make_trainer(
     h: Hyperparameters,
     *,
     state: torch.Tensor | None,
-    streaming: bool = False,
+    way: Way = "burst",
+    by_factors: int = 0,
     budget: int | None = None,
 ) -> Trainer:
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
     budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
-    model must be fused (`worker.model`); `room_for` says what that holds. The order of parameters, and with it the
+    model must be fused (`worker.model`); `capacity_for` says what that holds. The order of parameters, and with it the
     layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` says:
     frozen ones never have a gradient.
     """
@@ -297,7 +362,7 @@ def make_trainer(
         seed=h.seed,
         state=state,
     )
-    room = room_for(h, packed=named[0][1].is_cuda, streaming=streaming, budget=budget)
+    room = capacity_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
     return Trainer(
         model,
         optimizer,
@@ -307,5 +372,6 @@ def make_trainer(
         sizes=room.sizes,
         budget=budget or 4096,
         packed=room.packed,
-        streaming=streaming,
+        way=way,
+        by_factors=by_factors,
     )

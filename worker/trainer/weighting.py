@@ -6,7 +6,7 @@
 An optimizer that normalises its step undoes any factor on the gradient. So the gradient is that of a weighted mean,
 whose size does not depend on the weights' size, and what the weights say about the whole batch multiplies the step.
 
-Must not know: torch models, optimizers, where weights come from.
+Must not know: the optimizer.
 Invariants: the rules are numbered and a number never changes its meaning: the journal names the rule of each version.
 """
 

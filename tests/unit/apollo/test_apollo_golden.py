@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.apollo import ApolloError, ApolloMini, NonFiniteGradient
+from worker.apollo import ApolloError, ApolloMini, NonFiniteGradientError
 
 SHAPES = [(5, 7), (7, 5), (1, 7), (300, 1), (33, 33), (130, 70), (70, 130), (64, 520), (520, 64), (8, 1025)]
 STEPS, GAP = 23, 5
@@ -277,7 +277,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named(bad: float) -> None:
     optimizer.step(grads=gradients[0])
     before, state = [p.detach().clone() for _, p in parameters], optimizer.area.memory.clone()
     gradients[1][2][17] = bad
-    with pytest.raises(NonFiniteGradient, match="p2") as raised:
+    with pytest.raises(NonFiniteGradientError, match="p2") as raised:
         optimizer.step(grads=gradients[1])
     assert raised.value.parameter == "p2"
     assert torch.equal(optimizer.area.memory, state)

@@ -18,6 +18,7 @@ from worker.checkpoint import model_directory
 from worker.cli.train import command
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
+from worker.memory.planner import Way
 from worker.testing.tiny_model import make_tiny
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.trainer import Trainer, make_builder, make_trainer
@@ -35,10 +36,10 @@ def examples(tiny_model: Path) -> list[Example]:
 
 
 def fresh(
-    model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, streaming: bool = False
+    model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, way: Way = "burst"
 ) -> Trainer:
     model, tokenizer = model_directory.load(model_dir, dtype)
-    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
+    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -92,7 +93,7 @@ def test_what_cannot_be_trained_or_written_is_said_before_any_work(tmp_path: Pat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streaming_is_burst(tiny_model: Path, examples: list[Example], dtype: torch.dtype) -> None:
     """One forward pass: the same weights and the same state, bit for bit, step after step; no gradient is kept."""
-    burst, streaming = fresh(tiny_model, dtype=dtype), fresh(tiny_model, dtype=dtype, streaming=True)
+    burst, streaming = fresh(tiny_model, dtype=dtype), fresh(tiny_model, dtype=dtype, way="streaming")
     for batch in (examples[:1], examples[1:2], examples[:1]):
         assert len(burst._batches(batch)) == 1
         before = {name: p.detach().clone() for name, p in streaming.model.named_parameters()}
@@ -108,7 +109,7 @@ def test_streaming_is_burst(tiny_model: Path, examples: list[Example], dtype: to
 
 
 def test_streaming_over_several_forward_passes_is_one_step(tiny_model: Path, examples: list[Example]) -> None:
-    burst, streaming = fresh(tiny_model), fresh(tiny_model, streaming=True)
+    burst, streaming = fresh(tiny_model), fresh(tiny_model, way="streaming")
     for trainer in (burst, streaming):
         trainer.budget = max(trainer.sizes)
         assert len(trainer._batches([*examples, *examples])) > 1
@@ -120,7 +121,7 @@ def test_streaming_over_several_forward_passes_is_one_step(tiny_model: Path, exa
 
 
 def test_streaming_leaves_out_what_is_not_finite_before_any_write(tiny_model: Path, examples: list[Example]) -> None:
-    trainer = fresh(tiny_model, streaming=True)
+    trainer = fresh(tiny_model, way="streaming")
     own = [set().union(*(s.ids for s in example.sequences)) for example in examples[:2]]
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[next(iter(own[1] - own[0]))] = math.nan
@@ -158,14 +159,14 @@ def moved(trainer: Trainer, batch: list[Example]) -> tuple[dict[str, torch.Tenso
     return {name: p.detach().double() - before[name] for name, p in trainer.model.named_parameters()}, measured
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("way", ["burst", "factors", "streaming"])
 def test_a_lone_transcript_of_half_the_weight_moves_the_weights_half_as_far(
-    tiny_model: Path, examples: list[Example], streaming: bool
+    tiny_model: Path, examples: list[Example], way: Way
 ) -> None:
     """In fp32, and on the second step too, when the limiter and the moments remember the first."""
     runs = {}
     for weight in (1.0, 0.5, 1e-6):
-        trainer = fresh(tiny_model, dataclasses.replace(H, weight_decay=0.1), streaming=streaming)
+        trainer = fresh(tiny_model, dataclasses.replace(H, weight_decay=0.1), way=way)
         lone = [weighing(examples[0], weight)]
         runs[weight] = [moved(trainer, [examples[1]]), moved(trainer, lone)][-1]
     whole, full = runs[1.0]
