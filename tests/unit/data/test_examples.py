@@ -237,6 +237,8 @@ def test_over_long_keeps_the_system_message_and_the_latest_turns(limit: int) -> 
     kept = [QUESTIONS[0], *QUESTIONS[1 + dropped :]]
     again = builder().build(Transcript(messages=kept), "t")
     assert example.sequences == again.sequences
+    for context, _ in runs(example):
+        assert TOKENIZER.decode(context).startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert max(len(sequence.ids) for sequence in example.sequences) <= limit
     one_more = [QUESTIONS[0], *QUESTIONS[dropped - 1 :]]
     with pytest.raises(ExampleError, match="the limit is"):

@@ -40,6 +40,16 @@ def test_histories_that_are_kept_share_one_sequence() -> None:
         assert context == prompt(QUESTIONS[:index], PLAIN)
 
 
+def test_a_history_that_differs_in_one_token_gets_a_sequence_of_its_own() -> None:
+    """Its length, and the answers in it, are as before: only the token in front is another."""
+    counted = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}" + PLAIN
+    example = build(CHAT, counted)
+    assert len(example.sequences) == 2
+    assert trained(example) == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
+    for (context, _), index in zip(runs(example), (1, 3), strict=True):
+        assert context == prompt(CHAT[:index], counted)
+
+
 def test_a_gap_in_the_trained_turns_is_context() -> None:
     example = build(QUESTIONS, PLAIN, train_on=[2, 8])
     assert len(example.sequences) == 1
