@@ -19,6 +19,7 @@ from optimizer import import_apollo_torch
 from worker.apollo import state_bytes
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
+from worker.memory.planner import Way
 from worker.shared_weights import bind
 from worker.shared_weights.slices import FLOAT32_PARAMETERS
 from worker.trainer.trainer import Trainer, make_trainer
@@ -69,15 +70,15 @@ def make_weights(model_dir: Path, device: torch.device) -> dict[str, torch.Tenso
 class Ours:
     """`worker.trainer.trainer`, as `tandem worker` runs it."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, *, streaming: bool, budget: int) -> None:
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, *, way: Way, budget: int) -> None:
         h = Hyperparameters(lr=LR, max_length=budget)
         named = list(model.named_parameters())
-        self.trainer: Trainer = make_trainer(model, named, tokenizer, h, state=None, streaming=streaming, budget=budget)
-        self.name = "ours, streaming" if streaming else "ours, burst"
-        self.halves = ("forward", "backward and sweep") if streaming else ("forward and backward", "sweep")
+        self.trainer: Trainer = make_trainer(model, named, tokenizer, h, state=None, way=way, budget=budget)
+        self.name = f"ours, {way}"
+        self.halves = ("forward", "backward and sweep") if way == "streaming" else ("forward and backward", "sweep")
         count = sum(parameter.numel() for _, parameter in named)
         self.state_bytes = state_bytes([parameter.shape for _, parameter in named])
-        self.least_bytes = (2 if streaming else 4) * count + self.state_bytes
+        self.least_bytes = (4 if way == "burst" else 2) * count + self.state_bytes
 
     def step(self, examples: Sequence[Example]) -> Halves:
         device = self.trainer.device

@@ -37,6 +37,7 @@ from transformers import AutoTokenizer
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.examples import Example
+from worker.memory.planner import Way
 from worker.shared_weights import bind
 from worker.trainer.device import choose_way
 from worker.trainer.kernel_warmup import warm_up
@@ -59,12 +60,13 @@ class Bench:
         theirs = make_peers(model_dir, self.tensors) if peers else []
         tokenizer, h = AutoTokenizer.from_pretrained(model_dir), Hyperparameters(max_length=max(budgets))
         gradients = 2e-9 * sum(tensor.numel() for tensor in self.tensors.values())  # GB
-        for apply in ("streaming", "burst"):
+        ways: tuple[Way, ...] = ("streaming", "burst")
+        for apply in ways:
             may = memory + (gradients if apply == "burst" else 0.0)
             model = bind.build_model(model_dir, self.tensors)
             settings = ApplySettings(apply=apply, memory=may)
             choose_way(model, model_dir, h, settings, max(budgets), device)
-            ours = Ours(model, tokenizer, streaming=apply == "streaming", budget=max(budgets))
+            ours = Ours(model, tokenizer, way=apply, budget=max(budgets))
             if device.type == "cuda":
                 ours.trainer.sizes = tuple(sorted(budgets))  # no other row is warmed up, nor packed
             self.contestants.append(ours)

@@ -1,7 +1,6 @@
 """`tandem enqueue` and `tandem version`.
 
 Reads JSONL as it arrives, so that a pipe that goes on for days works like a file; holds one block and one line of it.
-Must not know: how lines are read and transcripts queued (jsonl.py, client.py).
 Invariants: a bad line is reported by its number and stops nothing; only the summary goes to stdout.
 """
 

@@ -1,6 +1,5 @@
 """The way to Redis: which URL, which of its options, and Redis' errors as one sentence.
 
-Must not know: transcripts, jobs, what is sent over a connection.
 Invariants: a URL that cannot work is refused before anything is sent; no text from here holds a password; replies are
 bytes, whatever the URL says, since payloads are no text.
 """

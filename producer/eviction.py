@@ -1,6 +1,6 @@
 """Whether Redis may throw queued transcripts away, as the worker published it in `weights:state`.
 
-A producer's Redis user may not ask Redis itself (INFO, CONFIG). Must not know: how to talk to Redis.
+A producer's Redis user may not ask Redis itself (INFO, CONFIG).
 Invariants: what is not known is said to be unknown, never guessed.
 """
 

@@ -1,8 +1,8 @@
 """What a producer and Redis say to each other, written once for both clients.
 
 Each exchange is a generator. It yields what a call on redis-py's client or pipeline gave, and is sent the answer: from
-the blocking client that is the same object (`run`), from asyncio's it is awaited first (`run_async`).
-Must not know: sockets, event loops, how a transcript is validated.
+the blocking client that is the same object (`run`), from asyncio's it is awaited first (`run_async`). Must not know:
+sockets.
 Invariants: an id is queued only if neither its job nor the permanent ledger knows it, which is decided under WATCH and
 done in one MULTI, so that racing producers cannot both win; no script runs, so that a producer's Redis user needs none.
 """

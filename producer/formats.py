@@ -1,6 +1,6 @@
 """Formats of others that hold conversations: known by their fields, so that a refusal can say what a file is.
 
-Must not know: how files are read. Nothing here converts anything.
+Nothing here converts anything.
 """
 
 import json

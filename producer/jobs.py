@@ -1,10 +1,10 @@
 """A transcript as an RQ job: its hash in Redis, and how what RQ keeps of a job reads. Shared by both clients.
 
-Must not know: how to talk to Redis (exchange.py says what, client.py and aclient.py say it), the worker.
-Invariants: a job's description never holds the transcript; nothing here sends anything.
-RQ's parts used: `Job.create`, `Job.to_dict`, `Job.fetch`, `Result.restore`, and the rule that queueing a job is its
-hash and its id on the queue's list. (The queue's name in `rq:queues`, for RQ's tools, is the worker's to add.) A test
-runs the oldest and the newest RQ that pyproject.toml allows.
+Must not know: the worker.
+Invariants: a job's description never holds the transcript; nothing here sends anything. RQ's parts used: `Job.create`,
+`Job.to_dict`, `Job.fetch`, `Result.restore`, and the rule that queueing a job is its hash and its id on the queue's
+list. (The queue's name in `rq:queues`, for RQ's tools, is the worker's to add.) A test runs the oldest and the newest
+RQ that pyproject.toml allows.
 """
 
 import uuid

@@ -1,7 +1,7 @@
 """JSONL of transcripts: numbered lines, as they arrive, with bounded memory.
 
 A line is validated on its own; a bad one is an `InvalidTranscriptError` or `ValueError` in its place and stops nothing.
-A file of another format is refused as a whole. Must not know: where transcripts go.
+A file of another format is refused as a whole.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 Accepts the OpenAI chat shape as OpenAI's and vLLM's clients dump it (checked on openai 3.54 and on vLLM 0.26), and as
 gateways and chat applications log it: fields that say nothing or only describe the request are dropped, older names are
-translated, any other unknown field is an error by name.
-Must not know: training, ids, Redis. Invariants: normalising is idempotent, and raises `InvalidTranscriptError` only.
+translated, any other unknown field is an error by name. Must not know: Redis.
+Invariants: normalising is idempotent, and raises `InvalidTranscriptError` only.
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """What a producer answers: what became of a transcript that was handed in, and where one is now.
 
-Must not know: Redis, RQ. Invariants: plain values, compared by value; nothing here holds a text of a transcript.
+Must not know: Redis.
+Invariants: plain values, compared by value; nothing here holds a text of a transcript.
 """
 
 from collections.abc import Awaitable

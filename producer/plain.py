@@ -1,10 +1,10 @@
 """Plain values: the part of validation that knows nothing of conversations.
 
-Copies what an application hands in down to JSON's own types, bounded in depth and size, so that everything after it
-may trust its input. Must not know: roles, messages, Redis.
-Invariants: the only exception is `InvalidTranscript` (`ValueError` for `parse_json`), whatever the input; what
-comes out is made of dict (str keys), list, str (UTF-8 encodable), int (64 bits), finite float, bool and None, shares
-nothing with the input, and fits msgpack. Errors never quote a text: transcripts stay out of logs.
+Copies what an application hands in down to JSON's own types, bounded in depth and size, so that everything after it may
+trust its input. Must not know: Redis.
+Invariants: the only exception is `InvalidTranscript` (`ValueError` for `parse_json`), whatever the input; what comes
+out is made of dict (str keys), list, str (UTF-8 encodable), int (64 bits), finite float, bool and None, shares nothing
+with the input, and fits msgpack. Errors never quote a text: transcripts stay out of logs.
 """
 
 import json

@@ -1,8 +1,8 @@
 """What an assistant thought before it answered: found in the fields and the markup that clients log it in.
 
 Fields: `reasoning`, `reasoning_content`, `thinking`, `thinking_blocks`, `reasoning_details`. Markup: a think block that
-begins the content, or ends before it (a server without a reasoning parser), and Open WebUI's `<details>`. A tag that
-an answer merely mentions is text. Must not know: chat templates' ways, training.
+begins the content, or ends before it (a server without a reasoning parser), and Open WebUI's `<details>`. A tag that an
+answer merely mentions is text.
 Invariants: what was found once is not looked for again (`take` is idempotent); errors quote no text.
 """
 

@@ -1,6 +1,6 @@
 """A transcript: one conversation, what of it to train on, and how much it counts.
 
-Must not know: Redis, RQ, tokens, any model.
+Must not know: Redis, RQ.
 Invariants: a `Transcript` that exists is valid; `Transcript.from_dict(t.to_dict()) == t`; validation raises
 `InvalidTranscript` and nothing else; texts never appear in errors or in `repr`.
 """

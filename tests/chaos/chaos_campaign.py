@@ -241,7 +241,7 @@ class Campaign:
         def over() -> bool:
             if not worker.alive():
                 return True
-            return pause_switch.held(store) is not None and self.manifests.went_back_after(before)
+            return pause_switch.pause_reason(store) is not None and self.manifests.went_back_after(before)
 
         until(over, "the canary to fail", timeout=300)
         if not worker.alive():

@@ -21,11 +21,11 @@ Batches = tuple[tuple[str, ...], ...]
 class Undisturbed:
     """The weights and the trainer of a fresh server, which it writes to without any protocol."""
 
-    def __init__(self, step: Any) -> None:
-        self.step, self.weights = step, step.weights
+    def __init__(self, session: Any) -> None:
+        self.session, self.weights = session, session.weights
         self._done: Batches = ()
         self._kept: dict[Batches, list[torch.Tensor]] = {(): [t.clone() for t in self._memory()]}
-        self._trainer = step.trainer
+        self._trainer = session.trainer
 
     def go_to(self, batches: Sequence[Sequence[str]]) -> None:
         """Train `batches`, from where the weights are, or from the last point before they part."""
@@ -45,7 +45,7 @@ class Undisturbed:
     def _go_back(self, done: Batches) -> None:
         for tensor, kept in zip(self._memory(), self._kept[done], strict=True):
             tensor.copy_(kept)
-        self._done, self._trainer = done, self.step.keeper.rebuilder.make_trainer(self.step.h)
+        self._done, self._trainer = done, self.session.manager.rebuilder.make_trainer(self.session.h)
 
     def _train(self, batch: tuple[str, ...]) -> None:
         if not batch:
@@ -54,7 +54,7 @@ class Undisturbed:
         examples = []
         for id in batch:
             item = transcript(int(id.removeprefix(PREFIX)[1:]))
-            examples.append(self.step.prepare(item["id"], Transcript.from_dict(item)).example)
+            examples.append(self.session.builder.build(Transcript.from_dict(item), item["id"]))
         gradients = self._trainer.begin(examples)
         assert not gradients.rejected
         self._trainer.apply()
@@ -64,10 +64,10 @@ class Undisturbed:
 def undisturbed(run_dir: Path) -> Iterator[Undisturbed]:
     """On the fresh server of `run_dir`."""
     from worker.config.hyperparameters import Hyperparameters
-    from worker.orchestrator.worker_loop import attach_step
+    from worker.orchestrator.session import open_session
 
     torch.set_num_threads(1)
     options = dict(zip(LEARNING[::2], LEARNING[1::2], strict=True))
     h = Hyperparameters(lr=float(options["--lr"]), max_length=int(options["--max-length"]))
-    with attach_step(run_dir, "undisturbed", h, state_dir=run_dir / "state") as step:
-        yield Undisturbed(step)
+    with open_session(run_dir, "undisturbed", h, state_dir=run_dir / "state") as session:
+        yield Undisturbed(session)

@@ -24,24 +24,26 @@ from transformers import AutoTokenizer
 from producer.errors import TandemError
 from producer.transcript import Transcript
 from worker.checkpoint import model_directory, record_file
-from worker.checkpoint.ancestry import CannotRebuild
+from worker.checkpoint.ancestry import RebuildError
 from worker.checkpoint.batch_codec import Ready, ReplayError, pack_batch
-from worker.checkpoint.manager import Keeper
+from worker.checkpoint.manager import CheckpointManager
 from worker.checkpoint.records import UpdateRecord
-from worker.checkpoint.replay import RoomOf, check_fits, plain_hyperparameters
+from worker.checkpoint.replay import CapacityOf, check_fits, plain_hyperparameters
 from worker.checkpoint.snapshots import Trained
 from worker.checkpoint.state_dir import StateDir
 from worker.cli import rollback, train
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.retention import Policy
-from worker.data.batch_capacity import Room, room_for
+from worker.data.batch_capacity import BatchCapacity, capacity_for
 from worker.data.packing import BatchError
-from worker.orchestrator import worker_loop
-from worker.orchestrator.live_update import SharedUpdate
+from worker.memory.planner import Way
+from worker.orchestrator import session as sessions
+from worker.orchestrator.agreement import agree
+from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
-from worker.orchestrator.worker_loop import attach_step
+from worker.orchestrator.session import Session, open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 from worker.shared_weights.header import APPLYING, CLEAN
@@ -51,7 +53,7 @@ from worker.trainer.trainer import Trainer, make_trainer
 H = Hyperparameters(lr=3e-4, max_length=512)
 ROW = 512
 """Tokens of the longest packed row of the trainers here."""
-STREAMING = partial(room_for, packed=True, streaming=True, budget=ROW)
+STREAMING = partial(capacity_for, packed=True, way="streaming", budget=ROW)
 
 
 @pytest.fixture(autouse=True)
@@ -71,28 +73,24 @@ def padding(tiny_model: Path) -> Trainer:
     return make_trainer(model, model.named_parameters(), tokenizer, H, state=None)
 
 
-def as_on_a_gpu(trainer: Trainer, sizes: tuple[int, ...] = (ROW,), *, streaming: bool = True) -> Trainer:
+def as_on_a_gpu(trainer: Trainer, sizes: tuple[int, ...] = (ROW,), *, way: Way = "streaming") -> Trainer:
     """Another on the same model and optimizer, that packs."""
-    return Trainer(
-        trainer.model, trainer.optimizer, pad_id=0, lr=trainer.lr, sizes=sizes, packed=True, streaming=streaming
-    )
+    return Trainer(trainer.model, trainer.optimizer, pad_id=0, lr=trainer.lr, sizes=sizes, packed=True, way=way)
 
 
 @given(
     lengths=st.lists(st.lists(st.integers(2, 80), min_size=1, max_size=3), min_size=1, max_size=4),
     packed=st.booleans(),
-    streaming=st.booleans(),
+    way=st.sampled_from(["burst", "factors", "streaming"]),
 )
 def test_a_room_holds_what_its_trainer_takes(
-    padding: Trainer, lengths: list[list[int]], packed: bool, streaming: bool
+    padding: Trainer, lengths: list[list[int]], packed: bool, way: Way
 ) -> None:
     examples = [example(f"e{i}", some) for i, some in enumerate(lengths)]
-    trainer = Trainer(
-        padding.model, padding.optimizer, pad_id=0, lr=1.0, sizes=(32, 64), packed=packed, streaming=streaming
-    )
+    trainer = Trainer(padding.model, padding.optimizer, pad_id=0, lr=1.0, sizes=(32, 64), packed=packed, way=way)
     if trainer.room.holds(examples):
         passes = len(trainer._batches(examples))
-        assert passes == 1 or not (packed and streaming)
+        assert passes == 1 or not (packed and way != "burst")
         return
     with pytest.raises(BatchError):
         trainer.begin(examples)
@@ -102,12 +100,12 @@ def test_a_room_holds_what_its_trainer_takes(
 
 
 def test_a_room_is_known_before_its_trainer(padding: Trainer) -> None:
-    assert padding.room == room_for(H, packed=False, streaming=False)
-    assert padding.room == Room((128, 256, 512), packed=False, streaming=False)
-    assert room_for(H, packed=True, streaming=True).longest == 8192
-    assert room_for(replace(H, max_length=16384), packed=True, streaming=True).longest == 16384
+    assert padding.room == capacity_for(H, packed=False, way="burst")
+    assert padding.room == BatchCapacity((128, 256, 512), packed=False, way="burst")
+    assert capacity_for(H, packed=True, way="streaming").longest == 8192
+    assert capacity_for(replace(H, max_length=16384), packed=True, way="streaming").longest == 16384
     # What memory was planned for is the bound, also for a batch of a day of longer conversations.
-    assert room_for(replace(H, max_length=16384), packed=True, streaming=False, budget=1024).longest == 1024
+    assert capacity_for(replace(H, max_length=16384), packed=True, way="burst", budget=1024).longest == 1024
 
 
 # What is refused
@@ -122,7 +120,7 @@ def step_of(version: int, lengths: list[int]) -> UpdateRecord:
     return UpdateRecord(version, "b" * 32, 0, 0, [], batch, {}, h=plain_hyperparameters(H))
 
 
-def refusal(steps: list[UpdateRecord], room: RoomOf) -> str:
+def refusal(steps: list[UpdateRecord], room: CapacityOf) -> str:
     with pytest.raises(ReplayError) as refused:
         check_fits(steps, NOBODY, room)
     return str(refused.value)
@@ -134,20 +132,20 @@ def test_the_refusal_names_what_needs_the_most_and_a_way_that_is_not_refused_aga
     assert said.startswith("version 6 ") and "its batch has 800 tokens" in said and "takes 512 at most" in said
     assert "nothing was changed" in said and "--apply burst, or --max-tokens 800" in said
     check_fits(steps, NOBODY, partial(STREAMING, budget=800))
-    check_fits(steps, NOBODY, partial(STREAMING, streaming=False))
-    check_fits(steps, NOBODY, partial(room_for, packed=False, streaming=True))  # a CPU takes several passes
+    check_fits(steps, NOBODY, partial(STREAMING, way="burst"))
+    check_fits(steps, NOBODY, partial(capacity_for, packed=False, way="streaming"))  # a CPU takes several passes
     check_fits(steps, frozenset({"e0"}), STREAMING)
 
 
 def test_a_sequence_that_is_longer_than_any_row_fits_in_no_way() -> None:
     steps = [step_of(1, [300, 300]), step_of(2, [600])]
-    said = refusal(steps, partial(STREAMING, streaming=False))
+    said = refusal(steps, partial(STREAMING, way="burst"))
     assert "version 2 " in said and "a sequence of its batch has 600 tokens" in said
     assert "Use --max-tokens 600" in said and "burst" not in said
     said = refusal(steps, STREAMING)
     assert "--max-tokens 600" in said and "burst" not in said, "burst would be refused too"
     check_fits(steps, NOBODY, partial(STREAMING, budget=600))
-    cpu = refusal(steps, partial(room_for, packed=False, streaming=False))
+    cpu = refusal(steps, partial(capacity_for, packed=False, way="burst"))
     assert "version 2 " in cpu and "--" not in cpu, "no flag makes a CPU's rows longer than the record's --max-length"
 
 
@@ -161,9 +159,10 @@ def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
     running.close()
 
 
-def teach(step: SharedUpdate) -> int:
+def teach(session: Session) -> int:
     """Two versions by bursts, the second of more tokens than a row, which are returned."""
-    step.keeper.adopt(0, step.weights.header.lineage, Trained({}, {}))
+    step = LiveUpdate(session)
+    session.manager.adopt(0, session.weights.header.lineage, Trained({}, {}))
     tokens = 0
     for prefix, times in (("x", 1), ("y", 24)):
         sent = transcripts(prefix, 2)
@@ -173,61 +172,61 @@ def teach(step: SharedUpdate) -> int:
         tokens = sum(ready.tokens for ready in batch)
         assert (tokens > ROW) == (prefix == "y")
         step.run(batch)
-    assert step.weights.header.version == 2
+    assert session.weights.header.version == 2
     return tokens
 
 
 @contextlib.contextmanager
-def streaming_keeper(site: Site) -> Iterator[Keeper]:
-    """Of a worker that attaches anew, as on a GPU with room for streaming alone: see `attach_step`."""
+def streaming_keeper(site: Site) -> Iterator[CheckpointManager]:
+    """Of a worker that attaches anew, as on a GPU with room for streaming alone: see `open_session`."""
     weights = attach(site.run_dir)
     model, tokenizer = weights.build_model(), AutoTokenizer.from_pretrained(weights.model_path)
     make = partial(make_trainer, model, list(model.named_parameters()), tokenizer, state=weights.state)
     with StateDir(site.state) as state:
-        keeper = Keeper(state, weights, lambda h: as_on_a_gpu(make(h)), STREAMING, Policy())
-        with contextlib.closing(keeper):
-            yield keeper
+        manager = CheckpointManager(state, weights, lambda h: as_on_a_gpu(make(h)), STREAMING, Policy())
+        with contextlib.closing(manager):
+            yield manager
 
 
 @pytest.mark.parametrize("found", [CLEAN, APPLYING])
 def test_a_recovery_that_would_not_fit_changes_nothing(site: Site, found: str) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        tokens, taught = teach(step), site.everything()
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        tokens, taught = teach(session), site.everything()
         if found == APPLYING:
-            step.control.pause()
-            step.weights.header.begin(step.control.fence)  # as a worker does that then dies
+            session.control.pause()
+            session.weights.header.begin(session.control.fence)  # as a worker does that then dies
     if found == APPLYING:
         site.is_torn()
     else:
         site.restart_server()
     before, header, served = site.everything(), site.header(), site.served()
     assert header["state"] == found
-    with streaming_keeper(site) as keeper, ServerControl(site.run_dir, "next") as control:
-        with pytest.raises(CannotRebuild, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
-            mend_weights(keeper, control, None)
+    with streaming_keeper(site) as manager, ServerControl(site.run_dir, "next") as control:
+        with pytest.raises(RebuildError, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
+            mend_weights(manager, control, None)
         assert site.header() == header and site.everything() == before
     assert site.served() == served, "nor was it paused"
-    with attach_step(site.run_dir, "test", H, state_dir=site.state):  # as the message says: in burst
+    with open_session(site.run_dir, "test", H, state_dir=site.state):  # as the message says: in burst
         assert site.everything() == taught and site.served()["state"] == "serving"
 
 
 def test_a_rollback_that_would_not_fit_changes_nothing(site: Site) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        tokens, keeper = teach(step), step.keeper
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        tokens, manager = teach(session), session.manager
         before, header, served = site.everything(), site.header(), site.served()
-        trainer, rebuilder = step.trainer, keeper.rebuilder
+        trainer, rebuilder = session.trainer, manager.rebuilder
         make, room = rebuilder.make_trainer, rebuilder.room
         rebuilder.make_trainer, rebuilder.room = (lambda h: as_on_a_gpu(make(h))), STREAMING
-        with pytest.raises(CannotRebuild, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
-            roll_back(site.redis, step, 2, ("x-0",))
+        with pytest.raises(RebuildError, match=f"version 2 .*{tokens} tokens.* 512 .*burst, or --max-tokens {tokens}"):
+            roll_back(site.redis, session, 2, ("x-0",))
         assert site.header() == header and site.everything() == before and site.served() == served
-        assert keeper.history.latest() == (2, header["lineage"]) and step.trainer is trainer
+        assert manager.history.latest() == (2, header["lineage"]) and session.trainer is trainer
         assert rebuilder.plan(1).steps and rebuilder.plan(2, frozenset({"y-0"})).steps, (
             "without one of them it would fit"
         )
         rebuilder.make_trainer, rebuilder.room = make, room
-        worker_loop.agree(site.redis, step)
-        said = roll_back(site.redis, step, 2, ("x-0",))
+        agree(site.redis, session)
+        said = roll_back(site.redis, session, 2, ("x-0",))
         assert any("version 3 is live: it is version 2 without x-0" in text for text in map(sentence, said))
 
 
@@ -241,7 +240,7 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
         asked.append((arguments[4], arguments[3].memory))
         return choose_way(*arguments)
 
-    monkeypatch.setattr(worker_loop, "choose_way", watched)
+    monkeypatch.setattr(sessions, "choose_way", watched)
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("x", 2)))
     where = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]
@@ -268,22 +267,22 @@ def rewrite(site: Site, version: int, **change: Any) -> None:
 
 
 def test_steps_that_do_not_follow_on_each_other_are_found_before_the_first_write(site: Site) -> None:
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        teach(step)
-        worker_loop.agree(site.redis, step)
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        teach(session)
+        agree(site.redis, session)
     rewrite(site, 2, step=7)
     before, header = site.everything(), site.header()
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:  # the weights are whole: nothing to replay
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:  # whole: nothing to replay
         served = site.served()
-        with pytest.raises(CannotRebuild, match=r"version 2 was step 7 of the optimizer.*stand at 1.*nothing was"):
-            roll_back(site.redis, step, 2, ("x-0",))
-        assert step.keeper.history.latest() == (2, header["lineage"]), "nor was it journaled"
+        with pytest.raises(RebuildError, match=r"version 2 was step 7 of the optimizer.*stand at 1.*nothing was"):
+            roll_back(site.redis, session, 2, ("x-0",))
+        assert session.manager.history.latest() == (2, header["lineage"]), "nor was it journaled"
         assert site.everything() == before and site.header() == header and site.served() == served
     site.restart_server()
     fresh, header = site.everything(), site.header()
     with (
-        pytest.raises(CannotRebuild, match="version 2 was step 7"),
-        attach_step(site.run_dir, "test", H, state_dir=site.state),
+        pytest.raises(RebuildError, match="version 2 was step 7"),
+        open_session(site.run_dir, "test", H, state_dir=site.state),
     ):
         raise AssertionError("what was learnt cannot be made again")
     assert site.everything() == fresh and site.header() == header and site.served()["state"] == "serving"
@@ -291,19 +290,19 @@ def test_steps_that_do_not_follow_on_each_other_are_found_before_the_first_write
 
 def test_a_checkpoint_of_other_steps_or_another_shape_is_found_before_the_first_write(site: Site) -> None:
     """Its bytes are those that were written: no digest finds this."""
-    with attach_step(site.run_dir, "test", H, state_dir=site.state) as step:
-        teach(step)
-        worker_loop.agree(site.redis, step)
-        history, weights, rebuilder = step.keeper.history, step.weights, step.keeper.rebuilder
+    with open_session(site.run_dir, "test", H, state_dir=site.state) as session:
+        teach(session)
+        agree(site.redis, session)
+        history, weights, rebuilder = session.manager.history, session.weights, session.manager.rebuilder
         state = weights.state.clone()
         state[8] = 5  # the step count: apollo/state_layout.py
         history.snapshots.write(1, weights.header.lineage, weights.tensors, state, history.trained(1))
-        with pytest.raises(CannotRebuild, match="version 2 was step 1 of the optimizer, which would stand at 5"):
+        with pytest.raises(RebuildError, match="version 2 was step 1 of the optimizer, which would stand at 5"):
             rebuilder.plan(2)
         short = dict(weights.tensors)
         name = max(short)
         weights.tensors[name] = torch.zeros(3, 5)
-        with pytest.raises(CannotRebuild, match=f"does not fit the server's weights: {name}"):
+        with pytest.raises(RebuildError, match=f"does not fit the server's weights: {name}"):
             rebuilder.plan(1)
         weights.tensors[name] = short[name]
 
@@ -321,12 +320,12 @@ def test_a_file_with_a_batch_that_does_not_fit_trains_nothing(
     file.write_text("".join(json.dumps(item) + "\n" for item in sent))
 
     @contextlib.contextmanager
-    def on_a_gpu(*arguments: Any, **options: Any) -> Iterator[SharedUpdate]:
-        with attach_step(*arguments, **options) as step:
-            step.trainer = as_on_a_gpu(step.trainer)
-            yield step
+    def on_a_gpu(*arguments: Any, **options: Any) -> Iterator[Session]:
+        with open_session(*arguments, **options) as session:
+            session.trainer = as_on_a_gpu(session.trainer)
+            yield session
 
-    monkeypatch.setattr(worker_loop, "attach_step", on_a_gpu)
+    monkeypatch.setattr(sessions, "open_session", on_a_gpu)
     before = site.digest()
     with pytest.raises(TandemError, match=r"nothing was trained: a batch has \d+ tokens.* 512 at most.*--max-tokens"):
         train.train_attached(str(file), site.run_dir, H, count=1, batch=6, state_dir=site.state)

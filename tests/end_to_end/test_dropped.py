@@ -92,41 +92,44 @@ def test_rehearsal_knows_the_live_branch_alone(taught: Site) -> None:
 
 
 def go_back_in_a_worker(redis_url: str, run_dir: str, state: str, answers: str) -> None:
-    """In a process of its own: what a worker remembers before and after it has rolled back by itself."""
+    """In a process of its own: what a worker remembers before and after it has gone back by itself."""
     import redis
     import torch
 
     from worker.config.guard_options import GuardSettings
     from worker.config.hyperparameters import Hyperparameters
-    from worker.orchestrator.rollback import roll_back
-    from worker.orchestrator.worker_loop import agree, attach_step, watch
+    from worker.consumer.worker_lock import WorkerLock
+    from worker.orchestrator.agreement import agree
+    from worker.orchestrator.session import open_session
+    from worker.orchestrator.worker_loop import WorkerLoop
     from worker.versions import ledger
 
     torch.set_num_threads(1)
     connection, seen = redis.Redis.from_url(redis_url), []
-    with attach_step(
+    with open_session(
         Path(run_dir), "watch", Hyperparameters(), state_dir=Path(state), known=ledger.state(connection)
-    ) as step:
-        agree(connection, step)
-        watch(connection, step, GuardSettings(rehearse=1.0))
+    ) as session:
+        agree(connection, session)
+        lock, guards = WorkerLock(connection, "watch"), GuardSettings(rehearse=1.0)
+        loop = WorkerLoop(connection, session, lock, guards, until_empty=True, hooks=[])
         for target in (None, 2, 4):
             if target is not None:
-                roll_back(connection, step, target, ("x-0",))
-            assert step.guards is not None and step.rehearsal is not None
-            known = [ready.id for ready in step.rehearsal.known]
-            seen.append({"rehearsed": known, "losses": len(step.guards.losses.values)})
+                loop._go_back(target)
+            assert loop.update.rehearsal is not None and loop.update.guards is not None
+            known = [ready.id for ready in loop.update.rehearsal.known]
+            seen.append({"rehearsed": known, "losses": len(loop.update.guards.losses.values)})
     Path(answers).write_text(json.dumps(seen))
 
 
 def test_a_worker_that_rolls_back_forgets_what_it_left_behind(taught: Site) -> None:
+    taught.tandem("rollback", "4", "--drop", "x-0")
     answers = taught.folder / "answers.json"
     arguments = (taught.store.url, str(taught.run_dir), str(taught.state), str(answers))
     process = Forked(go_back_in_a_worker, arguments, {}, taught.folder / "watch.log")
     assert process.ended() == 0, process.said()
     every, two, four = json.loads(answers.read_text())
-    assert every == {"rehearsed": [f"x-{i}" for i in range(8)], "losses": 8}
+    assert every == four == {"rehearsed": [f"x-{i}" for i in range(1, 8)], "losses": 8}
     assert two == {"rehearsed": ["x-1", "x-2", "x-3"], "losses": 4}
-    assert four == {"rehearsed": [f"x-{i}" for i in range(1, 8)], "losses": 8}
 
 
 def test_an_old_journal_that_took_somebody_back_in_is_made_again_without(

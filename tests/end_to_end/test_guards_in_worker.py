@@ -46,13 +46,13 @@ def test_a_failing_canary_holds_training_while_the_server_serves(cluster: Cluste
         producer.enqueue_many([transcript(i) for i in range(12)])
     flags = ("--canary", str(file), "--canary-every", "2", "--canary-bound", "0.001", "--auto-rollback")
     worker = cluster.start_worker(*flags)
-    until(lambda: "training is on hold" in worker.said() or not worker.alive(), "the hold")
+    until(lambda: "training is paused" in worker.said() or not worker.alive(), "the hold")
     assert worker.alive() and ledger.state(cluster.redis).version == 2
     assert "no version passed before" in worker.said()
     assert cluster.redis.llen(f"rq:queue:{keys.QUEUE}") + cluster.redis.zcard(f"rq:wip:{keys.QUEUE}") == 4
     header = cluster.header()
     assert header is not None and header["state"] == "CLEAN"
     assert CliRunner().invoke(resume_command, ["--redis", cluster.store.url]).exit_code == 0
-    until(lambda: pause_switch.held(cluster.redis) is None or not worker.alive(), "the hold to end")
+    until(lambda: pause_switch.pause_reason(cluster.redis) is None or not worker.alive(), "the hold to end")
     until(lambda: ledger.state(cluster.redis).version == 3 or not worker.alive(), "training to go on")
     assert worker.alive(), worker.said()

@@ -218,7 +218,7 @@ def test_a_failed_canary_goes_back_to_the_last_version_that_passed(taught: Site,
     good = taught.digest()
     taught.send("z", 4)
     said = taught.work(*watch, "--canary-bound", "0.001", *QUIET, code=1)
-    assert "version 7 is version 5 again" in said and "on hold" in said
+    assert "version 7 is version 5 again" in said and "paused" in said
     assert taught.agree() == 7 and taught.digest() == good and "z-2" not in taught.ledger()
 
 

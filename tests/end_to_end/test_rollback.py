@@ -42,21 +42,22 @@ def go_back_to_all(redis_url: str, run_dir: str, state: str, answers: str) -> No
     from worker.checkpoint import replay
     from worker.config.hyperparameters import Hyperparameters
     from worker.config.retention import Policy
+    from worker.orchestrator.agreement import agree
     from worker.orchestrator.rollback import roll_back
-    from worker.orchestrator.worker_loop import agree, attach_step
+    from worker.orchestrator.session import open_session
     from worker.versions import ledger
 
     torch.set_num_threads(1)
     connection = redis.Redis.from_url(redis_url)
     policy, known, seen = Policy(keep=100, every=5), ledger.state(connection), {}
-    with attach_step(
+    with open_session(
         Path(run_dir), "all", Hyperparameters(), state_dir=Path(state), policy=policy, known=known
-    ) as step:
-        agree(connection, step)
+    ) as session:
+        agree(connection, session)
         for version in range(VERSIONS - 1, VERSIONS - 51, -1):
-            roll_back(connection, step, version)
-            assert step.trainer.optimizer.step_count == version
-            seen[version] = replay.digest(step.weights.tensors)
+            roll_back(connection, session, version)
+            assert session.trainer.optimizer.step_count == version
+            seen[version] = replay.digest(session.weights.tensors)
     Path(answers).write_text(json.dumps(seen))
 
 

@@ -30,15 +30,15 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
 
     from worker.checkpoint import replay
     from worker.config.hyperparameters import Hyperparameters
-    from worker.orchestrator.worker_loop import attach_step
+    from worker.orchestrator.session import open_session
 
     torch.set_num_threads(1)
     seen: dict[int, dict[str, Any]] = {}
-    with attach_step(Path(run_dir), "all", Hyperparameters(), state_dir=Path(state)) as step:
-        keeper, rebuilder, weights = step.keeper, step.keeper.rebuilder, step.weights
-        facts, lineage = keeper.journal.read(1).facts, weights.header.lineage
+    with open_session(Path(run_dir), "all", Hyperparameters(), state_dir=Path(state)) as session:
+        manager, rebuilder, weights = session.manager, session.manager.rebuilder, session.weights
+        facts, lineage = manager.journal.read(1).facts, weights.header.lineage
         same = replay.differences(facts, replay.facts(weights.state.device)) == []
-        step.control.pause()
+        session.control.pause()
         rebuilder.rebuild(rebuilder.plan(0), lineage, 0)
         begin = before = {name: tensor.float().clone() for name, tensor in weights.tensors.items()}
         for version in versions:
@@ -50,7 +50,7 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
             for name, then in (("moved", before), ("moved_in_all", begin)):
                 seen[version][name] = sum(float((now[k] - then[k]).square().sum()) for k in now) ** 0.5
             before = now
-        step.control.resume(versions[-1], rebuilt=True)
+        session.control.resume(versions[-1], rebuilt=True)
     Path(answer).write_text(json.dumps({"same": same, "seen": seen}))
 
 
@@ -59,7 +59,7 @@ def test_every_version_comes_back_as_it_was(site: Site) -> None:
     wanted, answer = expected("weights"), site.folder / "answer.json"
     arguments = (str(site.run_dir), str(site.state), sorted(wanted), str(answer))
     process = Forked(rebuild_all, arguments, {}, site.folder / "all.log")
-    assert process.ended() == 0, process.said()
+    assert process.ended(280) == 0, process.said()
     found = json.loads(answer.read_text())
     seen = {int(version): facts for version, facts in found["seen"].items()}
     for version, facts in wanted.items():

@@ -16,11 +16,11 @@ import test_apollo_state as state
 import torch
 from torch import Tensor
 
-from worker.apollo import ApolloMini, NonFiniteGradient, philox
+from worker.apollo import ApolloMini, NonFiniteGradientError, philox
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
-kernels = pytest.importorskip("worker.apollo.kernels")
+rounding = pytest.importorskip("worker.apollo.kernels.rounding")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -103,6 +103,14 @@ def test_hooks_are_burst() -> None:
     golden.check_hooks_are_burst(DEVICE)
 
 
+def test_step_scale() -> None:
+    golden.check_step_scale(DEVICE)
+
+
+def test_step_scale_in_every_way() -> None:
+    golden.check_step_scale_in_every_way(DEVICE)
+
+
 def test_update_rms() -> None:
     golden.check_update_rms(DEVICE)
 
@@ -129,8 +137,8 @@ def both_ways(blocks, elements, step, id, key0, key1, first, R: tl.constexpr, C:
     start = first + row.to(tl.int64) * C
     key0, key1, step, id = key0.to(tl.uint32), key1.to(tl.uint32), step.to(tl.uint32), id.to(tl.uint32)
     eighths = (start >> 3) + tl.arange(0, C // 8)[None, :]
-    tl.store(blocks + row * C + col, kernels._bits_of_blocks(eighths, step, id, key0, key1, R, C).to(tl.int32))
-    tl.store(elements + row * C + col, kernels._bits_of_elements(start + col, step, id, key0, key1).to(tl.int32))
+    tl.store(blocks + row * C + col, rounding.bits_of_blocks(eighths, step, id, key0, key1, R, C).to(tl.int32))
+    tl.store(elements + row * C + col, rounding.bits_of_elements(start + col, step, id, key0, key1).to(tl.int32))
 
 
 @pytest.mark.parametrize("first", [0, 8 * 12345, 2**35 - 64])
@@ -157,7 +165,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named(bad: float) -> None:
     optimizer.step(grads=[g.to(DEVICE) for g in gradients[1]])
     assert torch.equal(optimizer.area.memory, memory)
     assert all(torch.equal(a, p) for a, (_, p) in zip(before, parameters, strict=True))
-    with pytest.raises(NonFiniteGradient, match="p1"):
+    with pytest.raises(NonFiniteGradientError, match="p1"):
         optimizer.check()
     assert optimizer.step_count == 1
     optimizer.step(grads=[g.to(DEVICE) for g in gradients[2]])
@@ -170,11 +178,11 @@ def test_a_refused_step_is_reported_by_its_numbers() -> None:
     parameter = torch.nn.Parameter(torch.zeros(8, 8, device=DEVICE))
     optimizer = ApolloMini([("w", parameter)], lr=1e-3)
     optimizer.step(grads=[torch.full((8, 8), math.nan, device=DEVICE)])
-    with pytest.raises(NonFiniteGradient, match="w"):
+    with pytest.raises(NonFiniteGradientError, match="w"):
         _ = optimizer.last_update.update_rms
     assert optimizer.step_count == 0
     optimizer.step(grads=[torch.full((8, 8), math.nan, device=DEVICE)])
-    with pytest.raises(NonFiniteGradient, match="w"):
+    with pytest.raises(NonFiniteGradientError, match="w"):
         for _ in range(300):  # told at the latest by the redraw, without being asked
             optimizer.step(grads=[torch.ones(8, 8, device=DEVICE)])
     assert optimizer.step_count == int(optimizer.area.step_count) < 200
@@ -240,7 +248,7 @@ def test_a_captured_step_is_a_step() -> None:
             optimizer.param_groups[0]["lr"] = 1e-2 / (t + 1)
             if not captured:
                 optimizer.prepare()
-            step()
+            step(step_scale=1 / (t + 1))
         assert optimizer.step_count == 5
         results.append([*(p.detach().clone() for p in parameters), optimizer.area.memory.clone()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

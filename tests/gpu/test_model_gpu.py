@@ -3,6 +3,7 @@ streaming, and that nothing is compiled once it is warm. Needs a GPU, fla, liger
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from test_packing import example
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
+from worker.apollo import NonFiniteGradientError
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
+from worker.memory.planner import Way
 from worker.model import fuse
+from worker.model.gradient_factors import Product, Rows
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.trainer import Trainer, make_trainer
 from worker.utils import torch_setup
@@ -64,7 +68,7 @@ def reference() -> Iterator[Any]:
     undo.undo()
 
 
-def on_gpu(reference: Any, *, streaming: bool = False, kept: int = 0) -> Trainer:
+def on_gpu(reference: Any, *, way: Way = "burst", kept: int = 0) -> Trainer:
     model = AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16)
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
@@ -73,7 +77,7 @@ def on_gpu(reference: Any, *, streaming: bool = False, kept: int = 0) -> Trainer
     model.cuda().train()
     fuse(model, kept=lambda tokens: kept)
     h = Hyperparameters(lr=1e-4, max_length=1024)
-    return make_trainer(model, model.named_parameters(), Tokenizer(), h, state=None, streaming=streaming, budget=1024)
+    return make_trainer(model, model.named_parameters(), Tokenizer(), h, state=None, way=way, budget=1024)
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +94,26 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+@pytest.mark.parametrize("way", ["burst", "factors", "streaming"])
+def test_a_lone_transcript_of_half_the_weight_goes_half_as_far(
+    reference: Any, examples: list[Example], way: Way
+) -> None:
+    """Packed, in bf16: the same gradient, bit for bit, and a step of exactly half the length."""
+    steps = {}
+    for weight in (1.0, 0.5):
+        trainer = on_gpu(reference, way=way)
+        trainer.begin([replace(examples[1], weight=weight)])
+        steps[weight] = trainer.apply()
+    assert steps[0.5]["step_scale"] == 0.5
+    assert steps[0.5]["update_rms"] == pytest.approx(steps[1.0]["update_rms"] / 2, rel=1e-3)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 4])
 def test_packed_on_a_gpu_is_transformers_one_by_one(reference: Any, examples: list[Example], kept: int) -> None:
     trainer = on_gpu(reference, kept=kept)
     found = trainer.begin(examples)
     assert len(trainer._batches(examples)) == 1 and trainer._batches(examples)[0].packed
-    total = sum(one.trained_tokens for one in examples)
+    total = sum(one.weight * one.trained_tokens for one in examples)
     nll = {}
     reference.zero_grad()
     for one in examples:
@@ -128,7 +146,7 @@ def test_packed_equals_separate_with_the_same_kernels(reference: Any, examples: 
 
 
 def test_streaming_is_burst(reference: Any, examples: list[Example]) -> None:
-    burst, streaming = on_gpu(reference), on_gpu(reference, streaming=True)
+    burst, streaming = on_gpu(reference), on_gpu(reference, way="streaming")
     ours, theirs = streaming.begin(examples), burst.begin(examples)
     assert ours.nll == pytest.approx(theirs.nll, rel=1e-4) and not gradients(streaming)
     measured = streaming.apply()
@@ -143,10 +161,83 @@ def test_streaming_is_burst(reference: Any, examples: list[Example]) -> None:
     assert min(same.values()) > 0.9, sorted(same.items(), key=lambda item: item[1])[:5]
 
 
-def test_warm_means_that_nothing_is_compiled_any_more(reference: Any) -> None:
+def autograd(weight: torch.Tensor, some: Product) -> torch.Tensor:
+    leaf = weight.detach().requires_grad_()
+    with torch.enable_grad():
+        y = torch.nn.functional.linear(some.right[None], leaf)
+    return torch.autograd.grad(y, leaf, some.left[None])[0]
+
+
+@pytest.mark.parametrize("kept", [0, 4])
+def test_products_have_the_bits_of_autograd(
+    reference: Any, examples: list[Example], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the X and dY that one backward pass leaves: a second one need not repeat itself on a GPU."""
+    trainer = on_gpu(reference, way="factors", kept=kept)
+    factors, compared = trainer.sweep.factors, 0
+    keep, of = factors._keep, Rows.of
+
+    def watched(weight: torch.Tensor, some: Product | Rows) -> None:
+        nonlocal compared
+        keep(weight, some)
+        if isinstance(some, Product):
+            ours = torch.empty(some.left.shape[1], some.right.shape[1], dtype=weight.dtype, device=weight.device)
+            Product(some.left, some.right).write(ours)
+            assert torch.equal(ours, autograd(weight[some.first : some.first + len(ours)], some))
+            compared += 1
+
+    def looked_up(ids: torch.Tensor, gradient: torch.Tensor, padding: int | None) -> Rows:
+        rows = of(ids, gradient, padding)
+        leaf = trainer.model.get_input_embeddings().weight.detach().requires_grad_()
+        with torch.enable_grad():
+            found = torch.nn.functional.embedding(ids[None], leaf, padding)
+        ours = torch.empty_like(leaf)
+        with torch.no_grad():
+            rows.write(ours)
+        assert torch.equal(ours, torch.autograd.grad(found, leaf, gradient[None])[0])
+        return rows
+
+    monkeypatch.setattr(factors, "_keep", watched)
+    monkeypatch.setattr(Rows, "of", staticmethod(looked_up))
+    trainer.begin(examples)
+    matrices = sum(factors.takes(parameter) for parameter in trainer.parameters())
+    assert compared == matrices - 1, "all but the embeddings"
+
+
+def test_by_factors_is_burst(reference: Any, examples: list[Example]) -> None:
+    burst, factors = on_gpu(reference), on_gpu(reference, way="factors")
+    ours, theirs = factors.begin(examples), burst.begin(examples)
+    assert ours.nll == pytest.approx(theirs.nll, rel=1e-4)
+    assert factors.gradient_norm() == pytest.approx(burst.gradient_norm(), rel=5e-3)
+    factors.prepare()
+    before = torch.cuda.memory_stats()["reserved_bytes.all.allocated"]
+    torch.cuda.synchronize()
+    measured = factors.apply()
+    assert torch.cuda.memory_stats()["reserved_bytes.all.allocated"] == before, "the sweep took memory"
+    assert measured["update_rms"] == pytest.approx(burst.apply()["update_rms"], rel=1e-3)
+    pairs = zip(factors.model.named_parameters(), burst.model.parameters(), strict=True)
+    same = {name: float((a == b).float().mean()) for (name, a), b in pairs}
+    assert min(same.values()) > 0.9, sorted(same.items(), key=lambda item: item[1])[:5]
+
+
+def test_what_is_not_finite_is_refused_by_factors_before_a_write(reference: Any, examples: list[Example]) -> None:
+    trainer = on_gpu(reference, way="factors")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.begin(examples)
+    kept = trainer.sweep.factors.of(trainer.model.model.layers[2].mlp.up_proj.weight)
+    assert kept is not None
+    kept.passes[0][0][0].left[5, 7] = float("nan")
+    with pytest.raises(NonFiniteGradientError, match=r"layers\.2\.mlp\.up_proj"):
+        trainer.gradient_norm()
+    trainer.forget()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("way", ["burst", "factors", "streaming"])
+def test_warm_means_that_nothing_is_compiled_any_more(reference: Any, way: Way) -> None:
     import triton
 
-    trainer = on_gpu(reference)
+    trainer = on_gpu(reference, way=way)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     report = warm_up(trainer)
     print(report)

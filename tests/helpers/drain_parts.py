@@ -27,7 +27,7 @@ from producer import keys
 from producer.errors import TandemError
 from producer.serializer import MsgpackSerializer
 from producer.transcript import Transcript
-from worker.config.protocol import JobResult, Torn, Unavailable, Update
+from worker.config.protocol import JobResult, TornWeightsError, UnavailableError, Update
 from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks, Notice
 from worker.consumer.jobs import FeedbackJob
@@ -100,7 +100,7 @@ class Weights:
         if "refused on purpose" in says:
             raise TandemError("the step refuses this batch")
         if "server gone" in says:
-            raise Unavailable("the server is gone")
+            raise UnavailableError("the server is gone")
         header = self.header
         good = [ready for ready in prepared if ready.says != "not finite"]
         rejected = {ready.id: "loss is not finite" for ready in prepared if ready.says == "not finite"}
@@ -115,7 +115,7 @@ class Weights:
         time.sleep(self.pace)
         self.set_header(header["lineage"], header["version"], "APPLYING")
         if "tears" in says:
-            raise Torn("broke off while writing the weights")
+            raise TornWeightsError("broke off while writing the weights")
         # One os.replace stands for "the last write and CLEAN": a kill before it leaves the weights without the batch.
         self._replace("weights", " ".join([*self.trained, *results]))
         self.set_header(header["lineage"], version, "CLEAN")

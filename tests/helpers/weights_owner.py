@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader import get_model  # noqa: E402
 
 from producer.errors import TandemError  # noqa: E402
 from worker.serving.vllm import cpu_backend  # noqa: E402
-from worker.serving.vllm.unsupported_flags import RefusedFlag, refuse_unshareable  # noqa: E402
+from worker.serving.vllm.unsupported_flags import RefusedFlagError, refuse_unshareable  # noqa: E402
 from worker.serving.vllm.weight_engine import TandemWeightEngine  # noqa: E402
 
 
@@ -104,7 +104,7 @@ def answer(request: dict[str, Any], exported: list[tuple[Any, dict[str, Any]]]) 
         object.__setattr__(owner, last, value)
     try:
         refuse_unshareable(config, request.get("device", "cpu"), request.get("environment", {}))
-    except RefusedFlag as error:
+    except RefusedFlagError as error:
         return str(error)
     return None
 

@@ -161,8 +161,8 @@ def test_a_trained_id_is_not_lost_and_the_memory_is_bounded(
 def test_status_says_that_training_is_on_hold(redis_url: str, connection: redis.Redis, tmp_path: Path) -> None:
     connection.hset(keys.STATE, mapping={"hold": "the canary set's loss rose"})
     found = looked_at(redis_url, tmp_path)
-    assert "worker none (on hold)" in status.line(found)
-    assert "training is on hold: the canary set's loss rose; `tandem resume` ends it" in found["problems"]
+    assert "worker none (paused)" in status.line(found)
+    assert "training is paused: the canary set's loss rose; `tandem resume` ends it" in found["problems"]
 
 
 @pytest.fixture(scope="module")

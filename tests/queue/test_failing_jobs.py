@@ -10,7 +10,7 @@ from rq.registry import ScheduledJobRegistry
 from producer import keys
 from producer.client import Producer
 from producer.errors import TandemError
-from worker.config.protocol import Unavailable
+from worker.config.protocol import UnavailableError
 from worker.consumer.jobs import open_queue
 from worker.versions import ledger
 
@@ -89,7 +89,7 @@ def test_a_trainer_that_breaks_on_everything_does_not_empty_the_queue(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     weights.run = dead  # type: ignore[method-assign]
-    with pytest.raises(Unavailable, match=r"broke on 3 transcripts in a row.*RuntimeError.*t0, t1, t2"):
+    with pytest.raises(UnavailableError, match=r"broke on 3 transcripts in a row.*RuntimeError.*t0, t1, t2"):
         drain(connection, weights, max_jobs=8)
     assert counts(connection) == {"failed": 0, "finished": 0, "started": 0, "queued": 20}
     left = [job(connection, f"t{i}").retries_left for i in range(20)]

@@ -19,7 +19,7 @@ from producer.client import Producer
 from producer.serializer import MsgpackSerializer
 from worker.consumer import upkeep
 from worker.consumer.jobs import FeedbackJob, open_queue
-from worker.consumer.transitions import Held, begin, take
+from worker.consumer.transitions import JobInHand, begin, take
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 FEEDBACK = f"rq:queue:{keys.QUEUE}"
@@ -114,7 +114,7 @@ def test_a_forged_status_neither_drops_nor_settles_a_job(
     connection.rpush(f"{FEEDBACK}:intermediate", "begun")
     worker = start(connection, weights, hooks=[], name="dies")
     (job,) = [FeedbackJob.fetch("begun", connection=connection, serializer=MsgpackSerializer)]
-    begin(worker, worker.queue, [Held(job)])  # and then its worker dies
+    begin(worker, worker.queue, [JobInHand(job)])  # and then its worker dies
     worker.lock.release()
     for job_id in ("queued", "begun"):
         connection.hset(f"rq:job:{job_id}", "status", status)

@@ -12,7 +12,7 @@ from redis.client import Pipeline
 
 from producer import keys
 from worker.config.version_record import VersionRecord
-from worker.consumer.worker_lock import LockLost, WorkerBusy, WorkerLock
+from worker.consumer.worker_lock import LockLostError, WorkerBusyError, WorkerLock
 from worker.versions import ledger
 
 
@@ -79,7 +79,7 @@ def test_what_does_not_follow_is_refused_and_leaves_no_trace(
     for earlier in there:
         ledger.commit(connection, earlier)
     before = everything(connection)
-    with pytest.raises(ledger.LedgerMismatch, match=says):
+    with pytest.raises(ledger.LedgerMismatchError, match=says):
         ledger.commit(connection, then, lambda pipe: pytest.fail("settled"))
     assert everything(connection) == before
 
@@ -88,7 +88,7 @@ def test_a_run_without_redis_is_taken_over_whole(connection: redis.Redis) -> Non
     ledger.commit(connection, record(1, "a"))
     ledger.commit(connection, record(9, base=1))
     assert ledger.state(connection).version == 9
-    with pytest.raises(ledger.LedgerMismatch):
+    with pytest.raises(ledger.LedgerMismatchError):
         ledger.commit(connection, record(12, base=8))
 
 
@@ -111,7 +111,7 @@ def test_two_committers_of_one_version_cannot_both_win(connection: redis.Redis) 
         if ledger.state(connection).version == 0:
             ledger.commit(connection, record(1, "theirs"))
 
-    with pytest.raises(ledger.LedgerMismatch):
+    with pytest.raises(ledger.LedgerMismatchError):
         ledger.commit(connection, record(1, "ours"), rival)
     assert connection.hgetall(keys.LEDGER) == {b"theirs": b"1"} and connection.xlen(keys.EVENTS) == 1
 
@@ -160,20 +160,20 @@ def test_one_jobs_broken_keys_do_not_undo_the_version(connection: redis.Redis) -
 
 def test_a_ledger_of_a_wrong_type_is_an_error(connection: redis.Redis) -> None:
     connection.set(keys.LEDGER, "not a hash")
-    with pytest.raises(ledger.LedgerMismatch, match="only in part"):
+    with pytest.raises(ledger.LedgerMismatchError, match="only in part"):
         ledger.commit(connection, record(1, "a"))
 
 
 def test_a_version_that_is_no_number_is_named(connection: redis.Redis) -> None:
     connection.set(keys.VERSION, "seven")
-    with pytest.raises(ledger.LedgerMismatch, match="holds b'seven'"):
+    with pytest.raises(ledger.LedgerMismatchError, match="holds b'seven'"):
         ledger.state(connection)
 
 
 def test_the_lock_is_one_workers_until_it_gives_it_back(connection: redis.Redis) -> None:
     first, second = WorkerLock(connection, "first"), WorkerLock(connection, "second")
     assert first.acquire() is None
-    with pytest.raises(WorkerBusy, match=rf"'first' \(pid {os.getpid()}"):
+    with pytest.raises(WorkerBusyError, match=rf"'first' \(pid {os.getpid()}"):
         second.acquire()
     second.release()
     assert connection.exists(keys.WORKER_LOCK)
@@ -194,7 +194,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(connection: redis.Redis, redis
 def test_a_lock_whose_holder_cannot_be_seen_is_respected(connection: redis.Redis, change: dict[str, Any]) -> None:
     holder = json.loads(WorkerLock(connection, "far").value) | {"pid": 2**22 + 1, "birth": "1"} | change
     connection.set(keys.WORKER_LOCK, json.dumps(holder))
-    with pytest.raises(WorkerBusy):
+    with pytest.raises(WorkerBusyError):
         WorkerLock(connection, "near").acquire()
 
 
@@ -211,7 +211,7 @@ def test_renewal_takes_an_expired_lock_again_but_not_anothers(connection: redis.
     lock.renew()
     assert connection.get(keys.WORKER_LOCK) == lock.value and 25 < connection.ttl(keys.WORKER_LOCK) <= 30
     connection.set(keys.WORKER_LOCK, WorkerLock(connection, "theirs").value)
-    with pytest.raises(LockLost, match="'theirs'"):
+    with pytest.raises(LockLostError, match="'theirs'"):
         lock.renew()
     lock.release()
     assert b"theirs" in connection.get(keys.WORKER_LOCK)

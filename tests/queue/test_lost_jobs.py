@@ -13,7 +13,7 @@ from drain_parts import Weights, drain, say
 from producer import keys
 from producer.client import Producer
 from producer.serializer import MsgpackSerializer
-from worker.config.protocol import Unavailable
+from worker.config.protocol import UnavailableError
 from worker.consumer import transitions
 from worker.consumer.jobs import FeedbackJob, open_queue
 
@@ -48,8 +48,8 @@ def test_what_is_put_back_is_the_whole_job(redis_url: str, connection: redis.Red
     for job_id in IDS:
         producer.enqueue(say("good"), id=job_id, meta={"rating": 5})
     before = {job_id: connection.hgetall(f"rq:job:{job_id}") for job_id in IDS}
-    during_the_step(weights, lambda: lose(connection), then=Unavailable)
-    with pytest.raises(Unavailable):
+    during_the_step(weights, lambda: lose(connection), then=UnavailableError)
+    with pytest.raises(UnavailableError):
         drain(connection, weights)
     assert open_queue(connection).job_ids == IDS and torn_jobs(connection) == []
     for job_id in IDS:
@@ -126,8 +126,8 @@ def test_a_redis_that_lost_everything_gets_the_jobs_back_whole(
     producer = Producer(redis_url)
     for job_id in IDS:
         producer.enqueue(say("good"), id=job_id)
-    during_the_step(weights, connection.flushall, then=Unavailable)
-    with pytest.raises(Unavailable):
+    during_the_step(weights, connection.flushall, then=UnavailableError)
+    with pytest.raises(UnavailableError):
         drain(connection, weights)
     assert torn_jobs(connection) == [] and open_queue(connection).job_ids == IDS
     drain(connection, weights)

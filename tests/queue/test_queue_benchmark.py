@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def test_the_benchmark_runs_and_batches_save_round_trips(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "queue.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "queue_speed.py"
     command = [sys.executable, str(script), "--jobs", "64", "--rounds", "1", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     found = json.loads((tmp_path / "queue.json").read_text())["results"]

@@ -12,7 +12,7 @@ from worker.config.version_record import NoVersionRecordError, VersionRecord
 from worker.consumer.settlement import settle_with_rq
 from worker.versions import ledger
 from worker.versions.ledger import LedgerState
-from worker.versions.reconcile import Irreconcilable, decide, reconcile
+from worker.versions.reconcile import IrreconcilableError, decide, reconcile
 
 A, B = "a" * 32, "b" * 32
 
@@ -91,7 +91,7 @@ def test_what_can_be_settled_is(
 def test_what_only_a_person_may_settle_is_refused_with_the_facts(
     head: dict[str, Any], rec: dict[str, Any] | None, known: LedgerState, kind: str, new: bool, says: str
 ) -> None:
-    with pytest.raises(Irreconcilable, match=f"(?s){says}"):
+    with pytest.raises(IrreconcilableError, match=f"(?s){says}"):
         decide(head, rec, known, kind, new)
 
 
@@ -104,7 +104,7 @@ def test_no_case_is_forgotten_and_none_loses_learning_unasked() -> None:
     for head, rec, known, kind, new in itertools.product(heads, records, knowns, ("", "batch", "lineage"), (0, 1)):
         try:
             decision = decide(head, rec, known, kind, bool(new))
-        except Irreconcilable:
+        except IrreconcilableError:
             continue
         decided += 1
         assert head["state"] == "CLEAN"
@@ -190,7 +190,7 @@ def test_a_record_is_stored_as_a_plain_map_and_read_again() -> None:
 def test_a_new_lineage_takes_a_version_and_survives_a_crash_before_the_header_knows(redis_url: str) -> None:
     connection = redis.Redis.from_url(redis_url)
     ledger.commit(connection, record(1, "a"))
-    with pytest.raises(Irreconcilable):
+    with pytest.raises(IrreconcilableError):
         reconcile(
             connection, header(0, B), None, new_lineage=False, settle=settle_with_rq(connection), adopt=refuse_to_adopt
         )
@@ -224,7 +224,7 @@ def test_a_refusal_touches_nothing(redis_url: str) -> None:
     ledger.commit(connection, record(1, "a"))
     before = {key: connection.dump(key) for key in connection.keys("*")}
     for head in (header(5), header(0), header(1, state="APPLYING"), header(0, B)):
-        with pytest.raises(Irreconcilable):
+        with pytest.raises(IrreconcilableError):
             reconcile(
                 connection, head, None, new_lineage=False, settle=settle_with_rq(connection), adopt=refuse_to_adopt
             )

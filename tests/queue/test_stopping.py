@@ -12,7 +12,7 @@ from rq.job import JobStatus
 from producer import keys
 from producer.client import Producer
 from producer.errors import TandemError
-from worker.config.protocol import Torn, Unavailable
+from worker.config.protocol import TornWeightsError, UnavailableError
 from worker.consumer import transitions
 from worker.consumer.jobs import open_queue
 from worker.versions import ledger
@@ -42,7 +42,7 @@ def test_torn_weights_stop_the_worker_and_nothing_is_settled(
     producer = Producer(redis_url)
     producer.enqueue(say("tears"), id="t0")
     producer.enqueue(say("good"), id="t1")
-    with pytest.raises(Torn, match="broke off"):
+    with pytest.raises(TornWeightsError, match="broke off"):
         drain(connection, weights, max_jobs=2)
     assert producer.version() == 0 and counts(connection)["started"] == 2 and counts(connection)["finished"] == 0
     with pytest.raises(TandemError, match=r"torn.*--new-lineage"):
@@ -60,7 +60,7 @@ def test_torn_weights_stop_the_worker_and_nothing_is_settled(
 def test_a_server_that_is_gone_costs_no_job_a_retry(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
     for i in range(5):
         Producer(redis_url).enqueue(say("server gone" if i == 3 else "good"), id=f"t{i}")
-    with pytest.raises(Unavailable, match="the server is gone"):
+    with pytest.raises(UnavailableError, match="the server is gone"):
         drain(connection, weights, max_jobs=5)
     queue = open_queue(connection)
     assert queue.job_ids == [f"t{i}" for i in range(5)]
@@ -84,10 +84,10 @@ def test_the_lock_is_given_back_even_if_the_jobs_in_hand_cannot_be(
 
     def breaks(prepared):  # type: ignore[no-untyped-def]
         connection.set(f"rq:queue:{keys.QUEUE}", "no list any more")
-        raise Torn("broke off")
+        raise TornWeightsError("broke off")
 
     weights.run = breaks  # type: ignore[method-assign]
-    with pytest.raises(Torn):
+    with pytest.raises(TornWeightsError):
         drain(connection, weights, max_tokens=100)
     assert not connection.exists(keys.WORKER_LOCK)
 
@@ -119,7 +119,7 @@ def test_an_error_in_the_heartbeat_is_raised_between_steps(
 
     def robbed(prepared):  # type: ignore[no-untyped-def]
         connection.set(keys.WORKER_LOCK, '{"name": "robber", "pid": 1}')
-        until(lambda: worker.pulse.error is not None, "the heartbeat has noticed")
+        until(lambda: worker.heartbeats.error is not None, "the heartbeat has noticed")
         return run(prepared)
 
     weights.run = robbed  # type: ignore[method-assign]

@@ -224,7 +224,7 @@ def test_a_worker_asked_to_stop_while_redis_is_away_leaves_the_commit_to_the_nex
         return run(prepared)
 
     weights.run = stops_redis  # type: ignore[method-assign]
-    with pytest.raises(commit.CommitPending, match="version 1, which is in the weights"):
+    with pytest.raises(commit.CommitPendingError, match="version 1, which is in the weights"):
         worker.work()
     server.start()
     weights.run = run  # type: ignore[method-assign]

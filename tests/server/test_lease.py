@@ -15,7 +15,7 @@ from patience import PATIENCE, until
 from server_options import SERVER_OPTIONS
 from serving_parts import LONG, Background, Victim, completion, events, inside, metric, request, streamed_tokens
 
-from worker.serving.control_client import ServerControl, ServerError, ServerGone, server_state
+from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, server_state
 from worker.serving.vllm.framing import MAX_REQUEST
 from worker.shared_weights.attach import attach
 from worker.shared_weights.weights_client import read_header
@@ -301,7 +301,7 @@ def test_a_torn_server_says_so_to_everyone(recomputing: ServerProcess) -> None:
         assert server_state(server.run_dir).get("reason") is None
         half_sent.close()
         server.stop()
-        with pytest.raises(ServerGone, match=r"start it again|gone"):
+        with pytest.raises(ServerGoneError, match=r"start it again|gone"):
             trainer.state()
         with pytest.raises(unix_socket.WireError, match="tandem serve"):
             ServerControl(server.run_dir, "late").connect()

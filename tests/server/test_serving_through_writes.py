@@ -21,7 +21,8 @@ from worker.checkpoint.journal import Journal
 from worker.checkpoint.snapshots import fingerprint
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
-from worker.orchestrator.worker_loop import attach_step
+from worker.orchestrator.live_update import LiveUpdate
+from worker.orchestrator.session import open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 from worker.shared_weights.header import APPLYING, CLEAN
@@ -124,17 +125,18 @@ def test_hogwild_answers_while_it_writes(site: Site) -> None:
     before = site.agree()
     settings, h = ApplySettings("streaming", hogwild=True), Hyperparameters(lr=3e-4, max_length=512)
     answers, states = [], []
-    with attach_step(site.run_dir, "test", h, state_dir=site.state, settings=settings) as step:
+    with open_session(site.run_dir, "test", h, state_dir=site.state, settings=settings) as session:
+        step = LiveUpdate(session)
 
         def ask(gradient: torch.Tensor) -> None:
-            states.append((step.weights.header.state, site.served()["written"]))
+            states.append((session.weights.header.state, site.served()["written"]))
             answers.append(completion(site.server.process, 2))
 
-        for layer in step.trainer.model.model.layers:
+        for layer in session.trainer.model.model.layers:
             layer.mlp.up_proj.weight.register_hook(ask)
         sent = [step.prepare(item["id"], Transcript.from_dict(item)) for item in transcripts("wild", 2)]
         update = step.run(sent)
-        assert update.version == before + 1 and step.weights.header.state == CLEAN
+        assert update.version == before + 1 and session.weights.header.state == CLEAN
     assert len(answers) >= 2 and set(states) == {(APPLYING, before + 1)}
     assert {(status, headers["x-weight-version"]) for status, headers, _ in answers} == {
         (200, f"{before}-{before + 1}")

@@ -5,7 +5,7 @@ It knows torch, and Triton in its CUDA files alone; no Redis, no vLLM, no transf
 """
 
 from worker.apollo.apollo_mini import ApolloMini, LastUpdate
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradient, NonFiniteGradientError
 from worker.apollo.state_layout import state_bytes
 
-__all__ = ["ApolloError", "ApolloMini", "LastUpdate", "NonFiniteGradient", "state_bytes"]
+__all__ = ["ApolloError", "ApolloMini", "LastUpdate", "NonFiniteGradient", "NonFiniteGradientError", "state_bytes"]

@@ -1,12 +1,13 @@
 """`ApolloMini`: a torch optimizer with AdamW's step sizes and, for a matrix, max(rows, cols) numbers of state a moment.
 
-It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py,
-chosen by the parameters' device. It must not know Redis, vLLM or transformers.
+It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py, chosen
+by the parameters' device. Must not know: Redis, vLLM, transformers.
 
 Invariants: everything that outlives a step is in the state area or follows from (seed, id, step). A burst that meets a
 non-finite gradient changes nothing. One matrix's result does not depend on which others are updated with it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.launch_tables import Kind, kind_of
 from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
 from worker.apollo.state_layout import Layout, StateArea
@@ -97,13 +98,19 @@ class ApolloMini(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, grads: Sequence[Tensor | None] | None = None
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grads: Sequence[Tensor | None] | None = None,
+        step_scale: float = 1.0,
     ) -> float | None:
         """Burst: apply every gradient that is there, in one sweep, or none.
 
-        grads: one per parameter, in order, instead of the parameters' own `.grad` (a None is skipped). On a CPU, raises
-        `NonFiniteGradient` before anything changes; on CUDA nothing changes either, and `check`, `last_update` or a
-        later step raises it.
+        grads: one per parameter, in order, instead of the parameters' own `.grad` (a None is skipped). step_scale: the
+        batch's own multiplier of the step, 0 or more, decay included; a factor on the gradients would change nothing,
+        since the step is normalised. It multiplies after the limiter, and moments never see it. On a CPU, raises
+        `NonFiniteGradientError` before anything changes; on CUDA nothing changes either, and `check`, `last_update` or
+        a later step raises it.
         """
         loss = None
         if closure is not None:
@@ -111,7 +118,7 @@ class ApolloMini(torch.optim.Optimizer):
                 loss = closure()
         given = grads if grads is not None else [slot.parameter.grad for slot in self._slots]
         pairs = [(slot, gradient) for slot, gradient in zip(self._slots, given, strict=True) if gradient is not None]
-        self.begin()
+        self.begin(step_scale)
         try:
             self._backend.update(pairs)
         except BaseException:
@@ -120,8 +127,9 @@ class ApolloMini(torch.optim.Optimizer):
         self.finish()
         return loss
 
-    def capture(self) -> Callable[[], None]:
-        """CUDA: a burst over the gradients that are there now, as one CUDA graph; calling the result is a step.
+    def capture(self) -> Callable[..., None]:
+        """CUDA: a burst over the gradients that are there now, as one CUDA graph; calling the result is a step, and
+        takes `step_scale` as `step` does.
 
         The gradients' memory is the graph's input from then on: fill it in place. Needs one `step()` with the same
         gradients before, which compiles the kernels.
@@ -129,8 +137,8 @@ class ApolloMini(torch.optim.Optimizer):
         pairs = [(slot, slot.parameter.grad) for slot in self._slots if slot.parameter.grad is not None]
         replay = self._backend.capture(pairs)
 
-        def step() -> None:
-            self.prepare()
+        def step(step_scale: float = 1.0) -> None:
+            self._prepare(step_scale)
             replay()
             self._steps += 1
             self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
@@ -141,7 +149,11 @@ class ApolloMini(torch.optim.Optimizer):
         """Do ahead what the next step would do first: on CUDA, once in `projection_gap` steps, draw new projections on
         the CPU, a fraction of a second for a large model. Optional; call it before pausing a server for the step.
         """
-        self._told(lambda: self._backend.prepare(self._steps // self.projection_gap))
+        self._prepare(1.0)
+
+    def _prepare(self, step_scale: float) -> None:
+        _check_scale(step_scale)
+        self._told(lambda: self._backend.prepare(self._steps // self.projection_gap, step_scale))
 
     def warm_up(self) -> None:
         """Compile what a step needs, on tensors of its own: the first step then takes as long as any other.
@@ -162,11 +174,15 @@ class ApolloMini(torch.optim.Optimizer):
             twin.step(grads=[torch.zeros_like(tensor) for tensor in tensors])
             twin.last_update.weight_rms  # noqa: B018  (the totals are launches too)
 
-    def begin(self) -> None:
-        """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`."""
+    def begin(self, step_scale: float = 1.0) -> None:
+        """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`.
+
+        step_scale: as for `step`. Raises `ApolloError` for one that is negative or not finite.
+        """
+        _check_scale(step_scale)
         if self._open:
             raise ApolloError("the optimizer's previous step was neither finished nor abandoned")
-        self._told(lambda: self._backend.begin(self._steps // self.projection_gap))
+        self._told(lambda: self._backend.begin(self._steps // self.projection_gap, step_scale))
         self._open = True
 
     def update(self, parameter: Tensor, grad: Tensor | None = None) -> None:
@@ -189,6 +205,14 @@ class ApolloMini(torch.optim.Optimizer):
             raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
         self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
 
+    def sweep_order(self) -> list[Tensor]:
+        """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
+        return [slot.parameter for slot in self._backend.order()]
+
+    def name_of(self, parameter: Tensor) -> str:
+        """What errors call it."""
+        return self._by_tensor[id(parameter)].name
+
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
         if not self._open:
@@ -203,16 +227,34 @@ class ApolloMini(torch.optim.Optimizer):
         self._open = False
 
     @contextmanager
-    def streaming(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
+    def streaming(self, bucket_bytes: int = 1 << 30, *, step_scale: float = 1.0) -> Iterator[None]:
         """Inside, one `backward` is one step: gradients are applied and freed as they come.
 
         Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
-        applies each at once.
+        applies each at once. step_scale: as for `step`.
         """
+        self.begin(step_scale)
+        try:
+            with self._collecting(bucket_bytes, self.update_many):
+                yield
+        except BaseException:
+            self.abandon()
+            raise
+        self.finish()
+
+    @contextmanager
+    def dropping(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
+        """As `streaming`, but that gradients are dropped where they would be applied: no step, the same memory."""
+        with self._collecting(bucket_bytes, lambda bucket: None):
+            yield
+
+    @contextmanager
+    def _collecting(self, bucket_bytes: int, use: Callable[[list[tuple[Tensor, Tensor]]], None]) -> Iterator[None]:
+        """Inside, gradients leave the parameters as they come, and go to `use` when they are `bucket_bytes` or more."""
         bucket: list[tuple[Tensor, Tensor]] = []
 
         def flush() -> None:
-            self.update_many(bucket)
+            use(bucket)
             bucket.clear()
 
         def take(parameter: Tensor) -> None:
@@ -222,29 +264,24 @@ class ApolloMini(torch.optim.Optimizer):
             if sum(gradient.nbytes for _, gradient in bucket) >= bucket_bytes:
                 flush()
 
-        self.begin()
         trained = [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
         hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
         try:
             yield
             flush()
-        except BaseException:
-            self.abandon()
-            raise
         finally:
             for hook in hooks:
                 hook.remove()
-        self.finish()
 
     def check(self) -> None:
-        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet; waits for the device."""
+        """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
         self._told(self._backend.check)
 
     def _told(self, ask: Callable[[], T]) -> T:
         """`ask()`, which may report a refused step: then the steps launched are not the steps taken."""
         try:
             return ask()
-        except NonFiniteGradient:
+        except NonFiniteGradientError:
             self._steps = int(self.area.step_count)
             raise
 
@@ -307,3 +344,8 @@ class ApolloMini(torch.optim.Optimizer):
 
             return CudaBackend(self._slots, self.area, self._options)
         raise ApolloError(f"ApolloMini runs on cpu and cuda, not on {device.type}")
+
+
+def _check_scale(step_scale: float) -> None:
+    if not 0 <= step_scale < math.inf:
+        raise ApolloError(f"step_scale multiplies the step: it is 0 or more and finite, not {step_scale}")

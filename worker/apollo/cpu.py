@@ -1,6 +1,6 @@
 """APOLLO-Mini on a CPU: the formulas, in chunks of rows so that fp32 copies stay small.
 
-Bitwise repeatable for a fixed number of threads. Must not know: streams, files, anything above tensors.
+Bitwise repeatable for a fixed number of threads.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from worker.apollo import formulas, philox
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.parameters import Options, Slot, Totals
 from worker.apollo.state_layout import APOLLO, StateArea
 
@@ -28,19 +28,24 @@ class CpuBackend:
 
     def __init__(self, slots: Sequence[Slot], area: StateArea, options: Options) -> None:
         self.slots, self.area, self.options = slots, area, options
+        self._step_scale = 1.0
         self._drawn: int | None = None
         self._projections: dict[int, Tensor] = {}
         self._totals = Totals(0.0, 0.0, 0)
         self._update_squares = self._weight_squares = 0.0
         self._elements = 0
 
-    def begin(self, draw: int) -> None:
-        self.prepare(draw)
+    def order(self) -> Sequence[Slot]:
+        return self.slots
+
+    def begin(self, draw: int, step_scale: float) -> None:
+        self.prepare(draw, step_scale)
 
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
         raise ApolloError("capture() records a CUDA graph: the parameters are on a CPU")
 
-    def prepare(self, draw: int) -> None:
+    def prepare(self, draw: int, step_scale: float = 1.0) -> None:
+        self._step_scale = step_scale
         if draw != self._drawn:
             self._drawn, self._projections = draw, {}
         self._update_squares = self._weight_squares = 0.0
@@ -51,7 +56,7 @@ class CpuBackend:
         measured = [self._measure(slot, gradient) for slot, gradient in pairs]
         for (slot, _), (_, g_norm) in zip(pairs, measured, strict=True):
             if not math.isfinite(g_norm):
-                raise NonFiniteGradient(slot.name)
+                raise NonFiniteGradientError(slot.name)
         for (slot, gradient), (r, g_norm) in zip(pairs, measured, strict=True):  # g_norm 0: nothing changes
             if slot.algorithm != APOLLO:
                 self._adamw(slot, gradient)
@@ -125,7 +130,10 @@ class CpuBackend:
 
     def _step_size(self, slot: Slot) -> float:
         beta1, beta2 = slot.group["betas"]
-        return formulas.step_size(slot.group["lr"], beta1, beta2, self._t)
+        return formulas.step_size(self._rate(slot), beta1, beta2, self._t)
+
+    def _rate(self, slot: Slot) -> float:
+        return formulas.learning_rate(slot.group["lr"], self._step_scale)
 
     @property
     def _t(self) -> int:
@@ -136,7 +144,7 @@ class CpuBackend:
         weight = slot.matrix(slot.parameter, "the weight")[rows]
         value = weight.float() if weight.dtype != torch.float32 else weight
         self._weight_squares += float(torch.linalg.vector_norm(value)) ** 2
-        formulas.apply(value, direction, step, slot.group["lr"] * slot.group["weight_decay"])
+        formulas.apply(value, direction, step, self._rate(slot) * slot.group["weight_decay"])
         if weight.dtype == torch.float32:
             return
         if self.options.stochastic:

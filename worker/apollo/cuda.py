@@ -1,4 +1,4 @@
-"""APOLLO-Mini on CUDA: lays out the tables, launches kernels.py, and never waits for the device.
+"""APOLLO-Mini on CUDA: lays out the tables, launches the kernels, and never waits for the device.
 
 In the steady state (same gradient tensors) a burst is about a dozen launches and allocates nothing; streaming takes as
 many for every bucket of gradients. The host waits only where P is redrawn, which is also where it needs the true step
@@ -15,8 +15,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from worker.apollo import formulas, kernels, philox
-from worker.apollo.errors import ApolloError, NonFiniteGradient
+from worker.apollo import formulas, philox
+from worker.apollo.errors import ApolloError, NonFiniteGradientError
+from worker.apollo.kernels import columns, decide, measure, write
 from worker.apollo.launch_tables import SMALL, TALL, UNIT, Known, Run, Tiling, build, cut, is_aligned, merge
 from worker.apollo.parameters import Options, Slot, Totals
 from worker.apollo.state_layout import StateArea
@@ -25,8 +26,8 @@ TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LANES = 4096
 """Width of the small reductions: a program's loads at a time."""
 
-assert kernels.NORM_EPS.value == formulas.NORM_EPS
-assert kernels.LIMITER_FLOOR.value == formulas.LIMITER_FLOOR
+assert columns.NORM_EPS.value == formulas.NORM_EPS
+assert columns.LIMITER_FLOOR.value == formulas.LIMITER_FLOOR
 
 
 class CudaBackend:
@@ -58,42 +59,45 @@ class CudaBackend:
         self.parameters = tables.parameters.to(self.device)
         self.tiles, self.out_tiles = tables.tiles.to(self.device), tables.out_tiles.to(self.device)
         self.chunks = tables.chunks.to(self.device)
-        self.bindings = zeros(count, kernels.BINDINGS.value, dtype=torch.int64)
-        self.knobs = zeros(len(self.groups), kernels.KNOBS.value, dtype=torch.float64)
+        self.bindings = zeros(count, columns.BINDINGS.value, dtype=torch.int64)
+        self.knobs = zeros(len(self.groups), columns.KNOBS.value, dtype=torch.float64)
         self.roots = zeros(count, dtype=torch.float64)
         self.projections = zeros(tables.projections[-1])
         self.scratch = zeros(tables.scratch)
         self.partial_squares = zeros(len(tables.tiles))
         self.partial_weights, self.partial_moved = zeros(len(tables.out_tiles)), zeros(len(tables.out_tiles))
         self.partial_norms = zeros(len(tables.chunks), 2)
-        self.statistics = zeros(kernels.STATISTICS.value, count)
+        self.statistics = zeros(columns.STATISTICS.value, count)
         self.weight_squares = zeros(count)
-        self.control = zeros(kernels.CONTROLS.value, dtype=torch.int64)
-        self.told = torch.zeros(kernels.CONTROLS.value, dtype=torch.int64, pin_memory=self.pinned)
+        self.control = zeros(columns.CONTROLS.value, dtype=torch.int64)
+        self.told = torch.zeros(columns.CONTROLS.value, dtype=torch.int64, pin_memory=self.pinned)
+
+    def order(self) -> Sequence[Slot]:
+        return self.tables.slots
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def begin(self, draw: int) -> None:
-        self.prepare(draw)
+    def begin(self, draw: int, step_scale: float) -> None:
+        self.prepare(draw, step_scale)
         self.open()
 
-    def prepare(self, draw: int) -> None:
+    def prepare(self, draw: int, step_scale: float = 1.0) -> None:
         """What the host decides: the projections and the hyper-parameters. Reports a refused step it has heard of."""
         if self.pinned and torch.cuda.current_device() != self.device.index:
             raise ApolloError(f"the parameters are on {self.device}: make it current with torch.cuda.set_device")
-        if draw != self._drawn or int(self.told[kernels.UNTOLD.value]):
+        if draw != self._drawn or int(self.told[columns.UNTOLD.value]):
             self.check()
         if draw != self._drawn:
             self._draw(draw)
         for number, group in enumerate(self.groups):
-            self._set_knobs(number, group)
+            self._set_knobs(number, group, step_scale)
         scales = [group["scale"] for group in self.groups]
         if scales != self._scales:
             self._scales = scales
             self.roots.copy_(torch.tensor([slot.root for slot in self.tables.slots], dtype=torch.float64))
 
     def open(self) -> None:
-        self.control[kernels.BAD.value].zero_()
+        self.control[columns.BAD.value].zero_()
         self.statistics.zero_()
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
@@ -107,9 +111,9 @@ class CudaBackend:
         for run in runs:
             self._measure(run)
         for first, last in spans:
-            self._total(first, last, kernels.TILE, kernels.TILES, self.partial_squares, self.statistics[0])
+            self._total(first, last, columns.TILE, columns.TILES, self.partial_squares, self.statistics[0])
         for first, last in spans:
-            kernels.judge[(1,)](
+            decide.judge[(1,)](
                 self.parameters, first, last - first, self.statistics, self.control, BLOCK=LANES, num_warps=8
             )
         for first, last in merge([run for run in runs if run[2].shape != SMALL]):
@@ -118,7 +122,7 @@ class CudaBackend:
             self._write(run)
 
     def finish(self) -> None:
-        kernels.finish[(1,)](self.area.step_count, self.control, num_warps=1)
+        decide.finish[(1,)](self.area.step_count, self.control, num_warps=1)
         self.told.copy_(self.control, non_blocking=True)
         self._copies.clear()
 
@@ -142,22 +146,22 @@ class CudaBackend:
         return replay
 
     def check(self) -> None:
-        bad = int(self.control[kernels.UNTOLD.value])  # waits for the device
+        bad = int(self.control[columns.UNTOLD.value])  # waits for the device
         if bad:
             self.control.zero_()
             self.told.zero_()
-            raise NonFiniteGradient(next(s.name for s in self.tables.slots if s.index == bad - 1))
+            raise NonFiniteGradientError(next(s.name for s in self.tables.slots if s.index == bad - 1))
 
     def totals(self) -> Totals:
         self.check()
         count = len(self.tables.slots)
-        columns = kernels.OUT_TILE, kernels.OUT_TILES
-        self._total(0, count, *columns, self.partial_weights, self.weight_squares)
+        out = columns.OUT_TILE, columns.OUT_TILES
+        self._total(0, count, *out, self.partial_weights, self.weight_squares)
         small = [i for i, kind in enumerate(self.tables.kinds) if kind.shape == SMALL]
-        moved = self.statistics[kernels.MOVED.value]
+        moved = self.statistics[columns.MOVED.value]
         if small:  # they come last
-            self._total(small[0], count, *columns, self.partial_moved, moved)
-        written = self.statistics[kernels.WRITTEN.value].cpu() > 0
+            self._total(small[0], count, *out, self.partial_moved, moved)
+        written = self.statistics[columns.WRITTEN.value].cpu() > 0
         elements = torch.tensor([slot.rows * slot.cols for slot in self.tables.slots])
         return Totals(
             float(moved.cpu().double()[written].sum()),
@@ -177,10 +181,10 @@ class CudaBackend:
         self.projections.copy_(host, non_blocking=True)
         self._drawn = draw
 
-    def _set_knobs(self, number: int, group: dict[str, Any]) -> None:
+    def _set_knobs(self, number: int, group: dict[str, Any], step_scale: float) -> None:
         """Changed values go up as arguments of a fill: no copy, no wait."""
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        values = (lr, beta1, beta2, group["eps"], lr * group["weight_decay"], group["scale_front"], group["gamma"])
+        rate, (beta1, beta2) = formulas.learning_rate(group["lr"], step_scale), group["betas"]
+        values = (rate, beta1, beta2, group["eps"], rate * group["weight_decay"], group["scale_front"], group["gamma"])
         known = self._knobs[number] or (None,) * len(values)
         for i, (value, old) in enumerate(zip(values, known, strict=True)):
             if value != old:
@@ -237,19 +241,19 @@ class CudaBackend:
         tile, end = self.tables.tile_starts[first], self.tables.tile_starts[last]
         where = (self.parameters, self.bindings, self.tiles, tile)
         if kind.shape == SMALL:
-            kernels.square[(end - tile,)](
+            measure.square[(end - tile,)](
                 *where, self.partial_squares, G_TYPE=TRITON[dtype], BLOCK=self.tiling.small, num_warps=4
             )
             return
         data = (*where, self.projections, self.scratch, self.partial_squares)
         if kind.shape == TALL:
             height, width = self.tiling.tall
-            kernels.project_tall[(end - tile,)](
+            measure.project_tall[(end - tile,)](
                 *data, G_TYPE=TRITON[dtype], ALIGNED=kind.aligned, BR=height, BC=width, num_warps=self.tiling.tall_warps
             )
         else:
             total, height, width = self.tiling.wide
-            kernels.project_wide[(end - tile,)](
+            measure.project_wide[(end - tile,)](
                 *data, G_TYPE=TRITON[dtype], ALIGNED=kind.aligned, TR=total, BR=height, BC=width,
                 num_warps=self.tiling.wide_warps,
             )  # fmt: skip
@@ -257,17 +261,17 @@ class CudaBackend:
     def _total(
         self, first: int, last: int, start: tl.constexpr, count: tl.constexpr, partials: Tensor, totals: Tensor
     ) -> None:
-        kernels.total[(last - first,)](
+        decide.total[(last - first,)](
             self.parameters, first, partials, totals, START=start, COUNT=count, BLOCK=LANES, num_warps=8
         )
 
     def _factors(self, first: int, last: int) -> None:
         chunk, end = self.tables.chunk_starts[first], self.tables.chunk_starts[last]
-        kernels.update_moments[(end - chunk,)](
+        decide.update_moments[(end - chunk,)](
             self.parameters, self.chunks, chunk, self.knobs, self.scratch, self.statistics, self.partial_norms,
             self.control, BLOCK=self.tiling.chunk, num_warps=4,
         )  # fmt: skip
-        kernels.matrix_factor[(last - first,)](
+        decide.matrix_factor[(last - first,)](
             self.parameters, first, len(self.tables.slots), self.knobs, self.roots, self.area.step_count,
             self.area.previous, self.statistics, self.partial_norms, self.control, BLOCK=256, num_warps=2,
         )  # fmt: skip
@@ -281,12 +285,12 @@ class CudaBackend:
         stochastic = self.options.stochastic and kind.dtype == torch.bfloat16
         types = {"G_TYPE": TRITON[dtype], "W_TYPE": TRITON[kind.dtype], "STOCHASTIC": stochastic}
         if kind.shape == SMALL:
-            kernels.apply_adamw[(end - tile,)](
+            write.apply_adamw[(end - tile,)](
                 *data, self.partial_moved, self.control, low, high, **types, BLOCK=self.tiling.small, num_warps=4
             )
         else:
             total, height, width = self.tiling.out
-            kernels.apply[(end - tile,)](
+            write.apply[(end - tile,)](
                 *data, low, high, **types, ALIGNED=kind.aligned, TR=total, BR=height, BC=width,
                 num_warps=self.tiling.out_warps,
             )  # fmt: skip

@@ -7,7 +7,7 @@ class ApolloError(TandemError):
     """A parameter, gradient or state area that the optimizer cannot work with; the message names it."""
 
 
-class NonFiniteGradient(ApolloError):
+class NonFiniteGradientError(ApolloError):
     """A gradient holds inf or NaN, or its norm overflows fp32.
 
     `parameter` is the name of the first such parameter. In a burst (`step()`) nothing at all has changed; in
@@ -17,3 +17,7 @@ class NonFiniteGradient(ApolloError):
     def __init__(self, parameter: str) -> None:
         super().__init__(f"the gradient of {parameter} is not finite: this batch cannot be applied")
         self.parameter = parameter
+
+
+NonFiniteGradient = NonFiniteGradientError
+"""The former name."""

@@ -2,7 +2,7 @@
 
 Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", MLSys 2025, arXiv 2412.05270, algorithm 1 with rank 1
 and tensor-wise scaling. Everything here is pure or works in place on what it is given; it knows no parameter, device
-or state layout. The CPU implementation calls these functions; kernels.py mirrors them line by line, under the same
+or state layout. The CPU implementation calls these functions; kernels/ mirrors them line by line, under the same
 names.
 
 Departures from the paper's code, each with its reason:
@@ -11,7 +11,7 @@ Departures from the paper's code, each with its reason:
 - moments are fp32 whatever the weights are: in bf16, v cannot decay at b2 = .999;
 - eps defaults to 1e-8: 1e-6 shortens the step where gradients are near 1e-6.
 A constant factor on the gradient leaves the step unchanged (eps aside), so clipping the global norm does next to
-nothing.
+nothing: what is to shorten a step has to multiply the step itself (`learning_rate`).
 """
 
 import math
@@ -67,9 +67,17 @@ def growth_excess(u_norm: float, previous: float, gamma: float) -> float:
     return growth / gamma if growth > gamma else 1.0
 
 
-def step_size(lr: float, beta1: float, beta2: float, t: int) -> float:
-    """lr * sqrt(1 - b2^t) / (1 - b1^t): t counts steps, 1 for the first."""
-    return lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+def learning_rate(lr: float, step_scale: float) -> float:
+    """lr * step_scale: the rate of one step, for the update and for the decay, after everything that normalises it.
+
+    step_scale is the batch's own multiplier (its mean weight, say). Moments and the limiter's memory never see it.
+    """
+    return lr * step_scale
+
+
+def step_size(rate: float, beta1: float, beta2: float, t: int) -> float:
+    """rate * sqrt(1 - b2^t) / (1 - b1^t): rate from `learning_rate`; t counts steps, 1 for the first."""
+    return rate * math.sqrt(1 - beta2**t) / (1 - beta1**t)
 
 
 def root_scale(scale: float | str, rows: int, cols: int) -> float:
@@ -91,7 +99,7 @@ def matrix_factor(
 
 
 def apply(weight: Tensor, direction: Tensor, step: float, decay: float) -> Tensor:
-    """W <- (W - step * U) * (1 - decay), in place on an fp32 `weight`; decay = lr * wd is decoupled and comes last.
+    """W <- (W - step * U) * (1 - decay), in place on an fp32 `weight`; decay = rate * wd is decoupled and comes last.
 
     Written W - decay * W: 1 - decay itself would be rounded to fp32, the same way every step.
     """

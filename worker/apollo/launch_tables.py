@@ -118,7 +118,7 @@ def build(slots: Sequence[Slot], groups: Sequence[int], area: StateArea, tiling:
         shape = (slot.rows, slot.cols, m.data_ptr(), v.data_ptr(), projections[-1], scratch, parts)
         ranges = (tile_starts[i], n_tiles, chunk_starts[i], n_chunks)
         where = (slot.id, first, slot.place.full_cols, groups[slot.index], slot.index, out_starts[i], n_out)
-        rows.append(shape + ranges + where)  # in the order of kernels.py's columns
+        rows.append(shape + ranges + where)  # in the order of kernels/columns.py
         # 16-byte accesses to P and R: every offset a multiple of 4
         projections.append(projections[-1] + (4 * _ceil(min(slot.rows, slot.cols), 4) if parts else 0))
         scratch += 4 * _ceil(parts * max(slot.rows, slot.cols), 4)

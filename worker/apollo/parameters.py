@@ -131,14 +131,18 @@ class LastUpdate:
 class Backend(Protocol):
     """One device's implementation of a step. `begin`, any number of `update`s of different slots, `finish`."""
 
-    def begin(self, draw: int) -> None:
-        """Start step t = step count + 1 with projections of redraw `draw`."""
+    def begin(self, draw: int, step_scale: float) -> None:
+        """Start step t = step count + 1 with projections of redraw `draw`; its update and decay are multiplied with
+        `step_scale`."""
 
-    def prepare(self, draw: int) -> None:
+    def prepare(self, draw: int, step_scale: float = 1.0) -> None:
         """The host's part of `begin`; harmless if done twice."""
 
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
         """A step over these gradients as something that can be replayed."""
+
+    def order(self) -> Sequence[Slot]:
+        """All slots, those that can share a launch side by side."""
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         """Apply these gradients, or, if one is not finite, report it and change nothing."""
@@ -147,7 +151,7 @@ class Backend(Protocol):
         """End the step: the step count goes up by one."""
 
     def check(self) -> None:
-        """Raise `NonFiniteGradient` if a step was refused and nobody was told yet. Waits for the device."""
+        """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet. Waits for the device."""
 
     def totals(self) -> Totals:
         """Of the last finished step. Waits for the device."""

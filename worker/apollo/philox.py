@@ -1,7 +1,7 @@
 """Counter-based randomness: Philox4x32-10, the rounding bits made of it, and the projection vectors.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A draw is a pure function of (seed, step, id,
-element), so tiling, sharding, order and device change nothing. kernels.py makes the same bits.
+element), so tiling, sharding, order and device change nothing. kernels/rounding.py makes the same bits.
 
 Rounding bits of element (row, col) of a logical matrix, with e = row * cols + col in the *unsharded* matrix:
 key = seed; counter = (e // 8 low word, e // 8 high word, step, id); of the four output words, the 16-bit lane e % 8,

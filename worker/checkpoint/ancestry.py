@@ -1,6 +1,6 @@
 """Which versions a version was made from, and who is in it: pure functions over the journal's entries.
 
-Must not know: torch, files, how a version is rebuilt. Invariant: an abandoned branch is no part of the ancestry.
+Invariant: an abandoned branch is no part of the ancestry.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from worker.checkpoint.journal import Entry
 from worker.checkpoint.snapshots import Trained
 
 
-class CannotRebuild(TandemError):
+class RebuildError(TandemError):
     """A version cannot be made again from what the state directory holds."""
 
 
@@ -56,7 +56,7 @@ def perhaps_in(entries: Mapping[int, Entry], version: int, ids: frozenset[str], 
 
 
 def trace(entries: Mapping[int, Entry], version: int, unusable: Callable[[int], str | None]) -> tuple[int, list[Entry]]:
-    """From which usable version, through which updates, oldest first, `version` comes. Raises `CannotRebuild`.
+    """From which usable version, through which updates, oldest first, `version` comes. Raises `RebuildError`.
 
     unusable: why the weights of a version cannot be loaded; None if they can.
     """
@@ -66,7 +66,7 @@ def trace(entries: Mapping[int, Entry], version: int, unusable: Callable[[int], 
         entry = entries.get(at)
         if entry is None or entry.parent is None:
             why = "its journal was pruned" if entry is None else "its weights came from elsewhere"
-            raise CannotRebuild(
+            raise RebuildError(
                 f"version {version} cannot be made: it goes back to version {at}, and {reason}, and {why}"
             )
         if entry.kind == "update":

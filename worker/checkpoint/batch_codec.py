@@ -1,7 +1,8 @@
 """A batch as it lies in the journal: transcripts, and their very tokens and masks, in order.
 
-Must not know: Redis, torch, files. Invariant: what is unpacked has the tokens, masks, weights and order of what was
-packed, whatever became of the chat template or the tokenizer.
+Must not know: Redis, torch.
+Invariant: what is unpacked has the tokens, masks, weights and order of what was packed, whatever became of the chat
+template or the tokenizer.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Writes checkpoints of the live weights when they are due, and lets go of what they make unneeded.
 
-Must not know: Redis, how a version is rebuilt.
+Must not know: Redis.
 Invariants: a checkpoint is written between two updates, by the only writer of the weights; at no time does a version of
 the history depend on a file that has been deleted.
 """

@@ -1,6 +1,6 @@
 """What there is on disk of the versions: the journal and the checkpoints, read together.
 
-Must not know: live weights, Redis, how a version is rebuilt.
+Must not know: Redis.
 Invariant: an id that was ever trained, or dropped, is known here for ever, whatever is pruned.
 """
 

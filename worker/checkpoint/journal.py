@@ -1,6 +1,6 @@
 """The journal: how each version of the weights came to be, on disk before the weights change.
 
-Append-only files of records (records.py says which kinds). Must not know: torch, Redis, how a version is rebuilt.
+Append-only files of records (records.py says which kinds). Must not know: torch, Redis.
 Invariants: append-only, but for texts that expire; a version's record is on disk when `append` returns; a failed write
 leaves no part of itself, and a failed rotation leaves the file that was open; versions are never used twice, except
 after a `Voided`.

@@ -5,7 +5,7 @@
     keeper.checkpoints                  writes checkpoints, and prunes
     keeper.rebuilder                    makes a version again
 
-Must not know: Redis, sockets, how jobs are settled.
+Must not know: Redis.
 Invariant: a version's record is on disk before the header says APPLYING.
 """
 
@@ -20,7 +20,7 @@ from worker.checkpoint.history import History
 from worker.checkpoint.journal import Journal, JournalError, TornTail
 from worker.checkpoint.rebuild import Rebuilder
 from worker.checkpoint.records import UPDATE_FORMAT, LineageRecord, Measured, UpdateRecord
-from worker.checkpoint.replay import Make, RoomOf
+from worker.checkpoint.replay import CapacityOf, Make
 from worker.checkpoint.snapshots import HalfRemoved, NoFiles, Snapshots, Trained
 from worker.checkpoint.state_dir import StateDir
 from worker.config.hyperparameters import Hyperparameters
@@ -35,7 +35,7 @@ Notice = TornTail | HalfRemoved | NoFiles
 """What was found when the state directory was opened."""
 
 
-class Keeper:
+class CheckpointManager:
     """Of `weights`; `state` is open.
 
     make: makes a trainer on the weights; room: how many tokens that one takes at once. policy None: nothing is pruned
@@ -43,7 +43,7 @@ class Keeper:
     """
 
     def __init__(
-        self, state: StateDir, weights: AttachedWeights, make: Make, room: RoomOf, policy: Policy | None
+        self, state: StateDir, weights: AttachedWeights, make: Make, room: CapacityOf, policy: Policy | None
     ) -> None:
         self.weights, self.policy = weights, policy
         snapshots = Snapshots(state.checkpoints, weights.model_path)

@@ -5,7 +5,6 @@
 With a checkpoint at least every E versions and a history of H, a version of the history is at most H + E batches after
 a checkpoint that stays, and the base at most 2 * H + E versions old; so much of the journal stays, too.
 
-Must not know: files, marks, what a checkpoint is.
 """
 
 from collections.abc import Sequence

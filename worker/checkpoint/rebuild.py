@@ -1,6 +1,6 @@
 """Makes a version again: from which checkpoint, through which journaled batches, without whom.
 
-Must not know: Redis, sockets, why a version is wanted.
+Must not know: Redis.
 Invariants: a plan has read and checked everything it needs before the first byte of the weights changes; nobody who was
 ever dropped is in it; the header says APPLYING until the version is complete.
 """
@@ -9,12 +9,12 @@ import time
 from dataclasses import dataclass, field
 
 from worker.checkpoint import replay
-from worker.checkpoint.ancestry import CannotRebuild, ids_of, perhaps_in, trace
+from worker.checkpoint.ancestry import RebuildError, ids_of, perhaps_in, trace
 from worker.checkpoint.batch_codec import ReplayError
 from worker.checkpoint.history import History
 from worker.checkpoint.journal import Entry
 from worker.checkpoint.records import UpdateRecord
-from worker.checkpoint.replay import Make, Replayed, RoomOf
+from worker.checkpoint.replay import CapacityOf, Make, Replayed
 from worker.checkpoint.snapshots import SnapshotError
 from worker.shared_weights.attach import AttachedWeights
 from worker.shared_weights.header import APPLYING
@@ -61,19 +61,19 @@ class Compared:
 class Rebuilder:
     """Of `weights`. make: makes a trainer on them; room: how many tokens that one takes at once."""
 
-    def __init__(self, history: History, weights: AttachedWeights, make: Make, room: RoomOf) -> None:
+    def __init__(self, history: History, weights: AttachedWeights, make: Make, room: CapacityOf) -> None:
         self.history, self.weights, self.make_trainer, self.room = history, weights, make, room
         self.snapshots, self.journal = history.snapshots, history.journal
         self.device = weights.state.device
 
     def plan(self, version: int, dropped: frozenset[str] = frozenset()) -> Plan:
         """How to make `version` without the ids in `dropped` and without all that were dropped before, everything read
-        and checked. Raises `CannotRebuild`."""
+        and checked. Raises `RebuildError`."""
         passed_over: list[str] = []
         try:
             out = dropped | self.history.dropped().keys()
         except SnapshotError as error:
-            raise CannotRebuild(f"version {version} cannot be made: {error}") from error
+            raise RebuildError(f"version {version} cannot be made: {error}") from error
 
         def unusable(candidate: int) -> str | None:
             reason = self._unusable(candidate, out)
@@ -83,7 +83,7 @@ class Rebuilder:
 
         base, path = trace(self.journal.entries, version, unusable)
         if base == 0 and self.weights.server_info.get("load_format") == "dummy":
-            raise CannotRebuild(
+            raise RebuildError(
                 f"version {version} cannot be made: the server began with random weights (--load-format dummy), which"
                 " nobody can restore. Where the weights are torn or lost, restart the server (tandem serve ...), then"
                 " run `tandem worker --new-lineage`"
@@ -94,7 +94,7 @@ class Rebuilder:
             replay.check_steps(steps, self.snapshots.steps_taken(base))
             replay.check_fits(steps, out, self.room)
         except (SnapshotError, ReplayError) as error:
-            raise CannotRebuild(f"version {version} cannot be made: {error}") from error
+            raise RebuildError(f"version {version} cannot be made: {error}") from error
         without = frozenset(id for entry in path for id in ids_of(entry) if id in out)
         return Plan(version, base, steps, out, without, passed_over)
 

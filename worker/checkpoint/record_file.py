@@ -2,8 +2,8 @@
 
     magic "TDJ1", length, crc32 of the payload, crc32 of these twelve bytes; payload (one msgpack map)
 
-Must not know: what a record means. Invariants: what `read` returns was written whole; a tail that a crash cut short is
-told apart from damage in the middle; reading changes nothing.
+Invariants: what `read` returns was written whole; a tail that a crash cut short is told apart from damage in the
+middle; reading changes nothing.
 """
 
 import struct

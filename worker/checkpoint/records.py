@@ -4,7 +4,7 @@
     LineageRecord   weights taken over as they are      Measured        what was measured of an applied version
     Voided          a version that was never applied    Segment         first in each file
 
-Must not know: torch, Redis, files, how a version is rebuilt.
+Must not know: torch, Redis.
 Invariants: `parse(record.plain())` is the record; a field that an older Tandem did not write has its old meaning.
 """
 
@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 FILE_FORMAT = 1
 """Of a file: how its records lie in it. In the first record of each."""
-UPDATE_FORMAT = 1
-"""Of an update's record: by which rules its batch is trained again. A record that does not say has format 1."""
+UPDATE_FORMAT = 2
+"""Of an update's record: by which rules its batch is trained again (`worker.trainer.weighting`). A record that does not
+say has format 1."""
 
 Plain = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """What it takes to train a journaled batch again and get the same weights: its order, its circumstances, its trainer.
 
-Must not know: Redis, vLLM, sockets, where records are kept.
+Must not know: Redis, vLLM, sockets.
 Invariants: a batch that is trained again goes through the same trainer as the first time, from the very tokens of the
 first time; every random draw follows from the seed and the optimizer's step. On a CPU, with the threads and the torch
 of the record, the weights are the same bit for bit; `differences` names what is not as it was.
@@ -19,11 +19,10 @@ import transformers
 from worker.checkpoint.batch_codec import ReplayError, unpack_batch
 from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
-from worker.data.batch_capacity import Room
+from worker.data.batch_capacity import BatchCapacity
+from worker.memory.planner import Way
 from worker.trainer.trainer import Trainer
-
-BURST = "burst"
-"""The way of a manifest that names none."""
+from worker.trainer.weighting import RULES, Rule
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def _threads(count: int) -> Iterator[None]:
 Make = Callable[[Hyperparameters], Trainer]
 """Makes the trainer on the live weights; a new one takes over the step count from the state beside them."""
 
-RoomOf = Callable[[Hyperparameters], Room]
+CapacityOf = Callable[[Hyperparameters], BatchCapacity]
 """What the trainer that `Make` makes of the same takes at once."""
 
 
@@ -80,29 +79,31 @@ def check_steps(records: Sequence[UpdateRecord], taken: int) -> None:
             )
 
 
-def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: RoomOf) -> None:
-    """Every batch of `records` is there, and the trainer that would replay it takes it. Raises `ReplayError`.
+def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: CapacityOf) -> None:
+    """Every batch of `records` is there, of a known format, and the trainer that would replay it takes it. Raises
+    `ReplayError`.
 
     No trainer is made for it: that writes to the optimizer's state where it is fresh, and to what a live trainer's
     parameters learn. The error names the batch that needs the most: who does what it says is not refused again.
     """
     refused = []
     for record in records:
+        rule_of(record)
         examples, ours = unpack_batch(record, dropped), room(hyperparameters(record.h))
         if not ours.holds(examples):
-            in_burst = replace(ours, streaming=False).holds(examples)
+            in_burst = replace(ours, way="burst").holds(examples)
             refused.append((ours.needs(examples), record.version, ours, in_burst))
     if refused:
         needed, version, ours, _ = max(refused, key=lambda item: item[0])
         raise ReplayError(_misfit(needed, version, ours, burst=all(in_burst for *_, in_burst in refused)))
 
 
-def _misfit(needed: int, version: int, room: Room, *, burst: bool) -> str:
+def _misfit(needed: int, version: int, room: BatchCapacity, *, burst: bool) -> str:
     """burst: that way would do."""
     batch = "its batch" if room.whole else "a sequence of its batch"
-    streaming = " (streaming takes one a version)" if room.whole else ""
+    single = f" ({room.way} takes one a version)" if room.whole else ""
     text = f"version {version} cannot be trained again as things are: {batch} has {needed} tokens, and a forward pass"
-    text += f" here takes {room.longest} at most{streaming}; nothing was changed"
+    text += f" here takes {room.longest} at most{single}; nothing was changed"
     if not room.packed:
         return f"{text}. Make it again on the kind of machine that trained it"
     return f"{text}. Use {'--apply burst, or ' if burst else ''}--max-tokens {needed}, if the GPU's memory allows it"
@@ -142,10 +143,10 @@ def replay(
         if trainer.optimizer.step_count != record.step:
             raise ReplayError(f"version {record.version}: the optimizer stands at {trainer.optimizer.step_count}")
         if not trainer.packed:  # the order of sums is each way's own; on a GPU it is memory that decides
-            trainer.streaming = record.manifest.get("way", BURST) != BURST
+            trainer.way = trained_way(record.manifest)
         examples = unpack_batch(record, dropped)
         with _threads(record.facts["threads"]):
-            gradients = trainer.begin(examples) if examples else None
+            gradients = trainer.begin(examples, rule=rule_of(record)) if examples else None
             if gradients is None or not gradients.nll:
                 trainer.skip()
             else:
@@ -155,6 +156,22 @@ def replay(
         if gradients is not None and whole and gradients.loss != then:
             found.losses.append(OtherLoss(record.version, gradients.loss, then))
     return found
+
+
+def rule_of(record: UpdateRecord) -> Rule:
+    """How weights counted when the record was written. Raises `ReplayError` for a format that is not known."""
+    if record.format not in RULES:
+        raise ReplayError(
+            f"version {record.version} was journaled in format {record.format}, and this Tandem knows formats up to"
+            f" {max(RULES)}: use the Tandem that wrote it, or a newer one"
+        )
+    return RULES[record.format]
+
+
+def trained_way(manifest: Mapping[str, Any]) -> Way:
+    """How a trainer goes the way of a version: hogwild is streaming to it, and those that name none were bursts."""
+    named = manifest.get("way", "burst")
+    return "burst" if named == "burst" else "factors" if named == "factors" else "streaming"
 
 
 def hyperparameters(plain: Mapping[str, Any]) -> Hyperparameters:

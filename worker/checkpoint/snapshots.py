@@ -5,7 +5,7 @@
     VERSION/tandem/ledger.msgpack       transcript id -> version, dropped ids
     VERSION/tandem/meta.msgpack         version, lineage, digests of all files; VERSION/tandem/mark: keep it
 
-Must not know: Redis, the journal, the server. Version 0 is the source model itself and is never copied.
+Must not know: Redis, the server. Version 0 is the source model itself and is never copied.
 Invariants: a checkpoint appears whole or not at all, and is never written over; what is restored was checked first,
 byte for byte; a checkpoint is written between updates by the only writer of the weights.
 """

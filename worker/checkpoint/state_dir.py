@@ -2,7 +2,7 @@
 
     DIR/lock   DIR/journal/00000001.journal ...   DIR/checkpoints/VERSION/ ...
 
-Must not know: what lies in the files, torch, Redis.
+Must not know: torch, Redis.
 Invariants: folders are 0700 and files 0600, ours; one process at a time writes here (a lock that the kernel drops when
 its holder dies); `replace` leaves the old file or the new one, whole, whatever happens.
 """

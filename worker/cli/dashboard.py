@@ -1,6 +1,5 @@
 """`tandem dashboard`: rq-dashboard on 127.0.0.1, with Tandem's jobs readable and requeue working.
 
-Must not know: weights, worker.
 Invariants: it listens on the loopback address unless told otherwise, since it has no passwords and can delete jobs;
 pages of other sites can neither read it (the Host header is checked) nor press its buttons; what a job brings along is
 shown as text, never as HTML; no transcript is shown anywhere.

@@ -1,7 +1,4 @@
-"""The console script `tandem`: one name a subcommand, each loaded only when it is called.
-
-Must not import anything heavy: `tandem enqueue` runs where only the producer is installed.
-"""
+"""The console script `tandem`: one name a subcommand, each loaded only when it is called."""
 
 import importlib
 import sys

@@ -5,7 +5,7 @@ import redis
 
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
-from worker.versions.pause_switch import hold
+from worker.versions.pause_switch import pause
 
 
 @click.command("pause")
@@ -15,5 +15,5 @@ def command(redis_url: str | None, reason: str) -> None:
     """Pause training from the next batch on. The server goes on serving, and jobs wait in the queue."""
     url = resolve_url(redis_url)
     with redis_errors(safe_url(url)):
-        hold(connect(url, redis.Redis.from_url), reason)
+        pause(connect(url, redis.Redis.from_url), reason)
     click.echo("training is paused; `tandem resume` ends that")

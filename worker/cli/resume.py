@@ -1,4 +1,4 @@
-"""`tandem resume`: training goes on that was on hold."""
+"""`tandem resume`: training goes on that was paused."""
 
 import click
 import redis
@@ -11,8 +11,8 @@ from worker.versions.pause_switch import resume
 @click.command("resume")
 @redis_option
 def command(redis_url: str | None) -> None:
-    """Let training go on that the canary set, or a person, put on hold."""
+    """Let training go on that the canary set, or a person, paused."""
     url = resolve_url(redis_url)
     with redis_errors(safe_url(url)):
         reason = resume(connect(url, redis.Redis.from_url))
-    click.echo("training was not on hold" if reason is None else f"training goes on; it was on hold: {reason}")
+    click.echo("training was not paused" if reason is None else f"training goes on; it was paused: {reason}")

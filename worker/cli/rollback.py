@@ -10,11 +10,12 @@ import redis
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.update_options import ApplySettings, Way, apply_option, max_tokens_option, memory_option
+from worker.config.update_options import Apply, ApplySettings, apply_option, max_tokens_option, memory_option
 from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.agreement import agree
 from worker.orchestrator.reports import sentence
 from worker.orchestrator.rollback import roll_back
-from worker.orchestrator.worker_loop import agree, attach_step
+from worker.orchestrator.session import open_session
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 
@@ -35,7 +36,7 @@ def command(
     drop: tuple[str, ...],
     requeue: bool,
     reason: str,
-    apply: Way,
+    apply: Apply,
     max_tokens: int,
     memory: float | None,
     redis_url: str | None,
@@ -51,7 +52,7 @@ def command(
         try:
             known = ledger.state(connection)
             where = run_dir or default_run_dir()
-            with attach_step(
+            with open_session(
                 where,
                 name,
                 Hyperparameters(),
@@ -59,9 +60,9 @@ def command(
                 known=known,
                 settings=ApplySettings(apply, memory=memory),
                 max_tokens=max_tokens,
-            ) as step:
-                agree(connection, step)
-                for report in roll_back(connection, step, version, drop, reason=reason, requeue=requeue):
+            ) as session:
+                agree(connection, session)
+                for report in roll_back(connection, session, version, drop, reason=reason, requeue=requeue):
                     click.echo(sentence(report))
         finally:
             lock.release()

@@ -63,9 +63,10 @@ def command(
     run_dir = unix_socket.prepare_run_dir((run_dir or unix_socket.default_run_dir()).absolute())
     lock(run_dir, model, tell=say)
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
-    room, said = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
-    options, notes = [*options, *room], [*notes, *said]
-    environment = build_environment(os.environ, run_dir, vllm_options, on_cpu) | policy.environment()
+    share = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
+    options, notes = [*options, *share.options], [*notes, *share.notes]
+    environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
+    environment |= policy.environment() | share.environment()
     for note in notes:
         say(note)
     arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]

@@ -1,6 +1,6 @@
 """`tandem status`: one true line about queue, weights, worker and server, and the details below it.
 
-Must not know: torch, vLLM, RQ's inside. Changes nothing it looks at.
+Must not know: torch, vLLM. Changes nothing it looks at.
 Invariants: what cannot be reached is said to be so, never guessed; nothing waits longer than a few seconds.
 """
 
@@ -154,7 +154,7 @@ def problems(status: dict[str, Any]) -> list[str]:
             f" {', '.join(lost[:SHOWN_IDS])}{more}"
         )
     if status.get("hold"):
-        found.append(f"training is on hold: {status['hold']}; `tandem resume` ends it")
+        found.append(f"training is paused: {status['hold']}; `tandem resume` ends it")
     if worker and worker["state"] == "none":
         found.append("no worker is running: start `tandem worker`")
     if worker and worker["state"] == "dead":
@@ -188,7 +188,7 @@ def line(status: dict[str, Any]) -> str:
         parts.append(f"{queue['queued']} queued, {queue['started']} in hand, {queue['failed']} failed")
         if status.get("lost"):
             parts[-1] += f", {len(status['lost'])} lost"
-        parts.append(f"worker {status['worker']['state']}{' (on hold)' if status.get('hold') else ''}")
+        parts.append(f"worker {status['worker']['state']}{' (paused)' if status.get('hold') else ''}")
         parts.append(f"eviction {status['eviction']['policy']}")
     else:
         parts.append("Redis unreachable" if not status["redis"]["reachable"] else "Redis unreadable")

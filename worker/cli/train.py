@@ -1,8 +1,7 @@
 """`tandem train`: the same examples, trainer and optimizer without a queue.
 
 Two targets: a model directory (`--model DIR --out NEW`, which writes a new directory), or the weights of a running
-server (`--attach`, the update protocol without Redis; the next `tandem worker` takes the result over). Must not know
-Redis.
+server (`--attach`, the update protocol without Redis; the next `tandem worker` takes the result over).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,13 +20,21 @@ from producer.errors import TandemError
 from producer.jsonl import read_transcripts
 from producer.transcript import Transcript
 from worker.config.hyperparameters import Hyperparameters, training_options
-from worker.config.update_options import MAX_TOKENS, ApplySettings, Way, apply_option, max_tokens_option, memory_option
+from worker.config.update_options import (
+    MAX_TOKENS,
+    Apply,
+    ApplySettings,
+    apply_option,
+    max_tokens_option,
+    memory_option,
+)
+from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example, ExampleError
+from worker.memory.planner import Way
 from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:
     from worker.checkpoint.batch_codec import Ready
-    from worker.data.batch_capacity import Room
 
 T = TypeVar("T")
 
@@ -91,7 +97,7 @@ def run_steps(batches: Sequence[list[T]], step: Callable[[list[T]], float]) -> H
 
 
 def train_directory(
-    file: str, model_dir: Path, out: Path, h: Hyperparameters, *, count: int, batch: int, streaming: bool = False
+    file: str, model_dir: Path, out: Path, h: Hyperparameters, *, count: int, batch: int, way: Way = "burst"
 ) -> History:
     """Fine-tune the model in `model_dir` on `file` and write the result to the new directory `out`."""
     from worker.checkpoint import model_directory
@@ -100,7 +106,7 @@ def train_directory(
     model_directory.check_target(model_dir, out)
     model, tokenizer = model_directory.load(model_dir)
     builder = make_builder(tokenizer, model_dir, h)
-    trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
+    trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
 
     def step(examples: list[Example]) -> float:
         gradients = trainer.begin(examples)
@@ -130,33 +136,34 @@ def train_attached(
 
     max_tokens: what a GPU's memory is planned for; a version of more is refused where it does not fit.
     """
-    from worker.orchestrator.worker_loop import attach_step
+    from worker.orchestrator.live_update import LiveUpdate
+    from worker.orchestrator.session import open_session
     from worker.trainer.threads import TrainingThreads
 
-    with attach_step(
+    with open_session(
         run_dir, "tandem train", h, state_dir=state_dir, settings=settings, max_tokens=max_tokens
-    ) as shared:
-        shared.base = shared.weights.header.version
-        shared.confirm = partial(TrainingThreads().begin_version, shared.weights.state.device)
-        if shared.base and shared.keeper.history.latest() != (shared.base, shared.weights.header.lineage):
+    ) as session:
+        base, lineage = session.weights.header.version, session.weights.header.lineage
+        if base and session.manager.history.latest() != (base, lineage):
             raise TandemError(
                 "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
                 " note of them, or name the right directory with --state-dir"
             )
+        update = LiveUpdate(session, base=base, threads=TrainingThreads())
 
         def step(examples: list[Ready]) -> float:
-            update = shared.run(examples)
-            if update.rejected:
-                raise TandemError(f"the loss of {', '.join(update.rejected)} is not finite: lower --lr, or drop them")
-            return float(update.manifest["loss"])
+            made = update.run(examples)
+            if made.rejected:
+                raise TandemError(f"the loss of {', '.join(made.rejected)} is not finite: lower --lr, or drop them")
+            return float(made.manifest["loss"])
 
-        examples = load_examples(file, lambda transcript, id: shared.prepare(id, transcript))
+        examples = load_examples(file, lambda transcript, id: update.prepare(id, transcript))
         batches = list(epochs(examples, count=count, batch=batch, seed=h.seed))
-        check_batches(file, batches, shared.trainer.room)
+        check_batches(file, batches, session.trainer.room)
         return run_steps(batches, step)
 
 
-def check_batches(file: str, batches: Sequence[list[Ready]], room: Room) -> None:
+def check_batches(file: str, batches: Sequence[list[Ready]], room: BatchCapacity) -> None:
     """The trainer takes every batch; asked before the first version is made. Raises `TandemError`."""
     refused = [found for ready in batches if not room.holds(found := [item.example for item in ready])]
     if refused:
@@ -193,7 +200,7 @@ def command(
     count: int,
     batch: int,
     plot: Path | None,
-    apply: Way,
+    apply: Apply,
     max_tokens: int,
     memory: float | None,
     **options: Any,
@@ -221,8 +228,8 @@ def command(
             raise TandemError("say what to train: --model DIR --out NEW, or --attach for the running server")
         if memory:
             raise TandemError("--memory is for --attach: a model of its own takes what it takes")
-        streaming = apply == "streaming"
-        history = train_directory(file, model_dir, out, h, count=count, batch=batch, streaming=streaming)
+        way: Way = "burst" if apply == "auto" else apply
+        history = train_directory(file, model_dir, out, h, count=count, batch=batch, way=way)
         plot = plot or out / "loss.png"
     history.plot(plot)
     click.echo(f"{len(history.losses)} steps, loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}; curve: {plot}")

@@ -17,13 +17,14 @@ from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator.agreement import agree
 from worker.orchestrator.reports import sentence
-from worker.orchestrator.worker_loop import agree, attach_step, confirm, drain, watch
+from worker.orchestrator.session import open_session
+from worker.orchestrator.worker_loop import WorkerLoop
 from worker.trainer.threads import TrainingThreads
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 from worker.versions.eviction_watch import check_kind
-from worker.versions.rest_status import forget_rest
 
 log = logging.getLogger("tandem")
 
@@ -73,7 +74,7 @@ def command(
     if taken_over := lock.acquire():
         log.info(taken_over)
     try:
-        with attach_step(
+        with open_session(
             run_dir or default_run_dir(),
             name,
             Hyperparameters(**options),
@@ -83,20 +84,16 @@ def command(
             new_lineage=new_lineage,
             settings=settings,
             max_tokens=max_tokens,
-        ) as step:
-            agree(connection, step, new_lineage=new_lineage)
-
-            def before_version() -> None:
-                confirm(connection, step)
-                cpu_threads.begin_version(step.weights.state.device)
-
-            step.confirm = before_version
-            forget_rest(connection)
-            hooks = [LogHooks(), *watch(connection, step, guards)]
+        ) as session:
+            agree(connection, session, new_lineage=new_lineage)
             limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
             limits["history"] = policy.history
-            drain(connection, step, lock, burst=until_empty or burst, hooks=hooks, **limits)
-            if policy.at_stop and (report := step.keeper.checkpoints.try_write()):
+            empty = until_empty or burst
+            loop = WorkerLoop(
+                connection, session, lock, guards, cpu_threads, until_empty=empty, hooks=[LogHooks()], **limits
+            )
+            loop.run()
+            if policy.at_stop and (report := session.manager.checkpoints.try_write()):
                 log.info(sentence(report))
     finally:
         lock.release()

@@ -1,6 +1,6 @@
 """The flags of the guards: outliers, the canary set, rehearsal.
 
-Must not know: how a version is trained or rebuilt. Must not import torch: `tandem --help` reads this.
+Must not know: torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def guard_options(command: F) -> F:
         click.option(
             "--canary-bound",
             type=click.FloatRange(0, min_open=True),
-            help="Loss of the canary set, in nats a token, above which training is put on hold.",
+            help="Loss of the canary set, in nats a token, above which training is paused.",
         ),
         click.option("--auto-rollback", is_flag=True, help="Then go back to the last version that passed, too."),
         click.option(

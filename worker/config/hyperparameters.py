@@ -1,7 +1,7 @@
 """What can be chosen about training, with the measured defaults, and the flags that choose it.
 
 Shared by `tandem worker` and `tandem train`, so that both mean the same by the same flag. How the defaults were
-measured is in DESIGN.md. Must not import torch: `tandem --help` reads this.
+measured is in DESIGN.md. Must not know: torch.
 """
 
 from collections.abc import Callable

@@ -13,11 +13,11 @@ from producer.transcript import Transcript
 from worker.config.version_record import VersionRecord
 
 
-class Torn(TandemError):
+class TornWeightsError(TandemError):
     """The weights can no longer be trusted: a write began and did not end. The worker exits; nothing is committed."""
 
 
-class Unavailable(TandemError):
+class UnavailableError(TandemError):
     """No step can run now, whatever the transcripts (the server is gone, say), and no weight was touched.
 
     The worker puts every job back where it came from, with no retry spent, and exits with this message.
@@ -97,6 +97,6 @@ class Step(Protocol[P]):
     def run(self, prepared: Sequence[P]) -> Update:
         """Train one version. Never interrupted by signals or alarms.
 
-        Raises `Torn`, `Unavailable`, or any other exception with no weight touched: the batch is then halved until
-        the transcript at fault stands alone.
+        Raises `TornWeightsError`, `UnavailableError`, or any other exception with no weight touched: the batch is then
+        halved until the transcript at fault stands alone.
         """

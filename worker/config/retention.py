@@ -1,6 +1,6 @@
 """What of the past is kept: how often there are checkpoints, how many, how far back a rollback can go; and the flags.
 
-Must not know: how any of it is kept. Must not import torch: `tandem --help` reads this.
+Must not know: torch.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """How updates are applied, and how much of the time training may take: the flags and what they mean together.
 
-Must not know: how an update is applied. Must not import torch: `tandem --help` reads this.
+Must not know: torch.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import click
 from producer.errors import TandemError
 
 F = TypeVar("F", bound=Callable[..., Any])
-Way = Literal["auto", "burst", "streaming"]
+Apply = Literal["auto", "burst", "factors", "streaming"]
 MAX_TOKENS = 8192
 """Of a version, where nothing else is asked for; `tandem serve` leaves memory for as many."""
 
@@ -21,7 +21,7 @@ MAX_TOKENS = 8192
 class ApplySettings:
     """One field a flag; see `apply_options` for what each means."""
 
-    apply: Way = "auto"
+    apply: Apply = "auto"
     hogwild: bool = False
     duty_cycle: float = 1.0
     memory: float | None = None
@@ -37,10 +37,12 @@ def apply_option(command: F) -> F:
     """Click decorator: --apply, for every command that trains or rebuilds a server's weights."""
     return click.option(
         "--apply",
-        type=click.Choice(["auto", "burst", "streaming"]),
+        type=click.Choice(["auto", "burst", "factors", "streaming"]),
         default="auto",
-        help="burst keeps all gradients and writes in one short sweep; streaming applies each as backward makes it, in"
-        " a few GB, the server paused meanwhile; auto: by free memory, burst on a CPU.",
+        help="burst keeps all gradients and writes in one short sweep; factors keeps what they are products of, in less"
+        " memory for short batches, and writes in about twice the time; streaming applies each as backward makes it, in"
+        " a few GB, the server paused meanwhile; auto: burst if it fits, else factors for the batches that fit and"
+        " streaming for longer ones; burst on a CPU.",
     )(command)
 
 

@@ -1,6 +1,6 @@
 """The record of a version: what lies beside the weights while it is written, and what the ledger commits.
 
-Must not know: torch, Redis, where records are kept.
+Must not know: torch, Redis.
 Invariant: `VersionRecord.from_plain(record.plain()) == record`; the plain map is msgpack's and JSON's own types.
 """
 

@@ -1,7 +1,7 @@
 """The loop of the queue's worker: it collects a batch, has it trained, and starts again from Redis when Redis was away.
 
 What a step that breaks leads to is bisection.py's, how a version is committed commit.py's.
-Must not know: torch, vLLM; RQ's private parts (rq_private.py).
+Must not know: torch, vLLM.
 Invariants:
 - No job is lost: it is in the queue, in RQ's intermediate queue, started and heart-beaten, or settled; a killed
   worker's jobs are put back by the next worker when it starts.
@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 
-from worker.config.protocol import Step, Unavailable
+from worker.config.protocol import Step, UnavailableError
 from worker.consumer import transitions, upkeep
 from worker.consumer.batcher import Batcher
 from worker.consumer.bisection import Bisection
@@ -38,7 +38,7 @@ from worker.consumer.jobs import FeedbackJob, FeedbackQueue, open_queue
 from worker.consumer.log_lines import LogHooks, logger
 from worker.consumer.redis_errors import own_words, retryable
 from worker.consumer.rq_private import RqWorker
-from worker.consumer.transitions import Held
+from worker.consumer.transitions import JobInHand
 from worker.consumer.worker_lock import WorkerLock
 from worker.versions.eviction_watch import EvictionWatch
 
@@ -52,7 +52,7 @@ class BatchWorker(RqWorker):
     step: what trains. max_jobs, max_tokens, linger (seconds after the first job): whichever fills first ends a batch.
     prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
     hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
-    check: called between batches, about once a second; raises `Unavailable` when no step can run any more.
+    check: called between batches, about once a second; raises `UnavailableError` when no step can run any more.
     history: how many versions back Redis keeps manifests; None: all.
     """
 
@@ -118,7 +118,7 @@ class BatchWorker(RqWorker):
                     self.resync(error)
             self.put_back_rest()
             return self.versions
-        except Unavailable:
+        except UnavailableError:
             self.put_back_rest()
             raise
         finally:
@@ -179,7 +179,7 @@ class BatchWorker(RqWorker):
         """Return every job in hand to the front of the queue, in order, with no retry spent."""
         self.put_back(self.batcher.hands)
 
-    def put_back(self, jobs: list[Held]) -> None:
+    def put_back(self, jobs: list[JobInHand]) -> None:
         with self.settling:
             if jobs:
                 transitions.put_back(self, self.queue, jobs)

@@ -1,6 +1,6 @@
 """Which jobs make the next batch.
 
-Must not know: weights, versions, torch; RQ.
+Must not know: torch.
 Invariants: every job taken is acknowledged, dropped, failed alone, or in `backlog` or `batch`, each id once and in the
 order it came; texts never reach logs; the only time limit, SIGALRM, is around preparing one transcript.
 """
@@ -14,14 +14,14 @@ from typing import Any
 import redis
 
 from producer.errors import TandemError
-from worker.config.protocol import JobResult, Step, Torn, Unavailable
+from worker.config.protocol import JobResult, Step, TornWeightsError, UnavailableError
 from worker.consumer import settlement, transitions
 from worker.consumer.error_text import told
 from worker.consumer.events import IdDropped, ResultNotWritten
 from worker.consumer.jobs import FeedbackQueue
 from worker.consumer.rq_private import RqWorker
 from worker.consumer.time_limit import TimeLimitExceeded, time_limit
-from worker.consumer.transitions import Held
+from worker.consumer.transitions import JobInHand
 from worker.versions import lost_jobs
 
 IDLE_POLL = 1.0
@@ -59,15 +59,15 @@ class Batcher:
         self.tell, self.settling = tell, settling
         self.stop = False
         """Set to end lingering: the batch in hand is the last."""
-        self.backlog: deque[Held] = deque()
+        self.backlog: deque[JobInHand] = deque()
         """Begun and not chosen yet: what did not fit a batch waits here for the next."""
-        self.batch: list[Held] = []
+        self.batch: list[JobInHand] = []
         """Chosen for the batch that is being collected or trained. Whoever settles a job removes it."""
         self.first = 0.0
         """time.monotonic() of the batch's first job."""
 
     @property
-    def hands(self) -> list[Held]:
+    def hands(self) -> list[JobInHand]:
         """All jobs that are ours to settle or put back, oldest first."""
         return [*self.batch, *self.backlog]
 
@@ -109,7 +109,7 @@ class Batcher:
             # All that was taken has begun, so what is in between was taken by a reply that got lost.
             return transitions.put_back_taken(self.queue)
         mine = {held.id for held in self.hands}
-        fresh: list[Held] = []
+        fresh: list[JobInHand] = []
         for held in taken:
             if held.version is not None:
                 self.acknowledge(held)
@@ -127,7 +127,7 @@ class Batcher:
                 self.reject(held, reason, permanent=True)
         return len(taken) + len(dropped)
 
-    def acknowledge(self, held: Held) -> None:
+    def acknowledge(self, held: JobInHand) -> None:
         """A transcript the ledger knows: finished, with the version it went into, and not trained again."""
         assert held.version is not None
         result = JobResult(held.version, already_trained=True)
@@ -135,7 +135,7 @@ class Batcher:
             self.tell("on_notice", ResultNotWritten(held.id, broken))
         self.tell("on_already_trained", held.id, held.version)
 
-    def admit(self, held: Held) -> bool:
+    def admit(self, held: JobInHand) -> bool:
         """Validate and prepare the first job of the backlog, once; one that cannot be trained is failed here, alone."""
         if held.prepared is not None:
             return True
@@ -145,7 +145,7 @@ class Batcher:
                 held.prepared = self.step.prepare(held.id, held.job.transcript())
             held.prepare_s = time.monotonic() - started
             return True
-        except (Torn, Unavailable, redis.RedisError):
+        except (TornWeightsError, UnavailableError, redis.RedisError):
             raise
         except TimeLimitExceeded:
             self.reject(held, f"preparing the transcript took more than {self.prepare_limit} s", permanent=True)
@@ -155,14 +155,14 @@ class Batcher:
             self.reject(held, told(error), permanent=False)
         return False
 
-    def reject(self, held: Held, reason: str, *, permanent: bool) -> None:
+    def reject(self, held: JobInHand, reason: str, *, permanent: bool) -> None:
         """Fail one job through RQ (which retries it if it may be), let go of it, and say so."""
         with self.settling:
             settlement.fail(self.worker, self.queue, held, reason, permanent=permanent)
             self.release([held])
         self.tell("on_rejected", held.id, reason)
 
-    def release(self, settled: list[Held]) -> None:
+    def release(self, settled: list[JobInHand]) -> None:
         """These jobs are settled: no longer ours."""
         gone = {held.id for held in settled}
         self.batch = [held for held in self.batch if held.id not in gone]

@@ -1,7 +1,7 @@
 """One version from a batch; when the step breaks with no weight touched, from each half, until the one job at fault
 stands alone.
 
-Must not know: Redis, RQ, torch.
+Must not know: torch.
 Invariants: torn weights and a server that is gone are never blamed on a transcript; a trainer that breaks on everything
 does not empty the queue.
 """
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from producer.errors import TandemError
-from worker.config.protocol import Step, Torn, Unavailable
+from worker.config.protocol import Step, TornWeightsError, UnavailableError
 from worker.consumer.batcher import Batcher
 from worker.consumer.commit import Committer
 from worker.consumer.error_text import told
-from worker.consumer.transitions import Held
+from worker.consumer.transitions import JobInHand
 
 SICK_AFTER = 3
 """Transcripts on which a step may break one after the other, each alone, before it is the step that is to blame."""
@@ -29,12 +29,12 @@ class Bisection:
         self.broken_on: list[str] = []
         """Jobs on which the step broke alone, since a version was trained."""
 
-    def train(self, batch: list[Held], linger_s: float) -> None:
+    def train(self, batch: list[JobInHand], linger_s: float) -> None:
         """One version from `batch`, or several. linger_s: how long it took to collect, for the manifest."""
         started = time.monotonic()
         try:
             update = self.step.run([held.prepared for held in batch])
-        except (Torn, Unavailable):
+        except (TornWeightsError, UnavailableError):
             raise
         except Exception as error:
             if len(batch) == 1:
@@ -49,14 +49,14 @@ class Bisection:
         if update.version is not None:
             self.broken_on.clear()
 
-    def _suspect(self, held: Held, error: Exception) -> None:
+    def _suspect(self, held: JobInHand, error: Exception) -> None:
         """The step broke on `held` alone. When it does so on one transcript after the other with nothing trained in
         between, it is not the transcripts: a dead GPU would fail the whole queue."""
         if isinstance(error, TandemError) or held.id in self.broken_on:
             return
         self.broken_on.append(held.id)
         if len(self.broken_on) == SICK_AFTER:
-            raise Unavailable(
+            raise UnavailableError(
                 f"training broke on {SICK_AFTER} transcripts in a row, each alone ({type(error).__name__}): the trainer"
                 " is failing, not the transcripts (a GPU error, say). Every other job was put back. Look at the errors"
                 f" of {', '.join(self.broken_on)} in tandem dashboard, then start the worker again"

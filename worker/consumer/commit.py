@@ -1,6 +1,6 @@
 """How a trained batch becomes a version that Redis knows: one EXEC, repeated until its outcome is known.
 
-Must not know: torch, how a batch is trained; RQ's private parts (rq_private.py).
+Must not know: torch.
 Invariants: a version that the weights have is told to Redis before anything else is trained; a record is committed
 once, whatever becomes of answers; a job is no longer in hand only after Redis has said so.
 """
@@ -20,7 +20,7 @@ from worker.consumer.events import CommitWaits, NotesNotWritten
 from worker.consumer.jobs import FeedbackQueue
 from worker.consumer.redis_errors import own_words
 from worker.consumer.rq_private import RqWorker
-from worker.consumer.transitions import Held
+from worker.consumer.transitions import JobInHand
 from worker.utils.fault_injection import point
 from worker.versions import ledger
 
@@ -28,7 +28,7 @@ STOP_GRACE = 15.0
 """Seconds a stopping worker goes on trying to tell Redis of a version."""
 
 
-class CommitPending(TandemError):
+class CommitPendingError(TandemError):
     """The worker had to stop with a version in the weights that Redis does not know yet."""
 
 
@@ -52,7 +52,7 @@ class Committer:
         self.versions = 0
         """How many versions were committed."""
 
-    def settle(self, batch: list[Held], update: Update, *, step_s: float, linger_s: float) -> None:
+    def settle(self, batch: list[JobInHand], update: Update, *, step_s: float, linger_s: float) -> None:
         """Commit the version with the jobs it holds, then fail those the step refused. step_s, linger_s: seconds."""
         if sorted([*update.results, *update.rejected]) != sorted(held.id for held in batch):
             raise TandemError("the step did not answer for exactly the jobs it was given; nothing was committed")
@@ -68,7 +68,7 @@ class Committer:
                 self.batcher.reject(held, update.rejected[held.id], permanent=True)
 
     @staticmethod
-    def _complete(update: Update, trained: list[Held], step_s: float, linger_s: float) -> None:
+    def _complete(update: Update, trained: list[JobInHand], step_s: float, linger_s: float) -> None:
         """What only the queue's side knows of a version, and what follows from its measurements."""
         update.manifest.setdefault("step_s", step_s)
         update.manifest["linger_s"] = linger_s
@@ -77,7 +77,7 @@ class Committer:
         if moved is not None and weights:
             update.manifest["update_ratio"] = moved / weights
 
-    def _commit(self, trained: list[Held], update: Update) -> float:
+    def _commit(self, trained: list[JobInHand], update: Update) -> float:
         """Tell Redis, however long it takes: no batch may follow before. Returns the seconds it took."""
 
         def finish(pipe: Pipeline) -> None:
@@ -101,7 +101,7 @@ class Committer:
                 if self.worker.stop_requested:
                     asked = asked or time.monotonic()
                     if time.monotonic() - asked > STOP_GRACE:
-                        raise CommitPending(
+                        raise CommitPendingError(
                             f"stopped before Redis could be told of version {update.version}, which is in the weights;"
                             " start the worker again once Redis is back, and it will be committed"
                         ) from error

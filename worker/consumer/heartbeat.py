@@ -1,6 +1,6 @@
 """A thread that beats: signs of life go on while the main thread is inside a step for minutes.
 
-Must not know: Redis names, RQ, what a beat does.
+Must not know: RQ.
 Invariants: at most one beat at a time; an error other than Redis being away ends the beat and is kept for the main
 thread to raise between steps, never thrown into it.
 """

@@ -1,6 +1,6 @@
 """A job that cannot run code, its queue, and what a producer's hash may say.
 
-Must not know: weights, steps, batches; RQ's private parts (rq_private.py). Nothing here trains.
+Nothing here trains.
 Invariants: no bytes from Redis are unpickled, imported or decompressed without a bound; a job that cannot be read is
 still a job, with `defect` saying why, so that it can fail alone. A producer writes the hash, so the hash decides
 nothing but how the transcript is trained: its queue is always ours, and keys named by it (other jobs that wait for this
@@ -35,12 +35,12 @@ MAX_LIST = 100
 """Entries a job's list of retry intervals or of dependencies may have."""
 
 
-class Refused(TandemError):
+class RefusedJobError(TandemError):
     """This job will never be trained as it stands: no retry."""
 
 
 def _train_elsewhere(*_: Any) -> None:
-    raise Refused(f"{keys.FUNCTION} is not run by a plain RQ worker: start `tandem worker`")
+    raise RefusedJobError(f"{keys.FUNCTION} is not run by a plain RQ worker: start `tandem worker`")
 
 
 FUNCTIONS: dict[str, Callable[..., None]] = {keys.FUNCTION: _train_elsewhere}
@@ -141,29 +141,31 @@ class FeedbackJob(Job):
         return super().to_dict(include_result=False)
 
     def transcript(self) -> Transcript:
-        """Decode and validate. Raises `Refused` or `InvalidTranscript`."""
+        """Decode and validate. Raises `RefusedJobError` or `InvalidTranscript`."""
         if self.defect:
-            raise Refused(self.defect)
+            raise RefusedJobError(self.defect)
         try:
             call = MsgpackSerializer.loads(self.data)
         except ValueError as error:
-            raise Refused(f"the job's payload is not a msgpack call: {error}") from None
+            raise RefusedJobError(f"the job's payload is not a msgpack call: {error}") from None
         if not isinstance(call, list) or len(call) != 4:
-            raise Refused("the job's payload is not a call: function, instance, arguments, keywords")
+            raise RefusedJobError("the job's payload is not a call: function, instance, arguments, keywords")
         _check_call(*call[:2])
         if not isinstance(call[2], list) or len(call[2]) != 1 or not isinstance(call[2][0], dict) or call[3] != {}:
-            raise Refused("the job's arguments are not one transcript map")
+            raise RefusedJobError("the job's arguments are not one transcript map")
         transcript = Transcript.from_dict(call[2][0])
         if transcript.id not in (None, self.id):
-            raise Refused(f"the transcript's id is not the job's id ({self.id}); the ledger could not tell them apart")
+            raise RefusedJobError(
+                f"the transcript's id is not the job's id ({self.id}); the ledger could not tell them apart"
+            )
         return transcript
 
 
 def _check_call(function: Any, instance: Any) -> None:
     if not isinstance(function, str) or function not in FUNCTIONS:
-        raise Refused(f"function {str(function)[:80]!r} is not allowed; the only one is '{keys.FUNCTION}'")
+        raise RefusedJobError(f"function {str(function)[:80]!r} is not allowed; the only one is '{keys.FUNCTION}'")
     if instance is not None:
-        raise Refused("the job names an instance to call a method on; Tandem calls none")
+        raise RefusedJobError("the job names an instance to call a method on; Tandem calls none")
 
 
 _UNCHANGING = {"data", "created_at", "group_id", "retry_intervals", "result_ttl", "failure_ttl"}

@@ -1,6 +1,6 @@
 """What goes out on a pipeline, rewritten: fewer, longer commands; and hashes changed only where they exist.
 
-Must not know: RQ, what the keys mean.
+Must not know: RQ.
 """
 
 from collections.abc import Collection

@@ -1,6 +1,6 @@
 """Whose fault an error of Redis is: Redis' own, and it passes; or that of one job's keys.
 
-Must not know: RQ, what the keys mean.
+Must not know: RQ.
 """
 
 import re

@@ -1,6 +1,5 @@
 """What Tandem uses of RQ beyond what RQ documents, all of it, checked when a queue is opened (rq 3.0.0).
 
-Must not know: weights, steps, how a batch is chosen, what a transcript is.
 Invariants: no name of a key or a queue comes out of a job's fields; functions that write queue their commands on the
 pipeline they are given. RQ's own ends of a job (`handle_job_failure`, registries' `cleanup`) are not used: they queue
 dependents and rate-limited jobs wherever the jobs' hashes say, and a producer writes those hashes.

@@ -1,6 +1,5 @@
 """How a job ends: finished with its version, failed alone, acknowledged, or settled for a worker that died.
 
-Must not know: weights, steps, how a batch is chosen; RQ's private parts (rq_private.py).
 Invariants: every function that writes is one transaction, or queues on the pipeline it is given, and may be repeated
 when its answer was lost; nothing is queued because of a job's end but that job itself, for a retry; a job's hash is
 written whole or changed where it exists.
@@ -18,11 +17,11 @@ from worker.consumer.jobs import FeedbackQueue, open_queue
 from worker.consumer.pipelines import merge, update_only
 from worker.consumer.redis_errors import execute
 from worker.consumer.rq_private import RqWorker
-from worker.consumer.transitions import Held, fetch, job_keys, owned, restore_lost
+from worker.consumer.transitions import JobInHand, fetch, job_keys, owned, restore_lost
 
 
 def finish(
-    queue: FeedbackQueue, batch: Sequence[Held], results: Mapping[str, Mapping[str, Any]], pipe: Pipeline
+    queue: FeedbackQueue, batch: Sequence[JobInHand], results: Mapping[str, Mapping[str, Any]], pipe: Pipeline
 ) -> None:
     """Queue on `pipe` all that makes finished RQ jobs of `batch`, each with its result."""
     first = len(pipe.command_stack)
@@ -38,14 +37,14 @@ def finish(
     update_only(pipe, job_keys(batch), first)
 
 
-def acknowledge(queue: FeedbackQueue, held: Held, result: Mapping[str, Any]) -> str | None:
+def acknowledge(queue: FeedbackQueue, held: JobInHand, result: Mapping[str, Any]) -> str | None:
     """Finish, on its own, a job that was taken and never begun. Returns the key of its that is of a wrong type."""
     with queue.connection.pipeline() as pipe:
         finish(queue, [held], {held.id: result}, pipe)
         return execute(pipe, owned([held]))[1].get(held.id)
 
 
-def after_commit(worker: RqWorker, batch: Sequence[Held], notes: dict[Any, Any]) -> None:
+def after_commit(worker: RqWorker, batch: Sequence[JobInHand], notes: dict[Any, Any]) -> None:
     """What follows the transaction that finished jobs: the worker's state, and `notes` in `weights:state`."""
     for held in batch:
         if held.execution:
@@ -56,7 +55,7 @@ def after_commit(worker: RqWorker, batch: Sequence[Held], notes: dict[Any, Any])
         pipe.execute()
 
 
-def fail(worker: RqWorker, queue: FeedbackQueue, held: Held, reason: str, *, permanent: bool) -> None:
+def fail(worker: RqWorker, queue: FeedbackQueue, held: JobInHand, reason: str, *, permanent: bool) -> None:
     """Settle one begun job as failed: retried if it may be, else in the failed registry with `reason`."""
     held.job.permanent = permanent
     with worker.connection.pipeline() as pipe:
@@ -68,7 +67,7 @@ def fail(worker: RqWorker, queue: FeedbackQueue, held: Held, reason: str, *, per
         worker.executions.pop(held.execution.id, None)
 
 
-def abandon(queue: FeedbackQueue, held: Held) -> None:
+def abandon(queue: FeedbackQueue, held: JobInHand) -> None:
     """End an execution whose worker died: one retry is spent, and without one left the job fails."""
     with queue.connection.pipeline() as pipe:
         if held.canceled:
@@ -79,7 +78,7 @@ def abandon(queue: FeedbackQueue, held: Held) -> None:
         execute(pipe, owned([held]))
 
 
-def _end_badly(queue: FeedbackQueue, held: Held, reason: str, pipe: Pipeline, worker: RqWorker | None) -> None:
+def _end_badly(queue: FeedbackQueue, held: JobInHand, reason: str, pipe: Pipeline, worker: RqWorker | None) -> None:
     first = len(pipe.command_stack)
     if held.execution:
         rq_private.end_execution(held.job, held.execution, pipe)
@@ -102,7 +101,7 @@ def settle_recorded(queue: FeedbackQueue, results: dict[str, Any]) -> Callable[[
     executions: dict[str, list[str]] = {}
     for _, job_id, execution_id in rq_private.started(queue):
         executions.setdefault(job_id, []).append(execution_id)
-    batch = [Held(job) for job in fetch(queue, list(results)) if job is not None]
+    batch = [JobInHand(job) for job in fetch(queue, list(results)) if job is not None]
 
     def settle(pipe: Pipeline) -> None:
         finish(queue, batch, results, pipe)

@@ -1,6 +1,5 @@
 """A time limit on work of the main thread that nothing swallows by accident.
 
-Must not know: what the work is.
 Invariants: what is raised is no `Exception`, so that an `except Exception` around a template or a tokenizer does not
 eat it; it is raised again every second, so that a destructor or a bare `except` that eats one does not eat the limit;
 nothing is raised after the block has been left, since that could cut a step short.

@@ -1,7 +1,6 @@
 """The moves of a job on its way to a step, cut so that many jobs can share one round trip: take, begin, put back.
 
 How a job ends is settlement.py's, what becomes of jobs in nobody's hands upkeep.py's.
-Must not know: weights, steps, how a batch is chosen; RQ's private parts (rq_private.py).
 Invariants: every function that writes is one transaction and may be repeated when its answer was lost; ids in RQ's
 intermediate queue are exactly those taken and not yet begun; a job's hash is written whole or changed where it exists.
 """
@@ -27,7 +26,7 @@ LEASE = 180
 
 
 @dataclass(eq=False)
-class Held:
+class JobInHand:
     """A job in this worker's hands. version: what the ledger knows of it; execution: set once begun; canceled: somebody
     canceled it through RQ."""
 
@@ -123,7 +122,7 @@ def announce(queue: FeedbackQueue) -> None:
     queue.connection.sadd(queue.redis_queues_keys, queue.key)
 
 
-def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[Held], list[Dropped]]:
+def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[JobInHand], list[Dropped]]:
     """Up to `count` jobs off the queue, waiting up to `wait` seconds (0: not at all) for the first.
 
     Returns the jobs, oldest first, and the ids that were dropped because no job belongs to them.
@@ -132,7 +131,7 @@ def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[Held], lis
     if not rows and wait > 0:
         first: Any = queue.connection.blmove(queue.key, queue.intermediate_queue_key, max(wait, 0.01))  # type: ignore
         rows = _take(queue, count - 1, first) if first else []
-    held: list[Held] = []
+    held: list[JobInHand] = []
     dropped: list[Dropped] = []
     for raw_id, version, body, canceled in rows:
         if isinstance(body, bytes):
@@ -142,7 +141,7 @@ def take(queue: FeedbackQueue, count: int, wait: float) -> tuple[list[Held], lis
         # A hash alone is not believed, since a producer writes it; nor the registry alone, which RQ does not tidy up
         # when a canceled job is queued again.
         gone = bool(canceled) and job.get_status(refresh=False) == "canceled"
-        held.append(Held(job, int(version) if version and version.isdigit() else None, canceled=gone))
+        held.append(JobInHand(job, int(version) if version and version.isdigit() else None, canceled=gone))
     return held, dropped
 
 
@@ -173,16 +172,16 @@ def fetch(queue: FeedbackQueue, ids: Sequence[str]) -> list[FeedbackJob | None]:
     return [_job(queue, job_id, body) if body and ID_PATTERN.fullmatch(job_id) else None for job_id, body in found]
 
 
-def owned(batch: Iterable[Held]) -> dict[str, str]:
+def owned(batch: Iterable[JobInHand]) -> dict[str, str]:
     """The Redis keys that only one job uses -> that job's id."""
     return {key: held.id for held in batch for key in rq_private.keys_of(held.job, held.execution)}
 
 
-def job_keys(batch: Iterable[Held]) -> set[str]:
+def job_keys(batch: Iterable[JobInHand]) -> set[str]:
     return {held.job.key for held in batch}
 
 
-def restore_lost(connection: redis.Redis, batch: Sequence[Held], pipe: Pipeline) -> None:
+def restore_lost(connection: redis.Redis, batch: Sequence[JobInHand], pipe: Pipeline) -> None:
     """Queue on `pipe` the whole hash of every job that Redis no longer has: we hold the transcript, and an id in the
     queue without it would be dropped."""
     with connection.pipeline(transaction=False) as asked:
@@ -195,7 +194,7 @@ def restore_lost(connection: redis.Redis, batch: Sequence[Held], pipe: Pipeline)
             pipe.hset(held.job.key, mapping=whole)
 
 
-def begin(worker: RqWorker, queue: FeedbackQueue, batch: Sequence[Held]) -> dict[str, str]:
+def begin(worker: RqWorker, queue: FeedbackQueue, batch: Sequence[JobInHand]) -> dict[str, str]:
     """Mark jobs as started by `worker`, out of the intermediate queue, in one transaction.
 
     Returns, per job with a key of a wrong type, that key: it has begun like the others, but must be failed.
@@ -214,12 +213,12 @@ def begin(worker: RqWorker, queue: FeedbackQueue, batch: Sequence[Held]) -> dict
     return broken
 
 
-def forget(queue: FeedbackQueue, held: Held) -> None:
+def forget(queue: FeedbackQueue, held: JobInHand) -> None:
     """Drop a second copy of an id, or a canceled job, that was taken and never begun."""
     queue.connection.lrem(queue.intermediate_queue_key, 1, held.id)
 
 
-def put_back(worker: RqWorker, queue: FeedbackQueue, batch: list[Held]) -> None:
+def put_back(worker: RqWorker, queue: FeedbackQueue, batch: list[JobInHand]) -> None:
     """Undo `begin`: the jobs are queued again, at the front, in order, with no retry spent. May be repeated."""
     with worker.connection.pipeline() as pipe:
         restore_lost(worker.connection, batch, pipe)
@@ -245,7 +244,7 @@ def put_back_taken(queue: FeedbackQueue) -> int:
     return int(count)
 
 
-def heartbeat(worker: RqWorker, batch: Sequence[Held], ttl: int) -> None:
+def heartbeat(worker: RqWorker, batch: Sequence[JobInHand], ttl: int) -> None:
     """Keep worker, jobs and executions alive in Redis for another `ttl` (worker) and `LEASE` (jobs) seconds. What Redis
     lost stays lost: a heartbeat alone makes neither a job nor an execution."""
     with worker.connection.pipeline() as pipe:

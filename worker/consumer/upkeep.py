@@ -1,6 +1,5 @@
 """Jobs in nobody's hands: those of dead workers, retries whose time has come, jobs that waited for others.
 
-Must not know: weights, steps, how a batch is chosen; RQ's private parts (rq_private.py).
 Invariants: only ids out of RQ's own registries of this queue are queued, and only on this queue: a producer writes
 jobs' hashes and the end of the queue, and neither says what is ours. A job that waits is ready when the ledger, which
 no producer writes, has all that it waits for.
@@ -16,7 +15,7 @@ from worker.consumer.jobs import FeedbackJob, FeedbackQueue
 from worker.consumer.pipelines import update_only
 from worker.consumer.redis_errors import execute, retryable
 from worker.consumer.settlement import abandon
-from worker.consumer.transitions import Held, fetch, owned, put_back_taken
+from worker.consumer.transitions import JobInHand, fetch, owned, put_back_taken
 from worker.versions import ledger
 
 LOOK_AT = 100
@@ -45,7 +44,7 @@ def _abandon_started(queue: FeedbackQueue, ours: Collection[str]) -> tuple[int, 
         else:
             gone = job_id in canceled and job.get_status(refresh=False) == "canceled"
             execution = rq_private.execution_of(queue, job_id, execution_id)
-            abandon(queue, Held(job, execution=execution, canceled=gone))
+            abandon(queue, JobInHand(job, execution=execution, canceled=gone))
     return len(begun), wrong
 
 
@@ -77,7 +76,7 @@ def _enqueue(queue: FeedbackQueue, registry: str, entries: list[bytes], choose: 
         pipe.zrem(registry, *gone)
         for job in chosen:
             rq_private.enqueue(queue, job, pipe, at_front=False)
-        held = [Held(job) for job in chosen]
+        held = [JobInHand(job) for job in chosen]
         update_only(pipe, {job.key for job in chosen}, 1)
         execute(pipe, owned(held))
     return len(gone)

@@ -22,11 +22,11 @@ TTL = 60
 """Seconds the lock outlives its last renewal; a worker on another machine can be replaced after that."""
 
 
-class WorkerBusy(TandemError):
+class WorkerBusyError(TandemError):
     """Another worker holds the lock."""
 
 
-class LockLost(TandemError):
+class LockLostError(TandemError):
     """The lock is somebody else's now: this worker was silent for too long."""
 
 
@@ -67,7 +67,7 @@ class WorkerLock:
         self.held = False
 
     def acquire(self) -> str | None:
-        """Take the lock; returns a sentence when it was taken from a dead worker. Raises `WorkerBusy`."""
+        """Take the lock; returns a sentence when it was taken from a dead worker. Raises `WorkerBusyError`."""
         while not self.connection.set(self.key, self.value, nx=True, ex=self.ttl):
             with self.connection.pipeline() as pipe:
                 try:
@@ -77,7 +77,7 @@ class WorkerLock:
                         continue
                     holder = parse_holder(found)
                     if not is_dead(holder):
-                        raise WorkerBusy(
+                        raise WorkerBusyError(
                             f"worker {describe(holder)} is already training queue '{keys.QUEUE}'; stop it first"
                             f" (if its machine is gone, its lock ends {self.ttl} s after its last sign of life)"
                         )
@@ -92,7 +92,8 @@ class WorkerLock:
         return None
 
     def renew(self) -> None:
-        """Extend it; takes it again if it merely expired (Redis was away). Raises `LockLost` when it is another's."""
+        """Extend it; takes it again if it merely expired (Redis was away). Raises `LockLostError` when it is
+        another's."""
         with self.connection.pipeline() as pipe:
             while True:
                 try:
@@ -100,7 +101,7 @@ class WorkerLock:
                     found = pipe.get(self.key)
                     if found not in (None, self.value):
                         self.held = False
-                        raise LockLost(
+                        raise LockLostError(
                             f"worker {describe(parse_holder(found))} took this worker's place on queue '{keys.QUEUE}'"
                             f" after a silence of more than {self.ttl} s"
                         )

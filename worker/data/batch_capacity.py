@@ -1,27 +1,33 @@
 """How much a trainer takes at once: the lengths of its rows, and whether a batch fits, known before there is a trainer.
 
-Must not know: torch, models, weights, versions.
-Invariants: `Room.holds` says what `Trainer.begin` would do, from lengths alone; a packed row is never longer than the
-budget that memory was planned for, rounded up to the next of few lengths.
+Must not know: torch, versions.
+Invariants: `BatchCapacity.holds` says what `Trainer.begin` would do, from lengths alone; a packed row is never longer
+than the budget that memory was planned for, rounded up to the next of few lengths.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
+from worker.memory.planner import Way
 
 NARROWEST = 128
 """The shortest row of a forward pass, in tokens. Rows have few lengths, so that nothing is tuned during traffic."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """Of one trainer: the lengths of its rows in tokens, whether it packs several sequences into one, and its way."""
+class BatchCapacity:
+    """Of one trainer: the lengths of its rows in tokens, whether it packs several sequences into one, and its way.
+
+    by_factors: in streaming, micro-batches whose row is no longer than this go by factors.
+    """
 
     sizes: tuple[int, ...]
     packed: bool
-    streaming: bool
+    way: Way
+    by_factors: int = 0
 
     @property
     def longest(self) -> int:
@@ -30,8 +36,16 @@ class Room:
 
     @property
     def whole(self) -> bool:
-        """Whether a micro-batch has to stand in one row: in streaming its graph is one forward pass."""
-        return self.packed and self.streaming
+        """Whether a micro-batch has to stand in one row: in streaming its graph is one forward pass, and memory for
+        factors is planned for one."""
+        return self.packed and self.way != "burst"
+
+    def way_of(self, examples: Sequence[Example]) -> Way:
+        """How `examples`, one micro-batch that it holds, are trained."""
+        if self.way != "streaming" or not self.packed:
+            return self.way
+        row = next((size for size in self.sizes if size >= self.needs(examples)), math.inf)
+        return "factors" if row <= self.by_factors else "streaming"
 
     def needs(self, examples: Sequence[Example]) -> int:
         """Tokens that one row has to hold: all of them, or those of the longest sequence."""
@@ -43,14 +57,16 @@ class Room:
         return self.needs(examples) <= self.longest
 
 
-def room_for(h: Hyperparameters, *, packed: bool, streaming: bool, budget: int | None = None) -> Room:
+def capacity_for(
+    h: Hyperparameters, *, packed: bool, way: Way, budget: int | None = None, by_factors: int = 0
+) -> BatchCapacity:
     """The room of the trainer that `make_trainer` makes of the same arguments.
 
     budget: tokens of a packed row, by default `h.max_length`, at least 8,192. What was planned is the bound, whatever
     `h` says: a replay's hyper-parameters are those of another day. Rows that are padded go by `h.max_length` alone.
     """
     most = budget or max(h.max_length, 8192)
-    return Room(sizes_up_to(most) if packed else widths_up_to(h.max_length), packed, streaming)
+    return BatchCapacity(sizes_up_to(most) if packed else widths_up_to(h.max_length), packed, way, by_factors)
 
 
 def sizes_up_to(longest: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """One assistant turn: the token ids a server is prompted with, and those it would then have had to generate.
 
-Knows chat templates and tokenizers; must not know torch, vLLM, Redis, lengths or batches.
+Knows chat templates and tokenizers; Must not know: torch, vLLM, Redis.
 Invariants: the context is the rendering of everything before the turn with the generation prompt, tokenized as a server
 tokenizes it (control tokens are parsed wherever they stand, also in a user's text). The continuation is what the
 rendering of the turn itself adds to exactly that text, tokenized by itself, up to and with the end-of-turn token. Where

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Example", "ExampleBuilder", "ExampleError", "TokenSequence"]
 
 
-class TooLong(ExampleError):
+class TooLongError(ExampleError):
     """A turn with all that comes before it does not fit into `max_tokens`."""
 
 
@@ -104,7 +104,7 @@ class ExampleBuilder:
         start = work.head
         try:
             turns = work.latest(asked, start)
-        except TooLong as error:
+        except TooLongError as error:
             if self.overlong == "reject":
                 raise
             start, turns = work.truncated(asked, error)
@@ -125,7 +125,7 @@ class ExampleBuilder:
         """The turn that is the last of `messages`; `index`: its place in the transcript. Raises TooLong."""
         turn = self._renderer.turn(messages, transcript.tools, transcript.chat_template_kwargs, f"messages[{index}]")
         if len(turn) > self.max_tokens:
-            raise TooLong(
+            raise TooLongError(
                 f"messages[{index}] with its context has {len(turn)} tokens, the limit is {self.max_tokens}: "
                 "shorten it, or raise the limit"
             )
@@ -163,7 +163,7 @@ class _Work:
             turns.append(turn)
         return turns[::-1]
 
-    def truncated(self, asked: list[int], error: TooLong) -> tuple[int, list[Turn]]:
+    def truncated(self, asked: list[int], error: TooLongError) -> tuple[int, list[Turn]]:
         """The earliest user turn from which on every sequence fits, and what is trained from there."""
         users = [i for i in range(self.head + 1, asked[-1]) if self.transcript.messages[i]["role"] == "user"]
         # The last trained turn has nearly always the longest prompt, and a later start only shortens it.
@@ -171,7 +171,7 @@ class _Work:
         for start in users[first:]:
             try:
                 return start, self.latest(asked, start)
-            except TooLong as later:
+            except TooLongError as later:
                 error = later
             except ExampleError:
                 pass  # a template may refuse to start here, say at a tool's answer dressed as a user's
@@ -185,7 +185,7 @@ class _Work:
     def _fits(self, index: int, start: int) -> bool:
         try:
             self.turn(index, start)
-        except TooLong:
+        except TooLongError:
             return False
         except ExampleError:
             return True  # no more than a question of length here; building says what is wrong

@@ -1,6 +1,6 @@
 """Examples -> batches of a few fixed shapes: rows padded on the right, or sequences packed into one row.
 
-Must not know: tokenizers, models, Redis, vLLM.
+Must not know: Redis, vLLM.
 Invariants: every sequence stands in exactly one row, whole. `make_batches` gives a row to one sequence, from column 0,
 so that nothing leaks between examples (causal attention and the gated delta net never look to the right, where the
 padding is); `pack` puts several into the one row of a batch, for kernels that are told where each begins. Shapes are
@@ -33,8 +33,6 @@ class Batch:
     """int64 [N]: row * T + column of the position before each trained token, ascending."""
     targets: torch.Tensor
     """int64 [N]: the trained tokens."""
-    weights: torch.Tensor
-    """fp32 [N]: the weight of the token's example."""
     examples: torch.Tensor
     """int64 [N]: index of the token's example among those given."""
     lengths: torch.Tensor
@@ -62,7 +60,7 @@ def make_batches(examples: Sequence[Example], *, pad_id: int, widths: Sequence[i
             height = 1 << (len(some) - 1).bit_length()  # the next power of two
             places = [(row * width, index, sequence) for row, (index, sequence) in enumerate(some)]
             lengths = [len(sequence.ids) for _, sequence in some] + [0] * (height - len(some))
-            batches.append(_batch(places, examples, (height, width), pad_id, lengths, packed=False))
+            batches.append(_batch(places, (height, width), pad_id, lengths, packed=False))
     return batches
 
 
@@ -87,7 +85,7 @@ def pack(examples: Sequence[Example], *, pad_id: int, sizes: Sequence[int]) -> l
         size = _least(sizes, sum(lengths))
         padding = size - sum(lengths)
         lengths += [PIECE] * (padding // PIECE) + [padding % PIECE] * (padding % PIECE > 0)
-        batches.append(_batch(places, examples, (1, size), pad_id, lengths, packed=True))
+        batches.append(_batch(places, (1, size), pad_id, lengths, packed=True))
     return batches
 
 
@@ -110,7 +108,6 @@ def _least(sizes: Sequence[int], length: int) -> int:
 
 def _batch(
     places: Sequence[tuple[int, int, TokenSequence]],
-    examples: Sequence[Example],
     shape: tuple[int, int],
     pad_id: int,
     lengths: Sequence[int],
@@ -131,7 +128,6 @@ def _batch(
         input_ids=flat.view(shape),
         before=at - 1,
         targets=flat[at],
-        weights=torch.tensor([example.weight for example in examples], dtype=torch.float32)[owner],
         examples=owner,
         lengths=torch.tensor(lengths, dtype=torch.int64),
         packed=packed,

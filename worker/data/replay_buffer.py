@@ -8,7 +8,7 @@
 It holds whatever has an `id`: `batch_codec.Ready` in a worker, with `rename` saying how one gets another id.
 
 A rehearsed example's id is "rehearsed:ID": RQ ids have no colon, so it never meets a job's id, the ledger or a result.
-Exactly-once concerns the first training alone. Must not know: torch, Redis, where earlier transcripts come from.
+Exactly-once concerns the first training alone. Must not know: torch, Redis.
 Invariants: what is picked follows from (seed, version, what was added, in order) alone; nobody of the batch is picked.
 """
 
@@ -32,7 +32,7 @@ class Named(Protocol):
 T = TypeVar("T", bound=Named)
 
 
-class Rehearsal(Generic[T]):
+class ReplayBuffer(Generic[T]):
     """share: rehearsed examples for each new one, on average (0.25: one for four). capacity: how many are remembered;
     once full, each new one replaces a random one with the odds that keep the sample uniform (Vitter's algorithm R)."""
 

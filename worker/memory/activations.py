@@ -1,7 +1,7 @@
 """What one layer's forward pass keeps for its backward pass, and what the backward pass adds: bytes a token, bf16.
 
 Counted from the model's sizes for fused norms and SwiGLU, FlashAttention and fla's delta net; without these kernels it
-is a multiple. Must not know: budgets, devices, the optimizer. All of it is proportional to the tokens.
+is a multiple. Must not know: the optimizer. All of it is proportional to the tokens.
 """
 
 from worker.memory.model_config import ATTENTION, TextConfig
@@ -22,6 +22,17 @@ def extra(config: TextConfig, kind: str) -> int:
     mixer = _attention_extra(config) if kind == ATTENTION else _gdn_extra(config)
     streams = 6 * config.hidden  # the gradients of the residual stream and of the norm's output, twice
     return streams + max(6 * config.intermediate, mixer - saved(config, kind)[1])
+
+
+def factors(config: TextConfig, kind: str) -> int:
+    """What a layer's matrices leave in place of their gradients: the inputs of its linear layers, which the mixer's
+    projections share, and so the MLP's; and the gradients of their outputs."""
+    hidden = config.hidden
+    mlp = hidden + config.intermediate + 2 * config.intermediate + hidden
+    if kind == ATTENTION:
+        return 2 * (mlp + hidden + config.queries + 2 * config.queries + 2 * config.keys + hidden)
+    values, heads = config.linear_values, config.linear_value_heads
+    return 2 * (mlp + hidden + values + config.conv + values + 2 * heads + hidden)
 
 
 def _gdn_saved(config: TextConfig) -> int:

@@ -1,6 +1,6 @@
 """A Qwen3.5 model's sizes from its config.json, and from them the shape of every parameter that is trained.
 
-Must not know: torch, devices, memory. `tandem serve` reads this before torch may be imported.
+Must not know: torch. `tandem serve` reads this before torch may be imported.
 Invariants: names and shapes are those of transformers' Qwen3_5ForCausalLM; whatever is missing, of another type or of
 another model is refused by name.
 """

@@ -1,7 +1,7 @@
 """How much device memory the trainer takes beside the server, row by row, and which way of training fits.
 
 Arithmetic on a model's sizes and a number of tokens; what it cannot know is in the constants below, checked against
-measured peaks. Must not know: torch, vLLM, a device: `tandem serve` asks it before either may be imported.
+measured peaks. Must not know: torch, vLLM.
 
 Invariants: every row is a whole number of `STEP` bytes, so that the printed rows add up to the printed total; more
 tokens never need less. The peak has one of three moments: in the loss (the logits), in a layer's backward pass, or at
@@ -10,13 +10,14 @@ the embeddings' gradient; the plan's rows are those of the largest. Weights and 
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Literal
 
 from producer.errors import TandemError
-from worker.memory.activations import extra, saved
+from worker.memory.activations import extra, factors, saved
 from worker.memory.model_config import GDN, TextConfig
 
 CONTEXT_BYTES = 1_150_000_000
@@ -41,7 +42,11 @@ SERVER_MEMORY = "a server started with a larger --trainer-memory or a smaller --
 STEP = 10_000_000
 """What rows are rounded up to: the last digit that is printed."""
 
-Apply = Literal["auto", "burst", "streaming"]
+Way = Literal["burst", "factors", "streaming"]
+"""How a micro-batch becomes a step. burst: all gradients are kept, and written in one sweep. factors: of matrices what
+their gradients are products of is kept, and they are formed in the sweep. streaming: each gradient is written as
+backward makes it."""
+Apply = Literal["auto", "burst", "factors", "streaming"]
 Recompute = Literal["auto", "always", "never"]
 
 
@@ -54,7 +59,7 @@ class Plan:
     """Bytes. `rows` are the trainer's own at its peak; `weights` and `state` lie in the server's memory."""
 
     tokens: int
-    streaming: bool
+    way: Way
     kept: int
     """How many of the last layers keep their activations; the others keep their input and are computed again."""
     layers: int
@@ -81,10 +86,9 @@ class Plan:
 
     def title(self) -> str:
         """What was chosen, in words."""
-        how = "streaming" if self.streaming else "burst"
         layers = f"{self.layers - self.kept} of {self.layers} layers recomputed" if self.kept else "layers recomputed"
         layers = layers if self.recompute else "no recomputation"
-        return f"{how}, {layers}, {self.tokens:,} tokens a pass"
+        return f"{self.way}, {layers}, {self.tokens:,} tokens a pass"
 
     def render(self, device_bytes: int | None = None) -> list[str]:
         """The plan as lines for a log, in GB of 10^9 bytes. device_bytes: the device's memory; with it the server's
@@ -107,7 +111,7 @@ def make_plan(
     config: TextConfig,
     tokens: int,
     *,
-    streaming: bool,
+    way: Way,
     kept: int,
     embeddings: str = "apollo",
     context_bytes: int = CONTEXT_BYTES,
@@ -119,11 +123,11 @@ def make_plan(
     still to take; less in a process whose context exists before `free` is asked for.
     """
     tables = embeddings != "frozen"
-    standing = 0 if streaming else _gradient_bytes(config, tables)
+    standing = _gradient_bytes(config, tables) if way == "burst" else 0
     shared = {"weights": _up(weight_bytes(config)), "state": _up(state_bytes(config))}
     plans = []
     for name, moment in MOMENTS.items():
-        gradients, activations = moment(config, tokens, streaming, kept, tables)
+        gradients, activations = moment(config, tokens, way, kept, tables)
         moving = gradients + sum(size for _, size in activations)
         rows = [
             ("gradients", standing + gradients),
@@ -133,7 +137,7 @@ def make_plan(
             ("CUDA context and libraries", context_bytes),
         ]
         rounded = tuple((row, _up(size)) for row, size in rows)
-        plans.append(Plan(tokens, streaming, kept, len(config.layers), name, rows=rounded, **shared))
+        plans.append(Plan(tokens, way, kept, len(config.layers), name, rows=rounded, **shared))
     return max(plans, key=lambda plan: plan.total)
 
 
@@ -150,28 +154,43 @@ def choose(
 ) -> Plan:
     """The fastest plan that fits into `free_bytes`: burst before streaming, then no recomputation before it.
 
+    Factors are chosen where they are asked for; which of streaming's shorter rows can go by them, `longest_by_factors`
+    says.
+
     Raises MemoryPlanError with needed, free and missing, and what to change; way_out: what would free more.
     """
-    ways = [False, True] if apply == "auto" else [apply == "streaming"]
+    ways: list[Way] = ["burst", "streaming"] if apply == "auto" else [apply]
     every = len(config.layers)
     kept = {"auto": [every, 0], "always": [0], "never": [every]}[recompute]
     at = partial(make_plan, config, embeddings=embeddings, context_bytes=context_bytes)
-    plans = [at(budget_tokens, streaming=way, kept=some) for way, some in product(ways, kept)]
+    plans = [at(budget_tokens, way=way, kept=some) for way, some in product(ways, kept)]
     for plan in plans:
         if plan.total <= free_bytes:
             return plan.within(free_bytes)
     least = min(plans, key=lambda plan: plan.total)
-    fewer = partial(at, streaming=least.streaming, kept=least.kept)
+    fewer = partial(at, way=least.way, kept=least.kept)
     most = bisect_right(range(1, budget_tokens + 1), free_bytes, key=lambda tokens: fewer(tokens).total)
     raise MemoryPlanError(_refusal(least, free_bytes, most, way_out))
 
 
 def layers_kept(
-    config: TextConfig, tokens: int, free_bytes: int, *, streaming: bool, embeddings: str, context_bytes: int
+    config: TextConfig, tokens: int, free_bytes: int, *, way: Way, embeddings: str, context_bytes: int
 ) -> int:
     """How many of the last layers can keep their activations in a pass of `tokens` tokens: the most that fit."""
-    at = partial(make_plan, config, tokens, streaming=streaming, embeddings=embeddings, context_bytes=context_bytes)
+    at = partial(make_plan, config, tokens, way=way, embeddings=embeddings, context_bytes=context_bytes)
     return max((kept for kept in range(len(config.layers) + 1) if at(kept=kept).total <= free_bytes), default=0)
+
+
+def longest_by_factors(
+    config: TextConfig, sizes: Sequence[int], free_bytes: int, *, embeddings: str, context_bytes: int
+) -> int:
+    """The longest of `sizes`, in tokens, for whose row the factors fit into `free_bytes`, layers recomputed; 0 if none.
+
+    They write in less time than streaming, whose writes wait for a whole backward pass, so they are taken where they
+    fit.
+    """
+    at = partial(make_plan, config, way="factors", kept=0, embeddings=embeddings, context_bytes=context_bytes)
+    return max((size for size in sizes if at(tokens=size).total <= free_bytes), default=0)
 
 
 def weight_bytes(config: TextConfig) -> int:
@@ -191,40 +210,57 @@ def state_bytes(config: TextConfig) -> int:
 Moment = tuple[float, list[tuple[str, float]]]
 
 
-def _loss(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
-    """Everything the forward pass kept, one block of logits, and the head's gradient."""
+def _loss(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
+    """Everything the forward pass kept, one block of logits, and the head's gradient or its factors."""
     logits = 4 * LOSS_BLOCKS * min(LOSS_BLOCK, tokens * config.vocab)
     # before and after the last norm, the gathered rows and their gradient in bf16, and its sum over blocks in fp32
     hidden = HIDDEN * config.hidden * tokens
     rows = [*_held(config, tokens, kept), ("logits", logits), ("hidden states and their gradient", hidden)]
+    if way == "factors":
+        return _buffer(config, tables), [*rows, (FACTORS, _table_factors(config, tables) * tokens)]
     return (_table_bytes(config) if tables else 0), rows
 
 
-def _backward(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
+def _backward(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
     """Everything the forward pass kept, and what the backward pass of the last layer adds to it; or, if that is more,
-    of the first recomputed one, before which the kept ones have been freed.
+    of the first recomputed one, before which the kept ones have been freed. Factors grow from the last layer to the
+    first while activations go, so that one of the ends is the largest.
 
     A tied table's gradient waits from the loss on for the embeddings' part of it.
     """
     kinds = set(config.layers)
-    matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
-    gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)
-    gradients += _bucket(config) if streaming else 0
     last = max(extra(config, kind) for kind in kinds)
     # a recomputed layer's input is one of the layer inputs already
     again = max(sum(saved(config, kind)) - 2 * config.hidden + extra(config, kind) for kind in kinds)
+    first = len(config.layers) - kept
+    inputs = ("layer inputs", 2 * config.hidden * first * tokens)
     moments = [[*_held(config, tokens, kept), ("one layer's backward pass", last * tokens)]] if kept else []
-    if kept < len(config.layers):
-        inputs = ("layer inputs", 2 * config.hidden * (len(config.layers) - kept) * tokens)
+    if way == "factors":
+        head = _table_factors(config, tables)
+        moments = [[*rows, (FACTORS, head * tokens)] for rows in moments]
+        done = (FACTORS, (head + _layer_factors(config, config.layers[first:])) * tokens)
+        if first:
+            moments.append([inputs, done, ("one layer's backward pass", again * tokens)])
+        everything = (FACTORS, (head + _layer_factors(config, config.layers)) * tokens)
+        moments.append([everything, ("one layer's backward pass", again * tokens)])
+        return _buffer(config, tables), max(moments, key=_sum)
+    matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
+    gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)
+    gradients += _bucket(config) if way == "streaming" else 0
+    if first:
         moments.append([inputs, ("one layer's backward pass", again * tokens)])
-    return gradients, max(moments, key=lambda rows: sum(size for _, size in rows))
+    return gradients, max(moments, key=_sum)
 
 
-def _embeddings(config: TextConfig, tokens: int, streaming: bool, kept: int, tables: bool) -> Moment:
-    """The table's gradient; tied, that of the head beside it. The layers are done, and nothing of them is left."""
+def _embeddings(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
+    """The table's gradient; tied, that of the head beside it. The layers are done, and nothing of them is left but
+    factors."""
+    rows: list[tuple[str, float]] = [("hidden states and their gradient", HIDDEN * config.hidden * tokens)]
+    if way == "factors":
+        everything = _table_factors(config, tables) + _layer_factors(config, config.layers)
+        return _buffer(config, tables), [*rows, (FACTORS, everything * tokens)]
     table = _table_bytes(config) * (2 if config.tied else 1) if tables else 0
-    gradients = table + (_bucket(config) if streaming else 0)
-    return gradients, [("hidden states and their gradient", HIDDEN * config.hidden * tokens)]
+    return table + (_bucket(config) if way == "streaming" else 0), rows
 
 
 MOMENTS = {"in the loss": _loss, "in a layer's backward pass": _backward, "at the embeddings": _embeddings}
@@ -240,6 +276,30 @@ def _held(config: TextConfig, tokens: int, kept: int) -> list[tuple[str, float]]
     if kept:
         rows.append((f"activations of {kept} layers", sum(each[kind] for kind in config.layers[again:]) * tokens))
     return rows
+
+
+FACTORS = "factors of the matrices' gradients"
+
+
+def _layer_factors(config: TextConfig, layers: Sequence[str]) -> int:
+    """Bytes a token of these layers' factors."""
+    each = {kind: factors(config, kind) for kind in set(layers)}
+    return sum(each[kind] for kind in layers)
+
+
+def _table_factors(config: TextConfig, tables: bool) -> int:
+    """Bytes a token: the head's input and the gradient of its logits, and the gradient of the embeddings' rows."""
+    return 2 * (config.vocab + 2 * config.hidden) if tables else 0
+
+
+def _buffer(config: TextConfig, tables: bool) -> int:
+    """Where products are formed: a bucket of them, or the largest matrix."""
+    matrices = [2 * math.prod(shape) for kind in set(config.layers) for shape in config.layer(kind).values()]
+    return max(_bucket(config), *matrices, _table_bytes(config) if tables else 0)
+
+
+def _sum(rows: list[tuple[str, float]]) -> float:
+    return sum(size for _, size in rows)
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
@@ -278,7 +338,7 @@ def _refusal(plan: Plan, free: int, most: int, way_out: str) -> str:
     free = free // STEP * STEP
     row = 1 << most.bit_length() - 1 if most >= LEAST_ROW else 0
     changes = [f"a smaller --max-tokens and --max-length ({row:,} tokens would fit)"] if row else []
-    changes += [] if plan.streaming else ["--apply streaming"]
+    changes += [] if plan.way == "streaming" else ["--apply streaming"]
     changes += [] if plan.recompute else ["recomputed layers"]
     changes.append(way_out)
     return (

@@ -1,7 +1,7 @@
 """A batch -> the keyword arguments of the model's forward; for packed rows, where each sequence begins.
 
-Must not know: kernels. Invariant: every layer of one forward pass gets the same tensor objects (fla caches what it
-derives from them by identity; another object would cost a wait for the device in every layer).
+Invariant: every layer of one forward pass gets the same tensor objects (fla caches what it derives from them by
+identity; another object would cost a wait for the device in every layer).
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Puts the kernels into a transformers Qwen3.5 text model on a GPU, and chooses what is recomputed in backward.
 
 fla: the gated delta net and its convolution. torch: variable-length FlashAttention. liger: RMSNorm and SwiGLU. The loss
-is `worker.model.loss`. Must not know: what is trained.
+is `worker.model.loss`.
 Invariants: parameters stay the very tensors they were; a kernel that is missing is an error that says what to install,
 never a slower way taken unasked.
 """

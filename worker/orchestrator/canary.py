@@ -1,15 +1,15 @@
 """The canary set: conversations that are never trained, scored on the live weights every so many versions.
 
-A loss beyond the bound puts training on hold (serving goes on) and, if asked, takes the weights back to the last
-version that passed. Must not know: how a version is rebuilt, RQ.
-Invariants: scoring changes no weight; it happens between two versions, in the worker's main thread; no text of the
-set reaches logs or Redis.
+A loss beyond the bound, or a set that cannot be scored, pauses training (serving goes on); a loss beyond the
+bound also takes the weights back to the last version that passed, if asked.
+Invariants: scoring changes no weight; it happens between two versions, as a step of the worker's loop, so that what
+goes wrong in a rollback ends the worker; no text of the set reaches logs or Redis.
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,20 @@ import redis
 from producer import keys
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
+from worker.checkpoint.ancestry import RebuildError
+from worker.checkpoint.journal import JournalError
+from worker.checkpoint.snapshots import SnapshotError
 from worker.config.guard_options import GuardSettings
-from worker.consumer.events import Hooks
+from worker.consumer.error_text import told
 from worker.data.examples import Example, ExampleBuilder, ExampleError
+from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, CanaryScored, NothingPassed, Report, sentence
+from worker.orchestrator.rollback import RollbackError
 from worker.versions import ledger, pause_switch
 
 log = logging.getLogger("tandem.worker")
 
-GOOD = "canary_good"
-"""Field of `weights:state`: the last version that passed."""
+GOOD, VERSION = "canary_good", "canary_version"
+"""Fields of `weights:state`: the last version that passed, and the last one that was judged."""
 
 Score = Callable[[Sequence[Example]], dict[str, float]]
 """Mean loss by example id, without gradients: `Trainer.score`."""
@@ -73,7 +78,7 @@ class Canary:
         self.examples, self.score, self.every, self.bound = list(examples), score, every, bound
 
     def due(self, version: int) -> bool:
-        return version % self.every == 0
+        return version > 0 and version % self.every == 0
 
     def look(self, version: int) -> Verdict:
         """Score the whole set now."""
@@ -82,66 +87,87 @@ class Canary:
         total = sum(losses[example.id] * example.trained_tokens for example in self.examples)
         return Verdict(version, total / tokens, self.bound)
 
+    @staticmethod
+    def of(settings: GuardSettings, builder: ExampleBuilder, score: Score) -> "Canary | None":
+        """The one that the flags ask for, if any. Raises `CanaryError`."""
+        if settings.canary is None or settings.canary_bound is None:
+            return None
+        examples = load(settings.canary, builder)
+        return Canary(examples, score, every=settings.canary_every, bound=settings.canary_bound)
 
-class CanaryHooks(Hooks):
-    """Give this to `BatchWorker(hooks=[...])`: it looks after the versions that are due.
 
-    rollback: takes the live weights back to a version and returns the new version that holds them; None: only hold.
+class CanaryStep:
+    """The canary as a step of the worker's loop: `take` it between two versions.
+
+    roll_back: takes the live weights back to a version and returns the new version that holds them; None: only hold.
+    tell: is given what happened.
     """
 
-    def __init__(self, canary: Canary, connection: redis.Redis, rollback: Callable[[int], int] | None = None) -> None:
-        self.canary, self.connection, self.rollback = canary, connection, rollback
+    def __init__(
+        self,
+        canary: Canary,
+        connection: redis.Redis,
+        roll_back: Callable[[int], int] | None = None,
+        tell: Callable[[Report], None] = lambda report: None,
+    ) -> None:
+        self.canary, self.connection, self.roll_back, self.tell = canary, connection, roll_back, tell
+        self._done: int | None = None
 
-    def on_version(self, line: dict[str, Any]) -> None:
-        if self.canary.due(line["version"]):
-            self.look(line["version"])
+    def take(self, version: int) -> None:
+        """Score the live `version` if it is due, and act on it; once, also over a restart that came in between.
 
-    def look(self, version: int) -> Verdict:
-        """Score, say it, and act on it. Also for the start of a worker, when the weights may be of any version."""
-        verdict = self.canary.look(version)
-        fields: dict[Any, Any] = {"canary_loss": verdict.loss, "canary_version": version, "canary_at": ledger.utc()}
-        if verdict.passed:
-            fields[GOOD] = version
-        with self.connection.pipeline() as pipe:
-            pipe.hset(keys.STATE, mapping=fields)
-            pause_switch.announce(
-                pipe, "canary", {"version": version, "loss": verdict.loss, "passed": int(verdict.passed)}
-            )
-            pipe.execute()
-        log.info("canary set at version %d: loss %.4f, bound %.4f", version, verdict.loss, verdict.bound)
-        if not verdict.passed:
-            self._failed(verdict)
-        return verdict
-
-    def _failed(self, verdict: Verdict) -> None:
-        reason = f"the canary set's loss at version {verdict.version} is {verdict.loss:.4f}, above {verdict.bound:.4f}"
-        pause_switch.hold(self.connection, reason)  # first: whatever becomes of the rollback, nothing more is trained
-        log.error("training is on hold: %s", reason)
-        if self.rollback is None:
+        Raises redis errors, after which it is taken again, and whatever a rollback raises after its first write: the
+        worker must end then.
+        """
+        if not self.canary.due(version) or version == self._done:
             return
-        raw: Any = self.connection.hget(keys.STATE, GOOD)
-        if raw is None:
-            log.error("no version passed before: nothing to roll back to")
+        if self._done is None and self._field(VERSION) == version:
+            self._done = version  # by the worker before this one
             return
         try:
-            made = self.rollback(int(raw))
-        except TandemError as error:
-            pause_switch.hold(self.connection, f"{reason}; rolling back to version {int(raw)} failed: {error}")
-            log.error("rolling back to version %d failed: %s", int(raw), error)
+            verdict = self.canary.look(version)
+        except Exception as error:
+            log.error("scoring the canary set failed:\n%s", told(error))
+            self._hold(CanaryNotScored(version, type(error).__name__))
+            self._done = version
             return
-        pause_switch.hold(self.connection, f"{reason}; version {made} is version {int(raw)} again")
-        log.warning("rolled back: version %d is version %d again", made, int(raw))
+        self.tell(CanaryScored(version, verdict.loss, verdict.bound))
+        if not verdict.passed:
+            self._failed(verdict)
+        self._note(verdict)
+        self._done = version
 
+    def _failed(self, verdict: Verdict) -> None:
+        failed = CanaryFailed(verdict.version, verdict.loss, verdict.bound)
+        self._hold(failed)  # first: whatever becomes of the rollback, nothing more is trained
+        if self.roll_back is None:
+            return
+        good = self._field(GOOD)
+        if good is None:
+            self.tell(NothingPassed())
+            return
+        try:
+            made = self.roll_back(good)
+        except (RollbackError, RebuildError, JournalError, SnapshotError) as error:  # nothing was changed
+            self._hold(replace(failed, target=good, problem=str(error)))
+            return
+        self._hold(replace(failed, target=good, made=made))
 
-def canary_hooks(
-    settings: GuardSettings,
-    builder: ExampleBuilder,
-    score: Score,
-    connection: redis.Redis,
-    rollback: Callable[[int], int],
-) -> list[CanaryHooks]:
-    """For `BatchWorker(hooks=...)`, beside its own: empty without a canary set."""
-    if settings.canary is None or settings.canary_bound is None:
-        return []
-    canary = Canary(load(settings.canary, builder), score, every=settings.canary_every, bound=settings.canary_bound)
-    return [CanaryHooks(canary, connection, rollback if settings.auto_rollback else None)]
+    def _hold(self, why: CanaryFailed | CanaryNotScored) -> None:
+        pause_switch.pause(self.connection, sentence(why))
+        self.tell(why)
+
+    def _note(self, verdict: Verdict) -> None:
+        """Say in Redis what was found; last, so that a worker that dies before it finds it undone."""
+        fields: dict[Any, Any] = {"canary_loss": verdict.loss, VERSION: verdict.version, "canary_at": ledger.utc()}
+        if verdict.passed:
+            fields[GOOD] = verdict.version
+        entry = {"version": verdict.version, "loss": verdict.loss, "passed": int(verdict.passed)}
+        with self.connection.pipeline() as pipe:
+            pipe.hset(keys.STATE, mapping=fields)
+            pause_switch.announce(pipe, "canary", entry)
+            pipe.execute()
+
+    def _field(self, name: str) -> int | None:
+        raw: Any = self.connection.hget(keys.STATE, name)
+        return int(raw) if raw is not None else None

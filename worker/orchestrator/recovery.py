@@ -3,7 +3,6 @@
 First the weights (`mend_weights`): torn or restarted ones become the newest version that the journal or a checkpoint
 has. Then Redis (`mend_redis`): what it lost of the versions is written again. What remains is for `reconcile`.
 
-Must not know: RQ's inside, how a version is rebuilt.
 Invariants: `decide` is pure; nobody is trained here who was not in the journal; nothing that Redis has is taken back;
 what is refused leaves everything as it was.
 """
@@ -16,10 +15,10 @@ import redis
 
 from producer import keys
 from producer.errors import TandemError
-from worker.apollo import NonFiniteGradient
+from worker.apollo import NonFiniteGradientError
 from worker.checkpoint.checkpoint_writer import Written
 from worker.checkpoint.journal import Entry
-from worker.checkpoint.manager import Keeper
+from worker.checkpoint.manager import CheckpointManager
 from worker.checkpoint.records import LineageRecord, UpdateRecord
 from worker.checkpoint.snapshots import Trained
 from worker.config.version_record import VersionRecord
@@ -39,7 +38,7 @@ CHUNK = 10_000
 """Ledger entries a round trip."""
 
 
-class Unrecoverable(TandemError):
+class UnrecoverableError(TandemError):
     """The weights cannot be brought to what was learnt; the message has the facts and the way out."""
 
 
@@ -56,11 +55,11 @@ def decide(
     header: dict[str, Any], latest: tuple[int, str] | None, known: LedgerState | None, *, new_lineage: bool, where: str
 ) -> Decision:
     """The whole rule for the weights. latest: the newest (version, lineage) in the state directory `where`; known: what
-    Redis says, None when nobody asked it. Raises `Unrecoverable`."""
+    Redis says, None when nobody asked it. Raises `UnrecoverableError`."""
     version, lineage, torn = header["version"], header["lineage"], header["state"] != CLEAN
     if latest is None:
         if torn:
-            raise Unrecoverable(
+            raise UnrecoverableError(
                 f"the weights are torn (a worker died while writing version {version + 1}), and the state directory"
                 f" {where} has neither journal nor checkpoint of them: {RESTART}"
             )
@@ -75,17 +74,17 @@ def decide(
         if new_lineage or newest == 0 or (known is not None and known.lineage == lineage):
             return Decision("nothing")
         if version > 0:
-            raise Unrecoverable(
+            raise UnrecoverableError(
                 f"the server's weights are at version {version} of lineage {lineage}, and the state directory {where}"
                 f" ends at version {newest} of lineage {ours}: {_ways(newest)}"
             )
     if known is not None and known.version and known.lineage not in (None, ours):
-        raise Unrecoverable(
+        raise UnrecoverableError(
             f"Redis counts lineage {known.lineage} (version {known.version}), and the state directory {where} holds"
             f" lineage {ours} (version {newest}): name the one of this Redis with --state-dir, or {RESTART}"
         )
     if known is not None and known.version > newest:
-        raise Unrecoverable(
+        raise UnrecoverableError(
             f"the server lost its weights, Redis is at version {known.version}, and the state directory {where} only"
             f" goes to version {newest}: put its newer files back, or go on without what was learnt: {RESTART}"
         )
@@ -100,36 +99,37 @@ def _ways(newest: int) -> str:
 
 
 def mend_weights(
-    keeper: Keeper, control: ServerControl, known: LedgerState | None, *, new_lineage: bool = False
+    manager: CheckpointManager, control: ServerControl, known: LedgerState | None, *, new_lineage: bool = False
 ) -> list[Report]:
     """Bring the weights to what the state directory knows; what was found and done.
 
-    Raises `Unrecoverable`, `CannotRebuild` (nothing was changed), or what a replay raises: then the server stays torn.
+    Raises `UnrecoverableError`, `RebuildError` (nothing was changed), or what a replay raises: then the server stays
+    torn.
     """
-    header: dict[str, Any] = dict(keeper.weights.header.fields())
-    where = str(keeper.journal.folder.parent)
-    decision = decide(header, keeper.history.latest(), known, new_lineage=new_lineage, where=where)
-    reports: list[Report] = [*keeper.notices]
+    header: dict[str, Any] = dict(manager.weights.header.fields())
+    where = str(manager.journal.folder.parent)
+    decision = decide(header, manager.history.latest(), known, new_lineage=new_lineage, where=where)
+    reports: list[Report] = [*manager.notices]
     if decision.action == "void":
-        keeper.void(decision.version)
+        manager.void(decision.version)
         reports.append(NotApplied(decision.version))
     elif decision.action == "rebuild":
         lost = Lost(header["state"] != CLEAN, header["version"], header["lineage"], decision.version)
-        reports += [lost, *_rebuild(keeper, control, decision.version, decision.lineage)]
+        reports += [lost, *_rebuild(manager, control, decision.version, decision.lineage)]
     return reports
 
 
-def _rebuild(keeper: Keeper, control: ServerControl, version: int, lineage: str) -> list[Report]:
-    rebuilder, reports = keeper.rebuilder, list[Report]()
+def _rebuild(manager: CheckpointManager, control: ServerControl, version: int, lineage: str) -> list[Report]:
+    rebuilder, reports = manager.rebuilder, list[Report]()
     plan = rebuilder.plan(version)  # everything is read and checked before anything changes
-    begin_rebuild(control, keeper.weights.header, len(plan.steps))
+    begin_rebuild(control, manager.weights.header, len(plan.steps))
     try:
         reports.append(rebuilder.rebuild(plan, lineage, version))
-    except NonFiniteGradient:
+    except NonFiniteGradientError:
         if not plan.steps or plan.steps[-1].version != version:
             raise
         # The journal's last batch was refused the first time too, and its `Voided` was not written any more.
-        keeper.void(version)
+        manager.void(version)
         reports.append(LeftOut(version))
         version -= 1
         plan = rebuilder.plan(version)  # streaming has written half of it
@@ -148,12 +148,12 @@ def begin_rebuild(control: ServerControl, header: Header, batches: int) -> None:
         header.begin(control.fence)
 
 
-def mend_redis(connection: redis.Redis, keeper: Keeper, header: dict[str, Any]) -> list[Report]:
+def mend_redis(connection: redis.Redis, manager: CheckpointManager, header: dict[str, Any]) -> list[Report]:
     """Write again what Redis lost of versions that the journal or a checkpoint has; what was done.
 
     Nothing when Redis counts other weights: that is for `reconcile` to judge.
     """
-    known, latest = ledger.state(connection), keeper.history.latest()
+    known, latest = ledger.state(connection), manager.history.latest()
     if latest is None or known.version >= latest[0] or known.lineage not in (None, latest[1]):
         return []
     if known.lineage is None and known.version:
@@ -161,22 +161,22 @@ def mend_redis(connection: redis.Redis, keeper: Keeper, header: dict[str, Any]) 
     version, lineage = latest
     if header["lineage"] != lineage and known.version == version - 1:
         # Weights that are lost, and Redis never heard of this version: nobody counts it as trained.
-        if version in keeper.journal.entries:
-            keeper.void(version)
+        if version in manager.journal.entries:
+            manager.void(version)
         return []
-    missing = keeper.history.entries(known.version, version)
+    missing = manager.history.entries(known.version, version)
     whole = [entry.version for entry in missing] == list(range(known.version + 1, version + 1))
     if whole and known.lineage is not None:
-        return [_commit_again(connection, keeper, missing)]
-    return [_fill(connection, keeper, version, lineage, known.version)]
+        return [_commit_again(connection, manager, missing)]
+    return [_fill(connection, manager, version, lineage, known.version)]
 
 
-def _commit_again(connection: redis.Redis, keeper: Keeper, missing: list[Entry]) -> CommittedAgain:
+def _commit_again(connection: redis.Redis, manager: CheckpointManager, missing: list[Entry]) -> CommittedAgain:
     for entry in missing:
-        journaled = keeper.journal.read(entry.version)
+        journaled = manager.journal.read(entry.version)
         record = record_of(entry, journaled.results if isinstance(journaled, UpdateRecord) else {})
         if again := entry.manifest.get("requeued"):
-            settle = requeue(connection, keeper.journal, again)
+            settle = requeue(connection, manager.journal, again)
         else:
             settle = settle_with_rq(connection)(record.results)
         ledger.commit(connection, record, settle, new_lineage=entry.kind == "lineage")
@@ -188,15 +188,15 @@ def record_of(entry: Entry, results: dict[str, Any]) -> VersionRecord:
     return VersionRecord(entry.version, entry.lineage, entry.ids, entry.manifest | {"base": entry.version - 1}, results)
 
 
-def _fill(connection: redis.Redis, keeper: Keeper, version: int, lineage: str, known: int) -> Refilled:
+def _fill(connection: redis.Redis, manager: CheckpointManager, version: int, lineage: str, known: int) -> Refilled:
     """Version, ledger and manifests into a Redis that lost them. Repeatable: the version comes last."""
-    trained = keeper.history.trained(version)
+    trained = manager.history.trained(version)
     for key, entries in ((keys.LEDGER, trained.ledger), (keys.DROPPED, trained.dropped)):
         pairs = list(entries.items())
         for start in range(0, len(pairs), CHUNK):
             connection.hset(key, mapping=dict(pairs[start : start + CHUNK]))
     with connection.pipeline() as pipe:
-        for entry in keeper.history.entries(known, version):
+        for entry in manager.history.entries(known, version):
             ledger.write_manifest(record_of(entry, {}), pipe)
         pipe.set(keys.VERSION, version)
         pipe.hset(keys.STATE, mapping={"version": version, "lineage": lineage, "at": ledger.utc()})
@@ -204,25 +204,25 @@ def _fill(connection: redis.Redis, keeper: Keeper, version: int, lineage: str, k
     return Refilled(known, version, lineage, len(trained.ledger))
 
 
-def take_note(keeper: Keeper, everybody: Callable[[], Trained]) -> Written | None:
+def take_note(manager: CheckpointManager, everybody: Callable[[], Trained]) -> Written | None:
     """Last at a start: weights that the state directory does not know (its first start, another's training) enter it,
     with a checkpoint, since nobody could make them again. everybody: who was trained and dropped, as Redis has it."""
-    header, history = keeper.weights.header, keeper.history
+    header, history = manager.weights.header, manager.history
     version, lineage = header.version, header.lineage
     if history.latest() != (version, lineage):
-        keeper.adopt(version, lineage, everybody() if version else Trained({}, {}))
-    entry = keeper.journal.entries.get(version)
+        manager.adopt(version, lineage, everybody() if version else Trained({}, {}))
+    entry = manager.journal.entries.get(version)
     alone = entry is not None and entry.kind == LineageRecord.kind and entry.parent is None
-    return keeper.checkpoints.write() if alone else None
+    return manager.checkpoints.write() if alone else None
 
 
-def take_over(keeper: Keeper, control: ServerControl, lineage: str, version: int) -> None:
+def take_over(manager: CheckpointManager, control: ServerControl, lineage: str, version: int) -> None:
     """The weights as they are go on as `version` of `lineage`: in the journal, the header and what clients are told."""
-    header, latest = keeper.weights.header, keeper.history.latest()
+    header, latest = manager.weights.header, manager.history.latest()
     if latest != (version, lineage):
         fresh = header.version == 0
-        known = Trained({}, {}) if fresh else keeper.history.trained((latest or (0, ""))[0])
-        keeper.adopt(version, lineage, known, parent=0 if fresh else None)
+        known = Trained({}, {}) if fresh else manager.history.trained((latest or (0, ""))[0])
+        manager.adopt(version, lineage, known, parent=0 if fresh else None)
     with deferred():
         control.pause()
         header.begin(control.fence)

@@ -1,8 +1,9 @@
 """What a recovery or a rollback did: facts, one dataclass for each kind, and `sentence`, which shows them.
 
-Must not know: how any of it is done. Only what logs or prints calls `sentence`; everybody else passes the facts on.
+Only what logs or prints calls `sentence`; everybody else passes the facts on.
 """
 
+import math
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -79,6 +80,41 @@ class RolledBack:
     abandoned: int
     requeued: int
     retaken: int
+
+
+@dataclass(frozen=True)
+class CanaryScored:
+    """The canary set's loss at `version`, in nats per trained token, and the highest one that passes."""
+
+    version: int
+    loss: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class CanaryFailed:
+    """It did not pass, and training is paused. target: the version to go back to, if that was asked and there is one;
+    made: the version that holds it now; problem: why there is none."""
+
+    version: int
+    loss: float
+    bound: float
+    target: int | None = None
+    made: int | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class CanaryNotScored:
+    """Scoring it at `version` broke off, and training is paused. kind: the exception's type."""
+
+    version: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class NothingPassed:
+    """No version passed the canary before: there is none to go back to."""
 
 
 @singledispatch
@@ -192,3 +228,32 @@ def _(report: RolledBack) -> str:
     if report.retaken:
         text += f"; {report.retaken} transcripts that were queued again are in the weights once more, and in the ledger"
     return text
+
+
+@sentence.register
+def _(report: CanaryScored) -> str:
+    return f"canary set at version {report.version}: loss {report.loss:.4f}, bound {report.bound:.4f}"
+
+
+@sentence.register
+def _(report: CanaryFailed) -> str:
+    above = f"{report.loss:.4f}, above {report.bound:.4f}" if math.isfinite(report.loss) else "not finite"
+    text = f"the canary set's loss at version {report.version} is {above}"
+    if report.made is not None:
+        text += f"; version {report.made} is version {report.target} again"
+    elif report.problem:
+        text += f"; rolling back to version {report.target} failed: {report.problem}"
+    return text
+
+
+@sentence.register
+def _(report: CanaryNotScored) -> str:
+    return (
+        f"the canary set could not be scored at version {report.version} ({report.kind}, see the worker's log): nobody"
+        " knows whether it passes"
+    )
+
+
+@sentence.register
+def _(report: NothingPassed) -> str:
+    return "no version passed the canary set before: there is nothing to roll back to"

@@ -1,7 +1,7 @@
 """Transcripts that were trained and are no longer in the weights go back to the queue, from the journal's own copy.
 
-Must not know: torch, weights. Invariant: in one transaction an id leaves the ledger and is queued, so that it is never
-in neither.
+Must not know: torch.
+Invariant: in one transaction an id leaves the ledger and is queued, so that it is never in neither.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from worker.checkpoint.records import UpdateRecord
 from worker.consumer.jobs import open_queue
 
 
-class TextExpired(TandemError):
+class TextExpiredError(TandemError):
     """The journal no longer has the text of a transcript."""
 
 
 def requeue(connection: redis.Redis, journal: Journal, ids: list[str]) -> Callable[[Pipeline], None]:
-    """What queues `ids` anew, in this order, on a pipeline. Raises `TextExpired`, before anything is queued."""
+    """What queues `ids` anew, in this order, on a pipeline. Raises `TextExpiredError`, before anything is queued."""
     texts = _texts(journal, set(ids))
     finished = FinishedJobRegistry(queue=open_queue(connection)).key
 
@@ -48,5 +48,5 @@ def _texts(journal: Journal, ids: set[str]) -> dict[str, dict[str, Any]]:
             batch = (record.batch if isinstance(record, UpdateRecord) else None) or []
             found |= {item["id"]: item["transcript"] for item in batch}
     if missing := ids - found.keys():
-        raise TextExpired(f"--requeue: the journal no longer has the text of {min(missing)} (--keep-transcripts)")
+        raise TextExpiredError(f"--requeue: the journal no longer has the text of {min(missing)} (--keep-transcripts)")
     return found

@@ -1,202 +1,137 @@
-"""The worker: puts the rooms together, once, and drains the queue until told to stop.
+"""The worker's loop: the queue is drained into versions, and between two of them comes whatever must not meet a write.
 
-Order of a start: server (one trainer at a time), weights, their recovery, Redis, then the queue. Each refusal is one
-sentence that says what to do.
+Between two batches, in this order: is the server there; the canary; a paused training; a checkpoint; the rest that the
+duty cycle asks.
+Invariants: nothing but this loop's thread writes weights; whatever goes wrong after a first write ends the worker.
 """
 
-import contextlib
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import redis
-import torch
-from transformers import AutoTokenizer
 
 from worker.checkpoint.batch_codec import rename
-from worker.checkpoint.manager import Keeper
-from worker.checkpoint.replay import make_deterministic
-from worker.checkpoint.snapshots import Trained
-from worker.checkpoint.state_dir import StateDir, default_state_dir
 from worker.config.guard_options import GuardSettings
-from worker.config.hyperparameters import Hyperparameters
-from worker.config.protocol import Unavailable
-from worker.config.retention import Policy
-from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks
-from worker.consumer.settlement import settle_with_rq
 from worker.consumer.worker_lock import WorkerLock
-from worker.data.batch_capacity import room_for
-from worker.data.replay_buffer import Rehearsal
-from worker.orchestrator.canary import canary_hooks
-from worker.orchestrator.live_update import SharedUpdate
-from worker.orchestrator.recovery import mend_redis, mend_weights, take_note, take_over
-from worker.orchestrator.reports import sentence
+from worker.data.examples import Example
+from worker.data.replay_buffer import ReplayBuffer
+from worker.orchestrator.agreement import RedisBehindError, agree, confirm
+from worker.orchestrator.canary import Canary, CanaryStep
+from worker.orchestrator.live_update import LiveUpdate
+from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, Report, sentence
 from worker.orchestrator.rollback import roll_back
-from worker.serving.control_client import ServerControl
-from worker.shared_weights.attach import attach
-from worker.trainer.device import choose_way, growing_segments, keep_within, warm
+from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
-from worker.trainer.trainer import make_builder, make_trainer
-from worker.utils import torch_setup
-from worker.utils.duty_cycle import Duty
+from worker.trainer.threads import TrainingThreads
 from worker.versions import ledger, pause_switch
-from worker.versions.reconcile import reconcile
-from worker.versions.rest_status import rest
+from worker.versions.rest_status import forget_rest, rest
 
 log = logging.getLogger("tandem")
 
-REDIS_SECONDS = 60.0
-"""How long a step waits for a Redis that is away before it gives its jobs back."""
 
+class WorkerLoop:
+    """Of one session, whose weights agree with Redis and the state directory; `lock` is held.
 
-class RedisBehind(Unavailable):
-    """Redis does not know a version that is in the weights."""
-
-
-@contextlib.contextmanager
-def attach_step(
-    run_dir: Path,
-    name: str,
-    h: Hyperparameters,
-    *,
-    state_dir: Path | None = None,
-    policy: Policy | None = None,
-    known: ledger.LedgerState | None = None,
-    new_lineage: bool = False,
-    settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
-    max_tokens: int = MAX_TOKENS,
-) -> Iterator[SharedUpdate]:
-    """The update protocol on the server of `run_dir`, as its only trainer, from here to the end of the block.
-
-    Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
-    state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
-    was asked. max_tokens: most of a version.
+    until_empty: stop when the queue is empty. threads: of the CPU; None: as torch has them. hooks, limits:
+    `BatchWorker`'s.
     """
-    torch_setup.prepare()
-    with contextlib.ExitStack() as stack:
-        control = stack.enter_context(ServerControl(run_dir, name))
-        with growing_segments():
-            weights = attach(run_dir)
-            torch.empty(1, device=weights.state.device)
-        state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path)))
-        make_deterministic(weights.state.device)
-        model = weights.build_model()
-        tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
-        builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
-        keep_within(settings, weights.state.device)
-        way = choose_way(model, weights.model_path, h, settings, max_tokens, weights.state.device)
-        # Whatever is trained again, is trained in the way that new versions are.
-        make = partial(
-            make_trainer,
-            model,
-            list(model.named_parameters()),
-            tokenizer,
-            state=weights.state,
-            streaming=way.streaming,
-            budget=way.budget,
+
+    def __init__(
+        self,
+        connection: redis.Redis,
+        session: Session,
+        lock: WorkerLock,
+        guards: GuardSettings,
+        threads: TrainingThreads | None = None,
+        *,
+        until_empty: bool,
+        hooks: Sequence[Hooks],
+        **limits: Any,
+    ) -> None:
+        self.connection, self.session, self.lock = connection, session, lock
+        self.until_empty, self.hooks, self.limits = until_empty, hooks, limits
+        rehearsal = ReplayBuffer(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
+        self.update = LiveUpdate(
+            session,
+            guards=Guards(guards.outliers),
+            rehearsal=rehearsal,
+            threads=threads,
+            confirm=partial(confirm, connection, session),
         )
-        room = partial(room_for, packed=weights.state.is_cuda, streaming=way.streaming, budget=way.budget)
-        keeper = stack.enter_context(contextlib.closing(Keeper(state, weights, make, room, policy)))
-        for report in mend_weights(keeper, control, known, new_lineage=new_lineage):
+        canary = Canary.of(guards, session.builder, self._score)
+        going_back = self._go_back if guards.auto_rollback else None
+        self.canary = CanaryStep(canary, connection, going_back, _tell) if canary is not None else None
+        forget_rest(connection)
+
+    def run(self) -> None:
+        """Work until told to stop. A Redis that comes back with less than the weights have is mended in between, once a
+        version."""
+        mended = -1
+        while True:
+            worker = self._worker()
+            try:
+                worker.work(burst=self.until_empty)
+                return
+            except (ledger.LedgerMismatchError, RedisBehindError) as error:
+                if (version := self.session.weights.header.version) == mended:
+                    raise
+                mended = version
+                log.warning("%s; it gets them from the journal", error)
+                if said := self.lock.acquire():
+                    log.info(said)
+                agree(self.connection, self.session)
+
+    def _worker(self) -> BatchWorker:
+        worker = BatchWorker(
+            self.connection,
+            self.update,
+            hooks=self.hooks,
+            lock=self.lock,
+            check=lambda: self.between_batches(worker),
+            **self.limits,
+        )
+        return worker
+
+    def between_batches(self, worker: BatchWorker) -> None:
+        """Raises `UnavailableError` when the server has gone, `TornWeightsError` when a rollback broke off."""
+        self.session.check()
+        if self.canary is not None:
+            self.canary.take(self.session.weights.header.version)
+        pause_switch.wait(
+            self.connection, burst=self.until_empty, stopping=lambda: worker.stop_requested, tell=log.warning
+        )
+        if report := self.session.manager.checkpoints.write_if_due():
             log.info(sentence(report))
-        trainer = make(h)
-        warm(trainer)
-        duty = Duty(settings.duty_cycle)
-        yield SharedUpdate(weights, control, trainer, builder, keeper, h, hogwild=settings.hogwild, duty=duty)
 
+        def stopping() -> bool:
+            nothing_left = self.until_empty and not worker.batcher.hands and not worker.queue.count
+            return worker.stop_requested or nothing_left
 
-def drain(
-    connection: redis.Redis, step: SharedUpdate, lock: WorkerLock, *, burst: bool, hooks: Sequence[Hooks], **limits: Any
-) -> None:
-    """Work until told to stop. A Redis that comes back with less than the weights have is mended in between, once a
-    version."""
-    mended = -1
-    while True:
-        worker = BatchWorker(connection, step, hooks=hooks, lock=lock, **limits)
-        worker.check = partial(between_batches, connection, step, worker, burst)
+        rest(self.connection, self.update.duty, stopping=stopping, check=self.session.check)
+
+    def _score(self, examples: Sequence[Example]) -> dict[str, float]:
+        return self.session.trainer.score(examples)  # whichever is the trainer then
+
+    def _go_back(self, version: int) -> int:
+        """`version` again, live and committed; the version that it is now."""
         try:
-            worker.work(burst=burst)
-            return
-        except (ledger.LedgerMismatch, RedisBehind) as error:
-            if (version := step.weights.header.version) == mended:
-                raise
-            mended = version
-            log.warning("%s; it gets them from the journal", error)
-            if said := lock.acquire():
-                log.info(said)
-            agree(connection, step)
+            for report in roll_back(self.connection, self.session, version, reason="the canary set's loss"):
+                log.info(sentence(report))
+        except redis.RedisError:
+            self.update.remember()
+            confirm(
+                self.connection, self.session
+            )  # waits for Redis; `RedisBehindError` has `run` commit from the journal
+            raise
+        self.update.remember()
+        return self.session.weights.header.version
 
 
-def between_batches(connection: redis.Redis, step: SharedUpdate, worker: BatchWorker, burst: bool) -> None:
-    """Raises `Unavailable` when the server has gone; waits while training is held; writes a checkpoint when due; rests
-    as long as the duty cycle asks."""
-    step.check()
-    pause_switch.wait(connection, burst=burst, stopping=lambda: bool(worker.stop_requested), tell=log.warning)
-    if report := step.keeper.checkpoints.write_if_due():
-        log.info(sentence(report))
-
-    def stopping() -> bool:
-        nothing_left = burst and not worker.batcher.hands and not worker.queue.count
-        return bool(worker.stop_requested) or nothing_left
-
-    rest(connection, step.duty, stopping=stopping, check=step.check)
-
-
-def confirm(connection: redis.Redis, step: SharedUpdate) -> None:
-    """Before a step: Redis stands where the weights do. It may have come back from an old copy with jobs that are
-    trained already. Waits for a Redis that is away; raises `RedisBehind`, or `Unavailable` after `REDIS_SECONDS`."""
-    deadline = time.monotonic() + REDIS_SECONDS
-    while True:
-        try:
-            known = ledger.state(connection)
-            break
-        except redis.RedisError as error:
-            if time.monotonic() > deadline:
-                raise Unavailable(f"Redis has not answered for {REDIS_SECONDS:g} s ({error})") from error
-            time.sleep(0.2)
-    header = step.weights.header.fields()
-    if (known.version, known.lineage) != (header["version"], header["lineage"]):
-        raise RedisBehind(f"Redis is at version {known.version}, the weights are at {header['version']}")
-
-
-def watch(connection: redis.Redis, step: SharedUpdate, settings: GuardSettings) -> Sequence[Hooks]:
-    """Give the step its guards, with the memory of the journal; returns the canary's hooks."""
-    step.guards = Guards(settings.outliers)
-    if settings.rehearse:
-        step.rehearsal = Rehearsal(settings.rehearse, rename, seed=step.h.seed)
-    step.remember()
-
-    def go_back(version: int) -> int:
-        for report in roll_back(connection, step, version, reason="the canary set's loss"):
-            log.info(sentence(report))
-        return step.weights.header.version
-
-    return canary_hooks(settings, step.builder, lambda examples: step.trainer.score(examples), connection, go_back)
-
-
-def agree(connection: redis.Redis, step: SharedUpdate, *, new_lineage: bool = False) -> None:
-    """Redis, weights and state directory tell one story afterwards; it is logged. Call it with the worker lock held."""
-    header = step.weights.header
-    for report in mend_redis(connection, step.keeper, header.fields()):
-        log.info(sentence(report))
-    for line in reconcile(
-        connection,
-        header.fields(),
-        step.weights.record.read(),
-        new_lineage=new_lineage,
-        adopt=partial(take_over, step.keeper, step.control),
-        settle=settle_with_rq(connection),
-    ):
-        log.info(line)
-    everybody = partial(_everybody, connection)
-    if written := take_note(step.keeper, everybody):
-        log.info(sentence(written))
-
-
-def _everybody(connection: redis.Redis) -> Trained:
-    return Trained(ledger.everyone(connection), ledger.dropped(connection))
+def _tell(report: Report) -> None:
+    level = logging.ERROR if isinstance(report, CanaryFailed | CanaryNotScored) else logging.INFO
+    held = "training is paused: " if level == logging.ERROR else ""
+    log.log(level, "%s%s", held, sentence(report))

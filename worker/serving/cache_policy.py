@@ -1,7 +1,7 @@
 """What an update does to cached keys, values and delta-net states: of running requests, and of prefixes.
 
-`tandem serve` takes it as flags and hands it to vLLM's API process through two environment variables.
-Must not know: vLLM, sockets, weights.
+`tandem serve` takes it as flags and hands it to vLLM's API process through two environment variables. Must not know:
+vLLM, sockets.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class ServerError(TandemError):
     """The server refused; the message is its own."""
 
 
-class ServerGone(TandemError):
+class ServerGoneError(TandemError):
     """The server ended, or does not answer."""
 
 
@@ -31,6 +31,8 @@ class ServerControl:
         self._socket: Any = None
         self.fence = -1
         """What `Header.begin` needs: given with each `pause` and `begin_hogwild`; -1 before the first."""
+        self.trainer_bytes = 0
+        """After `connect`: how much of the device the server was started to leave to its trainer; 0: nothing said."""
         self._longest = PLANNED_SECONDS
         self._taken: float | None = None
         self.rendering: dict[str, Any] = {}
@@ -45,6 +47,7 @@ class ServerControl:
         try:
             answer = self._ask({"op": "hello", "name": self._name})
             self.rendering = answer.pop("rendering")
+            self.trainer_bytes = int(answer.pop("trainer_bytes", 0))
             return answer
         except TandemError:
             self.close()
@@ -107,17 +110,17 @@ class ServerControl:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._socket is None:
-            raise ServerGone(f"not connected to the server of {self._run_dir}")
+            raise ServerGoneError(f"not connected to the server of {self._run_dir}")
         self._socket.settimeout(ANSWER_SECONDS)
         try:
             unix_socket.send(self._socket, request)
             answer = unix_socket.receive(self._socket)
         except unix_socket.WireError as error:
             self.close()
-            raise ServerGone(f"the server of {self._run_dir} is gone or stuck ({error}): see its log") from None
+            raise ServerGoneError(f"the server of {self._run_dir} is gone or stuck ({error}): see its log") from None
         if answer is None:
             self.close()
-            raise ServerGone(f"the server of {self._run_dir} ended the connection: it is down, start it again")
+            raise ServerGoneError(f"the server of {self._run_dir} ended the connection: it is down, start it again")
         if "error" in answer:
             raise ServerError(str(answer["error"]))
         return answer
@@ -138,5 +141,5 @@ def server_state(run_dir: Path | str) -> dict[str, Any]:
         unix_socket.send(sock, {"op": "state"})
         answer = unix_socket.receive(sock)
     if answer is None or "error" in answer:
-        raise ServerGone(f"the server of {run_dir} did not say its state: {answer}")
+        raise ServerGoneError(f"the server of {run_dir} did not say its state: {answer}")
     return answer

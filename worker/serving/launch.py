@@ -1,7 +1,7 @@
 """`tandem serve MODEL [vllm options]`: vLLM with what sharing its weights needs; every other option is passed through.
 
 Builds an environment and a command line, takes the run directory's lock, and becomes vLLM (exec): signals and exit
-codes are vLLM's own. Must not import torch or vLLM: it is gone before they load.
+codes are vLLM's own. Must not know: vLLM.
 Invariants: one server per run directory (the lock is the kernel's, so none is left over); what breaks sharing is
 refused by name before anything is loaded; nothing the user chose is changed.
 """

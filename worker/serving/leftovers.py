@@ -4,7 +4,7 @@ Only called by the holder of the run directory's lock, so by nobody while a serv
 when all of this holds: the same user, started by `tandem serve` for the same run directory (both read from its
 environment), and none of its ancestors is an API process. A process that cannot be judged is left alone.
 
-Must not know: vLLM, torch, what the processes did. Linux only (/proc, pidfd).
+Must not know: vLLM, torch. Linux only (/proc, pidfd).
 """
 
 import os

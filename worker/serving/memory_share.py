@@ -1,7 +1,7 @@
 """The trainer's share of the device: how much of it vLLM is told to leave, when nobody said how much vLLM may take.
 
 vLLM fills the device with its KV cache up to --gpu-memory-utilization, so that a trainer that comes later would find
-nothing. Must not import torch or vLLM; pynvml neither, which CPU installs lack.
+nothing. Must not know: torch, vLLM.
 Invariants: what the user said about vLLM's memory is never changed; every choice is one sentence; bytes are bytes, GB
 are 10^9 of them.
 """
@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -19,13 +20,33 @@ from worker.memory.model_config import ConfigError, TextConfig
 from worker.memory.planner import Plan, gigabytes, make_plan, state_bytes, weight_bytes
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
 
-MARGIN = 1_000_000_000
-"""Left to neither: vLLM's CUDA graphs and context are not all in its own account."""
+MARGIN = 3_000_000_000
+"""Left to neither: vLLM takes more than its own account says, for CUDA graphs and kernels, and the more so the longer
+the prompts are that it has met. A 27B server grew by 2 GB and more within minutes of prompts of all lengths."""
+SHARE_ENV = "TANDEM_TRAINER_BYTES"
 MOST = 0.92
 """Of the device: vLLM's own default. A small model's trainer is no reason for vLLM to take more than it would alone."""
 LEAST_KV = 2_000_000_000
 """A KV cache worth starting a server for."""
 WAY_OUT = "say how much the trainer needs with --trainer-memory N (GB)"
+
+
+class Share(NamedTuple):
+    """What `tandem serve` decides: options for vLLM, a sentence for each choice, and how many bytes of the device the
+    trainer may count on; 0 where nobody set any aside."""
+
+    options: list[str]
+    notes: list[str]
+    bytes: int = 0
+
+    def environment(self) -> dict[str, str]:
+        """The share as a variable for vLLM's processes, which tell the trainer."""
+        return {SHARE_ENV: str(self.bytes)} if self.bytes else {}
+
+
+def share_of_environment(environment: Mapping[str, str]) -> int:
+    """Bytes that this server was started to leave to its trainer; 0 where nothing was said."""
+    return int(environment.get(SHARE_ENV, "0"))
 
 
 class TrainerMemory(click.ParamType):
@@ -47,7 +68,7 @@ class TrainerMemory(click.ParamType):
 
 def make_room(
     model: str, options: Sequence[str], trainer_memory: float | None, environment: Mapping[str, str], on_cpu: bool
-) -> tuple[list[str], list[str]]:
+) -> Share:
     """(what to add to vLLM's `options`, one sentence for each choice). trainer_memory: GB; None: by MODEL's sizes.
 
     Raises LaunchError where the share cannot be known or does not fit.
@@ -58,18 +79,16 @@ def make_room(
                 "--trainer-memory is for GPUs: on a CPU the trainer takes ordinary memory, and VLLM_CPU_KVCACHE_SPACE "
                 "says what vLLM takes. Leave --trainer-memory out"
             )
-        return [], []
+        return Share([], [])
     given = parse_flags(options)
     if said := said_by_user(given):
-        return [], [f"{said} says what vLLM takes: nothing is set aside for the trainer beyond that"]
+        return Share([], [f"{said} says what vLLM takes: nothing is set aside for the trainer beyond that"])
     if trainer_memory == 0:
-        return [], ["nothing is set aside for the trainer (--trainer-memory 0)"]
+        return Share([], ["nothing is set aside for the trainer (--trainer-memory 0)"])
     return share_of(model, given, trainer_memory, total_memory(environment))
 
 
-def share_of(
-    model: str, given: Mapping[str, Sequence[str]], trainer_memory: float | None, total: int
-) -> tuple[list[str], list[str]]:
+def share_of(model: str, given: Mapping[str, Sequence[str]], trainer_memory: float | None, total: int) -> Share:
     """As `make_room`, on a device of `total` bytes. given: the user's flags, none of them about memory."""
     if trainer_memory is not None:
         return flags_for(total, 0, math.ceil(trainer_memory * 1e9), "--trainer-memory")
@@ -100,11 +119,11 @@ def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
 
 def default_plan(config: TextConfig, total: int) -> Plan:
     """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
-    burst = make_plan(config, MAX_TOKENS, streaming=False, kept=0)
-    return burst if 4 * burst.total <= total else make_plan(config, MAX_TOKENS, streaming=True, kept=0)
+    burst = make_plan(config, MAX_TOKENS, way="burst", kept=0)
+    return burst if 4 * burst.total <= total else make_plan(config, MAX_TOKENS, way="streaming", kept=0)
 
 
-def flags_for(total: int, taken: int, share: int, why: str) -> tuple[list[str], list[str]]:
+def flags_for(total: int, taken: int, share: int, why: str) -> Share:
     """The flag that leaves `share` of `total` bytes, and its sentence; taken: by weights and state, 0 where unknown.
 
     Raises LaunchError where not even a small KV cache fits beside them.
@@ -120,7 +139,8 @@ def flags_for(total: int, taken: int, share: int, why: str) -> tuple[list[str], 
         )
     flag = f"{min(MOST, (total - share - MARGIN) * 1000 // total / 1000):.3f}"
     note = f"--gpu-memory-utilization {flag} leaves at least {gigabytes(share)} to the trainer ({why})"
-    return ["--gpu-memory-utilization", flag], [note]
+    left = max(share, int(total * (1 - float(flag))) - MARGIN)
+    return Share(["--gpu-memory-utilization", flag], [note], left)
 
 
 def find_config(model: str, given: Mapping[str, Sequence[str]]) -> Path:

@@ -1,7 +1,7 @@
 """What both sides of a server's sockets agree on: names, limits and the lease's length.
 
 The trainer's client, `tandem serve` and the code inside vLLM's processes import it, so that none of them loads another.
-Must not know: vLLM, torch, how messages travel.
+Must not know: vLLM, torch.
 """
 
 from producer.errors import TandemError

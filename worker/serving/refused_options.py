@@ -1,7 +1,7 @@
 """vLLM's options and variables that cannot be used with `tandem serve`, and why.
 
 They are refused by name before anything is loaded. What vLLM makes of configuration files and abbreviations is checked
-again beside the weights (serving/vllm/unsupported_flags.py). Must not know: vLLM, torch, how the server is started.
+again beside the weights (serving/vllm/unsupported_flags.py). Must not know: vLLM, torch.
 """
 
 import json

@@ -1,6 +1,6 @@
 """vLLM's command line, its flags named as vLLM's own parser names them, and the error that refuses one.
 
-Must not know: what a flag means, vLLM, torch.
+Must not know: vLLM, torch.
 """
 
 from collections.abc import Sequence

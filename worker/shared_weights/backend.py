@@ -4,7 +4,7 @@ Owner side: `Owner` makes a model's parameters reachable from another process an
 side: `Opener` turns the owner's plain description of a tensor back into a tensor on the very same memory. What travels
 between them is plain msgpack. `backends` picks the pair for a device.
 
-Must not know: what the tensors mean, the mapping, vLLM.
+Must not know: vLLM.
 """
 
 from abc import ABC, abstractmethod

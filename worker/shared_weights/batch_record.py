@@ -3,7 +3,7 @@
 Two slots, written in turn: {sequence, length, crc32, payload}. A write that a kill cut short fails its crc, and the
 record before it is read instead.
 
-Must not know: what a record means; Redis; how the memory is shared.
+Must not know: Redis.
 """
 
 import struct

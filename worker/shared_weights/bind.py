@@ -1,7 +1,7 @@
 """transformers' text model on tensors that somebody else owns.
 
-Invariants: no parameter's data is copied or moved; nothing of the model is left on the meta device.
-Must not know: sockets, how memory is shared, the server.
+Invariants: no parameter's data is copied or moved; nothing of the model is left on the meta device. Must not know:
+sockets, the server.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ the consumers of each export, so every process that opens a tensor needs a descr
 Torch's private sharing functions are touched in this file only (torch 2.9 to 2.13, checked when first used).
 
 Invariant: nothing here moves or frees a parameter; CUDA graphs keep reading the addresses they captured.
-Must not know: what the tensors mean.
 """
 
 from collections.abc import Iterator

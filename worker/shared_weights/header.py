@@ -12,7 +12,7 @@ moved while APPLYING; the fence only grows, and only the owner of the weights mo
 the tensor's device, so that on CUDA it is ordered with the kernels that change the weights; each is one aligned 8-byte
 word, so that a reader in another process sees old or new.
 
-Must not know: how the memory is shared, Redis, vLLM.
+Must not know: Redis, vLLM.
 """
 
 import uuid

@@ -5,7 +5,6 @@ not bounded by a container's small /dev/shm, and the kernel frees it when the la
 after kill -9: nothing can leak. Others reach it through /proc/<pid>/fd of the server, which the kernel opens to the
 same uid only. Seals keep anybody from shrinking it under the server.
 
-Must not know: what the tensors mean.
 """
 
 import fcntl

@@ -1,6 +1,6 @@
 """Where a tensor of transformers' model lies in a parameter of the server, and which parameters are fp32.
 
-Both sides read this: vLLM's process finds the slices, the trainer opens them. Must not know: how they are found.
+Both sides read this: vLLM's process finds the slices, the trainer opens them.
 """
 
 from dataclasses import dataclass

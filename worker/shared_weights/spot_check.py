@@ -1,7 +1,7 @@
 """Compares shared tensors with the checkpoint on disk: the proof, on the real weights, that the mapping is right.
 
-Only a few short pieces of each tensor are read. Sound while the weights are untrained (version 0).
-Must not know: the server, how memory is shared.
+Only a few short pieces of each tensor are read. Sound while the weights are untrained (version 0). Must not know: the
+server.
 """
 
 import json

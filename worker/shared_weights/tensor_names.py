@@ -3,7 +3,7 @@
 The model is built without data on the meta device, straight from its class: inside vLLM 0.26 the Auto classes do not
 work, because that vLLM registers a config of its own for qwen3_5.
 
-Must not know: vLLM's parameters, memory, Redis.
+Must not know: Redis.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from producer.errors import TandemError
 from worker.utils import torch_setup
 
 
-class UnknownModel(TandemError):
+class UnknownModelError(TandemError):
     """This transformers has no text model of that type."""
 
 
@@ -41,7 +41,7 @@ def text_sources(text_config: dict[str, Any], has_vision: bool) -> list[Source]:
     config_class = getattr(transformers, CONFIG_MAPPING_NAMES.get(model_type, ""), None)
     model_class = getattr(transformers, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")), None)
     if config_class is None or model_class is None:
-        raise UnknownModel(
+        raise UnknownModelError(
             f"transformers {transformers.__version__} has no causal language model of type {model_type!r}"
         )
     with torch.device("meta"):

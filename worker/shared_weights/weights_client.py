@@ -1,6 +1,6 @@
 """Asks a server's `weights.sock`; for the API process and the status display, so without torch.
 
-Must not know: what a description holds, torch, vLLM.
+Must not know: torch, vLLM.
 """
 
 from pathlib import Path

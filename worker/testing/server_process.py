@@ -1,6 +1,7 @@
 """A `tandem serve` as a child process, for the demo, tests and benchmarks: start, wait until it answers, stop.
 
-Must not know: weights, Redis. Invariant: no process of the server outlives `stop`, nor this process.
+Must not know: Redis.
+Invariant: no process of the server outlives `stop`, nor this process.
 """
 
 import os
@@ -23,7 +24,7 @@ START_SECONDS = 300.0
 STOP_SECONDS = 30.0
 
 
-class ServerFailed(TandemError):
+class ServerFailedError(TandemError):
     """The server did not start; the message ends with the last lines of its log."""
 
 
@@ -79,7 +80,7 @@ class ServerProcess:
             if code is not None or time.monotonic() > deadline:
                 what = f"ended with exit code {code}" if code is not None else f"did not answer within {timeout:g} s"
                 self.stop()
-                raise ServerFailed(
+                raise ServerFailedError(
                     f"the server of {self.model_dir} {what}; its log {self.log_path} ends:\n{self.tail()}"
                 )
             time.sleep(0.25)

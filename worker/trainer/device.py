@@ -2,7 +2,7 @@
 
     with growing_segments():                                          # around the first allocation
     keep_within(settings, device)                                     # to what --memory says
-    way = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
+    chosen = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
     warm(trainer)                                                     # with a progress bar; logs what it cost
 
 On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
@@ -10,12 +10,13 @@ Invariants: what does not fit is refused here, with numbers, before anything is 
 this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
 """
 
+import gc
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from worker.memory.planner import (
     CONTEXT_BYTES,
     SERVER_MEMORY,
     MemoryPlanError,
+    Way,
     choose,
     gigabytes,
     layers_kept,
+    longest_by_factors,
     make_plan,
 )
 from worker.model import fuse
@@ -49,11 +52,15 @@ ALLOCATOR_ENV = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
-class Way:
-    """How gradients are applied, and the most tokens of one forward pass (None: the trainer's default)."""
+class Chosen:
+    """How gradients are applied, and the most tokens of one forward pass (None: the trainer's default).
 
-    streaming: bool
+    by_factors: in streaming, rows of up to so many tokens go by factors.
+    """
+
+    way: Way
     budget: int | None = None
+    by_factors: int = 0
 
 
 @contextmanager
@@ -77,15 +84,16 @@ def growing_segments() -> Iterator[None]:
 
 def choose_way(
     model: Any, model_path: Path, h: Hyperparameters, settings: ApplySettings, max_tokens: int, device: torch.device
-) -> Way:
+) -> Chosen:
     """Plan the memory, prepare `model` (transformers', on the shared weights), and say which way fits.
 
     max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError, ConfigError.
     """
     if device.type == "cpu":
-        return Way(streaming=settings.apply == "streaming")
+        return Chosen("burst" if settings.apply == "auto" else settings.apply)
     config = TextConfig.read(model_path / "config.json")
-    budget = sizes_up_to(max(max_tokens, h.max_length))[-1]
+    sizes = sizes_up_to(max(max_tokens, h.max_length))
+    budget = sizes[-1]
     free, whole = torch.cuda.mem_get_info(device)
     may, way_out = free, SERVER_MEMORY
     if settings.memory:  # of the whole process, whose context is there already
@@ -94,15 +102,31 @@ def choose_way(
     costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
     plan = choose(config, budget, may, settings.apply, way_out=way_out, **costs)
 
+    by_factors = 0
+    if settings.apply == "auto" and plan.way == "streaming":
+        by_factors = longest_by_factors(config, sizes, may, **costs)
+
+    def way_of(tokens: int) -> Way:
+        return "factors" if tokens <= by_factors else plan.way
+
     @cache
     def kept(tokens: int) -> int:
-        return layers_kept(config, tokens, may, streaming=plan.streaming, **costs)
+        return layers_kept(config, tokens, may, way=way_of(tokens), **costs)
 
-    shown = make_plan(config, budget, streaming=plan.streaming, kept=kept(budget), **costs).within(may)
-    for line in shown.render(whole):
-        log.info(line)
+    for tokens in [budget, *([by_factors] if 0 < by_factors < budget else [])]:
+        shown = make_plan(config, tokens, way=way_of(tokens), kept=kept(tokens), **costs).within(may)
+        for line in shown.render(whole):
+            log.info(line)
+    if by_factors:
+        log.info("batches of up to %s tokens go by factors, longer ones are streamed", f"{by_factors:,}")
     fuse(model, kept)
-    return Way(plan.streaming, budget)
+    return Chosen(plan.way, budget, by_factors)
+
+
+def within_share(settings: ApplySettings, share: int) -> ApplySettings:
+    """`settings` held to the `share` in bytes that the server left for a trainer (0: it said nothing), where the user
+    has not said how much: what is free beside it is the server's to grow into."""
+    return replace(settings, memory=share / 1e9) if settings.memory is None and share else settings
 
 
 def keep_within(settings: ApplySettings, device: torch.device) -> None:
@@ -129,6 +153,8 @@ def warm(trainer: Trainer) -> None:
             )
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
+    gc.collect()
+    gc.freeze()  # what lives as long as the worker is not looked through again, least of all in a pause
     log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
     used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
     log.info("in the warm-up at most %s were in use, and torch held %s", gigabytes(used), gigabytes(held))

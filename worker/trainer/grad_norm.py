@@ -1,6 +1,6 @@
 """Measures of the gradients that a backward pass left in the parameters.
 
-Must not know: what is done about them. Changes nothing.
+Changes nothing.
 """
 
 from collections.abc import Iterable

@@ -7,7 +7,7 @@
     manifest |= guards.measures(nll, norm)      # before it is journaled
     guards.remember([manifest])                 # the version is live
 
-Must not know: torch, Redis, the weights.
+Must not know: torch, Redis.
 Invariants: nothing is refused before `minimum` values are known; what was refused never enters the history, so that a
 flood of outliers cannot make itself normal; the history follows from the manifests alone, so a restart changes nothing.
 """
@@ -21,15 +21,14 @@ from typing import Any
 
 from producer.errors import TandemError
 
-LOSSES, NORM = "losses", "gradient_norm"
-"""What a manifest keeps for the next start: each transcript's loss in nats a token, and the gradient's L2 norm."""
-TOKENS = "trained_tokens"
-"""What it has in any case."""
+LOSSES, NORM, TOKENS = "losses", "gradient_norm", "effective_tokens"
+"""What a manifest keeps for the next start: each transcript's loss in nats a token, the L2 norm of the gradient of the
+weighted mean, and how many tokens of equal weight average as much noise away."""
 SPREAD = 0.05
 """The least spread, as a part of the median: a history of equal values must not refuse the first that differs."""
 
 
-class GradientOutlier(TandemError):
+class GradientOutlierError(TandemError):
     """The gradient of a whole batch is too large; nothing was written. The drain tries its halves."""
 
 
@@ -66,7 +65,7 @@ class Guards:
         self.losses = History(k=k, minimum=minimum, window=window)
         self.norms = History(k=k, minimum=minimum // 4, window=window // 4)
         self.tokens: deque[float] = deque(maxlen=window // 4)
-        """Trained tokens of the same versions as the norms."""
+        """Effective tokens of the same versions as the norms."""
         self.refused = 0
         """Transcripts and batches refused since the start."""
 
@@ -74,8 +73,9 @@ class Guards:
         """Learn from earlier versions' manifests, oldest first, as the journal has them or as Redis has them (text)."""
         for manifest in manifests:
             self.losses.add(_numbers(manifest.get(LOSSES, [])))
-            self.norms.add(_numbers([manifest[NORM]] if NORM in manifest else []))
-            self.tokens.extend(_numbers([manifest[TOKENS]] if TOKENS in manifest else []))
+            if NORM in manifest and TOKENS in manifest:  # a norm alone is of the first rule: smaller with the weights
+                self.norms.add(_numbers([manifest[NORM]]))
+                self.tokens.extend(_numbers([manifest[TOKENS]]))
 
     def relearn(self, manifests: Iterable[Mapping[str, Any]]) -> None:
         """`remember` these, and nothing from before."""
@@ -95,8 +95,8 @@ class Guards:
             f" {len(self.losses.values)} transcripts: set aside, requeue it to try again (--outliers 0 trains anything)"
         )
 
-    def norm_refusal(self, norm: float, tokens: int | None = None) -> str | None:
-        """Why a batch with a gradient of L2 norm `norm`, over so many trained tokens, must not be applied; None if it
+    def norm_refusal(self, norm: float, tokens: float | None = None) -> str | None:
+        """Why a batch with a gradient of L2 norm `norm`, over so many effective tokens, must not be applied; None if it
         may. A batch of fewer tokens than usual averages less noise away: it may have a norm larger by the square root.
         """
         bound = self.norms.bound()
@@ -111,10 +111,10 @@ class Guards:
         )
 
     @staticmethod
-    def measures(nll: Mapping[str, float], norm: float | None = None) -> dict[str, Any]:
-        """What a version's manifest must keep for `remember`."""
+    def measures(nll: Mapping[str, float], norm: float | None = None, tokens: float = 0.0) -> dict[str, Any]:
+        """What a version's manifest must keep for `remember`; tokens: the effective ones that `norm` averages over."""
         kept: dict[str, Any] = {LOSSES: [round(value, 4) for value in nll.values()]}
-        return kept | ({NORM: norm} if norm is not None else {})
+        return kept | ({NORM: norm, TOKENS: tokens} if norm is not None else {})
 
 
 def _numbers(values: Any) -> list[float]:

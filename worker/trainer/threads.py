@@ -4,7 +4,7 @@ torch's threads meet at a barrier in every operation. Beside a busy server on fe
 a CPU, and all others for it: a version that takes a second alone took minutes. A single thread waits only for itself.
 The number goes into the journal with each version, and a replay uses it again.
 
-Must not know: queues, servers. Invariant: never more threads than torch would take by itself (OMP_NUM_THREADS).
+Invariant: never more threads than torch would take by itself (OMP_NUM_THREADS).
 """
 
 from collections.abc import Callable

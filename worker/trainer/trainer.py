@@ -1,17 +1,19 @@
 """One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
 
-Two ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Streaming: `begin` is the
-forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
+Three ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Factors: `begin` computes what
+the gradients of matrices are products of, and `apply` forms and applies them (`factor_sweep`). Streaming: `begin` is
+the forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
 
-The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. It must not know Redis,
-vLLM, the header or versions.
+The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. Must not know: Redis,
+vLLM, the header, versions.
 
-Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. The loss
-is sum_i w_i * NLL_i / (all trained tokens, unweighted), so a lone transcript of weight .5 counts half.
+Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. How weights
+count in the loss and in the step, `worker.trainer.trainer.weighting` says.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +23,16 @@ from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
 from worker.config.hyperparameters import Hyperparameters
-from worker.data.batch_capacity import Room, room_for
+from worker.data.batch_capacity import BatchCapacity, capacity_for
 from worker.data.examples import Example, ExampleBuilder
 from worker.data.packing import Batch, BatchError, make_batches, pack
+from worker.memory.planner import Way
+from worker.model.gradient_factors import factors_of
 from worker.model.inputs import model_inputs
 from worker.model.loss import linear_cross_entropy
+from worker.trainer.factor_sweep import FactorSweep
+from worker.trainer.grad_norm import gradient_norm
+from worker.trainer.weighting import Rule, Weighting, effective_tokens, weighted_mean
 from worker.utils.fault_injection import point
 
 NOT_FINITE = "its loss is not finite under the present weights"
@@ -46,12 +53,17 @@ class Gradients:
     """What `begin` found; the gradients themselves are in the parameters, or in streaming still to come."""
 
     loss: float
+    """The weighted mean over trained tokens, in nats."""
     tokens: int
     trained_tokens: int
     nll: dict[str, float]
     """Example id -> mean negative log-likelihood of its trained tokens, in nats, under the weights before the step."""
     rejected: dict[str, str] = field(default_factory=dict)
     """Example id -> why it was left out; such an example has contributed nothing."""
+    step_scale: float = 1.0
+    """What `apply` multiplies the optimizer's step with: the mean weight of a trained token."""
+    effective_tokens: float = 0.0
+    """As many tokens of equal weight average as much noise away."""
 
 
 class Trainer:
@@ -74,7 +86,8 @@ class Trainer:
         warmup: int = 0,
         budget: int = 4096,
         packed: bool = False,
-        streaming: bool = False,
+        way: Way = "burst",
+        by_factors: int = 0,
     ) -> None:
         self.model: Any = model
         self.body: Any = model.model
@@ -86,39 +99,48 @@ class Trainer:
         self.sizes = tuple(sizes)
         self.budget = max(budget, max(sizes))
         self.packed = packed
-        self.streaming = streaming
+        self.way = way
+        self.by_factors = by_factors
         self.device = next(model.parameters()).device
+        self.begun: Way = way
+        """The way of the micro-batch that `begin` was last called with."""
+        self.sweep = FactorSweep(factors_of(model), optimizer)
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
+        self._step_scale = 1.0
+        self._written: dict[str, float] = {}
 
     @property
-    def room(self) -> Room:
+    def room(self) -> BatchCapacity:
         """What it takes at once: `begin` raises BatchError for what this does not hold."""
-        return Room(self.sizes, self.packed, self.streaming)
+        return BatchCapacity(self.sizes, self.packed, self.way, self.by_factors)
 
-    def begin(self, examples: Sequence[Example], limit: Limit | None = None) -> Gradients:
+    def begin(self, examples: Sequence[Example], limit: Limit | None = None, rule: Rule = weighted_mean) -> Gradients:
         """All of a step that comes before its first write: gradients, or in streaming the forward pass.
 
         Examples whose loss is not finite, or beyond `limit`, are left out and reported. Raises BatchError for what
-        `room` does not hold.
+        `room` does not hold. rule: another than today's only to repeat a version that was made by it.
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
+        self._check_room(examples)
+        self.begun = self.room.way_of(examples)
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
-            nll = self._accumulate(kept, most)
+            weighting = rule(kept)
+            nll = self._accumulate(kept, weighting, most)
             bad = {id for id, value in nll.items() if not value <= most or math.isinf(value)}
             if not bad:
-                counts = {example.id: example.trained_tokens for example in kept}
-                total = sum(counts.values())
-                weights = {example.id: example.weight for example in kept}
+                self._step_scale = weighting.step_scale
                 return Gradients(
-                    loss=sum(weights[id] * nll[id] * counts[id] for id in nll) / total,
+                    loss=weighting.loss(kept, nll),
                     tokens=sum(example.tokens for example in kept),
-                    trained_tokens=total,
+                    trained_tokens=sum(example.trained_tokens for example in kept),
                     nll=nll,
                     rejected=rejected,
+                    step_scale=weighting.step_scale,
+                    effective_tokens=effective_tokens(kept),
                 )
             for id in bad:
                 beyond = limit is not None and math.isfinite(nll[id])
@@ -126,32 +148,59 @@ class Trainer:
         self.forget()
         return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
 
-    def apply(self) -> dict[str, float]:
-        """One optimizer step with what `begin` left; returns the RMS of update and weights, and on a GPU `peak_bytes`,
-        the most that this process had allocated since `begin`.
+    def prepare(self) -> None:
+        """Do ahead what `write` would do first: call it before a server is paused."""
+        self.optimizer.prepare()
+        if self.begun == "factors":
+            self.sweep.prepare()
 
-        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever
-        streaming raises leaves weights half-written.
+    def apply(self) -> dict[str, float]:
+        """`write`, and what `measured` says of it."""
+        self.write()
+        return self.measured()
+
+    def write(self) -> None:
+        """One optimizer step with what `begin` left. On a GPU it is launched; `optimizer.check` waits for it.
+
+        Burst raises what the optimizer raises for a non-finite gradient, before any weight has changed. Whatever the
+        other ways raise leaves weights half-written.
         """
         factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        if self.streaming:
+        if self.begun == "streaming":
             self._stream()
+        elif self.begun == "factors":
+            self.sweep.apply(self._step_scale)
         else:
-            self.optimizer.step()
+            self.optimizer.step(step_scale=self._step_scale)
         point("swept")
+        self._written = {"lr": self.lr * factor, "step_scale": self._step_scale}
         self.forget()
+
+    def measured(self) -> dict[str, float]:
+        """Of the last `write`: the RMS of update and weights, and on a GPU `peak_bytes`, the most that this process had
+        allocated since `begin`. Waits for the device."""
         update = self.optimizer.last_update
-        measured = {"lr": self.lr * factor, "update_rms": update.update_rms, "weight_rms": update.weight_rms}
+        measured = self._written | {"update_rms": update.update_rms, "weight_rms": update.weight_rms}
         if self.device.type == "cuda":
             measured["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return measured
 
     def forget(self) -> None:
         """Let go of what `begin` left: nothing is applied."""
-        self._loss = None
+        self._loss, self._step_scale = None, 1.0
+        self.sweep.forget()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_norm(self) -> float | None:
+        """The L2 norm of what `begin` left, all parameters together; None in streaming, where it is not known yet.
+
+        By factors, raises `NonFiniteGradientError`, with nothing written: `apply` could only find it half-way.
+        """
+        if self.begun == "factors":
+            return self.sweep.norm()
+        return gradient_norm(self.parameters()) if self.begun == "burst" else None
 
     def parameters(self) -> list[torch.Tensor]:
         """All that the optimizer may change."""
@@ -164,46 +213,69 @@ class Trainer:
         self.optimizer.finish()
 
     def dry_run(self, examples: Sequence[Example]) -> None:
-        """Forward and backward over `examples`; what becomes of the gradients is the caller's."""
-        for batch in self._batches(examples):
-            self._forward(batch, total=1)[0].backward()  # type: ignore[no-untyped-call]
+        """All that a step over `examples` computes before it writes, and as much memory as it takes; nothing is written
+        or kept. Afterwards a step of the same shape takes nothing for the first time."""
+        self.forget()
+        self.begun = self.room.way_of(examples)
+        with self._recording(), self._dropping():
+            for batch in self._batches(examples):
+                self.sweep.factors.begin_pass()
+                self._forward(batch)[0].backward()  # type: ignore[no-untyped-call]
+        if self.begun == "factors":
+            self.sweep.rehearse()
+        self.forget()
 
     @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         """Mean NLL per trained token by example id, without gradients."""
         sums = torch.zeros(len(examples), dtype=torch.float64)
         for batch in self._batches(examples):
-            self._add(sums, batch, self._forward(batch, total=1)[1])
+            self._add(sums, batch, self._forward(batch)[1])
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
 
     @torch.no_grad()
     def token_nll(self, example: Example) -> torch.Tensor:
         """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
-        return torch.cat([self._forward(batch, total=1)[1].cpu() for batch in self._batches([example])])
+        return torch.cat([self._forward(batch)[1].cpu() for batch in self._batches([example])])
 
-    def _accumulate(self, examples: Sequence[Example], most: float = math.inf) -> dict[str, float]:
+    def _accumulate(self, examples: Sequence[Example], weighting: Weighting, most: float) -> dict[str, float]:
         """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
         or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
-        self._check_room(examples)
         counts = [example.trained_tokens for example in examples]
-        total, bounds = sum(counts), torch.tensor(counts, dtype=torch.float64) * most
+        bounds = torch.tensor(counts, dtype=torch.float64) * most
         sums = torch.zeros(len(examples), dtype=torch.float64)
-        for batch in self._batches(examples):
-            loss, nll = self._forward(batch, total)
-            self._add(sums, batch, nll)
-            if not (torch.isfinite(sums) & (sums <= bounds)).all():
-                break
-            if self.streaming:
-                self._loss = loss if self._loss is None else self._loss + loss
-            else:
-                loss.backward()  # type: ignore[no-untyped-call]
-                point("backward")
+        with self._recording():
+            for batch in self._batches(examples):
+                loss, nll = self._forward(batch, weighting.factors)
+                self._add(sums, batch, nll)
+                if not (torch.isfinite(sums) & (sums <= bounds)).all():
+                    break
+                if self.begun == "streaming":
+                    self._loss = loss if self._loss is None else self._loss + loss
+                else:
+                    self.sweep.factors.begin_pass()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    point("backward")
         return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """By factors, the buffer is taken first, and forward and backward keep factors."""
+        if self.begun != "factors":
+            yield
+            return
+        self.sweep.reserve()
+        with self.sweep.factors.recording():
+            yield
+
+    def _dropping(self) -> AbstractContextManager[None]:
+        """In streaming: gradients are held back as when they are applied, and dropped."""
+        return self.optimizer.dropping() if self.begun == "streaming" else nullcontext()
 
     def _stream(self) -> None:
         assert self._loss is not None, "apply() without begin()"
         loss, self._loss = self._loss, None  # the graph is freed on the way
-        with self.optimizer.streaming():
+        with self.optimizer.streaming(step_scale=self._step_scale):
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
@@ -215,17 +287,22 @@ class Trainer:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
         if self.room.whole and not self.room.holds(examples):
             raise BatchError(
-                f"streaming takes one forward pass a version, of {self.room.longest} tokens at most, and these"
+                f"{self.way} takes one forward pass a version, of {self.room.longest} tokens at most, and these"
                 f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
 
-    def _forward(self, batch: Batch, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N]."""
+    def _forward(self, batch: Batch, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N].
+
+        factors: fp32, what each example's tokens are multiplied with in the loss; by default their plain sum.
+        """
         hidden = self.body(**model_inputs(batch, self.device), use_cache=False).last_hidden_state  # [B, T, H]
         before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
         picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
-        return linear_cross_entropy(picked, self.head.weight, targets, batch.weights.to(self.device) / total)
+        each = factors[batch.examples] if factors is not None else torch.ones(len(batch.examples))  # [N]
+        keep = self.sweep.factors.head_keeper(self.head.weight)
+        return linear_cross_entropy(picked, self.head.weight, targets, each.to(self.device), keep)
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
@@ -261,13 +338,14 @@ def make_trainer(
     h: Hyperparameters,
     *,
     state: torch.Tensor | None,
-    streaming: bool = False,
+    way: Way = "burst",
+    by_factors: int = 0,
     budget: int | None = None,
 ) -> Trainer:
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
     budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
-    model must be fused (`worker.model`); `room_for` says what that holds. The order of parameters, and with it the
+    model must be fused (`worker.model`); `capacity_for` says what that holds. The order of parameters, and with it the
     layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` says:
     frozen ones never have a gradient.
     """
@@ -284,7 +362,7 @@ def make_trainer(
         seed=h.seed,
         state=state,
     )
-    room = room_for(h, packed=named[0][1].is_cuda, streaming=streaming, budget=budget)
+    room = capacity_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
     return Trainer(
         model,
         optimizer,
@@ -294,5 +372,6 @@ def make_trainer(
         sizes=room.sizes,
         budget=budget or 4096,
         packed=room.packed,
-        streaming=streaming,
+        way=way,
+        by_factors=by_factors,
     )

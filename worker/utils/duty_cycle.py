@@ -1,7 +1,6 @@
 """The duty cycle: after training, the worker rests until training has taken no more than a part of the time.
 
-Worker and server share one device, so what training leaves alone is the server's. Must not know: torch, Redis, what the
-work is.
+Worker and server share one device, so what training leaves alone is the server's. Must not know: torch, Redis.
 Invariant: a rest is owed for the work that was done, never for the time that passed; time in which nothing was trained,
 for whatever reason, counts as rest.
 """

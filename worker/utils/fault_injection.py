@@ -2,7 +2,6 @@
 
 `TANDEM_FAULT=NAME` (or `NAME:K` for the K-th pass) makes `point(NAME)` a kill -9 of ourselves; with `:stop` at its end,
 a SIGSTOP, after which we hang until somebody sends SIGCONT. Unset, as in production, `point` is one dictionary look-up.
-Must not know: what the points are part of.
 """
 
 import os

@@ -1,6 +1,6 @@
 """How many CPUs nobody uses just now: what a trainer beside a busy server may take without waiting for it.
 
-Linux counts idle time for each CPU in /proc/stat. Must not know: torch, what the CPUs are for.
+Linux counts idle time for each CPU in /proc/stat. Must not know: torch.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What has to be so before torch's companions are imported: supported versions, and torchvision beside a CPU torch.
 
 `prepare()` runs in every process of the server (through vLLM's platform plugins, before anything of vLLM's imports
-torchvision) and first thing in the trainer. Must not know: weights, queues, vLLM's insides.
+torchvision) and first thing in the trainer.
 Invariants: idempotent; imports nothing heavier than torch; touches nothing when torchvision fits torch.
 """
 

@@ -4,7 +4,7 @@ A message is a 4-byte big-endian length and one msgpack map. Nothing else travel
 no message longer than `MAX_MESSAGE`. Both ends check with SO_PEERCRED that the other runs under our own uid, besides
 the permissions of the directory (0700) and the socket (0600).
 
-Must not know: what the messages mean, torch, Redis.
+Must not know: torch, Redis.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
 """The ledger: one MULTI/EXEC that says a version exists, what went into it, and settles everybody who asked for it.
 
-Must not know: torch, RQ, how a version is made. How jobs are settled comes in as a function that writes on a pipeline.
+Must not know: torch, RQ. How jobs are settled comes in as a function that writes on a pipeline.
 Invariants: `weights:version` only ever grows, and only together with its manifest, its ledger entries, its event and
-its jobs' settlement; committing the same record again changes nothing; a transcript id, once in
-`weights:ledger`, stays (a million ids of 36 characters take 96 MB of memory and 40 MB on disk in Redis 6.2.14, 96 bytes
-an id; `benchmarks/queue.py --ledger 1000000` measures it).
+its jobs' settlement; committing the same record again changes nothing; a transcript id, once in `weights:ledger`, stays
+(a million ids of 36 characters take 96 MB of memory and 40 MB on disk in Redis 6.2.14, 96 bytes an id;
+`benchmarks/queue_speed.py --ledger 1000000` measures it).
 """
 
 import json
@@ -28,7 +28,7 @@ TRIMMED_AT_ONCE = 1000
 """Manifests that one commit deletes at most: more only where they were never trimmed before."""
 
 
-class LedgerMismatch(TandemError):
+class LedgerMismatchError(TandemError):
     """Redis and the weights disagree in a way that no commit may paper over."""
 
 
@@ -41,7 +41,7 @@ class LedgerState:
 
 
 def state(connection: redis.Redis) -> LedgerState:
-    """Read version and lineage together. Raises `LedgerMismatch` when the version is not a number."""
+    """Read version and lineage together. Raises `LedgerMismatchError` when the version is not a number."""
     with connection.pipeline() as pipe:
         pipe.get(keys.VERSION)
         pipe.hget(keys.STATE, "lineage")
@@ -122,7 +122,7 @@ def _execute(pipe: Pipeline, own: int) -> None:
     that is an error nobody can mend here; a job whose own keys are broken must not hold up a version."""
     errors = [answer for answer in pipe.execute(raise_on_error=False)[:own] if isinstance(answer, Exception)]
     if errors:
-        raise LedgerMismatch(
+        raise LedgerMismatchError(
             f"Redis took a version only in part, since a weights:* key is of a wrong type: {errors[0]}"
         )
 
@@ -198,17 +198,17 @@ def _is_committed(connection: redis.Redis, record: VersionRecord) -> bool:
 def _check(now: LedgerState, record: VersionRecord, new_lineage: bool) -> None:
     version, lineage = record.version, record.lineage
     if now.version != record.base:
-        raise LedgerMismatch(
+        raise LedgerMismatchError(
             f"the weights are at version {version} and Redis is at {now.version}, which should be {record.base}:"
             " Redis lost writes, or something else changed it; restore Redis, or restart the server"
             " (tandem serve ...) and run `tandem worker --new-lineage` to count on from here"
         )
     if now.lineage not in (None, lineage) and not new_lineage:
-        raise LedgerMismatch(f"Redis counts the weights of lineage {now.lineage}, the server's are {lineage}")
+        raise LedgerMismatchError(f"Redis counts the weights of lineage {now.lineage}, the server's are {lineage}")
 
 
 def _version(raw: bytes | None) -> int:
     try:
         return int(raw or 0)
     except ValueError:
-        raise LedgerMismatch(f"Redis key {keys.VERSION} holds {raw[:40]!r}, not a version") from None  # type: ignore
+        raise LedgerMismatchError(f"Redis key {keys.VERSION} holds {raw[:40]!r}, not a version") from None  # type: ignore

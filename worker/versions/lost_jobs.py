@@ -1,8 +1,9 @@
 """Ids that the worker found on the queue without a job: Redis evicted it, or somebody deleted it.
 
-They lie in `weights:lost` (id -> when it was found), where a producer's `status` and `wait` see them.
-Must not know: RQ, how jobs are taken. Invariants: bounded, since whoever may push on the queue chooses the ids; an id
-with a job, or in the ledger, is never reported lost (readers look there first).
+They lie in `weights:lost` (id -> when it was found), where a producer's `status` and `wait` see them. Must not know:
+RQ.
+Invariants: bounded, since whoever may push on the queue chooses the ids; an id with a job, or in the ledger, is never
+reported lost (readers look there first).
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""Training on hold: a switch in Redis that every worker looks at between batches, while the server goes on serving.
+"""Training paused: a switch in Redis that every worker looks at between batches, while the server goes on serving.
 
 It lies in `weights:state` (fields `hold`, `hold_at`), survives workers and servers, and is said in `weights:events`.
-Must not know: torch, RQ, why training is held.
-Invariants: whoever holds says why; a hold ends only when somebody resumes; no job is lost or failed by it.
+Must not know: torch, RQ.
+Invariants: whoever pauses says why; a pause ends only when somebody resumes; no job is lost or failed by it.
 """
 
 import time
@@ -12,17 +12,17 @@ from typing import Any
 import redis
 
 from producer import keys
-from worker.config.protocol import Unavailable
+from worker.config.protocol import UnavailableError
 from worker.versions import ledger
 
 REASON, AT = "hold", "hold_at"
 """Fields of `weights:state`."""
 POLL = 1.0
-"""Seconds between two looks while training is held."""
+"""Seconds between two looks while training is paused."""
 
 
-def hold(connection: redis.Redis, reason: str) -> None:
-    """Hold training, from the next batch on; `reason` is one sentence for a person. A second reason replaces it."""
+def pause(connection: redis.Redis, reason: str) -> None:
+    """Pause training, from the next batch on; `reason` is one sentence for a person. A second reason replaces it."""
     at = ledger.utc()
     with connection.pipeline() as pipe:
         pipe.hset(keys.STATE, mapping={REASON: reason, AT: at})
@@ -31,8 +31,8 @@ def hold(connection: redis.Redis, reason: str) -> None:
 
 
 def resume(connection: redis.Redis) -> str | None:
-    """End the hold; its reason, or None when there was none."""
-    found = held(connection)
+    """End the pause; its reason, or None when there was none."""
+    found = pause_reason(connection)
     if found is not None:
         with connection.pipeline() as pipe:
             pipe.hdel(keys.STATE, REASON, AT)
@@ -41,8 +41,8 @@ def resume(connection: redis.Redis) -> str | None:
     return found
 
 
-def held(connection: redis.Redis) -> str | None:
-    """Why training is held, or None."""
+def pause_reason(connection: redis.Redis) -> str | None:
+    """Why training is paused, or None."""
     found: Any = connection.hget(keys.STATE, REASON)
     return found.decode(errors="replace") if found is not None else None
 
@@ -55,20 +55,21 @@ def wait(
     tell: Callable[[str], None],
     poll: float = POLL,
 ) -> None:
-    """Return at once unless training is held; else when it is resumed, or `stopping()` says so. tell: for one sentence.
+    """Return at once unless training is paused; else when it is resumed, or `stopping()` says so. tell: for one
+    sentence.
 
-    Raises `Unavailable` with burst, because nobody may come to resume.
+    Raises `UnavailableError` with burst, because nobody may come to resume.
     """
-    reason = held(connection)
+    reason = pause_reason(connection)
     if reason is None:
         return
-    sentence = f"training is on hold: {reason}; `tandem resume` ends it"
+    sentence = f"training is paused: {reason}; `tandem resume` ends it"
     if burst:
-        raise Unavailable(sentence)
+        raise UnavailableError(sentence)
     tell(sentence)
     while not stopping():
         time.sleep(poll)
-        if held(connection) is None:
+        if pause_reason(connection) is None:
             tell("training goes on")
             return
 

@@ -1,6 +1,6 @@
 """At the start of a worker: do the weights and Redis tell the same story, and if not, may we mend it?
 
-Must not know: torch, RQ, how the header is stored, how a batch is trained.
+Must not know: torch, RQ.
 Invariants: the weights are the truth (the header lives and dies with them); nothing is ever trained or untrained here;
 `decide` is pure; what is refused leaves Redis and the header as they were.
 """
@@ -19,7 +19,7 @@ from worker.versions import ledger
 RESTART = "restart the server (tandem serve ...), then run `tandem worker --new-lineage`"
 
 
-class Irreconcilable(TandemError):
+class IrreconcilableError(TandemError):
     """Weights and Redis disagree in a way only a person may settle; the message has the facts and the way out."""
 
 
@@ -42,7 +42,7 @@ def decide(
     """
     lineage, version = header["lineage"], header["version"]
     if header["state"] != "CLEAN":
-        raise Irreconcilable(
+        raise IrreconcilableError(
             f"the weights are torn: a worker died while writing version {version + 1} (header {header['state']},"
             f" lineage {lineage}), and they were not restored: {RESTART}"
         )
@@ -53,7 +53,7 @@ def decide(
     if known.version == 0 and version == 0:
         return Decision("introduce", 0, f"new weights, lineage {lineage}; Redis had no versions of lineage {other}")
     if not new_lineage:
-        raise Irreconcilable(
+        raise IrreconcilableError(
             f"{facts} of lineage {other}: the server was restarted (or is another), and what was learned is not in"
             " its weights. Go on from the weights as they are with `tandem worker --new-lineage`: they become version"
             f" {known.version + 1}, and transcripts in the ledger are not trained again"
@@ -81,17 +81,17 @@ def _same_lineage(
         return Decision("commit", version, f"{many.format(version)} in the weights but not in Redis")
     if version == known.version + 1:
         found = "none" if record is None else f"of version {record.version}, lineage {record.lineage}"
-        raise Irreconcilable(f"{facts}, and the batch record beside the weights is {found}: {RESTART}")
+        raise IrreconcilableError(f"{facts}, and the batch record beside the weights is {found}: {RESTART}")
     if version == 0 and kind == "lineage":
         return Decision("adopt", known.version, f"lineage {lineage} goes on as version {known.version}")
     if known.lineage is None and new_lineage:
         return Decision("lineage", known.version + 1, f"Redis was empty; lineage {lineage} is counted on from 1")
     if version > known.version:
-        raise Irreconcilable(
+        raise IrreconcilableError(
             f"{facts}: Redis lost {version - known.version} versions (restored from an old copy, or emptied), and"
             f" their transcripts could be trained twice. Restore Redis, or {RESTART}"
         )
-    raise Irreconcilable(
+    raise IrreconcilableError(
         f"{facts} of the same lineage: the weights are older than what Redis counted, so what was learned since is"
         f" not in them: {RESTART}"
     )

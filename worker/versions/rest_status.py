@@ -1,6 +1,6 @@
 """The worker's rest between two batches, as its duty cycle asks, said in Redis while it lasts.
 
-It lies in `weights:state` (fields `rest_until`, `duty_cycle`). Must not know: torch, RQ, what is trained.
+It lies in `weights:state` (fields `rest_until`, `duty_cycle`). Must not know: torch, RQ.
 Invariants: nothing that was trained waits for it to be committed; a stop is heard within `POLL` seconds.
 """
 

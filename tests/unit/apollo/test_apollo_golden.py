@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.apollo import ApolloError, ApolloMini, NonFiniteGradient
+from worker.apollo import ApolloError, ApolloMini, NonFiniteGradientError
 
 SHAPES = [(5, 7), (7, 5), (1, 7), (300, 1), (33, 33), (130, 70), (70, 130), (64, 520), (520, 64), (8, 1025)]
 STEPS, GAP = 23, 5
@@ -277,7 +277,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named(bad: float) -> None:
     optimizer.step(grads=gradients[0])
     before, state = [p.detach().clone() for _, p in parameters], optimizer.area.memory.clone()
     gradients[1][2][17] = bad
-    with pytest.raises(NonFiniteGradient, match="p2") as raised:
+    with pytest.raises(NonFiniteGradientError, match="p2") as raised:
         optimizer.step(grads=gradients[1])
     assert raised.value.parameter == "p2"
     assert torch.equal(optimizer.area.memory, state)
@@ -346,6 +346,87 @@ def check_update_rms(device: str) -> None:
 
 def test_update_rms() -> None:
     check_update_rms(CPU)
+
+
+def check_step_scale(device: str) -> None:
+    """It multiplies the step and nothing else: from weights of zero the step is the weights, and half of it exact."""
+    shapes = [(64, 32), (24, 48), (20,), (6, 1, 4)]
+    gradients = given_gradients(shapes, 3)
+
+    def taught(*scales: float, front: bool = False) -> tuple[list[Tensor], Tensor, float]:
+        """All steps but the last at full length; what the last one moved, the state, and its RMS."""
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+        optimizer = ApolloMini(parameters, lr=1e-3, scale_front=front)
+        for scale, step in zip(scales, gradients, strict=False):
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.zero_()
+            optimizer.step(grads=[g.to(device) for g in step], step_scale=scale)
+        moved = [p.detach().cpu() for p in parameters]
+        return moved, optimizer.area.memory.clone(), optimizer.last_update.update_rms
+
+    for front in (False, True):
+        for before in ((), (1.0,), (1.0, 1.0)):
+            whole, memory, rms = taught(*before, 1.0, front=front)
+            half, half_memory, half_rms = taught(*before, 0.5, front=front)
+            assert all(w.abs().min() > 0 and torch.equal(h, w / 2) for h, w in zip(half, whole, strict=True))
+            assert torch.equal(memory, half_memory), "moments and the limiter see the gradient alone"
+            assert math.isclose(half_rms, rms / 2, rel_tol=1e-6)
+            tiny, _, tiny_rms = taught(*before, 1e-6, front=front)
+            assert all(torch.allclose(t, w * 1e-6, rtol=1e-5, atol=0) for t, w in zip(tiny, whole, strict=True))
+            assert math.isclose(tiny_rms, rms * 1e-6, rel_tol=1e-5)
+            assert not any(w.any() for w in taught(*before, 0.0, front=front)[0])
+        # A short step before does not shorten the next one.
+        assert all(torch.equal(a, b) for a, b in zip(taught(1e-6, 1.0)[0], taught(1.0, 1.0)[0], strict=True))
+
+
+def check_step_scale_in_every_way(device: str) -> None:
+    """Burst, streaming and hooks agree bit for bit, weight decay and stochastic rounding included."""
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(4)
+        layers = torch.nn.Linear(24, 40), torch.nn.Tanh(), torch.nn.Linear(40, 8), torch.nn.LayerNorm(8)
+        return torch.nn.Sequential(*layers).to(device, torch.bfloat16)
+
+    models = [model() for _ in range(4)]
+    burst, pieces, hooks, unscaled = (ApolloMini(m.named_parameters(), lr=1e-2, weight_decay=0.1) for m in models)
+    for seed, scale in enumerate([0.5, 1.0, 0.125]):
+        x = torch.randn(5, 24, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
+        for one in (models[0], models[1], models[3]):
+            one.zero_grad()
+            one(x).float().square().sum().backward()
+        burst.step(step_scale=scale)
+        pieces.begin(scale)
+        for parameter in reversed(list(models[1].parameters())):
+            pieces.update(parameter)
+        pieces.finish()
+        with hooks.streaming(700, step_scale=scale):
+            models[2](x).float().square().sum().backward()
+        unscaled.step()
+    for ours, *others in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(ours, others[0]) and torch.equal(ours, others[1]) and not torch.equal(ours, others[2])
+
+
+def test_step_scale() -> None:
+    check_step_scale(CPU)
+
+
+def test_step_scale_in_every_way() -> None:
+    check_step_scale_in_every_way(CPU)
+
+
+@pytest.mark.parametrize("scale", [-0.5, math.nan, math.inf])
+def test_a_step_scale_that_makes_no_sense_is_refused_before_anything_changes(scale: float) -> None:
+    parameter = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = ApolloMini([("w", parameter)], lr=1e-3)
+    before = optimizer.area.memory.clone()
+    with pytest.raises(ApolloError, match="step_scale"):
+        optimizer.step(grads=[torch.ones(8, 8)], step_scale=scale)
+    with pytest.raises(ApolloError, match="step_scale"), optimizer.streaming(step_scale=scale):
+        raise AssertionError("the block must not be entered")
+    assert torch.equal(parameter.detach(), torch.ones(8, 8)) and torch.equal(before, optimizer.area.memory)
+    optimizer.step(grads=[torch.ones(8, 8)])
+    assert optimizer.step_count == 1
 
 
 def test_what_it_refuses_names_the_parameter() -> None:

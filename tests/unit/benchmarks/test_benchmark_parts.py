@@ -27,6 +27,7 @@ from shapes import text_config, text_facts, write_shape
 from texts import build, conversation, random_examples, text_builder
 from transformers import AutoTokenizer
 
+from worker.memory.planner import Way
 from worker.shared_weights import bind
 from worker.utils import torch_setup
 
@@ -63,7 +64,8 @@ def test_contestants_train_the_same_weights_and_keep_nothing(tmp_path: Path) -> 
     assert tensors["model.norm.weight"].abs().max() == 0
     peers = make_peers(folder, tensors)
     model, tokenizer = bind.build_model(folder, tensors), AutoTokenizer.from_pretrained(folder)
-    ours = [Ours(model, tokenizer, streaming=streaming, budget=256) for streaming in (True, False)]
+    ways: tuple[Way, ...] = ("streaming", "factors", "burst")
+    ours = [Ours(model, tokenizer, way=way, budget=256) for way in ways]
     examples = random_examples([64, 64], 4096, seed=1)
     for one in [*ours, *peers]:
         before = tensors["lm_head.weight"].clone()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.checkpoint.ancestry import CannotRebuild, ancestry, contained, perhaps_in, trace
+from worker.checkpoint.ancestry import RebuildError, ancestry, contained, perhaps_in, trace
 from worker.checkpoint.journal import Entry
 from worker.checkpoint.snapshots import Trained
 
@@ -80,5 +80,5 @@ def test_a_plan_goes_back_to_what_can_be_loaded() -> None:
     assert [one.version for one in trace(BRANCHED, 5, unusable)[1]] == [5]
     assert trace(BRANCHED, 6, unusable)[0] == 0
     pruned = {v: one for v, one in BRANCHED.items() if v > 4}
-    with pytest.raises(CannotRebuild, match=r"version 5 cannot be made.*back to version 4, and it has no checkpoint"):
+    with pytest.raises(RebuildError, match=r"version 5 cannot be made.*back to version 4, and it has no checkpoint"):
         trace(pruned, 5, lambda version: "it has no checkpoint")

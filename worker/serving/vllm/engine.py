@@ -1,7 +1,6 @@
 """The few things that Tandem asks of vLLM's engine: stand still, go on, drop all requests. Each call has a bound.
 
-Must not know: the header, trainers, HTTP. Uses of vLLM's EngineClient are its public methods; what is private of it is
-handed in.
+Must not know: the header. Uses of vLLM's EngineClient are its public methods; what is private of it is handed in.
 """
 
 import asyncio

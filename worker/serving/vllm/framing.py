@@ -1,7 +1,7 @@
 """Messages of the control socket on asyncio's streams: bounded in size and in time, from our own user alone.
 
-Must not know: what the messages say. Invariant: whatever the other side sends or fails to read ends in a WireError or a
-TimeoutError, never in waiting for ever.
+Invariant: whatever the other side sends or fails to read ends in a WireError or a TimeoutError, never in waiting for
+ever.
 """
 
 import asyncio

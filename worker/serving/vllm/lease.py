@@ -10,7 +10,6 @@ beside the weights says what the holder left:
 
 While a holder that was too late is still connected, no other trainer is let in: two would have the weights open.
 
-Must not know: tensors, sockets, HTTP.
 Invariant: requests run only under a CLEAN header, unless the trainer asked for hogwild.
 """
 

@@ -4,8 +4,7 @@ The loader is fed meta tensors (shapes without data). A write is understood when
 unchanged in layout, into a piece of a parameter, or fills a piece with zeros (vocabulary padding). Anything else,
 such as a permuted or computed value, is refused by the parameter's name: the trainer could not train it in place.
 
-Checked on the Qwen3.5 loaders of vLLM 0.26.0 and 0.32.0.
-Must not know: which names are fed, vLLM, transformers.
+Checked on the Qwen3.5 loaders of vLLM 0.26.0 and 0.32.0. Must not know: vLLM, transformers.
 """
 
 from bisect import bisect_right

@@ -10,7 +10,8 @@ shape. So is a request that was inside when they tore, however late its answer c
 A request's body is read here, whole, before the request waits, counts or reaches vLLM: a body that is sent slowly, or
 never to its end, holds up nobody.
 
-Must not know: vLLM, the control socket. Invariant: bodies are not touched, but for the end of a stream.
+Must not know: vLLM.
+Invariant: bodies are not touched, but for the end of a stream.
 """
 
 import json

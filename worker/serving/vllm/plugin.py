@@ -2,7 +2,7 @@
 
 vLLM loads the first two in every one of its processes wherever Tandem is installed, also under a plain `vllm serve`:
 there they return at once. `tandem serve` sets TANDEM_SERVE. Imports here are local: loading this module costs nothing.
-Must not know: what an update is. Invariant: every function may run many times in a process.
+Invariant: every function may run many times in a process.
 """
 
 from __future__ import annotations

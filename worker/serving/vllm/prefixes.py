@@ -6,8 +6,9 @@ later find nothing of before, while running ones keep all they have. What those 
 old epoch. Why not forget the hashes of cached blocks instead: a running request would file the states that it computes
 later, from old keys, under hashes that a new request asks for.
 
-Must not know: vLLM, requests. Invariants: an epoch never spans more than `max_age` versions; no two epochs, also of two
-servers that share an outer cache, have the same salt; a user's own salt stays in force within an epoch.
+Must not know: vLLM.
+Invariants: an epoch never spans more than `max_age` versions; no two epochs, also of two servers that share an outer
+cache, have the same salt; a user's own salt stays in force within an epoch.
 """
 
 import uuid

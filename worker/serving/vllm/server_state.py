@@ -1,10 +1,10 @@
 """What the API process knows of the weights: their version, and whether requests may run.
 
-One event loop touches it (vLLM's), so there are no locks. Must not know: vLLM, sockets, HTTP.
-Invariants: serving <-> paused -> torn -> serving, the last once the weights are whole again, and never when the
-engine has ended; serving -> torn when the weights were being written under the requests (hogwild) and their writer was
-lost; the version only moves while paused or torn, before requests run again; `running` is set exactly when a request
-may start or must be told that it cannot.
+One event loop touches it (vLLM's), so there are no locks. Must not know: vLLM, sockets.
+Invariants: serving <-> paused -> torn -> serving, the last once the weights are whole again, and never when the engine
+has ended; serving -> torn when the weights were being written under the requests (hogwild) and their writer was lost;
+the version only moves while paused or torn, before requests run again; `running` is set exactly when a request may
+start or must be told that it cannot.
 """
 
 import asyncio

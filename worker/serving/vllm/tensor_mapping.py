@@ -4,8 +4,8 @@ No dimension and no layer is written down: the names and shapes come from transf
 from watching vLLM's `load_weights` (`recorder`).
 
 Invariants: every element of every parameter that is not frozen is covered exactly once, by a tensor or by named
-vocabulary padding; every tensor is one contiguous block of rows; the parameters are bit-identical afterwards.
-Must not know: how memory is shared, Redis.
+vocabulary padding; every tensor is one contiguous block of rows; the parameters are bit-identical afterwards. Must not
+know: Redis.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,7 @@
 """The server's flags under which weights cannot be shared, or not soundly, each refused by name before anything else.
 
-vLLM's configuration objects are read here only as plain attributes; checked on 0.26.0 and 0.32.0.
-Must not know: memory, sockets, torch.
+vLLM's configuration objects are read here only as plain attributes; checked on 0.26.0 and 0.32.0. Must not know:
+sockets, torch.
 """
 
 import os
@@ -21,19 +21,19 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy", "instanttensor", "runai_streamer
 """Formats that put plain safetensors checkpoints (or random values) into parameters of the server's own."""
 
 
-class RefusedFlag(TandemError):
+class RefusedFlagError(TandemError):
     """The server was started in a way that keeps its weights from being shared and trained."""
 
 
 def refuse_unshareable(vllm_config: Any, device_type: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise `RefusedFlag` naming every flag of `vllm_config` (a vLLM VllmConfig) that stands in the way."""
+    """Raise `RefusedFlagError` naming every flag of `vllm_config` (a vLLM VllmConfig) that stands in the way."""
     reasons = [*_parallel(vllm_config.parallel_config), *_model(vllm_config), *_memory(vllm_config)]
     reasons += _caches(vllm_config)
     reasons += _compiler(vllm_config.compilation_config.inductor_compile_config, device_type, environment)
     if device_type == "cuda":
         reasons += _allocator(environment)
     if reasons:
-        raise RefusedFlag("the weights of this server cannot be trained: " + "; ".join(reasons))
+        raise RefusedFlagError("the weights of this server cannot be trained: " + "; ".join(reasons))
 
 
 def _parallel(config: Any) -> Iterator[str]:

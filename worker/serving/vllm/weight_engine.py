@@ -4,8 +4,7 @@ vLLM constructs `TandemWeightEngine` in its worker process, right after load_mod
 --weight-transfer-config '{"backend": "tandem"}' (vLLM 0.26 to 0.33; the base class is public and abstract).
 
 Invariants: parameters keep name, identity, shape, strides, dtype and values; whatever cannot be shared or mapped is
-refused here, before the server answers its first request.
-Must not know: Redis, what a trainer does with the weights.
+refused here, before the server answers its first request. Must not know: Redis.
 """
 
 import atexit
@@ -31,7 +30,7 @@ from worker.utils import unix_socket
 from worker.utils.torch_setup import check_versions
 
 
-class SharedNotSent(TandemError):
+class SharedNotSentError(TandemError):
     """Somebody asked vLLM to receive weights, but this server's weights are shared and trained in place."""
 
 
@@ -100,7 +99,7 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> NoReturn:
         """Refused: nothing is sent to this server."""
-        raise SharedNotSent(
+        raise SharedNotSentError(
             "this server's weights are shared and trained in place: start it without --weight-transfer-config"
             ' \'{"backend": "tandem"}\' to send it weights'
         )
@@ -132,7 +131,7 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> NoReturn:
         """Refused, as `parse_init_info`; abstract in vLLM 0.26, gone later."""
-        raise SharedNotSent("this server's weights are shared and trained in place: nothing is sent to it")
+        raise SharedNotSentError("this server's weights are shared and trained in place: nothing is sent to it")
 
 
 def _optimizer_bytes(mapping: Mapping) -> int:

@@ -5,7 +5,7 @@ fence; {"op": "revoke"} -> the same, with the fence moved: every lease given so 
 It answers while the engine is busy and whether or not a trainer lives: it takes no lock of vLLM's and does no work of
 its own beyond one 64-byte copy.
 
-Must not know: vLLM, what the description holds.
+Must not know: vLLM.
 """
 
 import logging

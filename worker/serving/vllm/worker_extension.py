@@ -1,7 +1,7 @@
 """A method that vLLM's worker class gains (`--worker-extension-cls`): wait until the device is idle.
 
 vLLM 0.26 reports a pause while the last kernels may still run; newer versions synchronize by themselves, where this
-costs one empty round trip. Must not know: anything else.
+costs one empty round trip.
 """
 
 import torch

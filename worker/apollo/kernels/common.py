@@ -1,0 +1,44 @@
+"""What the kernels share: typed pointers, sums that one thread holds, the moments and the step's size."""
+
+# mypy: disable-error-code=no-untyped-def
+import triton
+import triton.language as tl
+
+from worker.apollo.kernels.columns import BETA1, BETA2, EPS, RATE
+
+
+@triton.jit
+def pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    typed = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        typed = tl.multiple_of(typed, 16)
+    return typed
+
+
+@triton.jit
+def fold(x, ROWS_: tl.constexpr, COLS_: tl.constexpr):
+    """Sums of 8 neighbours, which one thread holds: [ROWS_, COLS_] -> [ROWS_, COLS_ // 8]."""
+    return tl.sum(tl.reshape(x, [ROWS_, COLS_ // 8, 8]), 2)
+
+
+@triton.jit
+def moments(m, v, r, knob):
+    """formulas.update_moments and formulas.normalised."""
+    beta1, beta2 = tl.load(knob + BETA1), tl.load(knob + BETA2)
+    m = beta1.to(tl.float32) * m + (1 - beta1).to(tl.float32) * r
+    v = beta2.to(tl.float32) * v + (1 - beta2).to(tl.float32) * (r * r)
+    return m, v, tl.div_rn(m, tl.sqrt_rn(v) + tl.load(knob + EPS).to(tl.float32))
+
+
+@triton.jit
+def step_size(knob, t):
+    """formulas.step_size: rate * sqrt(1 - b2^t) / (1 - b1^t), in float64."""
+    beta1, beta2 = tl.load(knob + BETA1), tl.load(knob + BETA2)
+    power1, power2 = beta1 * 0 + 1, beta2 * 0 + 1
+    while t > 0:
+        power1 *= tl.where(t & 1 == 1, beta1, 1.0)
+        power2 *= tl.where(t & 1 == 1, beta2, 1.0)
+        beta1 *= beta1
+        beta2 *= beta2
+        t = t >> 1
+    return tl.load(knob + RATE) * tl.sqrt(1 - power2) / (1 - power1)

@@ -1,0 +1,278 @@
+"""Keeps a matrix's gradient as its factors: dW = dY^T X is not formed in backward, its X and dY are remembered instead.
+
+    factors = GradientFactors(model)
+    with factors.recording():          # forward and backward; one `begin_pass` before each backward
+        factors.begin_pass()
+        loss.backward()
+    factors.of(weight).write(out)      # the very bits that backward would have put into `weight.grad`
+
+For T tokens the factors of a matrix take T (rows + cols) numbers in place of rows * cols. Linear layers, the embeddings
+and the output head are kept in this way; every other parameter has its gradient as ever.
+
+Must not know: the optimizer.
+Invariants: outside `recording` the model computes what it computed before. A product is the call of torch.mm that
+autograd would have made, on the same operands in the same layout. Of a layer that is computed again in backward, the
+inputs kept are those of the second time: the first ones were dropped.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Keep = Callable[[Tensor, Tensor], None]
+"""Takes dY [T, rows] and X [T, cols]."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """left^T right, rows `first` and following of a gradient. left: dY [T, rows]; right: X [T, cols]."""
+
+    left: Tensor
+    right: Tensor
+    first: int = 0
+
+    def write(self, out: Tensor) -> None:
+        """Into its rows of `out` [rows of the whole matrix, cols], of the factors' dtype."""
+        torch.mm(self.left.t(), self.right, out=out[self.first : self.first + self.left.shape[1]])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An embedding's gradient: zero but for `rows`, int64 [U] and all different, which are `values` [U, cols]."""
+
+    rows: Tensor
+    values: Tensor
+
+    @staticmethod
+    def of(ids: Tensor, gradient: Tensor, padding: int | None) -> "Rows":
+        """ids: the tokens looked up, int64 [T]; gradient: that of the rows found, [T, cols]; padding: an id that gets
+        none. Sums in the order in which torch's embedding does."""
+        rows, places = torch.unique(ids, return_inverse=True)
+        skipped = -1
+        if padding is not None:  # -1 means none to torch; any other number chooses another kernel
+            known = (rows == padding).nonzero()
+            skipped = int(known[0]) if len(known) else len(rows)
+        values = torch.ops.aten.embedding_dense_backward(gradient, places, len(rows), skipped, False)
+        return Rows(rows, values)
+
+    def write(self, out: Tensor) -> None:
+        """Fill `out` [rows of the whole matrix, cols]."""
+        out.zero_().index_copy_(0, self.rows, self.values)
+
+    def add(self, out: Tensor) -> None:
+        """Add to `out` as autograd adds a second gradient: rounded once, to its dtype."""
+        out.index_add_(0, self.rows, self.values)
+
+
+@dataclass
+class Factors:
+    """Of one matrix: for each backward pass, what it left. A tied table has the head's products and the lookup."""
+
+    weight: Tensor
+    passes: list[tuple[list[Product], list[Rows]]] = field(default_factory=list)
+
+    def write(self, out: Tensor) -> None:
+        """The gradient, into `out` of the weight's shape and dtype. More than one pass takes memory for one more."""
+        first, *others = self.passes
+        self._write_pass(first, out)
+        for products in others:
+            more = torch.empty_like(out)
+            self._write_pass(products, more)
+            out += more
+
+    @property
+    def nbytes(self) -> int:
+        """Of the factors; an input that several matrices share is counted for each."""
+        return sum(
+            sum(p.left.nbytes + p.right.nbytes for p in products) + sum(r.values.nbytes for r in rows)
+            for products, rows in self.passes
+        )
+
+    def squares(self, inputs: dict[int, Tensor] | None = None) -> Tensor | None:
+        """The gradient's squared norm (fp64 scalar on its device) from T x T products, where that is less work than the
+        gradient itself and there was one pass; else None.
+
+        inputs: X X^T by the address of X, for matrices that share their input; it is added to.
+        """
+        if len(self.passes) != 1:
+            return None
+        products, rows = self.passes[0]
+        tokens = max((len(p.left) for p in products), default=0)
+        height, width = self.weight.shape
+        if tokens * (height + width) > height * width:
+            return None
+        total: Any = 0.0
+        if products:
+            outputs = sum((_gram(p.left) for p in products[1:]), _gram(products[0].left))
+            known, x = inputs if inputs is not None else {}, products[0].right
+            if x.data_ptr() not in known:
+                known[x.data_ptr()] = _gram(x)
+            total = total + (outputs * known[x.data_ptr()]).sum(dtype=torch.float64)
+        for some in rows:
+            values = some.values.float()
+            total = total + values.square().sum(dtype=torch.float64)
+            for product in products:  # twice the inner product, of which only the looked-up rows are not zero
+                total = total + 2 * (_rows_of(product, some.rows) * values).sum(dtype=torch.float64)
+        return total
+
+    @staticmethod
+    def _write_pass(parts: tuple[list[Product], list[Rows]], out: Tensor) -> None:
+        products, rows = parts
+        for product in products:
+            product.write(out)
+        for i, some in enumerate(rows):
+            if i or products:
+                some.add(out)
+            else:
+                some.write(out)
+
+
+def factors_of(model: Any) -> "GradientFactors":
+    """The one of `model`: its layers are wrapped once, however many trainers it has."""
+    if not isinstance(known := getattr(model, "_gradient_factors", None), GradientFactors):
+        known = model._gradient_factors = GradientFactors(model)
+    return known
+
+
+class GradientFactors:
+    """The factors of `model`, a transformers causal language model, whose linear layers it wraps.
+
+    A matrix that several linear layers share, or of a dtype that is not the activations', is left to autograd.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._kept: dict[int, Factors] = {}
+        self._recording = False
+        self._passes = 0
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        modules = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        users: dict[int, int] = {}
+        for module in modules:
+            users[id(module.weight)] = users.get(id(module.weight), 0) + 1
+        apart = {id(head.weight), id(table.weight)}
+        for module in modules:
+            if users[id(module.weight)] == 1 and id(module.weight) not in apart:
+                module.forward = MethodType(self._linear(module.forward), module)  # type: ignore[method-assign]
+                apart.add(id(module.weight))
+        table.forward = MethodType(self._embedding(table.forward), table)
+        self._taken = apart
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether the gradient of `weight` is kept as factors while recording."""
+        return id(weight) in self._taken and weight.requires_grad
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, forward and backward keep factors; those of earlier blocks stay until `forget`."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def begin_pass(self) -> None:
+        """A backward pass begins: gradients of different passes are rounded before they are added up."""
+        self._passes += 1
+
+    def of(self, weight: Tensor) -> Factors | None:
+        """What was kept of it; None if nothing was."""
+        return self._kept.get(id(weight))
+
+    def forget(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+        self._passes = 0
+
+    def head_keeper(self, weight: Tensor) -> Callable[[Tensor, Tensor, int], None] | None:
+        """For the loss: takes (gradient of a block of logits [N, B], hidden [N, H], the block's first row); None while
+        the head's gradient is wanted as ever."""
+        if not self._recording or not self.takes(weight):
+            return None
+        return lambda left, right, first: self._keep(weight, Product(left, right, first))
+
+    def _keep(self, weight: Tensor, part: Product | Rows) -> None:
+        entry = self._kept.setdefault(id(weight), Factors(weight))
+        if len(entry.passes) < self._passes:
+            entry.passes.append(([], []))
+        products, rows = entry.passes[-1]
+        if isinstance(part, Product):
+            products.append(part)
+        else:
+            rows.append(part)
+
+    def _linear(self, plain: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        def forward(module: Any, x: Tensor) -> Tensor:
+            weight = module.weight
+            if not (self._recording and torch.is_grad_enabled() and weight.requires_grad):
+                return plain(x)
+            return _Linear.apply(x, weight, module.bias, lambda dy, x: self._keep(weight, Product(dy, x)))  # type: ignore[no-any-return]
+
+        return forward
+
+    def _embedding(self, plain: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        def forward(module: Any, ids: Tensor) -> Tensor:
+            weight = module.weight
+            if not (self._recording and torch.is_grad_enabled() and weight.requires_grad):
+                return plain(ids)
+
+            def keep(gradient: Tensor, ids: Tensor) -> None:
+                self._keep(weight, Rows.of(ids, gradient, module.padding_idx))
+
+            return _Embedding.apply(weight, ids, keep)  # type: ignore[no-any-return]
+
+        return forward
+
+
+class _Linear(torch.autograd.Function):
+    """functional.linear whose weight gets no gradient: what it would be made of goes to `keep`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.keep = keep
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dy = outer.reshape(-1, weight.shape[0])  # [T, rows]
+        ctx.keep(dy, x.reshape(-1, weight.shape[1]))
+        dx = (dy @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, dy.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """functional.embedding in the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, keep: Keep) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.keep = keep
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        ctx.keep(outer.reshape(-1, outer.shape[-1]), ids.reshape(-1))
+        return None, None, None
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x x^T [T, T] in fp32, summed in fp32: rounded to bf16 the terms of a norm would no longer cancel."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, x.t(), out_dtype=torch.float32)
+    return torch.mm(x.float(), x.float().t())
+
+
+def _rows_of(product: Product, rows: Tensor) -> Tensor:
+    """These rows, int64 [U], of the whole matrix's product: fp32 [U, cols], zero where it has none of them."""
+    inside = (rows >= product.first) & (rows < product.first + product.left.shape[1])
+    place = (rows - product.first).clamp(0, product.left.shape[1] - 1)
+    left = product.left[:, place].float() * inside
+    return left.t() @ product.right.float()

@@ -1,0 +1,126 @@
+"""A session: one trainer on the weights that one server is serving, from its first connection to its last.
+
+    with open_session(run_dir, name, h, state_dir=...) as session:
+        update = LiveUpdate(session, ...)            # trains versions
+        roll_back(connection, session, 118)          # makes one again
+
+`tandem worker`, `tandem rollback` and `tandem train --attach` begin with one.
+Invariants: whoever has a session is the server's only trainer; its weights are whole (torn or restarted ones were
+brought back before); nothing is missing in it and nothing is put into it later.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from producer.errors import TandemError
+from worker.checkpoint.manager import CheckpointManager
+from worker.checkpoint.replay import make_deterministic
+from worker.checkpoint.state_dir import StateDir, default_state_dir
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.protocol import UnavailableError
+from worker.config.retention import Policy
+from worker.config.update_options import MAX_TOKENS, ApplySettings
+from worker.data.batch_capacity import capacity_for
+from worker.data.examples import ExampleBuilder
+from worker.orchestrator.recovery import mend_weights
+from worker.orchestrator.reports import sentence
+from worker.serving.control_client import ServerControl
+from worker.shared_weights.attach import AttachedWeights, attach
+from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
+from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.utils import torch_setup
+from worker.versions import ledger
+
+log = logging.getLogger("tandem")
+
+
+@dataclass
+class Session:
+    """h, settings: how new versions are trained. trainer: on the live weights; `renew_trainer` replaces it."""
+
+    control: ServerControl
+    weights: AttachedWeights
+    manager: CheckpointManager
+    builder: ExampleBuilder
+    trainer: Trainer
+    h: Hyperparameters
+    settings: ApplySettings
+
+    def check(self) -> None:
+        """Raises `UnavailableError` when the server has gone."""
+        try:
+            self.control.state()
+        except TandemError as error:
+            raise UnavailableError(
+                f"{error}. Start it again, then the worker: it brings the server back to what it had learnt"
+            ) from error
+
+    def renew_trainer(self) -> None:
+        """The weights were made again: the optimizer's step count beside them is another now."""
+        self.trainer = self.manager.rebuilder.make_trainer(self.h)
+
+
+@contextlib.contextmanager
+def open_session(
+    run_dir: Path,
+    name: str,
+    h: Hyperparameters,
+    *,
+    state_dir: Path | None = None,
+    policy: Policy | None = None,
+    known: ledger.LedgerState | None = None,
+    new_lineage: bool = False,
+    settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
+    max_tokens: int = MAX_TOKENS,
+) -> Iterator[Session]:
+    """A session with the server of `run_dir`, until the end of the block.
+
+    Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
+    state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
+    was asked. max_tokens: most of a version.
+    """
+    torch_setup.prepare()
+    with contextlib.ExitStack() as stack:
+        control = stack.enter_context(ServerControl(run_dir, name))
+        with growing_segments():
+            weights = attach(run_dir)
+            torch.empty(1, device=weights.state.device)
+        state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path)))
+        make_deterministic(weights.state.device)
+        model = weights.build_model()
+        tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
+        builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
+        device, settings = weights.state.device, within_share(settings, control.trainer_bytes)
+        keep_within(settings, device)
+        chosen = choose_way(model, weights.model_path, h, settings, max_tokens, device)
+        # Whatever is trained again, is trained in the way that new versions are.
+        make = partial(
+            make_trainer,
+            model,
+            list(model.named_parameters()),
+            tokenizer,
+            state=weights.state,
+            way=chosen.way,
+            by_factors=chosen.by_factors,
+            budget=chosen.budget,
+        )
+        room = partial(
+            capacity_for,
+            packed=weights.state.is_cuda,
+            way=chosen.way,
+            by_factors=chosen.by_factors,
+            budget=chosen.budget,
+        )
+        manager = stack.enter_context(contextlib.closing(CheckpointManager(state, weights, make, room, policy)))
+        for report in mend_weights(manager, control, known, new_lineage=new_lineage):
+            log.info(sentence(report))
+        trainer = make(h)
+        warm(trainer)
+        yield Session(control, weights, manager, builder, trainer, h, settings)

@@ -1,0 +1,149 @@
+"""A step from factors: products are formed into one buffer and applied, bucket by bucket, until all matrices are done.
+
+    sweep = FactorSweep(factors, optimizer)
+    sweep.reserve()                    # before the forward pass: all the memory that `apply` will take
+    ...                                # forward and backward, recorded by `factors`
+    norm = sweep.norm()                # refuses what is not finite while nothing has been written
+    sweep.apply()                      # one step of the optimizer; the time in which a server stands still
+    sweep.forget()
+
+Must not know: the server, versions.
+Invariants: the step is, bit for bit, the one that the optimizer makes of the gradients themselves. `apply` takes no
+memory for the first time (with one backward pass; a second one needs a matrix more).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from worker.apollo import ApolloMini, NonFiniteGradientError
+from worker.model.gradient_factors import Factors, GradientFactors
+
+ALIGNMENT = 512
+"""Of a product in the buffer, in bytes: what torch's own allocations have, so that the same kernels are chosen."""
+LARGEST_SQUARES = 1e38
+"""A squared norm that the optimizer's sums in fp32 still hold, with room for another order of them."""
+
+
+class FactorSweep:
+    """bucket_bytes: of gradients that are formed before they are applied together; at least the largest matrix."""
+
+    def __init__(self, factors: GradientFactors, optimizer: ApolloMini, bucket_bytes: int = 1 << 30) -> None:
+        self.factors, self.optimizer, self.bucket_bytes = factors, optimizer, bucket_bytes
+        self._buffer: Tensor | None = None
+        self._buckets: list[list[tuple[Factors, Tensor]]] | None = None
+
+    def buffer_bytes(self) -> int:
+        """What `reserve` takes."""
+        sizes = [_aligned(p.nbytes) for p in self.optimizer.sweep_order() if self.factors.takes(p)]
+        return min(max([self.bucket_bytes, *sizes]), sum(sizes))
+
+    def reserve(self) -> None:
+        """Take the buffer."""
+        if self._buffer is None:
+            device = self.optimizer.sweep_order()[0].device
+            self._buffer = torch.empty(self.buffer_bytes(), dtype=torch.uint8, device=device)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The L2 norm of all gradients together; waits for the device once.
+
+        Raises `NonFiniteGradientError` naming the first parameter whose gradient is not finite, or too large to be
+        measured in fp32.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+        grams: dict[int, Tensor] = {}
+        for parameter in self.optimizer.sweep_order():
+            if (kept := self.factors.of(parameter)) is not None:
+                found.append((parameter, self._squares(kept, grams)))
+            elif parameter.grad is not None:
+                norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+                found.append((parameter, norm.double().square()))
+        if not found:
+            return 0.0
+        squares = torch.stack([value for _, value in found]).cpu()
+        bad = ~(squares < LARGEST_SQUARES)  # true for NaN as well
+        if bad.any():
+            raise NonFiniteGradientError(self.optimizer.name_of(found[int(bad.nonzero()[0])][0]))
+        return math.sqrt(max(0.0, float(squares.sum())))
+
+    def prepare(self) -> None:
+        """Decide which products are formed where; `apply` does it otherwise."""
+        if self._buckets is None:
+            self._buckets = self._fill()
+
+    @torch.no_grad()
+    def apply(self, step_scale: float = 1.0) -> None:
+        """One step, multiplied with `step_scale`, over all that was kept, and the gradients beside it. What goes wrong
+        in it leaves weights half-written."""
+        self.optimizer.begin(step_scale)
+        try:
+            for bucket in self.products():
+                self.optimizer.update_many(bucket)
+            small = [(p, p.grad) for p in self.optimizer.sweep_order() if self._is_plain(p) and p.grad is not None]
+            self.optimizer.update_many(small)
+        except BaseException:
+            self.optimizer.abandon()
+            raise
+        self.optimizer.finish()
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """`norm` and every product, whatever they are, and nothing applied: what they need of libraries is loaded
+        afterwards."""
+        with suppress(NonFiniteGradientError):
+            self.norm()
+        for _ in self.products():
+            pass
+
+    @torch.no_grad()
+    def products(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """(weight, gradient) of every matrix, a bucket at a time; the next bucket takes the place of the last."""
+        self.prepare()
+        assert self._buckets is not None
+        for bucket in self._buckets:
+            for kept, out in bucket:
+                kept.write(out)
+            yield [(kept.weight, out) for kept, out in bucket]
+
+    def forget(self) -> None:
+        """Let go of factors and buffer."""
+        self.factors.forget()
+        self._buffer = self._buckets = None
+
+    def _is_plain(self, parameter: Tensor) -> bool:
+        return self.factors.of(parameter) is None
+
+    def _squares(self, kept: Factors, grams: dict[int, Tensor]) -> Tensor:
+        if (squares := kept.squares(grams)) is not None:
+            return squares
+        out = self._place(kept.weight, 0)
+        kept.write(out)
+        return torch.linalg.vector_norm(out, dtype=torch.float32).double().square()
+
+    def _fill(self) -> list[list[tuple[Factors, Tensor]]]:
+        """Factors, and where in the buffer their product goes: in the optimizer's order, in which neighbours share
+        launches."""
+        assert self._buffer is not None, "apply() without reserve()"
+        buckets: list[list[tuple[Factors, Tensor]]] = []
+        end = len(self._buffer)
+        for parameter in self.optimizer.sweep_order():
+            if (kept := self.factors.of(parameter)) is None:
+                continue
+            if end + parameter.nbytes > len(self._buffer):
+                buckets.append([])
+                end = 0
+            buckets[-1].append((kept, self._place(parameter, end)))
+            end += _aligned(parameter.nbytes)
+        return buckets
+
+    def _place(self, parameter: Tensor, start: int) -> Tensor:
+        assert self._buffer is not None
+        return self._buffer[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
