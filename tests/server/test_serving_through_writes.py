@@ -73,7 +73,7 @@ def test_a_version_is_made_beside_a_client_that_streams_without_end(site: Site) 
     assert set(spans) <= {f"{before}", f"{before}-{before + 1}", f"{before + 1}"}
     assert spans[-1].endswith(str(before + 1))
     record = Journal(site.state / "journal", fingerprint(site.model)).read(before + 1)
-    assert record["facts"]["threads"] == 1, "the server needs one of two CPUs, or more"
+    assert record.facts["threads"] == 1, "the server needs one of two CPUs, or more"
 
 
 @pytest.mark.parametrize("options", [STREAMING, (*STREAMING, "--hogwild")], ids=["streaming", "hogwild"])
