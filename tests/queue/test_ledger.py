@@ -56,6 +56,19 @@ def test_a_rollback_says_who_was_dropped_and_who_is_trained_again(connection: re
     assert ledger.everyone(connection) == {"a": 1, "b": 2}
 
 
+def test_a_version_that_somebody_sets_in_between_is_not_overwritten(connection: redis.Redis) -> None:
+    calls: list[int] = []
+
+    def settle(pipe: Pipeline) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            connection.set(keys.VERSION, 7)
+
+    with pytest.raises(ledger.LedgerMismatchError, match="Redis is at 7"):
+        ledger.commit(connection, record(1, "a"), settle)
+    assert connection.get(keys.VERSION) == b"7" and ledger.everyone(connection) == {}
+
+
 def test_the_same_record_again_changes_nothing(connection: redis.Redis) -> None:
     calls: list[int] = []
     ledger.commit(connection, record(1, "a"), lambda pipe: calls.append(1))
