@@ -140,7 +140,8 @@ def old_prefixes(rig: Rig, builder: ExampleBuilder, length: int, phases: Phases,
     def ask(salt: str | None = None) -> tuple[float, dict[str, float]]:
         """(cached tokens, log-probabilities of the likeliest next tokens)."""
         before = metric(rig.url, COUNTERS["prefix_hits"])
-        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+        # More than one token, so that vLLM has counted the hits when the answer ends.
+        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 5}
         body |= {"cache_salt": salt} if salt else {}
         status, answer = rig.post("/v1/completions", body)
         if status != 200:

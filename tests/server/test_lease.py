@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from patience import PATIENCE, until
 from server_options import SERVER_OPTIONS
-from serving_parts import LONG, Background, Victim, completion, events, inside, request, streamed_tokens
+from serving_parts import LONG, Background, Victim, completion, events, inside, metric, request, streamed_tokens
 
 from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, server_state
 from worker.serving.vllm.framing import MAX_REQUEST
@@ -233,9 +233,33 @@ def test_a_request_that_never_ends_does_not_hold_up_others(server: ServerProcess
         control.resume(control.state()["version"])
 
 
-def test_a_torn_server_says_so_to_everyone(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def recomputing(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of the last tests' own: it ends with them."""
+    options = [*SERVER_OPTIONS, "--running", "recompute"]
+    with ServerProcess(tiny_model, tmp_path_factory.mktemp("recomputing"), extra=options) as server:
+        yield server
+
+
+def test_a_recomputing_server_throws_a_request_back_and_the_next_update_waits_for_it(
+    recomputing: ServerProcess,
+) -> None:
+    """The second pause comes at once, and yet finds the request running again."""
+    server, counter = recomputing, "vllm:num_preemptions_total"
+    with ServerControl(server.run_dir, "recompute") as control:
+        version, before = control.state()["version"], metric(server, counter)
+        (running,) = inside(server, True, at=control.pause, undo=lambda: control.resume(version))
+        control.resume(version)
+        control.pause()
+        control.resume(version)
+        status, _, body = running.result()
+    assert status == 200 and streamed_tokens(body) == LONG
+    assert metric(server, counter) >= before + 2
+
+
+def test_a_torn_server_says_so_to_everyone(recomputing: ServerProcess) -> None:
     """And one that is killed, to its trainer: last, since it is the same server."""
-    with ServerProcess(tiny_model, tmp_path / "run", extra=SERVER_OPTIONS) as server:
+    with recomputing as server:
         completion(server, 2)
         half_sent = socket.create_connection(urlsplit(server.url).netloc.split(":"))  # and never ends
         half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")

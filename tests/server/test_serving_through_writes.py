@@ -4,15 +4,21 @@ The tests run in order on one server.
 """
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from durable_parts import QUIET, Site, transcripts
-from serving_parts import Background, completion, events, inside
+from patience import PATIENCE
+from serving_parts import Background, EndlessClient, completion, events, inside, metric
 
 from producer.transcript import Transcript
+from worker.checkpoint.journal import Journal
+from worker.checkpoint.snapshots import fingerprint
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.orchestrator.live_update import LiveUpdate
@@ -48,6 +54,26 @@ def test_a_streaming_worker_teaches_the_running_server(site: Site) -> None:
     assert site.agree() == 2 and [site.manifest(version)["way"] for version in (1, 2)] == ["streaming"] * 2
     assert running.result()[0] == 200
     assert completion(site.server.process, 2)[1]["x-weight-version"] == "2"
+
+
+def test_a_version_is_made_beside_a_client_that_streams_without_end(site: Site) -> None:
+    """By a worker of its own choice of threads, in a process of its own, as a user would start it."""
+    before, server = site.header()["version"], site.server.process
+    preempted = metric(server, "vllm:num_preemptions_total")
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "REDIS_URL": site.store.url}
+    environment |= {"TANDEM_RUN_DIR": str(site.run_dir), "TANDEM_STATE_DIR": str(site.state)}
+    site.send("busy", 1)
+    with EndlessClient(server, 1500, 2500) as client:
+        command = [sys.executable, "-m", "worker.cli", "worker", "--until-empty", "--max-length", "512", *QUIET]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 0, done.stderr
+        assert site.agree() == before + 1
+    assert metric(server, "vllm:num_preemptions_total") == preempted, "the running request was thrown back"
+    spans = [events(body)[-1].removeprefix(": weight-version ") for body in client.answers]
+    assert set(spans) <= {f"{before}", f"{before}-{before + 1}", f"{before + 1}"}
+    assert spans[-1].endswith(str(before + 1))
+    record = Journal(site.state / "journal", fingerprint(site.model)).read(before + 1)
+    assert record.facts["threads"] == 1, "the server needs one of two CPUs, or more"
 
 
 @pytest.mark.parametrize("options", [STREAMING, (*STREAMING, "--hogwild")], ids=["streaming", "hogwild"])
