@@ -46,7 +46,7 @@ def test_a_failing_canary_holds_training_while_the_server_serves(cluster: Cluste
         producer.enqueue_many([transcript(i) for i in range(12)])
     flags = ("--canary", str(file), "--canary-every", "2", "--canary-bound", "0.001", "--auto-rollback")
     worker = cluster.start_worker(*flags)
-    until(lambda: "training is paused" in worker.said() or not worker.alive(), "the hold")
+    until(lambda: "no version passed before" in worker.said() or not worker.alive(), "the hold")
     assert worker.alive() and ledger.state(cluster.redis).version == 2
     assert "no version passed before" in worker.said()
     assert cluster.redis.llen(f"rq:queue:{keys.QUEUE}") + cluster.redis.zcard(f"rq:wip:{keys.QUEUE}") == 4

@@ -256,4 +256,4 @@ def _(report: CanaryNotScored) -> str:
 
 @sentence.register
 def _(report: NothingPassed) -> str:
-    return "no version passed the canary set before: there is nothing to roll back to"
+    return "no version passed before: there is nothing to roll back to"
