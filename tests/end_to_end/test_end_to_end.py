@@ -169,6 +169,7 @@ def test_attached_training_without_redis_is_taken_over(stack: Stack, tmp_path: P
     assert stack.producer.version() == before + 3
 
 
+@pytest.mark.timeout(900)  # a server's start, a worker's, and a rebuild: minutes on a busy machine
 def test_a_server_that_was_killed_is_brought_back_to_what_it_had_learnt(stack: Stack) -> None:
     """Its API process alone is killed, and started again in the same folder, as a supervisor does."""
     known, before = stack.producer.version(), served_nll(stack)

@@ -30,6 +30,7 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
 
     from worker.checkpoint import replay
     from worker.config.hyperparameters import Hyperparameters
+    from worker.orchestrator.recovery import begin_rebuild
     from worker.orchestrator.session import open_session
 
     torch.set_num_threads(1)
@@ -38,11 +39,17 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
         manager, rebuilder, weights = session.manager, session.manager.rebuilder, session.weights
         facts, lineage = manager.journal.read(1).facts, weights.header.lineage
         same = replay.differences(facts, replay.facts(weights.state.device)) == []
-        session.control.pause()
-        rebuilder.rebuild(rebuilder.plan(0), lineage, 0)
+
+        def make(version: int) -> None:
+            plan = rebuilder.plan(version)
+            begin_rebuild(session.control, weights.header, len(plan.steps))
+            rebuilder.rebuild(plan, lineage, version)
+            session.control.resume(version, rebuilt=True)
+
+        make(0)
         begin = before = {name: tensor.float().clone() for name, tensor in weights.tensors.items()}
         for version in versions:
-            rebuilder.rebuild(rebuilder.plan(version), lineage, version)
+            make(version)
             now = {name: tensor.float().clone() for name, tensor in weights.tensors.items()}
             everything = replay.digest(weights.tensors | {"state": weights.state})
             count = int(weights.state[:64].view(torch.int64)[1])
@@ -50,7 +57,6 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
             for name, then in (("moved", before), ("moved_in_all", begin)):
                 seen[version][name] = sum(float((now[k] - then[k]).square().sum()) for k in now) ** 0.5
             before = now
-        session.control.resume(versions[-1], rebuilt=True)
     Path(answer).write_text(json.dumps({"same": same, "seen": seen}))
 
 

@@ -258,3 +258,11 @@ def test_a_history_that_grows_again_deletes_nothing_in_it(connection: redis.Redi
     for version in range(11, 15):
         ledger.commit(connection, record(version, "a"), history=10)
     assert manifests(connection) == list(range(8, 15))
+
+
+def test_a_lock_that_another_took_is_not_released(connection: redis.Redis) -> None:
+    lock = WorkerLock(connection, "slow")
+    lock.acquire()
+    connection.set(keys.WORKER_LOCK, '{"name": "next", "pid": 1}')
+    lock.release()
+    assert b"next" in connection.get(keys.WORKER_LOCK)
