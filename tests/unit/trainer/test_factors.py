@@ -15,7 +15,7 @@ from producer.transcript import Transcript
 from worker.apollo import NonFiniteGradientError
 from worker.checkpoint import model_directory
 from worker.config.hyperparameters import Hyperparameters
-from worker.data.batch_capacity import Room
+from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example
 from worker.memory.planner import Way
 from worker.model.gradient_factors import Factors, Product, Rows
@@ -195,7 +195,7 @@ def test_layers_computed_again_keep_their_inputs_once(tiny_model: Path, examples
 def test_short_micro_batches_go_by_factors_and_long_ones_are_streamed(lengths: list[int], way: Way) -> None:
     """By the row that holds all of a micro-batch; the other ways, and rows that are padded, have no second one."""
     ones = [example(str(i), [length]) for i, length in enumerate(lengths)]
-    mixed = Room((512, 1024, 2048), packed=True, way="streaming", by_factors=512)
+    mixed = BatchCapacity((512, 1024, 2048), packed=True, way="streaming", by_factors=512)
     assert mixed.way_of(ones) == way
     assert replace(mixed, by_factors=0).way_of(ones) == "streaming"
     assert replace(mixed, way="burst").way_of(ones) == "burst"
