@@ -29,7 +29,7 @@ SPREAD = 0.05
 
 
 class GradientOutlierError(TandemError):
-    """The gradient of a whole batch is too large; nothing was written. The drain tries its halves."""
+    """The gradient of a whole batch is too large; nothing was written. Bisection tries its halves."""
 
 
 class History:

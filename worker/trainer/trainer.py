@@ -8,7 +8,7 @@ The parameters may be views of the memory vLLM serves from; this module neither 
 vLLM, the header, versions.
 
 Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. How weights
-count in the loss and in the step, `worker.trainer.trainer.weighting` says.
+count in the loss and in the step, `worker.trainer.weighting` says.
 """
 
 import math
