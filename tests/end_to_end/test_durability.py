@@ -82,7 +82,7 @@ def watch(step: LiveUpdate, monkeypatch: pytest.MonkeyPatch, seen: list[str], lo
     wrap(step.session.control, "pause", before="pause", after="paused")
     wrap(step.session.weights.record, "write", after="recorded")
     wrap(step.session.weights.header, "begin", before="begin")
-    wrap(step.session.trainer, "apply", before="write", after="written")
+    wrap(step.session.trainer, "write", before="write", after="written")
     wrap(step.session.weights.header, "finish", before="finish", after="finished")
     wrap(step.session.control, "resume", after="resumed")
 
@@ -118,20 +118,20 @@ def test_a_signal_in_the_write_waits_for_its_end(
 ) -> None:
     header, caught = step.session.weights.header, list[tuple[str, int]]()
     version = header.version + 1
-    apply = step.session.trainer.apply
+    write = step.session.trainer.write
 
     def interrupted() -> Any:
         os.kill(os.getpid(), number)
         for _ in range(1000):  # time for Python to run a handler
             pass
         assert not caught
-        return apply()
+        return write()
 
     def handler(signum: int, frame: Any) -> None:
         caught.append((header.state, header.version))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(step.session.trainer, "apply", interrupted)
+    monkeypatch.setattr(step.session.trainer, "write", interrupted)
     before = signal.signal(number, handler)
     try:
         with pytest.raises(KeyboardInterrupt):
