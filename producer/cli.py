@@ -37,10 +37,10 @@ def enqueue(file: BufferedReader, redis_url: str | None) -> None:
     """Queue the transcripts in FILE, one JSON object a line; - is standard input.
 
     Lines that cannot be queued are reported and skipped; the exit code is then 1. A file of another format (ratings,
-    pairs, an export) is refused as a whole. Lines whose id is known are not
-    queued again, so a file whose lines have ids may be sent twice.
+    pairs, an export) is refused as a whole. A line whose id is known is not
+    queued again. So if all lines have ids, you can send the file twice.
 
-    Where Redis may evict keys, it is looked up at the end whether it still has what was queued.
+    If Redis may evict keys, the command checks at the end that Redis still has everything that was queued.
     """
     counts = {"queued": 0, "already known": 0, "rejected": 0}
     queued: deque[tuple[int, str]] = deque(maxlen=KEPT)

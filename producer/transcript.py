@@ -211,7 +211,7 @@ def _train_on(train_on: Any, messages: list[dict[str, Any]], left_out: set[int])
         if index in left_out:
             raise InvalidTranscript(where, f"messages[{index}] has weight 0; take it out here, or give it weight 1")
     if len(set(train_on)) != len(train_on):
-        raise InvalidTranscript("train_on", "names a turn twice; weight is for what counts more or less")
+        raise InvalidTranscript("train_on", "names a turn twice; name each turn once")
     return sorted(int(index) for index in train_on)
 
 

@@ -85,7 +85,7 @@ class CheckpointWriter:
                 self._let_go()
             except OSError as error:
                 raise SnapshotError(
-                    f"the checkpoint of version {version} is written, and what it makes unneeded in"
+                    f"the checkpoint of version {version} is written, but files that are no longer needed in"
                     f" {self.snapshots.folder.parent} could not be deleted ({error.strerror}): the next one tries again"
                 ) from error
         return Written(version, self.snapshots.path(version), seconds)

@@ -68,7 +68,7 @@ class History:
         first = max([base, *roots])
         if missing := set(range(first + 1, version + 1)) - self.journal.entries.keys():
             raise SnapshotError(
-                f"nobody knows any more who was trained in version {min(missing)}: neither a sound checkpoint nor the"
+                f"the transcripts of version {min(missing)} are no longer known: neither a sound checkpoint nor the"
                 f" journal has it{problem}"
             )
 

@@ -99,9 +99,9 @@ def redis_trouble(error: redis.RedisError) -> tuple[str, int]:
 
 @click.command()
 @click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
-@click.option("--host", default="127.0.0.1", help="Address to listen on. There are no passwords: keep it to yourself.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on. There is no password: do not expose it.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9181, help="Port; 0 takes a free one.")
-@click.option("--allow", multiple=True, metavar="NAME", help="A further host name to answer to, besides addresses.")
+@click.option("--allow", multiple=True, metavar="NAME", help="Another host name to accept, besides IP addresses.")
 def command(redis_url: str | None, host: str, port: int, allow: tuple[str, ...]) -> None:
     """Run rq-dashboard: queues, jobs, workers, results, and requeueing what failed."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

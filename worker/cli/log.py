@@ -105,7 +105,7 @@ def _some(ids: list[Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object a line.")
 @click.option("--mark", type=click.IntRange(1), metavar="VERSION", help="Keep this version's checkpoint for good.")
 @click.option("--name", default="kept", help="What the mark says (with --mark).")
-@click.option("--unmark", type=click.IntRange(1), metavar="VERSION", help="Let it go with the others.")
+@click.option("--unmark", type=click.IntRange(1), metavar="VERSION", help="Remove the mark of this checkpoint.")
 @redis_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")

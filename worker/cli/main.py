@@ -18,7 +18,7 @@ COMMANDS = {
     "pause": ("worker.cli.pause", "Pause training; the server goes on serving."),
     "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
-    "status": ("worker.cli.status", "Say in one line how server, worker and queue are."),
+    "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
     "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),
 }
 SHARED_MODULES = {"producer.cli"}

@@ -10,7 +10,7 @@ from worker.versions.pause_switch import pause
 
 @click.command("pause")
 @redis_option
-@click.option("--reason", default="paused by hand", help="One sentence for whoever looks at `tandem status`.")
+@click.option("--reason", default="paused by hand", help="One sentence, shown by `tandem status`.")
 def command(redis_url: str | None, reason: str) -> None:
     """Pause training from the next batch on. The server goes on serving, and jobs wait in the queue."""
     url = resolve_url(redis_url)

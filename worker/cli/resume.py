@@ -11,7 +11,7 @@ from worker.versions.pause_switch import resume
 @click.command("resume")
 @redis_option
 def command(redis_url: str | None) -> None:
-    """Let training go on that the canary set, or a person, paused."""
+    """Resume training after the canary set, or a person, paused it."""
     url = resolve_url(redis_url)
     with redis_errors(safe_url(url)):
         reason = resume(connect(url, redis.Redis.from_url))

@@ -22,8 +22,8 @@ from worker.versions import ledger
 
 @click.command()
 @click.argument("version", type=click.IntRange(0))
-@click.option("--drop", multiple=True, metavar="JOB", help="Leave this transcript out, for ever. May be repeated.")
-@click.option("--requeue", is_flag=True, help="Queue again what later versions were trained on, but for --drop.")
+@click.option("--drop", multiple=True, metavar="JOB", help="Leave this transcript out permanently. May be repeated.")
+@click.option("--requeue", is_flag=True, help="Queue the transcripts of later versions again, except --drop.")
 @click.option("--reason", default="", help="For the manifest.")
 @apply_option
 @max_tokens_option

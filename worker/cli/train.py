@@ -146,8 +146,8 @@ def train_attached(
         base, lineage = session.weights.header.version, session.weights.header.lineage
         if base and session.manager.history.latest() != (base, lineage):
             raise TandemError(
-                "the state directory does not know these weights: run `tandem worker --until-empty` once, which takes"
-                " note of them, or name the right directory with --state-dir"
+                "the state directory does not know these weights: run `tandem worker --until-empty` once to record"
+                " them, or name the right directory with --state-dir"
             )
         update = LiveUpdate(session, base=base, threads=TrainingThreads())
 
@@ -227,7 +227,7 @@ def command(
         if not (model_dir and out):
             raise TandemError("say what to train: --model DIR --out NEW, or --attach for the running server")
         if memory:
-            raise TandemError("--memory is for --attach: a model of its own takes what it takes")
+            raise TandemError("--memory works only with --attach: with --model, memory is not limited")
         way: Way = "burst" if apply == "auto" else apply
         history = train_directory(file, model_dir, out, h, count=count, batch=batch, way=way)
         plot = plot or out / "loss.png"

@@ -38,7 +38,7 @@ log = logging.getLogger("tandem")
 @click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
 @click.option("--until-empty", is_flag=True, help="Stop when the queue is empty.")
 @click.option("--burst", is_flag=True, hidden=True, help="The former name of --until-empty.")
-@click.option("--new-lineage", is_flag=True, help="Go on with a restarted server: what it had learnt is lost.")
+@click.option("--new-lineage", is_flag=True, help="Use a restarted server as it is; what it had learnt is lost.")
 @click.option(
     "--threads",
     type=click.IntRange(1),

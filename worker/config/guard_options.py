@@ -43,21 +43,26 @@ def guard_options(command: F) -> F:
             "--outliers",
             type=click.FloatRange(0),
             default=defaults.outliers,
-            help="Set aside what lies so many robust deviations above recent losses or gradients; 0: nothing.",
+            help="Set aside transcripts with a loss or gradient this many robust deviations over recent ones; 0: none.",
         ),
-        click.option("--canary", type=click.Path(path_type=Path), help="Held-out conversations (JSONL) to watch."),
-        click.option("--canary-every", type=click.IntRange(1), default=defaults.canary_every, help="In versions."),
+        click.option("--canary", type=click.Path(path_type=Path), help="File (JSONL) of held-out conversations."),
+        click.option(
+            "--canary-every",
+            type=click.IntRange(1),
+            default=defaults.canary_every,
+            help="Score the canary set every so many versions.",
+        ),
         click.option(
             "--canary-bound",
             type=click.FloatRange(0, min_open=True),
-            help="Loss of the canary set, in nats a token, above which training is paused.",
+            help="Pause training if the loss of the canary set is above this, in nats per token.",
         ),
-        click.option("--auto-rollback", is_flag=True, help="Then go back to the last version that passed, too."),
+        click.option("--auto-rollback", is_flag=True, help="Also go back to the last version that passed."),
         click.option(
             "--rehearse",
             type=click.FloatRange(0, 4),
             default=defaults.rehearse,
-            help="Earlier transcripts mixed in for each new one, against forgetting.",
+            help="Earlier transcripts to train again with each new one, against forgetting.",
         ),
     ]
     for option in reversed(options):

@@ -71,7 +71,7 @@ def training_options(command: F) -> F:
             default=defaults.rounding,
             help="How updates are rounded to bf16; nearest loses most of them.",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=defaults.seed, help="Of all random draws."),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=defaults.seed, help="Random seed."),
         click.option(
             "--max-length",
             type=click.IntRange(16),
@@ -82,7 +82,7 @@ def training_options(command: F) -> F:
             "--overlong",
             type=click.Choice(["truncate", "reject"]),
             default=defaults.overlong,
-            help="Longer ones: keep the system message and the most recent turns, or fail them.",
+            help="For longer ones. truncate: keep the system message and the latest turns. reject: fail them.",
         ),
     ]
     for option in reversed(options):

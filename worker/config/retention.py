@@ -31,25 +31,43 @@ def state_options(command: F) -> F:
     """Click decorator: the flags of `Policy`, and where the state lies; `policy_of` reads them."""
     defaults = Policy()
     options = [
-        click.option("--state-dir", type=click.Path(path_type=Path), help="For journal and checkpoints."),
-        click.option("--checkpoint-every", type=click.IntRange(1), default=defaults.every, help="In versions."),
-        click.option("--checkpoint-minutes", type=click.FloatRange(0), default=defaults.minutes, help="Or in time."),
-        click.option("--keep-checkpoints", type=click.IntRange(2), default=defaults.keep, help="How many; 2 or more."),
+        click.option("--state-dir", type=click.Path(path_type=Path), help="Directory of journal and checkpoints."),
+        click.option(
+            "--checkpoint-every",
+            type=click.IntRange(1),
+            default=defaults.every,
+            help="Write a checkpoint after this many versions.",
+        ),
+        click.option(
+            "--checkpoint-minutes",
+            type=click.FloatRange(0),
+            default=defaults.minutes,
+            help="Write a checkpoint after this many minutes, if that is sooner.",
+        ),
+        click.option(
+            "--keep-checkpoints",
+            type=click.IntRange(2),
+            default=defaults.keep,
+            help="How many of the newest checkpoints to keep; 2 or more.",
+        ),
         click.option(
             "--history",
             type=click.IntRange(0),
             default=defaults.history,
-            help="Versions to roll back to. One trains at most this and --checkpoint-every batches again. Redis keeps"
-            " the manifests of as many.",
+            help="How many versions back a rollback can go. A rollback trains at most this plus --checkpoint-every"
+            " batches again. Redis keeps the manifests of this many versions.",
         ),
         click.option(
             "--keep-transcripts",
             type=click.FloatRange(0),
             metavar="HOURS",
-            help="Texts older than this leave the journal once a checkpoint covers them (default: with their file).",
+            help="Delete texts older than this from the journal once a checkpoint covers them (default: only with"
+            " the whole journal file).",
         ),
         click.option(
-            "--checkpoint-at-stop/--no-checkpoint-at-stop", default=defaults.at_stop, help="One more on the way out."
+            "--checkpoint-at-stop/--no-checkpoint-at-stop",
+            default=defaults.at_stop,
+            help="Write one more checkpoint when the worker stops.",
         ),
     ]
     for option in reversed(options):

@@ -39,10 +39,10 @@ def apply_option(command: F) -> F:
         "--apply",
         type=click.Choice(["auto", "burst", "factors", "streaming"]),
         default="auto",
-        help="burst keeps all gradients and writes in one short sweep; factors keeps what they are products of, in less"
-        " memory for short batches, and writes in about twice the time; streaming applies each as backward makes it, in"
-        " a few GB, the server paused meanwhile; auto: burst if it fits, else factors for the batches that fit and"
-        " streaming for longer ones; burst on a CPU.",
+        help="burst: keep all gradients and write in one short sweep. factors: keep the two factors of each gradient;"
+        " takes less memory for short batches, and writes in about twice the time. streaming: apply each gradient when"
+        " backward makes it; takes a few GB, and the server is paused meanwhile. auto: burst if it fits, else factors"
+        " for batches that fit and streaming for longer ones; burst on a CPU.",
     )(command)
 
 
@@ -52,7 +52,7 @@ def max_tokens_option(command: F) -> F:
         "--max-tokens",
         type=click.IntRange(1),
         default=MAX_TOKENS,
-        help="Most tokens in a version; a GPU's memory is planned for them.",
+        help="Maximum number of tokens in a version. GPU memory is planned for this number.",
     )(command)
 
 
@@ -62,7 +62,7 @@ def memory_option(command: F) -> F:
         "--memory",
         type=click.FloatRange(0, min_open=True),
         metavar="GB",
-        help="Most GPU memory for this process, the shared weights not counted (default: what is free).",
+        help="Maximum GPU memory of this process, without the shared weights (default: all free memory).",
     )(command)
 
 
@@ -73,13 +73,13 @@ def apply_options(command: F) -> F:
         click.option(
             "--hogwild",
             is_flag=True,
-            help="With --apply streaming: the server goes on while it is written to. Answers may mix two versions.",
+            help="With --apply streaming: do not pause the server for the write. Answers may mix two versions.",
         ),
         click.option(
             "--duty-cycle",
             type=click.FloatRange(0, 1, min_open=True),
             default=1.0,
-            help="Most of the time that training may take, as a part; the worker rests for the others.",
+            help="Maximum fraction of the time spent training; the worker rests in between.",
         ),
         memory_option,
     ]

@@ -165,7 +165,7 @@ def _check_call(function: Any, instance: Any) -> None:
     if not isinstance(function, str) or function not in FUNCTIONS:
         raise RefusedJobError(f"function {str(function)[:80]!r} is not allowed; the only one is '{keys.FUNCTION}'")
     if instance is not None:
-        raise RefusedJobError("the job names an instance to call a method on; Tandem calls none")
+        raise RefusedJobError("the job asks for a method of an instance; Tandem runs only its own function")
 
 
 _UNCHANGING = {"data", "created_at", "group_id", "retry_intervals", "result_ttl", "failure_ttl"}

@@ -210,5 +210,5 @@ class LiveUpdate:
         except Exception as error:
             raise UnavailableError(
                 f"version {update.version} is live, but the worker cannot go on from it ({type(error).__name__}): start"
-                " it again, which commits the version"
+                " the worker again; it then commits the version"
             ) from error

@@ -81,7 +81,7 @@ def decide(
     if known is not None and known.version and known.lineage not in (None, ours):
         raise UnrecoverableError(
             f"Redis counts lineage {known.lineage} (version {known.version}), and the state directory {where} holds"
-            f" lineage {ours} (version {newest}): name the one of this Redis with --state-dir, or {RESTART}"
+            f" lineage {ours} (version {newest}): use --state-dir to name the directory of this Redis, or {RESTART}"
         )
     if known is not None and known.version > newest:
         raise UnrecoverableError(

@@ -59,7 +59,7 @@ class Session:
             self.control.state()
         except TandemError as error:
             raise UnavailableError(
-                f"{error}. Start it again, then the worker: it brings the server back to what it had learnt"
+                f"{error}. Start the server again, then the worker: the worker restores what the model had learnt"
             ) from error
 
     def renew_trainer(self) -> None:

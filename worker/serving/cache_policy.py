@@ -61,15 +61,16 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
         default=0,
         show_default=True,
         metavar="VERSIONS",
-        help="How many versions old a cached prefix may be that a new request reads. 0: of the present version alone. "
-        "More saves chats that send their history with every turn from computing it again after every version.",
+        help="A new request may read cached prefixes that are at most this many versions old. 0: only those of the "
+        "current version. Higher values help chats that send their history with every turn: it is then not computed "
+        "again after every version.",
     )(command)
     return click.option(
         "--running",
         type=click.Choice([KEEP, RECOMPUTE]),
         default=KEEP,
         show_default=True,
-        help="What an update does to running requests. keep: they go on over the keys, values and states they have; "
-        "only their later tokens come from the new weights. recompute: everything they have is computed again under "
+        help="What an update does to running requests. keep: they continue with their cached keys, values and "
+        "states; only their later tokens come from the new weights. recompute: these caches are computed again with "
         "the new weights, and the next version waits until that is done.",
     )(command)

@@ -107,7 +107,7 @@ class Header:
         if words[0] != _MAGIC:
             raise HeaderError("no header of this version of Tandem lies beside the weights: restart the server")
         if words[_STATE] not in _STATE_NAMES:
-            raise HeaderError(f"the header's state is {words[_STATE]}, which means nothing: restart the server")
+            raise HeaderError(f"the header's state is {words[_STATE]}, which is not a known state: restart the server")
         lineage = ((words[_LINEAGE_HIGH] % 2**64) << 64) | (words[_LINEAGE_LOW] % 2**64)
         return {
             "lineage": f"{lineage:032x}",

@@ -287,7 +287,7 @@ class Trainer:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
         if self.room.whole and not self.room.holds(examples):
             raise BatchError(
-                f"{self.way} takes one forward pass a version, of {self.room.longest} tokens at most, and these"
+                f"{self.way} makes a version in one forward pass of {self.room.longest} tokens at most, and these"
                 f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )

@@ -33,7 +33,7 @@ def arm(setting: str | None) -> None:
     if name not in POINTS:
         raise ValueError(f"TANDEM_FAULT={setting}: unknown point, choose one of {', '.join(POINTS)}")
     if count and not (count.isdigit() and int(count)):
-        raise ValueError(f"TANDEM_FAULT={setting}: {count!r} is no count, write {name}:1 for the first pass")
+        raise ValueError(f"TANDEM_FAULT={setting}: {count!r} is not a count, write {name}:1 for the first pass")
     _armed[name] = int(count or 1)
 
 
