@@ -56,6 +56,7 @@ def test_a_streaming_worker_teaches_the_running_server(site: Site) -> None:
     assert completion(site.server.process, 2)[1]["x-weight-version"] == "2"
 
 
+@pytest.mark.slow  # it wants two cores for itself
 def test_a_version_is_made_beside_a_client_that_streams_without_end(site: Site) -> None:
     """By a worker of its own choice of threads, in a process of its own, as a user would start it."""
     before, server = site.header()["version"], site.server.process
