@@ -100,8 +100,9 @@ class BatchWorker(RqWorker):
     ) -> int:
         """Drain until asked to stop (SIGTERM, SIGINT, RQ's shutdown command); burst: until the queue is empty.
 
-        Returns how many versions were trained. Raises TandemError (WorkerBusy, LockLost, Torn, Unavailable,
-        LedgerMismatch, CommitPending) when the worker must not go on, and RedisError only before it has begun.
+        Returns how many versions were trained. Raises TandemError (WorkerBusyError, LockLostError, TornWeightsError,
+        UnavailableError, LedgerMismatchError, CommitPendingError) when the worker must not go on, and RedisError only
+        before it has begun.
         """
         self.take_lock()
         self.committer.versions = 0

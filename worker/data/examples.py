@@ -122,7 +122,7 @@ class ExampleBuilder:
         return Example(id, tuple(sequences), transcript.weight, report)
 
     def turn(self, transcript: Transcript, messages: list[dict[str, Any]], index: int) -> Turn:
-        """The turn that is the last of `messages`; `index`: its place in the transcript. Raises TooLong."""
+        """The turn that is the last of `messages`; `index`: its place in the transcript. Raises TooLongError."""
         turn = self._renderer.turn(messages, transcript.tools, transcript.chat_template_kwargs, f"messages[{index}]")
         if len(turn) > self.max_tokens:
             raise TooLongError(
@@ -149,7 +149,7 @@ class _Work:
 
     def latest(self, asked: list[int], start: int) -> list[Turn]:
         """The latest of the turns `asked` for that the bounds allow, in order, seen after the first `head` messages
-        and those from `start` on. Raises TooLong."""
+        and those from `start` on. Raises TooLongError."""
         turns: list[Turn] = []  # the last one first
         tokens = longest = 0
         for index in reversed([turn for turn in asked if turn >= start]):
@@ -192,7 +192,7 @@ class _Work:
         return True
 
     def turn(self, index: int, start: int) -> Turn:
-        """The turn `index`, seen from `start` on. Raises TooLong."""
+        """The turn `index`, seen from `start` on. Raises TooLongError."""
         self.left -= self._before[self.head] + self._before[index + 1] - self._before[start] + self._tools
         messages = self.transcript.messages[: self.head] + self.transcript.messages[start : index + 1]
         return self.builder.turn(self.transcript, messages, index)

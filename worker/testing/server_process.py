@@ -44,7 +44,7 @@ class ServerProcess:
         """Start serving `model_dir` on 127.0.0.1:`port` (a free one if None) with vLLM's options `extra`.
 
         command: what to run in the place of `tandem serve MODEL_DIR`, with the same options.
-        The log goes to run_dir/server.log. Returns once the server answers (`wait`), or raises ServerFailed.
+        The log goes to run_dir/server.log. Returns once the server answers (`wait`), or raises ServerFailedError.
         """
         self.model_dir, self.run_dir = Path(model_dir), Path(run_dir)
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -73,7 +73,8 @@ class ServerProcess:
                 raise
 
     def wait_ready(self, timeout: float = START_SECONDS) -> None:
-        """Return once /health answers 200. ServerFailed when the process ends first, or after `timeout` seconds."""
+        """Return once /health answers 200. ServerFailedError when the process ends first, or after `timeout`
+        seconds."""
         deadline = time.monotonic() + timeout
         while not self._healthy():
             code = self._process.poll()

@@ -80,7 +80,7 @@ def commit(
     watch: further keys whose change starts the transaction anew. history: manifests of versions that lie further back
     are deleted; None: none are.
     Returns False when this very record is committed already (an earlier EXEC whose answer was lost).
-    Raises LedgerMismatch, or redis errors with the outcome unknown: call again with the same record.
+    Raises LedgerMismatchError, or redis errors with the outcome unknown: call again with the same record.
     """
     version = record.version
     with connection.pipeline() as pipe:

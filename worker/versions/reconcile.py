@@ -38,7 +38,7 @@ def decide(
 ) -> Decision:
     """The whole rule. header: {"lineage", "version", "state"}; known: Redis; kind: its latest manifest's kind.
 
-    Raises Irreconcilable.
+    Raises IrreconcilableError.
     """
     lineage, version = header["lineage"], header["version"]
     if header["state"] != "CLEAN":

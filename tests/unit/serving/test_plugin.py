@@ -124,14 +124,14 @@ class Moved:
 for core in (Moved(), Made()):
     try:
         private_api.salt_requests(Made(engine_core=core), str)
-    except private_api.VllmChanged as error:
+    except private_api.VllmChangedError as error:
         assert "engine_core.add_request_async(request)" in str(error) and "use one of these" in str(error)
     else:
         raise AssertionError("nothing was said")
 config = Made(scheduler_config=Made(max_num_seqs=2))
 try:
     private_api.progress_of(Made(vllm_config=config, output_processor=Made(request_states=[])))
-except private_api.VllmChanged as error:
+except private_api.VllmChangedError as error:
     assert "output_processor.request_states" in str(error)
 else:
     raise AssertionError("nothing was said")

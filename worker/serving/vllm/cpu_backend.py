@@ -22,7 +22,7 @@ _applied = False
 
 
 def apply() -> None:
-    """Replace the three functions, once per process. Raises VllmChanged when one of them is not there."""
+    """Replace the three functions, once per process. Raises VllmChangedError when one of them is not there."""
     global _applied
     if _applied:
         return
@@ -40,7 +40,7 @@ def dispatch_plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
 
 
 def verify_unpacked(model: torch.nn.Module) -> None:
-    """Raise VllmChanged, naming the parameter, unless every linear of `model` computes from its own weight."""
+    """Raise VllmChangedError, naming the parameter, unless every linear of `model` computes from its own weight."""
     for name, module in model.named_modules():
         packed = getattr(module, "cpu_linear", torch.nn.functional.linear) is not torch.nn.functional.linear
         weight = getattr(module, "weight", None)

@@ -31,7 +31,7 @@ class VllmChangedError(TandemError):
 
 
 def lookup(module: str, name: str) -> Any:
-    """The attribute `name` of `module`; VllmChanged, naming both, where one is missing."""
+    """The attribute `name` of `module`; VllmChangedError, naming both, where one is missing."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -67,8 +67,8 @@ def salt_requests(engine_client: Any, salt: Callable[[str | None], str]) -> None
     """Give every request `salt(its own)` as its cache salt at the moment it is handed to the engine.
 
     `engine_core.add_request_async` is the last call of the API process that all of them pass: chats, completions, every
-    sample of n > 1 (a request of its own by then), pooling, and input that is streamed. VllmChanged where it, or the
-    salt in what it takes, is not as it was read.
+    sample of n > 1 (a request of its own by then), pooling, and input that is streamed. VllmChangedError where it, or
+    the salt in what it takes, is not as it was read.
     """
     fields = getattr(lookup("vllm.v1.engine", "EngineCoreRequest"), "__struct_fields__", ())
     core = getattr(engine_client, "engine_core", None)
@@ -85,7 +85,7 @@ def salt_requests(engine_client: Any, salt: Callable[[str | None], str]) -> None
 
 def progress_of(engine_client: Any) -> Callable[[], dict[str, int]]:
     """A function that tells how many tokens each request has made that is, or was at most just now, inside the engine:
-    of those that wait only as many as could run. VllmChanged where vLLM does not count them as it did."""
+    of those that wait only as many as could run. VllmChangedError where vLLM does not count them as it did."""
     states = getattr(getattr(engine_client, "output_processor", None), "request_states", None)
     most = engine_client.vllm_config.scheduler_config.max_num_seqs
     lookup("vllm.v1.engine.detokenizer", "IncrementalDetokenizer").num_output_tokens  # noqa: B018
