@@ -90,4 +90,6 @@ def test_a_name_of_a_dead_worker_elsewhere_can_be_taken_again(connection: redis.
     before = Worker([open_queue(connection)], connection=connection, name="the-worker")
     before.hostname = "a-container-that-is-gone"
     before.register_birth()
-    start(connection, weights, hooks=[], name="the-worker").work(burst=True)
+    worker = start(connection, weights, hooks=[], name="the-worker")
+    worker.work(burst=True)
+    assert worker.name == "the-worker"

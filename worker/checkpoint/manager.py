@@ -1,9 +1,9 @@
 """Keeps what the weights of one server have learnt: the way into the journal, and the parts that read it.
 
-    keeper.before, void, after, adopt   versions enter the journal, before and after they are applied
-    keeper.history                      what there is on disk
-    keeper.checkpoints                  writes checkpoints, and prunes
-    keeper.rebuilder                    makes a version again
+    manager.before, void, after, adopt   versions enter the journal, before and after they are applied
+    manager.history                      what there is on disk
+    manager.checkpoints                  writes checkpoints, and prunes
+    manager.rebuilder                    makes a version again
 
 Must not know: Redis.
 Invariant: a version's record is on disk before the header says APPLYING.

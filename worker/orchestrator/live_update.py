@@ -6,7 +6,7 @@
     apply     pause, write, resume: `applying`
     observe   guards, rehearsal and journal learn of the live version
 
-Knows the trainer, the header beside the weights, the keeper of the journal and the server's control socket. The
+Knows the trainer, the header beside the weights, the manager of the journal and the server's control socket. The
 consumer commits the `Update` that comes back.
 
 Invariants: a version is in the journal, on disk, before the server is paused for it. Whatever `run` raises besides
