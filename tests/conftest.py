@@ -1,6 +1,7 @@
 """Session fixtures: real servers, started once. Nothing here stands in for a part a user has."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -61,6 +62,15 @@ def no_thread_outlives_its_test() -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     left = [thread.name for thread in new if thread.is_alive()]
     assert not left, f"threads that outlive their test: {left}"
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_are_put_back() -> Iterator[None]:
+    """RQ's workers install handlers and leave them: one that a test ran here would answer a later Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
