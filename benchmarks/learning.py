@@ -1,0 +1,215 @@
+"""What a real model learns, and what it forgets meanwhile: APOLLO-Mini, its peers and its possible cures.
+
+Every contender starts from the same weights and is given the same conversations in the same order, twenty a version, in
+fp32, one optimizer step a version. At some versions it is scored, in nats per trained token, on conversations that it
+never trained: the same subject in other words (learnt), facts, and other answers (kept). "Rise" is held-out loss over
+that of the source weights, answer by answer.
+
+    python benchmarks/learning.py MODEL --list
+    python benchmarks/learning.py MODEL --device cuda                        # the whole grid
+    python benchmarks/learning.py MODEL --only 'mini lr=*' --only 'adamw lr=0.0001' --seeds 0 --versions 3 5 8
+    python benchmarks/learning.py MODEL --in-turn --only 'adamw lr=0.0001'   # three tasks one after the other
+    python benchmarks/learning.py MODEL --report                             # table and plot of what is there
+
+MODEL is a directory of an instruct model of attention layers alone, such as SmolLM2-135M-Instruct. Every finished run
+is kept in learning.json and not made again, so that a grid can be stopped and continued. LoRA needs `pip install -e
+'.[bench]'`. Losses repeat exactly on a CPU with the same number of threads.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import contenders
+import learning_report
+import learning_tasks
+import outputs
+import torch
+from contenders import Setting
+from shared_prefix import backward, score
+
+from worker.cli.train import epochs
+from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
+from worker.trainer.trainer import make_builder
+from worker.utils import torch_setup
+
+RATES = {
+    "adamw": (3e-5, 1e-4, 2e-4), "adamw-bf16": (3e-5, 1e-4, 2e-4), "lora": (3e-4, 1e-3, 2e-3),
+    "sgd": (3e-3, 1e-2, 3e-2), "mini": (3e-6, 1e-5, 3e-5), "mini-plain": (1e-5,),
+}  # fmt: skip
+"""Three learning rates for each contender; for those that are not named, OTHERS."""
+OTHERS = (1e-5, 3e-5, 1e-4)
+VARIANTS = (
+    {"freeze": "embeddings"}, {"freeze": "attention"}, {"freeze": "mlp"}, {"warmup": 5}, {"pull": 0.02}, {"pull": 0.1},
+    {"rehearse": 5}, {"rehearse": 20}, {"batch": 40}, {"batch": 80},
+)  # fmt: skip
+"""What is tried with Mini at 1e-5 besides."""
+
+
+def grid() -> list[Setting]:
+    """Every contender at every rate, seed 0."""
+    names = [*contenders.LABELS]
+    names.sort(key=lambda name: name not in RATES)
+    plain = [Setting(name, lr) for name in names for lr in RATES.get(name, OTHERS)]
+    return plain + [replace(Setting("mini", 1e-5), **variant) for variant in VARIANTS]
+
+
+class Bench:
+    """One model, one set of conversations, one file of results."""
+
+    def __init__(self, model: Path, data: learning_tasks.Data, device: torch.device, results: Path) -> None:
+        self.folder, self.data, self.device, self.results = model, data, device, results
+        header = {"digest": data.digest, "tokens": self._tokens()}
+        self.report = json.loads(results.read_text()) if results.exists() else {**header, "runs": {}, "in_turn": {}}
+        if self.report["digest"] != data.digest:
+            raise SystemExit(f"error: {results} was made with other conversations: name another folder with --out")
+
+    def _tokens(self) -> dict[str, list[int]]:
+        """Trained tokens of each scored example, by the name under which it is scored."""
+        sets = {task.name: task.unseen for task in self.data.tasks} | {"facts": self.data.facts, "held": self.data.held}
+        return {name: [example.trained_tokens for example in examples] for name, examples in sets.items()}
+
+    def run(self, setting: Setting, versions: Sequence[int]) -> None:
+        """One contender up to the last of `versions`, scored at each; kept as soon as it is done."""
+        started = time.perf_counter()
+        model = contenders.load_model(self.folder, self.device)
+        sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        if "start" not in self.report:
+            self.report["start"] = self._score(model, [task.name for task in self.data.tasks])
+        contender, rate = contenders.make(setting, model, sources), contenders.rate(setting)
+        kept: dict[str, Any] = {"setting": asdict(setting), "versions": {}, "moved": {}}
+        for version, batch in enumerate(islice(self._batches(setting, self.data.tasks[0]), versions[-1]), start=1):
+            backward(model, batch, self.device)
+            contender.step(rate(version))
+            if version == 1 or version in versions:
+                kept["moved"][str(version)] = _moved(contenders.changes(model, sources), sources, rate(version))
+            if version in versions:
+                kept["versions"][str(version)] = self._score(model, ["identity"])
+        self._keep("runs", setting, kept, started)
+
+    def run_in_turn(self, setting: Setting, versions: int) -> None:
+        """Three tasks one after the other, `versions` versions each; scored on all three after each."""
+        started = time.perf_counter()
+        model = contenders.load_model(self.folder, self.device)
+        sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        contender, rate, taken = contenders.make(setting, model, sources), contenders.rate(setting), 0
+        kept: dict[str, Any] = {"setting": asdict(setting), "after": {}}
+        for task in self.data.tasks:
+            for batch in islice(self._batches(setting, task), versions):
+                taken += 1
+                backward(model, batch, self.device)
+                contender.step(rate(taken))
+            kept["after"][task.name] = self._score(model, [each.name for each in self.data.tasks])
+        self._keep("in_turn", setting, kept, started)
+
+    def _batches(self, setting: Setting, task: learning_tasks.Task) -> Iterator[list[Example]]:
+        """The conversations of one version after the other, as many versions as are asked for."""
+        pool = self.data.pool
+        if setting.rehearse > len(pool):
+            raise SystemExit(f"error: rehearse={setting.rehearse}: only {len(pool)} other answers are not held out")
+        others = epochs(pool, count=10_000, batch=setting.rehearse or 1, seed=setting.seed) if pool else iter([])
+        for batch in epochs(task.train, count=10_000, batch=setting.batch, seed=setting.seed):
+            yield batch + (next(others) if setting.rehearse else [])
+
+    def _score(self, model: Any, tasks: Sequence[str]) -> dict[str, list[float]]:
+        sets = {task.name: task.unseen for task in self.data.tasks if task.name in tasks}
+        sets |= {"facts": self.data.facts, "held": self.data.held}
+        return {name: [round(nll, 6) for nll in score(model, examples, self.device)] for name, examples in sets.items()}
+
+    def _keep(self, kind: str, setting: Setting, kept: dict[str, Any], started: float) -> None:
+        kept["made"] = {
+            "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "seconds": round(time.perf_counter() - started),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+        }  # fmt: skip
+        self.report[kind][setting.key] = kept
+        written = self.results.with_suffix(".new")
+        written.write_text(json.dumps(self.report))
+        written.replace(self.results)
+        print(f"{setting.key}: {kept['made']['seconds']} s", flush=True)
+
+
+def _moved(changes: dict[str, torch.Tensor], sources: dict[str, torch.Tensor], lr: float) -> dict[str, Any]:
+    """How far the weights are from the source: |dW| / |W| of all and of some, and of each matrix RMS(dW) / lr (its
+    median, ninth decile and maximum)."""
+    parts = {"all": "", "embeddings": "embed_tokens", "attention": "self_attn", "mlp": ".mlp."}
+    squares = {name: float(change.norm()) ** 2 for name, change in changes.items()}
+    moved: dict[str, Any] = {}
+    for part, text in parts.items():
+        whole = sum(float(weight.norm()) ** 2 for name, weight in sources.items() if text in name)
+        moved[part] = (sum(value for name, value in squares.items() if text in name) / whole) ** 0.5
+    matrices = {name: change for name, change in changes.items() if change.dim() == 2}
+    gains = sorted((squares[name] / change.numel()) ** 0.5 / lr for name, change in matrices.items())
+    moved["gain"] = [gains[len(gains) // 2], gains[len(gains) * 9 // 10], gains[-1]]
+    ranks = sorted(squares[name] / float(torch.linalg.matrix_norm(change, 2)) ** 2
+                   for name, change in matrices.items() if ".layers.1" in name and "k_proj" in name)  # fmt: skip
+    moved["stable_rank"] = ranks[len(ranks) // 2] if ranks else None
+    return moved
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("scripts/demo_data"), help="folder with the conversations")
+    parser.add_argument("--only", action="append", help="settings that match (with *), as --list names them")
+    parser.add_argument("--setting", action="append", default=[], help="run these, of the grid or not, instead of it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--versions", type=int, nargs="+", default=[5, 10, 20], help="where to score")
+    parser.add_argument("--held", type=int, default=110, help="other answers that are scored and never trained")
+    parser.add_argument("--answer-tokens", type=int, default=40, help="tokens of each other answer")
+    parser.add_argument("--in-turn", action="store_true", help="three tasks one after the other, --versions[0] each")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--list", action="store_true", help="print the settings and end")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and plot of what is there")
+    arguments = parser.parse_args()
+    chosen = [Setting.parse(text) for text in arguments.setting]
+    if arguments.only or not chosen:
+        chosen += [one for one in grid() if any(fnmatch(_name(one), only) for only in arguments.only or ["*"])]
+    if not chosen:
+        parser.error(f"--only {' '.join(arguments.only)}: no setting is called so: see --list")
+    if arguments.list:
+        print(*map(_name, chosen), sep="\n")
+        return
+    outputs.folder(arguments.out)
+    results = arguments.out / "learning.json"
+    if not arguments.report:
+        bench = _bench(arguments, results)
+        versions = sorted(arguments.versions)
+        for setting in [replace(one, seed=seed) for seed in arguments.seeds for one in chosen]:
+            there = bench.report["in_turn" if arguments.in_turn else "runs"].get(setting.key)
+            if arguments.in_turn and there is None:
+                bench.run_in_turn(setting, versions[0])
+            elif not arguments.in_turn and (there is None or not set(map(str, versions)) <= set(there["versions"])):
+                bench.run(setting, versions)
+    if not results.exists():
+        parser.error(f"{results} is not there: nothing has run yet")
+    learning_report.write(json.loads(results.read_text()), arguments.out)
+
+
+def _name(setting: Setting) -> str:
+    return " ".join(part for part in setting.key.split() if not part.startswith("seed="))
+
+
+def _bench(arguments: argparse.Namespace, results: Path) -> Bench:
+    torch_setup.prepare()
+    from transformers import AutoTokenizer
+
+    builder = make_builder(AutoTokenizer.from_pretrained(arguments.model), arguments.model, Hyperparameters())
+    data = learning_tasks.load(
+        arguments.data, builder.build, held=arguments.held, answer_tokens=arguments.answer_tokens
+    )
+    if len(data.held) < arguments.held:
+        raise SystemExit(f"error: {arguments.data} has {len(data.held)} other answers, fewer than --held")
+    return Bench(arguments.model, data, arguments.device, results)
+
+
+if __name__ == "__main__":
+    main()
