@@ -7,7 +7,8 @@ that of the source weights, answer by answer.
 
     python benchmarks/learning.py MODEL --list
     python benchmarks/learning.py MODEL --device cuda                        # the whole grid
-    python benchmarks/learning.py MODEL --only 'mini lr=*' --only 'adamw lr=0.0001' --seeds 0 --versions 3 5 8
+    python benchmarks/learning.py MODEL --setting 'mini lr=2e-05' --only 'adamw lr=*' --seeds 0 --versions 3 5 8
+    python benchmarks/learning.py MODEL --seeds 0 --versions 20 --until .45  # the least that compares at one level
     python benchmarks/learning.py MODEL --in-turn --only 'adamw lr=0.0001'   # three tasks one after the other
     python benchmarks/learning.py MODEL --report                             # table and plot of what is there
 
@@ -76,8 +77,11 @@ class Bench:
         sets = {task.name: task.unseen for task in self.data.tasks} | {"facts": self.data.facts, "held": self.data.held}
         return {name: [example.trained_tokens for example in examples] for name, examples in sets.items()}
 
-    def run(self, setting: Setting, versions: Sequence[int]) -> None:
-        """One contender up to the last of `versions`, scored at each; kept as soon as it is done."""
+    def run(self, setting: Setting, versions: Sequence[int], until: float | None) -> None:
+        """One contender up to the last of `versions`, scored at each; kept as soon as it is done.
+
+        until: end at the first version at which identity is below this, and score that one and the one before.
+        """
         started = time.perf_counter()
         model = contenders.load_model(self.folder, self.device)
         sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -86,12 +90,18 @@ class Bench:
         contender, rate = contenders.make(setting, model, sources), contenders.rate(setting)
         kept: dict[str, Any] = {"setting": asdict(setting), "versions": {}, "moved": {}}
         for version, batch in enumerate(islice(self._batches(setting, self.data.tasks[0]), versions[-1]), start=1):
-            backward(model, batch, self.device)
+            before = _trained(model) if until is not None else []
+            loss = backward(model, batch, self.device)
             contender.step(rate(version))
-            if version == 1 or version in versions:
+            below = until is not None and loss < 2 * until and self._learnt(model) < until
+            if version == 1 or version in versions or below:
                 kept["moved"][str(version)] = _moved(contenders.changes(model, sources), sources, rate(version))
-            if version in versions:
+            if version in versions or below:
                 kept["versions"][str(version)] = self._score(model, ["identity"])
+            if below:
+                _trained(model, before)
+                kept["versions"][str(version - 1)] = self._score(model, ["identity"])
+                break
         self._keep("runs", setting, kept, started)
 
     def run_in_turn(self, setting: Setting, versions: int) -> None:
@@ -118,6 +128,11 @@ class Bench:
         for batch in epochs(task.train, count=10_000, batch=setting.batch, seed=setting.seed):
             yield batch + (next(others) if setting.rehearse else [])
 
+    def _learnt(self, model: Any) -> float:
+        """Identity loss, in nats per trained token."""
+        unseen = self.data.tasks[0].unseen
+        return learning_report.mean(score(model, unseen, self.device), [example.trained_tokens for example in unseen])
+
     def _score(self, model: Any, tasks: Sequence[str]) -> dict[str, list[float]]:
         sets = {task.name: task.unseen for task in self.data.tasks if task.name in tasks}
         sets |= {"facts": self.data.facts, "held": self.data.held}
@@ -134,6 +149,15 @@ class Bench:
         written.write_text(json.dumps(self.report))
         written.replace(self.results)
         print(f"{setting.key}: {kept['made']['seconds']} s", flush=True)
+
+
+@torch.no_grad()
+def _trained(model: Any, replaced: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """A copy of all that is trained; with `replaced`, such a copy is put back first."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter, kept in zip(parameters, replaced, strict=bool(replaced)):
+        parameter.copy_(kept)
+    return [parameter.clone() for parameter in parameters]
 
 
 def _moved(changes: dict[str, torch.Tensor], sources: dict[str, torch.Tensor], lr: float) -> dict[str, Any]:
@@ -162,8 +186,9 @@ def main() -> None:
     parser.add_argument("--setting", action="append", default=[], help="run these, of the grid or not, instead of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--versions", type=int, nargs="+", default=[5, 10, 20], help="where to score")
-    parser.add_argument("--held", type=int, default=110, help="other answers that are scored and never trained")
-    parser.add_argument("--answer-tokens", type=int, default=40, help="tokens of each other answer")
+    parser.add_argument("--until", type=float, help="end a run where identity falls below this; score there and before")
+    parser.add_argument("--held", type=int, default=100, help="other answers that are scored and never trained")
+    parser.add_argument("--answer-tokens", type=int, default=24, help="tokens of each other answer")
     parser.add_argument("--in-turn", action="store_true", help="three tasks one after the other, --versions[0] each")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -187,8 +212,8 @@ def main() -> None:
             there = bench.report["in_turn" if arguments.in_turn else "runs"].get(setting.key)
             if arguments.in_turn and there is None:
                 bench.run_in_turn(setting, versions[0])
-            elif not arguments.in_turn and (there is None or not set(map(str, versions)) <= set(there["versions"])):
-                bench.run(setting, versions)
+            elif not arguments.in_turn and not _done(there, versions, arguments.until):
+                bench.run(setting, versions, arguments.until)
     if not results.exists():
         parser.error(f"{results} is not there: nothing has run yet")
     learning_report.write(json.loads(results.read_text()), arguments.out)
@@ -196,6 +221,14 @@ def main() -> None:
 
 def _name(setting: Setting) -> str:
     return " ".join(part for part in setting.key.split() if not part.startswith("seed="))
+
+
+def _done(run: dict[str, Any] | None, versions: Sequence[int], until: float | None) -> bool:
+    """Whether `run` holds what is asked for: the versions, or with `until` an end below it or at the last version."""
+    if run is None:
+        return False
+    asked = versions[-1:] if until is not None else versions
+    return set(map(str, asked)) <= set(run["versions"]) or (until is not None and len(run["versions"]) > 1)
 
 
 def _bench(arguments: argparse.Namespace, results: Path) -> Bench:
