@@ -2,8 +2,8 @@
 
 Every contender starts from the same weights and is given the same conversations in the same order, twenty a version, in
 fp32, one optimizer step a version. At some versions it is scored, in nats per trained token, on conversations that it
-never trained: the same subject in other words (learnt), facts, and other answers (kept). "Rise" is held-out loss over
-that of the source weights, answer by answer.
+never trained: the same subject in other words (learnt), facts, and the source model's own answers to other questions
+(kept). "Rise" is held-out loss over that of the source weights, answer by answer.
 
     python benchmarks/learning.py MODEL --list
     python benchmarks/learning.py MODEL --device cuda                        # the whole grid
@@ -31,6 +31,7 @@ import contenders
 import learning_report
 import learning_tasks
 import outputs
+import own_answers
 import torch
 from contenders import Setting
 from shared_prefix import backward, score
@@ -46,6 +47,7 @@ RATES = {
     "sgd": (3e-3, 1e-2, 3e-2), "mini": (3e-6, 1e-5, 3e-5), "mini-plain": (1e-5,),
 }  # fmt: skip
 """Three learning rates for each contender; for those that are not named, OTHERS."""
+SCORED = ("identity", "facts", "held")
 OTHERS = (1e-5, 3e-5, 1e-4)
 VARIANTS = (
     {"freeze": "embeddings"}, {"freeze": "attention"}, {"freeze": "mlp"}, {"warmup": 5}, {"pull": 0.02}, {"pull": 0.1},
@@ -65,17 +67,28 @@ def grid() -> list[Setting]:
 class Bench:
     """One model, one set of conversations, one file of results."""
 
-    def __init__(self, model: Path, data: learning_tasks.Data, device: torch.device, results: Path) -> None:
+    def __init__(
+        self, model: Path, data: learning_tasks.Data, device: torch.device, results: Path, answer_tokens: int
+    ) -> None:
         self.folder, self.data, self.device, self.results = model, data, device, results
-        header = {"digest": data.digest, "tokens": self._tokens()}
-        self.report = json.loads(results.read_text()) if results.exists() else {**header, "runs": {}, "in_turn": {}}
-        if self.report["digest"] != data.digest:
+        self.answer_tokens = answer_tokens
+        self.report = json.loads(results.read_text()) if results.exists() else self._first()
+        if self.report["digest"] != data.digest or len(self.report["own"]) != len(data.held):
             raise SystemExit(f"error: {results} was made with other conversations: name another folder with --out")
+        self.held = [own_answers.answered(*pair) for pair in zip(data.held, self.report["own"], strict=True)]
+        self.report["tokens"] = {name: [e.trained_tokens for e in examples] for name, examples in self._sets().items()}
+        if "start" not in self.report:
+            self.report["start"] = self._score(contenders.load_model(model, device), list(self._sets()))
 
-    def _tokens(self) -> dict[str, list[int]]:
-        """Trained tokens of each scored example, by the name under which it is scored."""
-        sets = {task.name: task.unseen for task in self.data.tasks} | {"facts": self.data.facts, "held": self.data.held}
-        return {name: [example.trained_tokens for example in examples] for name, examples in sets.items()}
+    def _first(self) -> dict[str, Any]:
+        """What a file of results begins with."""
+        model = contenders.load_model(self.folder, self.device)
+        own = own_answers.draw(model, self.data.held, self.answer_tokens)
+        return {"digest": self.data.digest, "own": own, "runs": {}, "in_turn": {}}
+
+    def _sets(self) -> dict[str, list[Example]]:
+        """All that is scored, by its name."""
+        return {task.name: task.unseen for task in self.data.tasks} | {"facts": self.data.facts, "held": self.held}
 
     def run(self, setting: Setting, versions: Sequence[int], until: float | None) -> None:
         """One contender up to the last of `versions`, scored at each; kept as soon as it is done.
@@ -85,8 +98,6 @@ class Bench:
         started = time.perf_counter()
         model = contenders.load_model(self.folder, self.device)
         sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        if "start" not in self.report:
-            self.report["start"] = self._score(model, [task.name for task in self.data.tasks])
         contender, rate = contenders.make(setting, model, sources), contenders.rate(setting)
         kept: dict[str, Any] = {"setting": asdict(setting), "versions": {}, "moved": {}}
         for version, batch in enumerate(islice(self._batches(setting, self.data.tasks[0]), versions[-1]), start=1):
@@ -97,10 +108,10 @@ class Bench:
             if version == 1 or version in versions or below:
                 kept["moved"][str(version)] = _moved(contenders.changes(model, sources), sources, rate(version))
             if version in versions or below:
-                kept["versions"][str(version)] = self._score(model, ["identity"])
+                kept["versions"][str(version)] = self._score(model, SCORED)
             if below:
                 _trained(model, before)
-                kept["versions"][str(version - 1)] = self._score(model, ["identity"])
+                kept["versions"][str(version - 1)] = self._score(model, SCORED)
                 break
         self._keep("runs", setting, kept, started)
 
@@ -116,7 +127,7 @@ class Bench:
                 taken += 1
                 backward(model, batch, self.device)
                 contender.step(rate(taken))
-            kept["after"][task.name] = self._score(model, [each.name for each in self.data.tasks])
+            kept["after"][task.name] = self._score(model, list(self._sets()))
         self._keep("in_turn", setting, kept, started)
 
     def _batches(self, setting: Setting, task: learning_tasks.Task) -> Iterator[list[Example]]:
@@ -133,10 +144,9 @@ class Bench:
         unseen = self.data.tasks[0].unseen
         return learning_report.mean(score(model, unseen, self.device), [example.trained_tokens for example in unseen])
 
-    def _score(self, model: Any, tasks: Sequence[str]) -> dict[str, list[float]]:
-        sets = {task.name: task.unseen for task in self.data.tasks if task.name in tasks}
-        sets |= {"facts": self.data.facts, "held": self.data.held}
-        return {name: [round(nll, 6) for nll in score(model, examples, self.device)] for name, examples in sets.items()}
+    def _score(self, model: Any, names: Sequence[str]) -> dict[str, list[float]]:
+        sets = self._sets()
+        return {name: [round(nll, 6) for nll in score(model, sets[name], self.device)] for name in names}
 
     def _keep(self, kind: str, setting: Setting, kept: dict[str, Any], started: float) -> None:
         kept["made"] = {
@@ -187,8 +197,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--versions", type=int, nargs="+", default=[5, 10, 20], help="where to score")
     parser.add_argument("--until", type=float, help="end a run where identity falls below this; score there and before")
-    parser.add_argument("--held", type=int, default=100, help="other answers that are scored and never trained")
-    parser.add_argument("--answer-tokens", type=int, default=24, help="tokens of each other answer")
+    parser.add_argument("--held", type=int, default=100, help="questions that are held out")
+    parser.add_argument("--answer-tokens", type=int, default=16, help="the source model's, to each held-out question")
     parser.add_argument("--in-turn", action="store_true", help="three tasks one after the other, --versions[0] each")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -236,12 +246,10 @@ def _bench(arguments: argparse.Namespace, results: Path) -> Bench:
     from transformers import AutoTokenizer
 
     builder = make_builder(AutoTokenizer.from_pretrained(arguments.model), arguments.model, Hyperparameters())
-    data = learning_tasks.load(
-        arguments.data, builder.build, held=arguments.held, answer_tokens=arguments.answer_tokens
-    )
+    data = learning_tasks.load(arguments.data, builder.build, held=arguments.held)
     if len(data.held) < arguments.held:
         raise SystemExit(f"error: {arguments.data} has {len(data.held)} other answers, fewer than --held")
-    return Bench(arguments.model, data, arguments.device, results)
+    return Bench(arguments.model, data, arguments.device, results, arguments.answer_tokens)
 
 
 if __name__ == "__main__":

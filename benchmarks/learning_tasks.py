@@ -5,13 +5,13 @@ Must not know: models, optimizers. Invariant: the same arguments give the same c
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from producer.transcript import Transcript
 from worker.cli.train import load_examples
-from worker.data.examples import Example, TokenSequence
+from worker.data.examples import Example
 
 FILES = ("identity_train", "identity_unseen", "facts", "other_answers")
 
@@ -67,30 +67,19 @@ class Data:
     """identity, places, manner"""
     facts: list[Example]
     held: list[Example]
-    """Other answers that no run trains on."""
+    """Other questions, which no run trains on; `own_answers` replaces their answers with the source model's."""
     pool: list[Example]
     """Other answers that rehearsal may train on."""
     digest: str
 
 
-def load(folder: Path, build: Callable[[Transcript, str], Example], *, held: int, answer_tokens: int) -> Data:
-    """The files of `folder`. The first `held` other answers are scored, each up to `answer_tokens` trained tokens."""
+def load(folder: Path, build: Callable[[Transcript, str], Example], *, held: int) -> Data:
+    """The files of `folder`. The first `held` other answers are held out."""
     train, unseen, facts, others = (load_examples(str(folder / f"{name}.jsonl"), build) for name in FILES)
-    others = [shorten(example, answer_tokens) for example in others]
     text = "".join(repr((e.id, e.sequences)) for e in [*train, *unseen, *facts, *others])
     digest = hashlib.sha256(f"{held} {text}".encode()).hexdigest()[:16]
     further = [_built(name, made, build) for name, made in (("places", places()), ("manner", manner()))]
     return Data((Task("identity", train, unseen), further[0], further[1]), facts, others[:held], others[held:], digest)
-
-
-def shorten(example: Example, trained: int) -> Example:
-    """Its sequences up to `trained` trained tokens each."""
-
-    def cut(sequence: TokenSequence) -> TokenSequence:
-        ends = [i + 1 for i, wanted in enumerate(sequence.mask) if wanted][:trained]
-        return TokenSequence(sequence.ids[: ends[-1]], sequence.mask[: ends[-1]])
-
-    return replace(example, sequences=tuple(cut(sequence) for sequence in example.sequences))
 
 
 def places() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 from contenders import LABELS, RULES, Setting, load_model, make  # noqa: E402
 from learning_report import Curve, interval  # noqa: E402
-from learning_tasks import manner, places, shorten  # noqa: E402
+from learning_tasks import manner, places  # noqa: E402
+from own_answers import answered, draw  # noqa: E402
 from shapes import write_shape  # noqa: E402
 from shared_prefix import backward, make_rows, score, token_losses  # noqa: E402
 from update_rules import Adam, Apollo, RuleOptimizer  # noqa: E402
@@ -150,10 +151,19 @@ def test_what_is_trained_is_never_asked(tmp_path: Path) -> None:
     assert {answer for _, answer in places()[1]} <= {answer for _, answer in places()[0]}
 
 
-def test_an_answer_is_cut_after_its_trained_tokens() -> None:
-    mask = (False, False, True, True, False, True)
-    cut = shorten(Example("e", (TokenSequence((1, 2, 3, 4, 5, 6), mask),), 1.0, {}), 2)
-    assert cut.sequences[0] == TokenSequence((1, 2, 3, 4), mask[:4])
+def test_the_source_model_answers_after_each_prompt_as_it_would_alone() -> None:
+    """Drawn in one padded batch: an answer's tokens are likely ones of its own prompt, and are what is scored."""
+    model, examples = small_model(), conversations(40)
+    end = draw(model, examples, 6)[0][2]
+    model.generation_config.eos_token_id = end
+    answers = draw(model, examples, 6)
+    assert answers == draw(model, examples, 6)
+    assert any(len(answer) < 6 for answer in answers)
+    assert all(end not in answer[:-1] and (len(answer) == 6 or answer[-1] == end) for answer in answers)
+    own = [answered(*pair) for pair in zip(examples, answers, strict=True)]
+    assert [example.trained_tokens for example in own] == [len(answer) for answer in answers]
+    shifted = [answered(*pair) for pair in zip(examples, answers[1:] + answers[:1], strict=True)]
+    assert sum(score(model, own, CPU)) < sum(score(model, shifted, CPU)) - 10
 
 
 def test_the_rise_is_read_where_identity_falls_through_the_level() -> None:
