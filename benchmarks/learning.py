@@ -2,8 +2,8 @@
 
 Every contender starts from the same weights and is given the same conversations in the same order, twenty a version, in
 fp32, one optimizer step a version. At some versions it is scored, in nats per trained token, on conversations that it
-never trained: the same subject in other words (learnt), facts, and the source model's own answers to other questions
-(kept). "Rise" is held-out loss over that of the source weights, answer by answer.
+never trained: the same subject in other words (learnt), facts, the source model's own answers to other questions
+(held), and answers by hand to the same (written). A rise is the loss over that of the source weights, answer by answer.
 
     python benchmarks/learning.py MODEL --list
     python benchmarks/learning.py MODEL --device cuda                        # the whole grid
@@ -47,8 +47,8 @@ RATES = {
     "sgd": (3e-3, 1e-2, 3e-2), "mini": (3e-6, 1e-5, 3e-5), "mini-plain": (1e-5,),
 }  # fmt: skip
 """Three learning rates for each contender; for those that are not named, OTHERS."""
-SCORED = ("identity", "facts", "held")
 OTHERS = (1e-5, 3e-5, 1e-4)
+SCORED = ("identity", "facts", "held", "written")
 VARIANTS = (
     {"freeze": "embeddings"}, {"freeze": "attention"}, {"freeze": "mlp"}, {"warmup": 5}, {"pull": 0.02}, {"pull": 0.1},
     {"rehearse": 5}, {"rehearse": 20}, {"batch": 40}, {"batch": 80},
@@ -77,8 +77,9 @@ class Bench:
             raise SystemExit(f"error: {results} was made with other conversations: name another folder with --out")
         self.held = [own_answers.answered(*pair) for pair in zip(data.held, self.report["own"], strict=True)]
         self.report["tokens"] = {name: [e.trained_tokens for e in examples] for name, examples in self._sets().items()}
-        if "start" not in self.report:
-            self.report["start"] = self._score(contenders.load_model(model, device), list(self._sets()))
+        start = self.report.setdefault("start", {})
+        if missing := [name for name in self._sets() if name not in start]:
+            start |= self._score(contenders.load_model(model, device), missing)
 
     def _first(self) -> dict[str, Any]:
         """What a file of results begins with."""
@@ -88,7 +89,8 @@ class Bench:
 
     def _sets(self) -> dict[str, list[Example]]:
         """All that is scored, by its name."""
-        return {task.name: task.unseen for task in self.data.tasks} | {"facts": self.data.facts, "held": self.held}
+        others = {"facts": self.data.facts, "held": self.held, "written": self.data.held}
+        return {task.name: task.unseen for task in self.data.tasks} | others
 
     def run(self, setting: Setting, versions: Sequence[int], until: float | None) -> None:
         """One contender up to the last of `versions`, scored at each; kept as soon as it is done.

@@ -53,6 +53,8 @@ class Point:
     facts: float
     rise: list[float]
     """Of each held-out answer."""
+    written: list[float] | None
+    """The same of each answer by hand; None where they were not scored."""
 
 
 class Curve:
@@ -70,9 +72,11 @@ class Curve:
         self.moved = runs[0]["moved"]
 
     def _point(self, report: dict[str, Any], version: int, scored: dict[str, list[float]]) -> Point:
-        rise = [after - before for after, before in zip(scored["held"], report["start"]["held"], strict=True)]
+        def rise(name: str) -> list[float]:
+            return [after - before for after, before in zip(scored[name], report["start"][name], strict=True)]
+
         identity, facts = (mean(scored[name], self.tokens[name]) for name in ("identity", "facts"))
-        return Point(version, identity, facts, rise)
+        return Point(version, identity, facts, rise("held"), rise("written") if "written" in scored else None)
 
     def at(self, version: int) -> tuple[float, float, Interval]:
         """Identity and facts, means over seeds, and the rise."""
@@ -80,21 +84,24 @@ class Curve:
         identity, facts = (sum(getattr(p, name) for p in points) / len(points) for name in ("identity", "facts"))
         return identity, facts, interval(_means([p.rise for p in points]), self.tokens["held"])
 
-    def at_level(self) -> tuple[float, list[float]] | None:
+    def at_level(self, what: str = "rise") -> tuple[float, list[float]] | None:
         """(version, rise of each answer) where identity falls through LEVEL, straight lines between scored versions and
-        mean over seeds; None where a seed does not reach it, or does before its first scored version."""
-        found = [_cross(points) for points in self.by_seed]
+        mean over seeds; None where a seed does not reach it, does before its first scored version, or lacks `what`."""
+        found = [_cross(points, what) for points in self.by_seed]
         if any(one is None for one in found):
             return None
         there = [one for one in found if one is not None]
         return sum(version for version, _ in there) / len(there), _means([rise for _, rise in there])
 
 
-def _cross(points: Sequence[Point]) -> tuple[float, list[float]] | None:
+def _cross(points: Sequence[Point], what: str) -> tuple[float, list[float]] | None:
     for before, after in pairwise(points[1:]):
         if before.identity >= LEVEL > after.identity:
             share = (before.identity - LEVEL) / (before.identity - after.identity)
-            rise = [a + share * (b - a) for a, b in zip(before.rise, after.rise, strict=True)]
+            both = getattr(before, what), getattr(after, what)
+            if None in both:
+                return None
+            rise = [a + share * (b - a) for a, b in zip(*both, strict=True)]
             return before.version + share * (after.version - before.version), rise
     return None
 
@@ -129,26 +136,28 @@ def table(report: dict[str, Any], found: Sequence[Curve]) -> str:
     """Every setting: scores by version, then the rise at LEVEL and by how much it is over the reference's."""
     if not found:
         return ""
+    lines = [f"| contender | seeds | version: identity / facts / rise | at identity {LEVEL}: version | rise of held |"
+             f" over {REFERENCE} | rise of written | dW/W at 1, last | RMS(dW)/lr at 1: median, 9th decile, most |",
+             "|" + " --- |" * 9]  # fmt: skip
     reference = next((curve.at_level() for curve in found if curve.name == REFERENCE), None)
-    lines = [f"| contender | seeds | version: identity / facts / held-out rise | rise at identity {LEVEL}, version |"
-             f" over {REFERENCE} | dW/W at 1 | RMS(dW)/lr at 1: median, 9th decile, most |",
-             "|" + " --- |" * 7]  # fmt: skip
-    tokens = report["tokens"]["held"]
+    tokens = report["tokens"]
     for curve in found:
         scores = [f"{v}: {i:.3f} / {f:.3f} / {r}" for v in curve.versions for i, f, r in [curve.at(v)]]
-        level, there, over = curve.at_level(), "-", "-"
+        level, written = curve.at_level(), curve.at_level("written")
+        there = ["-"] * 4
         if level is not None:
-            there = f"{interval(level[1], tokens)}, {level[0]:.1f}"
+            there[:2] = f"{level[0]:.1f}", str(interval(level[1], tokens["held"]))
             if reference is not None:
-                over = str(interval([a - b for a, b in zip(level[1], reference[1], strict=True)], tokens))
-        first = curve.moved["1"]
+                over = [a - b for a, b in zip(level[1], reference[1], strict=True)]
+                there[2] = str(interval(over, tokens["held"]))
+        if written is not None:
+            there[3] = str(interval(written[1], tokens["written"]))
+        first, last = curve.moved["1"], curve.moved[max(curve.moved, key=int)]
         gains = " ".join(f"{gain:.2f}" for gain in first["gain"])
-        lines.append(f"| {curve.setting.label} | {curve.seeds} | {'; '.join(scores)} | {there} | {over} |"
-                     f" {first['all']:.2e} | {gains} |")  # fmt: skip
-    start = [
-        f"{name} {mean(report['start'][name], report['tokens'][name]):.3f}" for name in ("identity", "facts", "held")
-    ]
-    lines.append(f"\nSource weights: {', '.join(start)}; {len(tokens)} held-out answers.")
+        lines.append(f"| {curve.setting.label} | {curve.seeds} | {'; '.join(scores)} | {' | '.join(there)} |"
+                     f" {first['all']:.1e}, {last['all']:.1e} | {gains} |")  # fmt: skip
+    start = [f"{name} {mean(values, tokens[name]):.3f}" for name, values in report["start"].items()]
+    lines.append(f"\nSource weights: {', '.join(start)}; {len(tokens['held'])} held-out questions.")
     return "\n".join(lines)
 
 

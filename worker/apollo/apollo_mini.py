@@ -35,7 +35,7 @@ class ApolloMini(torch.optim.Optimizer):
     "places", a (first row, first column, full row length) a parameter, says where a shard lies in its unsharded matrix,
     so that its rounding bits are that matrix's.
     lr: what it means follows `scale`: the update's RMS is about lr * sqrt(scale / min(rows, cols)); scale="auto" is
-    min(rows, cols) for each matrix, which makes lr mean what it means in AdamW.
+    min(rows, cols) for each matrix, with which a step is about as long as AdamW's at the same lr.
     gamma: the norm-growth limiter's; math.inf switches it off. projection_gap: steps between redraws of P.
     rounding: how bf16 weights are written, "stochastic" or "nearest"; the latter loses most of a small update.
     projection: for tests, (index, shape, draw) -> P.

@@ -81,7 +81,7 @@ def step_size(rate: float, beta1: float, beta2: float, t: int) -> float:
 
 
 def root_scale(scale: float | str, rows: int, cols: int) -> float:
-    """sqrt(scale); "auto" means min(rows, cols), with which lr means what it means in AdamW."""
+    """sqrt(scale); "auto" means min(rows, cols), with which a step is about as long as AdamW's at the same lr."""
     return math.sqrt(min(rows, cols) if scale == "auto" else float(scale))
 
 

@@ -50,12 +50,18 @@ def training_options(command: F) -> F:
     """Click decorator: adds every flag of `Hyperparameters`; the command gets them as keyword arguments."""
     defaults = Hyperparameters()
     options = [
-        click.option("--lr", type=click.FloatRange(0, min_open=True), default=defaults.lr, help="Learning rate."),
+        click.option(
+            "--lr",
+            type=click.FloatRange(0, min_open=True),
+            default=defaults.lr,
+            help="Learning rate. With --scale auto, a step is about as long as AdamW's at the same rate, but learns"
+            " more. DESIGN.md says which rates were measured.",
+        ),
         click.option(
             "--scale",
             type=Scale(),
             default=defaults.scale,
-            help="APOLLO's scale (alpha squared); auto is min(rows, cols), so that lr means what it means in AdamW.",
+            help="APOLLO's scale (alpha squared); auto is min(rows, cols), so that a step is about as long as AdamW's.",
         ),
         click.option("--warmup", type=click.IntRange(0), default=defaults.warmup, help="Steps of linear warm-up."),
         click.option(
