@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -66,30 +67,36 @@ def matrix(rows: int, cols: int, gap: int, offset: int, scale: float, dtype: tor
     return memory[offset:].view(rows, cols + gap)[:, :cols]
 
 
-sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 576, 2047, 2048, 2049, 4100]))
-numbers = st.one_of(st.just(0.0), st.floats(1e-12, 1e3), st.floats(-1.0, 1.0), st.sampled_from([1e-44, 1e-50]))
-
-
-@given(
-    shape=st.tuples(st.integers(1, 12), sizes), gaps=st.tuples(*[st.integers(0, 9)] * 2),
-    offsets=st.tuples(*[st.integers(0, 9)] * 2), fp32=st.booleans(), step=numbers, decay=numbers,
-    seed=st.integers(0, 2**64 - 1), t=st.integers(1, 2**33), id=st.integers(0, 2**33), row=st.integers(0, 2**36),
-    beside=st.tuples(*[st.integers(0, 20)] * 2), drawn=st.integers(0, 2**31), threads=st.integers(1, 3),
-)  # fmt: skip
-def test_every_bit_is_torchs(shape, gaps, offsets, fp32, step, decay, seed, t, id, row, beside, drawn, threads) -> None:
-    rows, cols = shape
-    weight = matrix(rows, cols, gaps[0], offsets[0], 0.02, torch.bfloat16, drawn)
-    direction = matrix(rows, cols, gaps[1], offsets[1], 1e-3, torch.float32 if fp32 else torch.bfloat16, drawn + 1)
-    if fp32 and step:  # weights brought to nearly nothing: a second rounding would show
+def case(draw: random.Random) -> Write:
+    """Any matrices, places, numbers and draws; each kind of neighbourhood about as often as the others."""
+    rows, cols = draw.randint(1, 12), draw.choice([draw.randint(1, 40), 63, 64, 576, 2047, 2048, 2049, 4100])
+    gaps = [draw.choice([0, 0, 8, draw.randint(1, 9)]) for _ in range(2)]
+    offsets = [draw.choice([0, 8, draw.randint(1, 9)]) for _ in range(2)]
+    left, right = draw.choice([(0, 0), (0, 3), (draw.randint(0, 20), draw.randint(0, 20))])
+    step, decay = (draw.choice([0.0, 1e-50, 1e-44, 1.0, 10 ** draw.uniform(-12, 3), -draw.random()]) for _ in range(2))
+    dtype = draw.choice([torch.float32, torch.bfloat16])
+    weight = matrix(rows, cols, gaps[0], offsets[0], 0.02, torch.bfloat16, draw.getrandbits(32))
+    direction = matrix(rows, cols, gaps[1], offsets[1], 1e-3, dtype, draw.getrandbits(32))
+    if dtype == torch.float32 and step:  # weights brought to nearly nothing: a second rounding would show
         direction[::2] = weight[::2].float() / step
     direction.nan_to_num_()  # a gradient that is not finite is refused before
-    pitch = beside[0] + cols + beside[1]
-    write = Write(weight, direction, step, decay, seed, t, id, row * pitch + beside[0], pitch)
+    pitch = left + cols + right
+    first = draw.choice([0, draw.getrandbits(10), draw.getrandbits(38) // pitch]) * pitch + left
+    t, id = (draw.choice([1, draw.getrandbits(10), draw.getrandbits(40)]) for _ in range(2))
+    return Write(weight, direction, step, decay, draw.getrandbits(64), t, id, first, pitch)
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_every_bit_is_torchs(seed: int) -> None:
+    draw = random.Random(seed)
+    write = case(draw)
+    weight, cols = write.weight, write.weight.shape[1]
+    assert weight._base is not None
     wanted, around = written_by_torch(write), weight._base.clone()
     around.as_strided(weight.shape, weight.stride(), weight.storage_offset()).copy_(wanted)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(draw.randint(1, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_write, "PIECE", 3 * cols + 1)
+        patch.setattr(compiled_write, "PIECE", draw.choice([1, 3 * cols + 1, 1 << 18]))
         write_all([write], kernel())
     assert torch.equal(bits(weight), bits(wanted))
     assert torch.equal(bits(weight._base), bits(around)), "written beside the matrix"
