@@ -6,7 +6,7 @@ trainer multiplies each token's gradient. A loss here is a function of the token
 
 Must not know: torch, the model, the optimizer.
 Invariants: of a transcript with n trained tokens, `loss` is a mean over them, and `slopes` are of n * loss. A slope is
-1 for the negative log-likelihood; the mean of |slope| over the trained tokens is at most 1, of a correction 2.
+1 for the negative log-likelihood; the mean of |slope| over the trained tokens is at most 1.5.
 """
 
 from collections.abc import Mapping
