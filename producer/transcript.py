@@ -118,7 +118,7 @@ class Transcript:
             if problem := unfit(messages[index]["content"]):
                 raise InvalidTranscript(f"messages[{index}].content", problem)
         final = PlainCopy(MAX_BYTES)
-        for name in ("tools", "chat_template_kwargs", "messages", "rejected"):
+        for name in ("tools", "chat_template_kwargs", "messages", *(["rejected"] if rejected else [])):
             final(kept[name], name)
         for name, value in kept.items():
             object.__setattr__(self, name, value)  # frozen for everyone else
