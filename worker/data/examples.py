@@ -120,7 +120,7 @@ class ExampleBuilder:
         sequences = _joined(turns)
         if transcript.rejected is not None:
             # Both answers are seen after the same messages, so that nothing but the answer tells them apart.
-            other = _Work(self, [*transcript.messages[:-1], transcript.rejected], transcript)
+            other = _Work(self, [*transcript.messages[:-1], transcript.rejected], transcript, last="rejected")
             later, rejected = other.found(asked, start)
             if later > start:
                 start, turns = later, work.latest(asked, later)
@@ -140,12 +140,12 @@ class ExampleBuilder:
         weight = transcript.weight * abs(transcript.rating or 1.0)
         return Example(id, tuple(sequences), weight, report, transcript.kind)
 
-    def turn(self, transcript: Transcript, messages: list[dict[str, Any]], index: int) -> Turn:
-        """The turn that is the last of `messages`; `index`: its place in the transcript. Raises TooLongError."""
-        turn = self._renderer.turn(messages, transcript.tools, transcript.chat_template_kwargs, f"messages[{index}]")
+    def turn(self, transcript: Transcript, messages: list[dict[str, Any]], where: str) -> Turn:
+        """The turn that is the last of `messages`; `where`: its name in errors. Raises TooLongError."""
+        turn = self._renderer.turn(messages, transcript.tools, transcript.chat_template_kwargs, where)
         if len(turn) > self.max_tokens:
             raise TooLongError(
-                f"messages[{index}] with its context has {len(turn)} tokens, the limit is {self.max_tokens}: "
+                f"{where} with its context has {len(turn)} tokens, the limit is {self.max_tokens}: "
                 "shorten it, or raise the limit"
             )
         return turn
@@ -155,11 +155,15 @@ class _Work:
     """One conversation of a transcript while its example is built: what may still be rendered for it, and what was
     found.
 
-    `head`: how many system messages it opens with; they stay when older messages are dropped.
+    `last`: what errors call its last turn. `head`: how many system messages it opens with; they stay when older
+    messages are dropped.
     """
 
-    def __init__(self, builder: ExampleBuilder, messages: list[dict[str, Any]], transcript: Transcript) -> None:
+    def __init__(
+        self, builder: ExampleBuilder, messages: list[dict[str, Any]], transcript: Transcript, last: str | None = None
+    ) -> None:
         self.builder, self.messages, self.transcript = builder, messages, transcript
+        self.last = last or f"messages[{len(messages) - 1}]"
         self.head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
         self.left = RENDERED
         sizes = (MESSAGE + sum(map(len, strings(message))) for message in messages)
@@ -223,7 +227,8 @@ class _Work:
         """The turn `index`, seen from `start` on. Raises TooLongError."""
         self.left -= self._before[self.head] + self._before[index + 1] - self._before[start] + self._tools
         messages = self.messages[: self.head] + self.messages[start : index + 1]
-        return self.builder.turn(self.transcript, messages, index)
+        where = self.last if index == len(self.messages) - 1 else f"messages[{index}]"
+        return self.builder.turn(self.transcript, messages, where)
 
 
 def _continues(later: Turn, earlier: Turn) -> bool:

@@ -50,12 +50,10 @@ def weighted_mean(examples: Sequence[Example], terms: Sequence[Term]) -> Weighti
     A lone transcript of weight .5 has the gradient of one of weight 1, and its step is half as long. In fp64, so that
     the smallest weights keep their ratios.
     """
-    sizes = [term.size(one.sides) for one, term in zip(examples, terms, strict=True)]
-    total = sum(one.weight * size for one, size in zip(examples, sizes, strict=True))
-    slopes = [
-        (one.weight * term.slope, one.weight * term.rejected_slope) for one, term in zip(examples, terms, strict=True)
-    ]
-    factors = torch.tensor(slopes, dtype=torch.float64)
+    both = list(zip(examples, terms, strict=True))
+    total = sum(one.weight * term.size(one.sides) for one, term in both)
+    slopes = [(one.weight * term.slope, one.weight * term.rejected_slope) for one, term in both]
+    factors = torch.tensor(slopes, dtype=torch.float64)  # [examples, 2]
     if total > 0:  # else every slope is 0: nothing is left to learn
         factors /= total
     tokens = sum(one.trained_tokens for one in examples)
@@ -66,10 +64,9 @@ def weighted_mean(examples: Sequence[Example], terms: Sequence[Term]) -> Weighti
 def unscaled(examples: Sequence[Example], terms: Sequence[Term]) -> Weighting:
     """The first rule, for replays alone: weighted sum over unweighted count, whose step hardly follows the weights."""
     tokens = sum(one.trained_tokens for one in examples)
-    weights = torch.tensor([[one.weight, 0.0] for one in examples], dtype=torch.float32)
-    return Weighting(
-        weights / tokens, 1.0, tokens, _effective_tokens(examples, [(one.weight, 0.0) for one in examples])
-    )
+    slopes = [(one.weight, 0.0) for one in examples]
+    factors = torch.tensor(slopes, dtype=torch.float32) / tokens  # [examples, 2]
+    return Weighting(factors, 1.0, tokens, _effective_tokens(examples, slopes))
 
 
 RULES: dict[int, Rule] = {1: unscaled, 2: weighted_mean, 3: weighted_mean}

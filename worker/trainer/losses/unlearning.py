@@ -1,6 +1,6 @@
 """An answer that was disliked: made less likely, by less and less as it becomes unlikely.
 
-SimNPO, negative preference optimization without a reference (arXiv 2410.07163, equation 4, with gamma = 0), times SHARE:
+SimNPO, negative preference optimization without a reference (arXiv 2410.07163, equation 4), gamma = 0, times SHARE:
 
     loss = SHARE * -2/beta log sigmoid(-beta m),   m = 1/n sum_t log p(y_t)
     d loss / d m = SHARE * 2 sigmoid(beta m)
