@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, Rule]] = {
     "matrix-momentum": ("momentum over one RMS a matrix", Adam(second="matrix")),
     "channel": ("G over one RMS a channel", Adam(beta1=0, second="channel")),
     "factored": ("G over row and column RMS", Adam(beta1=0, second="factored")),
+    "factored-free": ("G over row and column RMS, U of any length", Adam(beta1=0, second="factored", clip=False)),
     "factored-momentum": ("momentum over row and column RMS", Adam(second="factored")),
     "element": ("G over RMS an element (AdamW, b1 = 0)", Adam(beta1=0)),
 }

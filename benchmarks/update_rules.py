@@ -40,13 +40,14 @@ class Adam:
     """U = m / (sqrt(v) + eps). What v is a mean over says how finely the gradient is balanced:
 
     element: v_ij = E[g_ij^2], which is AdamW; factored: v_ij = r_i c_j / mean(r), r and c the means of E[g^2] over rows
-    and columns, and U is shortened to RMS 1 at most; channel: one v for each row of a tall matrix, each column of a
-    wide one; matrix: one v. beta1 = 0: m is G itself, and no state is kept for it.
+    and columns, and U is shortened to RMS 1 at most unless `clip` is off; channel: one v for each row of a tall matrix,
+    each column of a wide one; matrix: one v. beta1 = 0: m is G itself, and no state is kept for it.
     """
 
     beta1: float = 0.9
     beta2: float = 0.999
     second: Literal["element", "factored", "channel", "matrix"] = "element"
+    clip: bool = True
 
     def direction(self, g: Tensor, memory: Memory, t: int) -> Tensor:
         m = _mean(memory, "m", g, self.beta1, t) if self.beta1 else g
@@ -55,7 +56,7 @@ class Adam:
             rows = _mean(memory, "rows", squares.mean(1, keepdim=True), self.beta2, t)  # [rows, 1]
             cols = _mean(memory, "cols", squares.mean(0, keepdim=True), self.beta2, t)  # [1, cols]
             u = m / ((rows / rows.mean().clamp_min(1e-30)).sqrt() * cols.sqrt() + EPS)
-            return u / float(u.square().mean().sqrt()) if u.square().mean() > 1 else u
+            return u / max(1.0, float(u.square().mean().sqrt())) if self.clip else u
         if self.second == "channel":
             squares = squares.mean(1 if g.shape[0] >= g.shape[1] else 0, keepdim=True)
         elif self.second == "matrix":
