@@ -39,7 +39,7 @@ from shared_prefix import backward, score
 from worker.cli.train import epochs
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
-from worker.trainer.trainer import make_builder
+from worker.trainer.factory import make_builder
 from worker.utils import torch_setup
 
 RATES = {

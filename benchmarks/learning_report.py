@@ -190,15 +190,23 @@ def plot(found: Sequence[Curve], path: Path) -> None:
     peers = [curve for curve in found if curve.setting.method in PEERS and len(curve.name.split()) == 2]
     others = _best(found)
     for axes, some, title in zip(panels, (peers, others), ("peers", "each candidate at its best"), strict=True):
-        order = list(LABELS)
+        order, rates = list(LABELS), sorted({curve.setting.lr for curve in some})
+        lines = {lr: ("-", "--", "-.", ":")[i % 4] for i, lr in enumerate(rates)}
         for curve in some:
-            at = [(0, None), *((version, curve.at(version)) for version in curve.versions)]
-            x = [curve.by_seed[0][0].identity, *(scored[0] for _, scored in at if scored is not None)]
-            y = [0.0, *(scored[2].mean for _, scored in at if scored is not None)]
+            at = [(version, curve.at(version)) for version in curve.versions]
+            x, y = [scored[0] for _, scored in at], [scored[2].mean for _, scored in at]
             style = {"adamw": "k", "mini": "C3"}.get(curve.setting.method, f"C{order.index(curve.setting.method) % 10}")
-            axes.plot(x, y, color=style, marker="o", markersize=3, linewidth=1.3, label=curve.setting.label)
-            for version, scored in at[1:]:
-                assert scored is not None
+            axes.plot(
+                x,
+                y,
+                color=style,
+                marker="o",
+                markersize=3,
+                linewidth=1.3,
+                linestyle=lines[curve.setting.lr],
+                label=curve.setting.label,
+            )
+            for version, scored in at:
                 where = (scored[0], scored[2].mean)
                 axes.annotate(str(version), where, fontsize=6, xytext=(2, 3), textcoords="offset points")
         axes.axvline(LEVEL, color="grey", linewidth=0.7, linestyle=":")

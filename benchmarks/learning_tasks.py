@@ -76,7 +76,7 @@ class Data:
 def load(folder: Path, build: Callable[[Transcript, str], Example], *, held: int) -> Data:
     """The files of `folder`. The first `held` other answers are held out."""
     train, unseen, facts, others = (load_examples(str(folder / f"{name}.jsonl"), build) for name in FILES)
-    text = "".join(repr((e.id, e.sequences)) for e in [*train, *unseen, *facts, *others])
+    text = "".join(repr((e.id, [(s.ids, s.mask) for s in e.sequences])) for e in [*train, *unseen, *facts, *others])
     digest = hashlib.sha256(f"{held} {text}".encode()).hexdigest()[:16]
     further = [_built(name, made, build) for name, made in (("places", places()), ("manner", manner()))]
     return Data((Task("identity", train, unseen), further[0], further[1]), facts, others[:held], others[held:], digest)
