@@ -1,7 +1,8 @@
 """`tandem enqueue` and `tandem version`.
 
-Reads JSONL as it arrives, so that a pipe that goes on for days works like a file; holds one block and one line of it.
-Invariants: a bad line is reported by its number and stops nothing; only the summary goes to stdout.
+Reads records as they arrive, so that a pipe that goes on for days works like a file; holds one block and one record of
+it. Invariants: a bad record is reported by its line and stops nothing; only the summary goes to stdout; a dry run asks
+no Redis.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from .client import Producer
 from .connection import DEFAULT_URL
 from .errors import QueueUnavailableError
 from .eviction import log as eviction_log
-from .jsonl import Line, checked_blocks, parse_line
+from .formats import READ
+from .imports import AUTO, Import, Item
 from .transcript import Transcript
 
 redis_option = click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
@@ -30,32 +32,106 @@ KEPT = 100_000
 """Of how many queued lines, the latest, it is looked up at the end whether Redis still has them."""
 
 
-@click.command()
+def _help() -> str:
+    """The formats, as `--help` lists them."""
+    rows = [(AUTO, "found from the first records"), *((item.name, item.title) for item in READ)]
+    return "\b\nFormats (docs/formats.md):\n" + "\n".join(f"  {name:<18} {title}" for name, title in rows)
+
+
+@click.command(epilog=_help())
 @click.argument("file", type=click.File("rb"))
 @redis_option
-def enqueue(file: BufferedReader, redis_url: str | None) -> None:
-    """Queue the transcripts in FILE, one JSON object a line; - is standard input.
+@click.option(
+    "--format",
+    "format_name",
+    metavar="NAME",
+    type=click.Choice([AUTO, *(item.name for item in READ)]),
+    default=AUTO,
+    show_default=True,
+    help="The file's format, one of those below.",
+)
+@click.option(
+    "--pairs",
+    type=click.Choice(["leave-out", "chosen"]),
+    default="leave-out",
+    show_default=True,
+    help="Preference pairs: leave them out, or queue the chosen answer as a demonstration.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be queued. Nothing is queued, and Redis is not asked.")
+def enqueue(file: BufferedReader, redis_url: str | None, format_name: str, pairs: str, dry_run: bool) -> None:
+    """Queue the conversations in FILE; - is standard input.
 
-    Lines that cannot be queued are reported and skipped; the exit code is then 1. A file of another format (ratings,
-    pairs, an export) is refused as a whole. A line whose id is known is not
-    queued again. So if all lines have ids, you can send the file twice.
+    FILE has one JSON object a line, or is a JSON array of them. Records that cannot be queued are reported and skipped;
+    the exit code is then 1. A file of no known format is refused as a whole.
+
+    Answers that were disliked are left out and counted: Tandem cannot yet learn from dislikes.
+
+    A record whose id is known is not queued again. One without an id gets an id from its content. So you can send a
+    file twice.
 
     If Redis may evict keys, the command checks at the end that Redis still has everything that was queued.
     """
+    source = Import(file, file.name, format_name, chosen=pairs == "chosen")
+    if dry_run:
+        counts, lost = _dry_run(source, file), 0
+    else:
+        counts, lost = _enqueue(source, file, redis_url)
+    summary = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    if dry_run and source.format is not None:
+        summary = f"{source.format.name}: {summary}"
+    click.echo(summary + (f", lost {lost:,}" if lost else ""))
+    for reason, count in source.left_out.items():
+        click.echo(reason.sentence(count))
+    if source.strays:
+        others = ", ".join(f"{name} {count:,}" for name, count in source.strays.items())
+        click.echo(f"rejected and not reported one by one: {source.strays.total():,} more of other formats ({others})")
+    if counts["rejected"] or lost:
+        sys.exit(1)
+
+
+def _enqueue(source: Import, file: BufferedReader, redis_url: str | None) -> tuple[dict[str, int], int]:
+    """Queue what `source` holds. Returns the counts, and how many were lost again."""
     counts = {"queued": 0, "already known": 0, "rejected": 0}
     queued: deque[tuple[int, str]] = deque(maxlen=KEPT)
     eviction_log.setLevel(logging.ERROR)  # said below, in this command's own way
     with Producer(redis_url) as producer:
         safe = _say_eviction(producer)
         with _progress(file) as bar:
-            for lines, size in checked_blocks(file, file.name):
-                queued += _send(producer, file.name, lines, counts, bar)
-                bar.update(size)
-        lost = 0 if safe else _report_lost(producer, file.name, queued)
-    summary = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    click.echo(summary + (f", lost {lost:,}" if lost else ""))
-    if counts["rejected"] or lost:
-        sys.exit(1)
+            for items in _read(source, bar, counts):
+                queued += _send(producer, source.name, items, counts)
+        return counts, 0 if safe else _report_lost(producer, source.name, queued)
+
+
+def _dry_run(source: Import, file: BufferedReader) -> dict[str, int]:
+    """As `_enqueue`, without a queue."""
+    counts = {"would queue": 0, "rejected": 0}
+    with _progress(file) as bar:
+        for items in _read(source, bar, counts):
+            counts["would queue"] += len(items)
+    return counts
+
+
+def _read(source: Import, bar: Any, counts: dict[str, int]) -> Iterator[list[tuple[int, Transcript]]]:
+    """The transcripts of each block with their lines. Reports bad records, and says once which format was found."""
+    said = source.format is not None
+    for items, size in source.blocks():
+        if source.format is not None and not said:
+            said = True
+            if source.format.name != "messages":
+                click.echo(f"{bar.clear}note: {source.name} holds {source.format.title}", err=True)
+        yield [item for item in items if _good(item, source, bar, counts)]  # type: ignore[misc]
+        bar.update(size)
+    counts["rejected"] += source.strays.total()
+
+
+def _good(item: Item, source: Import, bar: Any, counts: dict[str, int]) -> bool:
+    """Whether it is a transcript; reports and counts what is none."""
+    number, read = item
+    if isinstance(read, Transcript):
+        return True
+    counts["rejected"] += 1
+    click.echo(f"{bar.clear}error: {source.name}:{number}: {read}", err=True)
+    return False
 
 
 @click.command()
@@ -76,18 +152,10 @@ def _say_eviction(producer: Producer) -> bool:
     return eviction.known and not eviction.loses_jobs
 
 
-def _send(producer: Producer, name: str, lines: list[Line], counts: dict[str, int], bar: Any) -> list[tuple[int, str]]:
-    """Queue what is valid, report the rest; returns line and id of those that were queued."""
-    good: list[tuple[int, Transcript]] = []
-    for number, line in lines:
-        try:
-            transcript = parse_line(line, first=number == 1)
-        except ValueError as error:  # InvalidTranscriptError is one
-            counts["rejected"] += 1
-            click.echo(f"{bar.clear}error: {name}:{number}: {error}", err=True)
-        else:
-            if transcript is not None:
-                good.append((number, transcript))
+def _send(
+    producer: Producer, name: str, good: list[tuple[int, Transcript]], counts: dict[str, int]
+) -> list[tuple[int, str]]:
+    """Queue transcripts; returns line and id of those that were queued."""
     try:
         outcomes = producer.enqueue_many(transcript for _, transcript in good)
     except QueueUnavailableError as error:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from .formats import recognise
+from .formats import foreign
 from .messages import MAX_MESSAGES, ROLES, normalise, says_something
 from .plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, path
 from .reasoning import unfit
@@ -116,8 +116,8 @@ class Transcript:
             raise InvalidTranscript("transcript", f"must be an object with messages, not {type(value).__name__}")
         unknown = [name for name, item in value.items() if name not in cls.__slots__ and item not in (None, [], {}, "")]
         unknown = [name for name in unknown if name not in LOGGED]
-        if unknown and (foreign := recognise(value)):
-            raise foreign
+        if unknown and (refusal := foreign(value)):
+            raise refusal
         for name in unknown:
             hint = f"is no field of a transcript; put it into meta. Known: {listed(cls.__slots__)}"
             raise InvalidTranscript(path("", str(name)).lstrip("."), _HINTS.get(name, hint))
