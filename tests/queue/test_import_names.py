@@ -62,7 +62,8 @@ def test_nothing_in_the_producer_relies_on_its_name() -> None:
     for path in (ROOT / "producer").rglob("*.py"):
         for line in path.read_text().splitlines():
             absolute = line.lstrip().startswith(("import producer", "from producer"))
-            assert not absolute or path == ROOT / "producer" / "__init__.py", path  # there it is an example in the docstring
+            example = path == ROOT / "producer" / "__init__.py"  # in its docstring
+            assert not absolute or example, path
 
 
 def test_what_is_built_has_both_names_and_the_types(tmp_path: Path) -> None:
