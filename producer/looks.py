@@ -1,6 +1,6 @@
 """What a file is that holds no JSON, so that its refusal can name it.
 
-Invariant: answers for any bytes; names of columns are shown, other texts never.
+Invariant: answers for any bytes; no text of the file is shown.
 """
 
 import re
@@ -17,7 +17,8 @@ _MAGIC = [
     (b"\xff\xfe", "text in UTF-16: convert it to UTF-8"),
     (b"\xfe\xff", "text in UTF-16: convert it to UTF-8"),
 ]
-_COLUMN = re.compile(r"\"?([A-Za-z_][A-Za-z0-9_. -]{0,39})\"?")
+_COLUMN = re.compile(r' *"?[A-Za-z_][A-Za-z0-9_. -]{0,39}"? *')
+"""A name in a header line."""
 
 
 def like(start: bytes) -> str | None:
@@ -36,15 +37,7 @@ def like(start: bytes) -> str | None:
         return "XML or HTML"
     first, *more = text.splitlines()
     for separator, name in ((",", "CSV"), ("\t", "TSV"), (";", "CSV with semicolons")):
-        if separator in first and (not more or separator in more[0]) and (columns := _columns(first, separator)):
-            return f"a {name} with the columns {columns}: convert it to one JSON object a row"
+        names = first.split(separator)
+        if len(names) > 1 and all(map(_COLUMN.fullmatch, names)) and (not more or separator in more[0]):
+            return f"a {name} ({len(names)} columns): convert it to one JSON object a row"
     return "plain text"
-
-
-def _columns(header: str, separator: str) -> str | None:
-    """The names in a header line, where it is one."""
-    names = [_COLUMN.fullmatch(name.strip()) for name in header.split(separator)]
-    if not all(names):
-        return None
-    shown = [match[1] for match in names if match]
-    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")

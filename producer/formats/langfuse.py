@@ -43,5 +43,11 @@ def _scores(given: Any, comments: list[str]) -> list[tuple[Any, Any]]:
         if isinstance(score.get("comment"), str) and score["comment"]:
             comments.append(score["comment"])
         words = score.get("stringValue") or score.get("string_value")
-        found.append((score.get("name"), score["value"] if score.get("value") is not None else words))
+        marks = [words, None if _categorical(score) and words else score.get("value")]
+        found += [(score.get("name"), mark) for mark in marks]
     return found
+
+
+def _categorical(score: dict[str, Any]) -> bool:
+    """Whether its value is only the number of a category."""
+    return "CATEGORICAL" in (score.get("dataType"), score.get("data_type"))

@@ -28,29 +28,33 @@ def read(value: dict[str, Any]) -> Record:
 
 def _said(value: dict[str, Any]) -> tuple[float | None, str | None]:
     """(rating, comment) in a run's feedback, given one by one or as statistics. A correction says: this was wrong."""
-    stats, given = value.get("feedback_stats"), value.get("feedback")
-    scores = [(name, _worst(item)) for name, item in stats.items()] if isinstance(stats, dict) else []
+    given, stats = value.get("feedback"), value.get("feedback_stats")
+    scores: list[tuple[Any, Any]] = []
+    comments: list[Any] = []
+    corrected = False
+    for name, item in stats.items() if isinstance(stats, dict) else ():
+        item = as_map(item, "feedback_stats")
+        scores += [(name, mark) for mark in _marks(item)]
+        comments += item["comments"] if isinstance(item.get("comments"), list) else []
     if given is not None and not isinstance(given, list | dict):
         scores.append(("feedback", given))
         given = None
-    comments: list[str] = []
-    corrected = False
     for index, item in enumerate(given if isinstance(given, list) else [given] if given else []):
         item = as_map(item, f"feedback[{index}]")
+        mark = item["score"] if item.get("score") is not None else item.get("value")
+        scores.append((item.get("key", "feedback"), mark))
+        comments.append(item.get("comment"))
         corrected |= bool(item.get("correction"))
-        if isinstance(item.get("comment"), str) and item["comment"]:
-            comments.append(item["comment"])
-        scores.append(
-            (item.get("key", "feedback"), item["score"] if item.get("score") is not None else item.get("value"))
-        )
     rating = -1.0 if corrected else ratings.of_scores(scores, "feedback")
-    return rating, "\n".join(comments) or None
+    return rating, "\n".join(text for text in comments if isinstance(text, str) and text.strip()) or None
 
 
-def _worst(stats: Any) -> Any:
-    """The lowest score in a feedback's statistics; 0 where only a mean is known and somebody may have disliked it."""
-    stats = as_map(stats, "feedback_stats")
-    mean = stats.get("avg")
-    if stats.get("min") is not None or mean is None:
-        return stats.get("min")
-    return mean if stats.get("n") == 1 or mean == 1 or not isinstance(mean, int | float) else min(mean, 0)
+def _marks(stats: dict[str, Any]) -> list[Any]:
+    """The marks in a feedback's statistics: the lowest, and the words that were chosen.
+
+    0 where only a mean is known and somebody may have disliked the answer."""
+    words = list(stats["values"]) if isinstance(stats.get("values"), dict) else []
+    low, mean = stats.get("min"), stats.get("avg")
+    if low is None and isinstance(mean, int | float):
+        low = mean if stats.get("n") == 1 or mean == 1 else min(mean, 0)
+    return words if low is None else [low, *words]

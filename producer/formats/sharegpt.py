@@ -6,7 +6,7 @@ Read: `system` and `tools` beside them, as LLaMA-Factory writes both; a weight o
 from typing import Any
 
 from ..errors import InvalidTranscriptError
-from ..plain import as_map, as_text, kind, parse_json, shown
+from ..plain import as_map, as_text, kind, parse_json
 from . import chat, ratings
 from .record import Record
 
@@ -59,9 +59,7 @@ def turn(item: Any, where: str) -> dict[str, Any]:
     if said in _CALL:
         return rest | {"role": "assistant", "content": "", "tool_calls": _calls(text, f"{where}.value")}
     if not isinstance(said, str) or said not in _ROLES:
-        raise InvalidTranscriptError(
-            f"{where}.from", f"{shown(said)} is no role; known: {', '.join([*_ROLES, *_CALL])}"
-        )
+        raise InvalidTranscriptError(f"{where}.from", f"must be one of {', '.join([*_ROLES, *_CALL])}")
     return rest | {"role": _ROLES[said], "content": text}
 
 

@@ -108,8 +108,9 @@ FORMATS: list[Format] = [
 ]  # fmt: skip
 """The more special first."""
 
-READ = [item for item in FORMATS if item.readable]
 by_name = {item.name: item for item in FORMATS}
+READ = [by_name["messages"], *(item for item in FORMATS if item.readable and item.name != "messages")]
+"""Those that can be read, for lists: Tandem's own first."""
 
 _NEAR: list[tuple[Callable[[Value], bool], str]] = [
     (_kept("litellm_call_id"), "request logs of LiteLLM without messages and response"),

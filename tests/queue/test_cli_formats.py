@@ -75,7 +75,7 @@ def test_a_file_of_no_format_is_refused_once(tmp_path: Path, redis_url: str, sto
     file.write_text("question,answer\n" + "q,a\n" * 100)
     done = tandem("enqueue", str(file), url=redis_url)
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {file}: looks like a CSV with the columns question, answer: convert")
+    assert done.stderr.startswith(f"error: {file}: looks like a CSV (2 columns): convert")
     assert queued(store) == []
 
 

@@ -4,11 +4,12 @@ In these files an answer that must not be learnt begins with BAD.
 """
 
 import json
-from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
+import import_parts
 import pytest
+from import_parts import lines
 
 from producer.errors import InvalidTranscriptError
 from producer.formats import FORMATS, READ, Reason, by_name, near_miss, recognise
@@ -25,12 +26,8 @@ TOOL = {
 
 
 def read(data: bytes, format_name: str = AUTO, *, chosen: bool = False) -> tuple[Import, list[Transcript | ValueError]]:
-    source = Import(BufferedReader(BytesIO(data)), "f", format_name, chosen=chosen)  # type: ignore[arg-type]
-    return source, [item for items, _size in source.blocks() for _number, item in items]
-
-
-def lines(*values: Any) -> bytes:
-    return b"\n".join(json.dumps(value).encode() for value in values)
+    source, items = import_parts.read(data, format_name, chosen=chosen)
+    return source, [item for _number, item in items]
 
 
 def short(transcript: Transcript | ValueError) -> list[str]:
@@ -97,8 +94,8 @@ LEFT_OUT: dict[str, dict[Reason, int]] = {
     "sharegpt": {Reason.DISLIKED: 1},
     "alpaca": {Reason.DISLIKED: 1},
     "litellm": {Reason.FAILED: 1, Reason.CUT_OFF: 1, Reason.NO_CHAT: 1, Reason.REDACTED: 2},
-    "langsmith": {Reason.DISLIKED: 3, Reason.SCORED: 1, Reason.UNRATED: 1, Reason.NO_CHAT: 1, Reason.FAILED: 1},
-    "langfuse": {Reason.DISLIKED: 2, Reason.SCORED: 1, Reason.NO_CHAT: 1, Reason.FAILED: 1},
+    "langsmith": {Reason.DISLIKED: 4, Reason.SCORED: 1, Reason.UNRATED: 2, Reason.NO_CHAT: 1, Reason.FAILED: 1},
+    "langfuse": {Reason.DISLIKED: 3, Reason.SCORED: 1, Reason.NO_CHAT: 1, Reason.FAILED: 1},
     "openwebui": {Reason.DISLIKED: 2, Reason.UNRATED: 2, Reason.FAILED: 1, Reason.CUT_OFF: 1},
 }
 WITH_TOOLS = {
@@ -152,6 +149,8 @@ def test_ids_come_from_the_sources_where_those_are_unique() -> None:
     )
     assert all(isinstance(item, Transcript) for item in (same, other, bare, odd))
     assert len({item.id for item in (same, other, bare, odd)}) == 4  # type: ignore[union-attr]
+    another = read(lines(asked | {"id": "ä/", "output": "b"}))[1][0]
+    assert isinstance(another, Transcript) and another.id != odd.id  # type: ignore[union-attr]
     assert same.id.startswith("7-") and len(bare.id) == len(odd.id) == 32  # type: ignore[union-attr]
     assert read(lines({"output": "a", "source": "x", "instruction": "q"}))[1][0].id == bare.id  # type: ignore[union-attr]
 
@@ -206,7 +205,7 @@ def test_a_dislike_beside_a_conversation_counts_in_every_format(name: str) -> No
 
 
 BAD_RECORDS: list[tuple[str, dict[str, Any], str]] = [
-    ("sharegpt", {"conversations": [{"from": "parrot", "value": "x"}]}, "conversations[0].from: 'parrot' is no role"),
+    ("sharegpt", {"conversations": [{"from": "parrot", "value": "x"}]}, "conversations[0].from: must be one of human"),
     ("sharegpt", {"conversations": [{"from": "human"}]}, "conversations[0].value: must be a string, not null"),
     ("sharegpt", {"conversations": "x"}, "conversations: must be a list of turns"),
     ("sharegpt", {"conversations": [{"from": "function_call", "value": "{"}]}, "conversations[0].value: not valid"),
