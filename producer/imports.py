@@ -39,6 +39,7 @@ class Import:
         self.left_out: Counter[Reason] = Counter()
         self.strays: Counter[str] = Counter()
         self._file = file
+        self._named = format_name != AUTO  # then a record that a more special format fits too is read as it was named
         self._strayed = False
 
     def blocks(self) -> Iterator[tuple[list[Item], int]]:
@@ -86,7 +87,10 @@ class Import:
             self._strayed = True
             return number, stray
         except ScaleError as error:
-            raise NotTranscriptsError(f"{self.name}:{number}: {error}. Nothing from here on was queued") from None
+            raise NotTranscriptsError(
+                f"{self.name}:{number}: {error}. Reading stopped here, and what was read together with this record was not"
+                " queued"
+            ) from None
         except ValueError as error:  # InvalidTranscriptError is one
             return number, error
 
@@ -96,10 +100,10 @@ class Import:
             raise InvalidTranscriptError("record", f"is of no known format; known formats: {KNOWN}")
         if not isinstance(value, dict):
             raise InvalidTranscriptError("record", f"must be an object, not {type(value).__name__}")
-        if not known.matches(value):
-            other = recognise(value)
-            if other is not None:
-                raise _StrayError(known, other)
+        found = recognise(value)
+        if not (known.matches(value) if self._named else found is known):
+            if found is not None:
+                raise _StrayError(known, found)
             if known.name != "messages":
                 raise InvalidTranscriptError("record", f"holds none of {known.title}")
         record = known.read(value)

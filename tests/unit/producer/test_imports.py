@@ -165,6 +165,13 @@ def test_a_file_that_changes_its_format_says_where_and_once() -> None:
     assert source.strays == {"messages": 1, "alpaca": 1}
 
 
+def test_a_record_that_two_formats_fit_is_of_the_more_special_one() -> None:
+    """Otherwise the instruction would be lost here."""
+    talk = {"input": "q", "output": "a"}
+    source, found = read(lines(talk, talk | {"instruction": "Translate."}))
+    assert source.format is by_name["langfuse"] and "changes from traces of Langfuse to Alpaca's" in str(found[1][1])
+
+
 def test_a_format_that_is_named_is_the_only_one() -> None:
     _, found = read(lines(ALPACA), "sharegpt")
     assert "changes from ShareGPT's" in str(found[0][1])
@@ -176,7 +183,10 @@ def test_ratings_in_stars_end_the_file_before_anything_of_their_block_is_queued(
     """On such a scale a 1, which comes first here, is the worst."""
     rated = [GOOD | {"rating": stars} for stars in (1, 1, 5)]
     said = refused(lines(*rated))
-    assert said.startswith("f:3: rating: is a rating beyond -1 to 1") and "Nothing from here on was queued" in said
+    assert (
+        said.startswith("f:3: rating: is a rating beyond -1 to 1")
+        and "what was read together with this record was not queued" in said
+    )
 
 
 def test_a_rating_of_an_own_line_is_not_in_its_transcript() -> None:
