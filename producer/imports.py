@@ -88,8 +88,8 @@ class Import:
             return number, stray
         except ScaleError as error:
             raise NotTranscriptsError(
-                f"{self.name}:{number}: {error}. Reading stopped here, and what was read together with this record was not"
-                " queued"
+                f"{self.name}:{number}: {error}. Reading stopped here, and what was read together with this"
+                " record was not queued"
             ) from None
         except ValueError as error:  # InvalidTranscriptError is one
             return number, error

@@ -85,10 +85,12 @@ FORMATS: list[Format] = [
         openai.read_pair,
     ),
     Format(
-        "pairs", "preference pairs (prompt, chosen, rejected), as for TRL", _has("chosen", "rejected"), trl.read_pair
+        "pairs", "preference pairs of TRL (prompt, chosen, rejected)", _has("chosen", "rejected"), trl.read_pair
     ),
     Format("stepwise", "completions of TRL rated step by step (completions, labels)", _has("completions", "labels")),
-    Format("trl", "prompts with completions, as for TRL (label)", _has("prompt", "completion"), trl.read),
+    Format(
+        "trl", "prompts with completions of TRL (prompt, completion, label)", _has("prompt", "completion"), trl.read
+    ),
     Format("openwebui", "feedback exports of Open WebUI (data, snapshot)", _open_webui, openwebui.read, unique=True),
     Format("openwebui-chat", "chat exports of Open WebUI (chat, history)", _map_with("chat", "history")),
     Format("librechat", "conversation exports of LibreChat (conversationId)", _has("conversationId", "messages")),

@@ -196,7 +196,7 @@ def test_the_same_of_messages() -> None:
 
 
 FOREIGN = {
-    "preference_formats": ["pairs of OpenAI's", "(prompt, chosen, rejected)", "prompts with completions",
+    "preference_formats": ["pairs of OpenAI's", "pairs of TRL", "prompts with completions",
                            "prompts with completions", "(messages with 'label')", "(messages with 'rating')"],
     "other_transcript_shapes": ["ShareGPT", "Alpaca", "Langfuse", "LangSmith", "LiteLLM", "LibreChat", "Responses"],
 }  # fmt: skip

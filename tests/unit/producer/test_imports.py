@@ -3,6 +3,7 @@
 import gzip
 import json
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from import_parts import lines, read
 
 from producer import json_values
-from producer.formats import by_name
+from producer.formats import Reason, by_name
 from producer.imports import AUTO
 from producer.jsonl import NotTranscriptsError, is_json_over_lines
 from producer.transcript import Transcript
@@ -170,6 +171,27 @@ def test_a_record_that_two_formats_fit_is_of_the_more_special_one() -> None:
     talk = {"input": "q", "output": "a"}
     source, found = read(lines(talk, talk | {"instruction": "Translate."}))
     assert source.format is by_name["langfuse"] and "changes from traces of Langfuse to Alpaca's" in str(found[1][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "becomes"),
+    [
+        (
+            "preference_formats",
+            ["Canberra.", "Canberra.", {Reason.DISLIKED: 1}, "Canberra.", {Reason.DISLIKED: 1}, {Reason.DISLIKED: 1}],
+        ),
+        ("other_transcript_shapes", ["y", "y", "y", "y", "y", "LibreChat", "Responses API"]),
+    ],
+)
+def test_each_line_of_what_people_have_as_a_file_of_its_own(name: str, becomes: list[Any]) -> None:
+    rows = (Path(__file__).parents[2] / "data" / "client_logs" / f"{name}.jsonl").read_bytes().splitlines()
+    for row, wanted in zip(rows, becomes, strict=True):
+        if wanted in ("LibreChat", "Responses API"):
+            assert wanted in refused(row)
+            continue
+        source, found = read(row, chosen=True)
+        answers = [item.messages[-1]["content"] for _, item in found if isinstance(item, Transcript)]
+        assert (answers or source.left_out) == ([wanted] if isinstance(wanted, str) else wanted)
 
 
 def test_a_format_that_is_named_is_the_only_one() -> None:
