@@ -22,6 +22,7 @@ from .connection import DEFAULT_URL
 from .errors import QueueUnavailableError
 from .eviction import log as eviction_log
 from .formats import READ
+from .formats.record import Pairs
 from .imports import AUTO, Import, Item
 from .transcript import Transcript
 
@@ -51,27 +52,37 @@ def _help() -> str:
     help="The file's format, one of those below.",
 )
 @click.option(
-    "--pairs",
-    type=click.Choice(["leave-out", "chosen"]),
-    default="leave-out",
+    "--dislikes",
+    type=click.Choice(["learn", "leave-out"]),
+    default="learn",
     show_default=True,
-    help="Preference pairs: leave them out, or queue the chosen answer as a demonstration.",
+    help="Disliked answers: the model learns to give them less often, or they are left out.",
+)
+@click.option(
+    "--pairs",
+    type=click.Choice(["learn", "chosen", "leave-out"]),
+    default="learn",
+    show_default=True,
+    help="Preference pairs: learn to prefer the chosen answer, queue it as a demonstration, or leave the pair out.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be queued. Nothing is queued, and Redis is not asked.")
-def enqueue(file: BufferedReader, redis_url: str | None, format_name: str, pairs: str, dry_run: bool) -> None:
+def enqueue(
+    file: BufferedReader, redis_url: str | None, format_name: str, dislikes: str, pairs: Pairs, dry_run: bool
+) -> None:
     """Queue the conversations in FILE; - is standard input.
 
     FILE has one JSON object a line, or is a JSON array of them. Records that cannot be queued are reported and skipped;
     the exit code is then 1. A file of no known format is refused as a whole.
 
-    Answers that were disliked are left out and counted: Tandem cannot yet learn from dislikes.
+    What users said travels along: an answer that was disliked is learnt as one to give less often. What says neither
+    good nor bad (a comment without a rating, users who disagree) is left out and counted.
 
     A record whose id is known is not queued again. One without an id gets an id from its content. So you can send a
     file twice.
 
     If Redis may evict keys, the command checks at the end that Redis still has everything that was queued.
     """
-    source = Import(file, file.name, format_name, chosen=pairs == "chosen")
+    source = Import(file, file.name, format_name, dislikes=dislikes == "learn", pairs=pairs)
     if dry_run:
         counts, lost = _dry_run(source, file), 0
     else:

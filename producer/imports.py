@@ -1,9 +1,9 @@
 """Files of any format that Tandem reads, as transcripts ready to be queued, in blocks as they arrive.
 
 The format is found from the first records, or named. It holds for the whole file: a record of another one is an error
-in its place. Must not know: Redis. Invariants: memory is bounded by a block and a record; an id is the same whenever a
-file is read; what was disliked or rejected is never a transcript; of a block with a rating on an unknown scale nothing
-is handed on.
+in its place. Must not know: Redis.
+Invariants: memory is bounded by a block and a record; an id is the same whenever a file is read; what was disliked or
+rejected is never a demonstration; of a block with a rating on an unknown scale nothing is handed on.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from typing import Any
 from . import jsonl, looks
 from .errors import InvalidTranscriptError
 from .formats import READ, Format, LeaveOut, Reason, ScaleError, by_name, near_miss, recognise
-from .formats.record import record_id
+from .formats.record import Pairs, record_id
 from .jsonl import NotTranscriptsError
 from .transcript import Transcript
 
@@ -28,13 +28,21 @@ KNOWN = ", ".join(item.name for item in READ)
 class Import:
     """One file being read. `blocks` is to be called once.
 
-    name: the file's, for errors. format_name: AUTO, or that of a format. chosen: the better answers of preference pairs
-    are demonstrations. As it is read, `format` is what was found, `left_out` counts by reason what is not queued, and
-    `strays` counts records of other formats after the first, which are not reported one by one.
+    name: the file's, for errors. format_name: AUTO, or that of a format. dislikes, pairs: see `Record.transcript`.
+    As it is read, `format` is what was found, `left_out` counts by reason what is not queued, and `strays` counts
+    records of other formats after the first, which are not reported one by one.
     """
 
-    def __init__(self, file: BufferedReader, name: str, format_name: str = AUTO, *, chosen: bool = False) -> None:
-        self.name, self.chosen = name, chosen
+    def __init__(
+        self,
+        file: BufferedReader,
+        name: str,
+        format_name: str = AUTO,
+        *,
+        dislikes: bool = True,
+        pairs: Pairs = "learn",
+    ) -> None:
+        self.name, self.dislikes, self.pairs = name, dislikes, pairs
         self.format: Format | None = None if format_name == AUTO else by_name[format_name]
         self.left_out: Counter[Reason] = Counter()
         self.strays: Counter[str] = Counter()
@@ -107,7 +115,7 @@ class Import:
             if known.name != "messages":
                 raise InvalidTranscriptError("record", f"holds none of {known.title}")
         record = known.read(value)
-        fields = record.demonstration(chosen=self.chosen)
+        fields = record.transcript(dislikes=self.dislikes, pairs=self.pairs)
         if fields.get("id") is None:
             fields = fields | {"id": record_id(record.id, fields, unique=known.unique)}
         try:

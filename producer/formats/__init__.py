@@ -3,7 +3,7 @@
 `table` lists them, in the order in which a record is compared with them. Must not know: Redis.
 Invariants: a reader raises `InvalidTranscriptError` or `LeaveOut` and nothing else, whatever JSON it is given; it
 changes nothing that it is given; an answer that was disliked or rejected never comes out as one to learn
-(`Record.demonstration`).
+(`Record.transcript`).
 """
 
 from .ratings import ScaleError

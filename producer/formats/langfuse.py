@@ -22,8 +22,8 @@ def read(value: dict[str, Any]) -> Record:
     fields = chat.answered(chat.conversation(given, "input"), chat.answer(value["output"], "output"), "output")
     fields |= chat.tools_of(given)
     comments: list[str] = []
-    found = [ratings.of_scores(_scores(value.get("scores"), comments), "scores"), ratings.beside(value)]
-    rating = min((mark for mark in found if mark is not None), default=None)
+    scored = ratings.of_scores(_scores(value.get("scores"), comments), "scores")
+    rating = ratings.together([scored, ratings.beside(value)])
     return Record(fields=fields, id=value.get("id"), rating=rating, comment="\n".join(comments) or None)
 
 

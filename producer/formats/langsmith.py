@@ -22,12 +22,12 @@ def read(value: dict[str, Any]) -> Record:
     fields = chat.answered(chat.conversation(given, "inputs"), chat.answer(made, "outputs"), "outputs")
     fields |= chat.tools_of(given, asked_with)
     rating, comment = _said(value)
-    found = [mark for mark in (rating, ratings.beside(value | {"feedback": None})) if mark is not None]
-    return Record(fields=fields, id=value.get("id"), rating=min(found, default=None), comment=comment)
+    rating = ratings.together([rating, ratings.beside(value | {"feedback": None})])
+    return Record(fields=fields, id=value.get("id"), rating=rating, comment=comment)
 
 
 def _said(value: dict[str, Any]) -> tuple[float | None, str | None]:
-    """(rating, comment) in a run's feedback, given one by one or as statistics. A correction says: this was wrong."""
+    """(rating, comment) in a run's feedback, given one by one or as statistics. A correction takes a like back."""
     given, stats = value.get("feedback"), value.get("feedback_stats")
     scores: list[tuple[Any, Any]] = []
     comments: list[Any] = []
@@ -45,16 +45,17 @@ def _said(value: dict[str, Any]) -> tuple[float | None, str | None]:
         scores.append((item.get("key", "feedback"), mark))
         comments.append(item.get("comment"))
         corrected |= bool(item.get("correction"))
-    rating = -1.0 if corrected else ratings.of_scores(scores, "feedback")
+    rating = 0.0 if corrected else ratings.of_scores(scores, "feedback")
     return rating, "\n".join(text for text in comments if isinstance(text, str) and text.strip()) or None
 
 
 def _marks(stats: dict[str, Any]) -> list[Any]:
-    """The marks in a feedback's statistics: the lowest, and the words that were chosen.
+    """The marks in a feedback's statistics: the lowest and the highest, and the words that were chosen.
 
-    0 where only a mean is known and somebody may have disliked the answer."""
+    Where only a mean of several is known, they did not all say the same unless it is the highest or the lowest mark."""
     words = list(stats["values"]) if isinstance(stats.get("values"), dict) else []
-    low, mean = stats.get("min"), stats.get("avg")
-    if low is None and isinstance(mean, int | float):
-        low = mean if stats.get("n") == 1 or mean == 1 else min(mean, 0)
-    return words if low is None else [low, *words]
+    mean = stats.get("avg")
+    ends = [stats.get("min"), stats.get("max")]
+    if ends == [None, None] and mean is not None:
+        ends = [mean] if stats.get("n") == 1 or mean in (-1, 0, 1) else [-1, 1]
+    return [mark for mark in ends if mark is not None] + words

@@ -1,8 +1,9 @@
 """A record: one answer as others keep it, with what its user said of it, before it is a transcript.
 
-Ratings, rejected answers and comments stay apart from the conversation here, so that losses of their own can be given
-to them later. Today only demonstrations can be queued: `demonstration` says what of a record is one. Invariant: a
-record that is rated 0 or below is never a demonstration; of a pair, only the chosen answer can be.
+Ratings, rejected answers and comments stay apart from the conversation here. `transcript` says what of a record can be
+queued, and as which kind.
+Invariant: a record that is rated 0 or below is never a demonstration and never liked; a rejected answer is only ever
+the rejected one.
 """
 
 import hashlib
@@ -10,24 +11,32 @@ import json
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from ..plain import MAX_DEPTH
+
+Pairs = Literal["learn", "chosen", "leave-out"]
 
 
 class Reason(Enum):
     """Why records are left out, which is no fault of theirs: what one and several are called, and why."""
 
-    DISLIKED = ("disliked answer", "disliked answers", "Tandem cannot yet learn from dislikes")
+    DISLIKED = ("disliked answer", "disliked answers", "--dislikes leave-out was given")
+    NEUTRAL = (
+        "answer that was neither liked nor disliked",
+        "answers that were neither liked nor disliked",
+        "what the model should learn from that is not known",
+    )
     UNRATED = (
         "feedback entry without a rating",
         "feedback entries without a rating",
         "whether these answers were liked is not known",
     )
-    PAIR = (
-        "preference pair",
-        "preference pairs",
-        "Tandem cannot yet learn from pairs. To train the chosen answers as demonstrations, use --pairs chosen",
+    PAIR = ("preference pair", "preference pairs", "--pairs leave-out was given")
+    LONG_PAIR = (
+        "preference pair with answers of several messages",
+        "preference pairs with answers of several messages",
+        "one message is preferred to another. To train the chosen answers as demonstrations, use --pairs chosen",
     )
     SCORED = (
         "answer with unknown scores",
@@ -62,7 +71,7 @@ class Record:
 
     fields: those of a transcript, not yet validated; with an id only where it is meant as a transcript's.
     id: the source's, as it stands there; None: it has none.
-    rating: above 0: liked; 0 or below: not liked; None: nobody rated it. From -1 to 1.
+    rating: from -1 to 1: above 0: liked; below: disliked; 0: neither, or both; None: nobody rated it.
     rejected: messages that somebody found worse than the answer at the end of `fields["messages"]`.
     comment: what the user said of the answer.
     """
@@ -73,18 +82,26 @@ class Record:
     rejected: list[Any] | None = None
     comment: str | None = None
 
-    def demonstration(self, *, chosen: bool = False) -> dict[str, Any]:
-        """The fields of a transcript that shows what is good. chosen: the better answers of pairs count as such.
+    def transcript(self, *, dislikes: bool = True, pairs: Pairs = "learn") -> dict[str, Any]:
+        """The fields of the transcript that says the same: a demonstration, liked, disliked, or a correction.
 
+        dislikes: whether disliked answers are used. pairs: used, only their chosen answers as demonstrations, or not.
         Raises LeaveOut.
         """
-        if self.rating is not None and not self.rating > 0:
-            raise LeaveOut(Reason.DISLIKED)
         if self.rating is None and self.comment is not None:
             raise LeaveOut(Reason.UNRATED)  # the comment may be a complaint
-        if self.rejected is not None and not chosen:
+        if self.rating == 0:
+            raise LeaveOut(Reason.NEUTRAL)
+        if self.rating is not None and self.rating < 0 and not dislikes:
+            raise LeaveOut(Reason.DISLIKED)
+        fields = self.fields if self.rating is None else self.fields | {"rating": self.rating}
+        if self.rejected is None or pairs == "chosen":
+            return fields
+        if pairs == "leave-out":
             raise LeaveOut(Reason.PAIR)
-        return self.fields
+        if len(self.rejected) != 1 or isinstance(fields.get("train_on"), list):
+            raise LeaveOut(Reason.LONG_PAIR)
+        return fields | {"rejected": self.rejected[0]}
 
 
 def record_id(source: Any, fields: dict[str, Any], *, unique: bool) -> str:

@@ -63,6 +63,10 @@ def _open_webui(value: Value) -> bool:
     return isinstance(data, dict) and ("rating" in data or isinstance(value.get("snapshot"), dict))
 
 
+def _pairs(value: Value) -> bool:
+    return _has("chosen", "rejected")(value) and value.get("messages") is None  # with messages it is a transcript
+
+
 def _litellm(value: Value) -> bool:
     return "messages" in value and (value.get("response") is not None or _kept("call_type", "response")(value))
 
@@ -85,7 +89,7 @@ FORMATS: list[Format] = [
         openai.read_pair,
     ),
     Format(
-        "pairs", "preference pairs of TRL (prompt, chosen, rejected)", _has("chosen", "rejected"), trl.read_pair
+        "pairs", "preference pairs of TRL (prompt, chosen, rejected)", _pairs, trl.read_pair
     ),
     Format("stepwise", "completions of TRL rated step by step (completions, labels)", _has("completions", "labels")),
     Format(
@@ -159,23 +163,22 @@ class ForeignFormatError(InvalidTranscriptError):
 
 
 def foreign(value: Value) -> ForeignFormatError | None:
-    """The refusal of `value` as a transcript when it is of a format of others, or rated."""
+    """The refusal of `value` as a transcript when it is of a format of others, or rated by another name."""
     found = recognise(value)
     if found is None:
         return None
     if found.name == "messages":
-        rated = ratings.fields({name: item for name, item in value.items() if isinstance(name, str)})
+        rated = [name for name in ratings.fields({str(name): item for name, item in value.items()}) if name != "rating"]
         if not rated:
             return None
         problem = (
-            f"these are rated conversations (messages with {shown(rated[0])}). A transcript has no rating: "
-            "`tandem enqueue` queues the liked ones of a file. Here leave out what was disliked, and remove the rating "
-            "from the rest"
+            f"these are rated conversations (messages with {shown(rated[0])}): `tandem enqueue` reads them from a file."
+            " Here give the rating as `rating`, from -1 (disliked) to 1 (liked), beside messages"
         )
     elif found.name in ("pairs", "openai-preference"):
         problem = (
-            f"these are {found.title}. Tandem cannot yet learn from pairs: `tandem enqueue --pairs chosen` queues the "
-            f"chosen answers of a file. Here {WRITE}, with the better answer last"
+            f"these are {found.title}: `tandem enqueue` reads them from a file. Here give the conversation up to the "
+            "answer as messages, and the two answers as chosen and rejected"
         )
     elif found.readable:
         problem = f"these are {found.title}: `tandem enqueue` reads them from a file. Here {WRITE}"

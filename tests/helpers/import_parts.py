@@ -5,6 +5,7 @@ import json
 from io import BufferedReader, BytesIO
 from typing import Any
 
+from producer.formats.record import Pairs
 from producer.imports import AUTO, Import
 from producer.transcript import Transcript
 
@@ -25,11 +26,11 @@ class Pieces(io.RawIOBase):
 
 
 def read(
-    data: bytes, format_name: str = AUTO, *, chosen: bool = False, size: int | None = None
+    data: bytes, format_name: str = AUTO, *, dislikes: bool = True, pairs: Pairs = "learn", size: int | None = None
 ) -> tuple[Import, list[tuple[int, Transcript | ValueError]]]:
     """The import of a file of `data`, and its items with their lines. size: bytes that the file gives at a time."""
     file = BufferedReader(BytesIO(data)) if size is None else BufferedReader(Pieces(data, size))  # type: ignore[arg-type]
-    source = Import(file, "f", format_name, chosen=chosen)
+    source = Import(file, "f", format_name, dislikes=dislikes, pairs=pairs)
     return source, [item for items, _size in source.blocks() for item in items]
 
 

@@ -9,51 +9,56 @@ from enqueue_parts import TALK, TANDEM, queued, tandem
 
 from producer import Producer
 from producer.formats import READ
+from producer.transcript import Transcript, trained_turns
 
 FOLDER = Path(__file__).parents[1] / "data" / "formats"
 LOGS = FOLDER.parent / "client_logs"
 
 
-def learnt(url: str, ids: list[str]) -> str:
-    """All that was queued, as text."""
+def queue(url: str, ids: list[str]) -> list[Transcript]:
+    """The transcripts that the worker would take."""
     with Producer(url) as producer:
         jobs = [producer.job(job_id) for job_id in ids]
-    return json.dumps([job.args[0] for job in jobs if job is not None])
+    return [Transcript.from_dict(job.args[0]) for job in jobs if job is not None]
 
 
 def test_a_file_of_each_format(redis_url: str, store: redis.Redis) -> None:
-    """Each id once, nothing that was disliked, and of pairs only what is asked for."""
+    """Each id once, and nothing that was disliked or rejected as an answer to give."""
+    counts = {"alpaca": 2, "langfuse": 6, "langsmith": 5, "litellm": 2, "messages": 5, "openwebui": 4, "sharegpt": 4}
+    counts |= {"trl": 5, "pairs": 6, "openai-preference": 1}
     everything = sorted(FOLDER.iterdir())
-    counts = {"alpaca": 2, "langfuse": 3, "langsmith": 3, "litellm": 2, "messages": 4, "openwebui": 2, "sharegpt": 3}
-    counts |= {"trl": 4, "pairs": 0, "openai-preference": 0}
     assert sorted(counts) == sorted(item.name for item in READ) == sorted(path.stem for path in everything)
     for path in everything:
-        count = counts[path.stem]
         before = len(queued(store))
         done = tandem("enqueue", str(path), url=redis_url)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"queued {count}, already known 0, rejected 0\n")
+        assert done.stdout.startswith(f"queued {counts[path.stem]}, already known 0, rejected 0\n")
         assert done.stderr == "" if path.stem == "messages" else done.stderr.startswith(f"note: {path} holds ")
-        assert len(queued(store)) == before + count
-    for path in (FOLDER / "pairs.jsonl", FOLDER / "sharegpt.jsonl"):
-        done = tandem("enqueue", str(path), "--pairs", "chosen", url=redis_url)
-        wanted = "queued 6, already known 0" if path.stem == "pairs" else "queued 0, already known 3"
-        assert done.stdout.startswith(wanted)
-    texts = learnt(redis_url, queued(store))
-    assert len(queued(store)) == sum(counts.values()) + 6
-    assert "The Nile." in texts and "BAD" not in texts
+        assert len(queued(store)) == before + counts[path.stem]
+    done = tandem("enqueue", str(FOLDER / "sharegpt.jsonl"), url=redis_url)
+    assert done.stdout.startswith("queued 0, already known 4")
+    found = queue(redis_url, queued(store))
+    assert len(found) == sum(counts.values())
+    for item in found:
+        trained = [item.messages[turn]["content"] for turn in trained_turns(item.messages, item.train_on)]
+        assert ("BAD" in " ".join(trained)) == (item.kind == "disliked")
+        assert (item.rejected is not None) == (item.kind == "correction")
 
 
 def test_what_is_left_out_is_counted_and_said(redis_url: str, store: redis.Redis) -> None:
-    done = tandem("enqueue", str(FOLDER / "openwebui.json"), url=redis_url)
+    done = tandem("enqueue", "--dislikes", "leave-out", str(FOLDER / "openwebui.json"), url=redis_url)
     assert done.stdout.splitlines() == [
         "queued 2, already known 0, rejected 0",
-        "2 disliked answers left out: Tandem cannot yet learn from dislikes",
+        "2 disliked answers left out: --dislikes leave-out was given",
         "2 feedback entries without a rating left out: whether these answers were liked is not known",
         "1 request that failed left out: there is no answer to learn",
         "1 answer that was cut off left out: the model would learn to stop in the middle",
     ]
     assert queued(store) == [f"00000000-0000-4000-8000-00000000000{n}" for n in (1, 3)]
+    for pairs, kind in (("leave-out", None), ("chosen", "demonstration")):
+        done = tandem("enqueue", "--pairs", pairs, str(FOLDER / "openai-preference.jsonl"), url=redis_url)
+        assert done.stdout.startswith(f"queued {0 if kind is None else 1}, ")
+        assert [item.kind for item in queue(redis_url, queued(store)[2:])] == ([] if kind is None else [kind])
 
 
 def test_a_dry_run_asks_no_redis_and_queues_nothing(redis_url: str, store: redis.Redis) -> None:

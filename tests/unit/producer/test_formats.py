@@ -4,6 +4,7 @@ In these files an answer that must not be learnt begins with BAD.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ TOOL = {
 }
 
 
-def read(data: bytes, format_name: str = AUTO, *, chosen: bool = False) -> tuple[Import, list[Transcript | ValueError]]:
-    source, items = import_parts.read(data, format_name, chosen=chosen)
+def read(data: bytes, format_name: str = AUTO, **how: Any) -> tuple[Import, list[Transcript | ValueError]]:
+    source, items = import_parts.read(data, format_name, **how)
     return source, [item for _number, item in items]
 
 
@@ -87,16 +88,23 @@ EXPECTED: dict[str, list[list[str]]] = {
     "openwebui": [["s Be brief.", "u Which star?", "a Vega.", "u How far?", "+a I know it. 25 light years."]] * 2,
 }
 LEFT_OUT: dict[str, dict[Reason, int]] = {
-    "messages": {Reason.DISLIKED: 1},
-    "openai-preference": {Reason.PAIR: 1},
-    "pairs": {Reason.PAIR: 6},
-    "trl": {Reason.DISLIKED: 1},
-    "sharegpt": {Reason.DISLIKED: 1},
-    "alpaca": {Reason.DISLIKED: 1},
+    "alpaca": {Reason.NEUTRAL: 1},
     "litellm": {Reason.FAILED: 1, Reason.CUT_OFF: 1, Reason.NO_CHAT: 1, Reason.REDACTED: 2},
-    "langsmith": {Reason.DISLIKED: 4, Reason.SCORED: 1, Reason.UNRATED: 2, Reason.NO_CHAT: 1, Reason.FAILED: 1},
-    "langfuse": {Reason.DISLIKED: 3, Reason.SCORED: 1, Reason.NO_CHAT: 1, Reason.FAILED: 1},
-    "openwebui": {Reason.DISLIKED: 2, Reason.UNRATED: 2, Reason.FAILED: 1, Reason.CUT_OFF: 1},
+    "langsmith": {Reason.NEUTRAL: 2, Reason.SCORED: 1, Reason.UNRATED: 2, Reason.NO_CHAT: 1, Reason.FAILED: 1},
+    "langfuse": {Reason.SCORED: 1, Reason.NO_CHAT: 1, Reason.FAILED: 1},
+    "openwebui": {Reason.UNRATED: 2, Reason.FAILED: 1, Reason.CUT_OFF: 1},
+}
+KINDS = {
+    "messages": {"demonstration": 3, "liked": 1, "disliked": 1},
+    "openai-preference": {"correction": 1},
+    "pairs": {"correction": 6},
+    "trl": {"demonstration": 3, "liked": 1, "disliked": 1},
+    "sharegpt": {"demonstration": 3, "disliked": 1},
+    "alpaca": {"demonstration": 2},
+    "litellm": {"demonstration": 2},
+    "langsmith": {"demonstration": 2, "liked": 1, "disliked": 2},
+    "langfuse": {"demonstration": 2, "liked": 1, "disliked": 3},
+    "openwebui": {"liked": 2, "disliked": 2},
 }
 WITH_TOOLS = {
     "messages": [2], "openai-preference": [0], "trl": [3], "sharegpt": [1], "litellm": [0], "langsmith": [0],
@@ -106,31 +114,46 @@ WITH_TOOLS = {
 
 def test_every_format_has_a_file() -> None:
     names = [item.name for item in READ]
-    assert sorted(FILES) == sorted(names) == sorted(EXPECTED) == sorted(LEFT_OUT)
+    assert sorted(FILES) == sorted(names) == sorted(EXPECTED) == sorted(KINDS)
     assert len({item.title for item in FORMATS}) == len(FORMATS) == len(by_name)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_becomes_of_every_record(name: str) -> None:
-    data = FILES[name].read_bytes()
-    source, found = read(data)
+    """Without dislikes, and of pairs the chosen answers: all is a demonstration or liked."""
+    data, left = FILES[name].read_bytes(), LEFT_OUT.get(name, {})
+    source, found = read(data, dislikes=False, pairs="chosen")
     assert source.format is by_name[name]
-    pairs = LEFT_OUT[name].keys() == {Reason.PAIR}
-    assert [short(item) for item in found] == ([] if pairs else EXPECTED[name])
-    assert source.left_out == LEFT_OUT[name] and not source.strays
-    source, found = read(data, chosen=True)
     assert [short(item) for item in found] == EXPECTED[name]
+    disliked = KINDS[name].get("disliked", 0)
+    assert source.left_out == left | ({Reason.DISLIKED: disliked} if disliked else {}) and not source.strays
     with_tools = [i for i, item in enumerate(found) if isinstance(item, Transcript) and item.tools == [TOOL]]
     assert with_tools == WITH_TOOLS.get(name, [])
-    assert read(data, name, chosen=True)[1] == found, "named as it is found"
+    assert read(data, name, dislikes=False, pairs="chosen")[1] == found, "named as it is found"
+    source, found = read(data, dislikes=False, pairs="leave-out")
+    pairs = KINDS[name].get("correction", 0)
+    assert len(found) == len(EXPECTED[name]) - pairs and source.left_out[Reason.PAIR] == pairs
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_was_said_makes_the_kind(name: str) -> None:
+    """And an answer that must not be learnt is disliked or rejected, always."""
+    source, found = read(FILES[name].read_bytes())
+    assert source.left_out == LEFT_OUT.get(name, {})
+    transcripts = [item for item in found if isinstance(item, Transcript)]
+    assert Counter(item.kind for item in transcripts) == KINDS[name] and len(transcripts) == len(found)
+    for item in transcripts:
+        trained = [item.messages[turn]["content"] for turn in trained_turns(item.messages, item.train_on)]
+        assert ("BAD" in " ".join(trained)) == (item.kind == "disliked")
+        assert item.rejected is None or item.rejected["content"].startswith("BAD")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_ids_are_the_same_whenever_a_file_is_read(name: str) -> None:
     data = FILES[name].read_bytes()
-    ids = [item.id for item in read(data, chosen=True)[1] if isinstance(item, Transcript)]
-    assert ids == [item.id for item in read(data, chosen=True)[1] if isinstance(item, Transcript)]
-    assert all(ids) and len(set(ids)) == len(ids) == len(EXPECTED[name])
+    ids = [item.id for item in read(data)[1] if isinstance(item, Transcript)]
+    assert ids == [item.id for item in read(data)[1] if isinstance(item, Transcript)]
+    assert all(ids) and len(set(ids)) == len(ids) == sum(KINDS[name].values())
 
 
 def test_ids_come_from_the_sources_where_those_are_unique() -> None:
@@ -138,7 +161,7 @@ def test_ids_come_from_the_sources_where_those_are_unique() -> None:
         return [item.id for item in read(FILES[name].read_bytes())[1] if isinstance(item, Transcript)]
 
     assert ids("litellm") == ["chatcmpl-1", "chatcmpl-7"]
-    assert ids("langfuse") == ["lf-1", "lf-2", "lf-3"]
+    assert ids("langfuse")[:3] == ["lf-1", "lf-2", "lf-3"]
     assert ids("openwebui")[0] == "00000000-0000-4000-8000-000000000001"
     assert ids("messages")[0] == "own-1"
     assert str(ids("sharegpt")[0]).startswith("identity_0-"), "data sets number their records: the content decides too"
@@ -173,9 +196,11 @@ def test_ratings_and_what_is_known_of_answers_travel_apart() -> None:
     ("value", "halves", "rating"),
     [
         (True, False, 1), (False, False, -1), (1, False, 1), (-1, False, -1), (0, False, 0), ("1", False, 1),
-        ("-1", False, -1), ("Thumbs_Up", False, 1), ("dislike", False, -1), (0.2, False, 0.2), (0.2, True, -0.6),
-        (0, True, -1), (1, True, 1), (-1, True, -1), ({"rating": -1, "comment": "x"}, False, -1),
-        ({"score": 0}, False, -1), ({"thumbs_down": True, "rating": 1}, False, -1),
+        ("-1", False, -1), ("Thumbs_Up", False, 1), ("dislike", False, -1), (0.2, False, 0.2), (0.2, True, 0),
+        (0.9, True, 0.8), (0, True, 0), (1, True, 1), (-1, True, -1), ({"rating": -1, "comment": "x"}, False, -1),
+        ({"score": 0}, False, 0), ({"label": 0}, False, -1), ({"liked": False}, False, 0),
+        ({"thumbs_down": False, "rating": 1}, False, 1), ({"thumbs_down": True, "rating": 1}, False, 0),
+        ({"rating": 0.5, "thumbs": 1}, False, 0.5), ({"rating": -0.5, "thumbs": -1}, False, -0.5),
     ],
 )  # fmt: skip
 def test_what_a_rating_means(value: Any, halves: bool, rating: float) -> None:
@@ -195,13 +220,19 @@ def test_a_scale_of_stars_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["thumbs_down", "user_rating", "Dislike", "reward", "kto_tag", "is_preferred", "label"]
+    ("name", "value"),
+    [("thumbs_down", True), ("user_rating", False), ("Dislike", 1), ("kto_tag", 0), ("label", "bad"), ("reward", -1)],
 )
-def test_a_dislike_beside_a_conversation_counts_in_every_format(name: str) -> None:
-    value = name in ("thumbs_down", "Dislike") or (0 if name == "reward" else False)
+def test_a_dislike_beside_a_conversation_counts_in_every_format(name: str, value: Any) -> None:
     for record in ({"instruction": "q", "output": "BAD"}, {"prompt": "q", "completion": "BAD"}):
-        source, found = read(lines(record | {name: value}))
-        assert (found, source.left_out) == ([], {Reason.DISLIKED: 1})
+        _, (found,) = read(lines(record | {name: value}))
+        assert isinstance(found, Transcript) and found.kind == "disliked"
+
+
+@pytest.mark.parametrize("name", ["is_preferred", "liked", "reward", "rating"])
+def test_what_says_neither_like_nor_dislike_is_left_out(name: str) -> None:
+    source, found = read(lines({"instruction": "q", "output": "a", name: 0}))
+    assert (found, source.left_out) == ([], {Reason.NEUTRAL: 1})
 
 
 BAD_RECORDS: list[tuple[str, dict[str, Any], str]] = [

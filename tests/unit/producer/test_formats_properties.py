@@ -13,6 +13,7 @@ from import_parts import lines, read
 
 from producer.errors import InvalidTranscriptError
 from producer.formats import READ, LeaveOut, Reason, by_name
+from producer.formats.record import Pairs
 from producer.imports import AUTO
 from producer.jsonl import NotTranscriptsError
 from producer.transcript import Transcript, trained_turns
@@ -75,7 +76,7 @@ def take(value: Any) -> None:
         before = copy.deepcopy(value)
         try:
             record = found.read(value)
-            Transcript.from_dict(record.demonstration(chosen=True))
+            Transcript.from_dict(record.transcript())
         except (InvalidTranscriptError, LeaveOut):
             pass
         assert value == before, "what is read is not changed"
@@ -181,20 +182,22 @@ def test_a_conversation_is_the_same_from_every_format(
         assert trained[-1] == len(wanted) - 1 and (name == "sharegpt" or len(trained) == 1)
 
 
-@given(ASKED, TEXT, TEXT, st.sampled_from([-1, 0]), st.booleans(), st.booleans())
-def test_a_disliked_answer_is_never_queued(
-    asked: list[tuple[str, str]], question: str, answer: str, rating: int, array: bool, chosen: bool
+@given(ASKED, TEXT, TEXT, st.booleans(), st.sampled_from(["learn", "chosen", "leave-out"]))
+def test_a_disliked_answer_is_never_one_to_give(
+    asked: list[tuple[str, str]], question: str, answer: str, array: bool, pairs: Pairs
 ) -> None:
     for name in CONVERSATIONS:
-        rows = [written(name, asked, question, answer, rating)] * 2
+        rows = [written(name, asked, question, answer, -1)] * 2
         data = json.dumps(rows).encode() if array else lines(*rows)
         for format_name in (AUTO, name):
-            source, found = read(data, format_name, chosen=chosen)
+            _, found = read(data, format_name, pairs=pairs)
+            assert [item.kind for _, item in found if isinstance(item, Transcript)] == ["disliked"] * 2, name
+            source, found = read(data, format_name, dislikes=False, pairs=pairs)
             assert (found, source.left_out) == ([], {Reason.DISLIKED: 2}), name
 
 
-@given(ASKED, TEXT, TEXT, st.integers(0, 3))
-def test_a_rejected_answer_is_never_queued_and_the_chosen_one_only_if_asked(
+@given(ASKED, TEXT, TEXT, st.integers(0, 4))
+def test_a_rejected_answer_is_only_ever_the_rejected_one(
     asked: list[tuple[str, str]], question: str, answer: str, form: int
 ) -> None:
     talk, good, bad = chat(asked, question), f"good {answer}", f"BAD {answer}"
@@ -204,10 +207,14 @@ def test_a_rejected_answer_is_never_queued_and_the_chosen_one_only_if_asked(
         {"prompt": talk, "chosen": better, "rejected": worse},
         {"chosen": [*talk, *better], "rejected": [*talk, *worse]},
         {"instruction": question, "chosen": good, "rejected": bad, "history": [list(turn) for turn in asked]},
+        {"messages": talk, "chosen": good, "rejected": bad, "train_on": "last"},
     ][form]
-    assert read(lines(pair))[1] == [] and read(lines(pair))[0].left_out == {Reason.PAIR: 1}
-    _, ((_, found),) = read(lines(pair), chosen=True)
-    assert isinstance(found, Transcript) and found.messages == [*talk, *better]
-    assert trained_turns(found.messages, found.train_on) == [len(talk)]
-    source, disliked = read(lines(pair | {"rating": -1}), chosen=True)
-    assert (disliked, source.left_out) == ([], {Reason.DISLIKED: 1})
+    for pairs, kind in (("learn", "correction"), ("chosen", "demonstration")):
+        _, ((_, found),) = read(lines(pair), pairs=pairs)  # type: ignore[arg-type]
+        assert isinstance(found, Transcript) and (found.kind, found.messages) == (kind, [*talk, *better])
+        assert trained_turns(found.messages, found.train_on) == [len(talk)]
+        assert found.rejected == (worse[0] if kind == "correction" else None)
+    source, none = read(lines(pair), pairs="leave-out")
+    assert (none, source.left_out) == ([], {Reason.PAIR: 1})
+    _, ((_, both),) = read(lines(pair | {"rating": -1}))
+    assert "comes beside rejected" in str(both), "two things at once"

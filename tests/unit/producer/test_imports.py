@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from import_parts import lines, read
 
 from producer import json_values
-from producer.formats import Reason, by_name
+from producer.formats import by_name
 from producer.imports import AUTO
 from producer.jsonl import NotTranscriptsError, is_json_over_lines
 from producer.transcript import Transcript
@@ -178,20 +178,22 @@ def test_a_record_that_two_formats_fit_is_of_the_more_special_one() -> None:
     [
         (
             "preference_formats",
-            ["Canberra.", "Canberra.", {Reason.DISLIKED: 1}, "Canberra.", {Reason.DISLIKED: 1}, {Reason.DISLIKED: 1}],
+            [
+                *["correction Canberra.", "correction Canberra.", "disliked Sydney.", "demonstration Canberra."],
+                *["disliked Sydney.", "disliked Sydney."],
+            ],
         ),
-        ("other_transcript_shapes", ["y", "y", "y", "y", "y", "LibreChat", "Responses API"]),
+        ("other_transcript_shapes", [*["demonstration y"] * 5, "LibreChat", "Responses API"]),
     ],
 )
-def test_each_line_of_what_people_have_as_a_file_of_its_own(name: str, becomes: list[Any]) -> None:
+def test_each_line_of_what_people_have_as_a_file_of_its_own(name: str, becomes: list[str]) -> None:
     rows = (Path(__file__).parents[2] / "data" / "client_logs" / f"{name}.jsonl").read_bytes().splitlines()
     for row, wanted in zip(rows, becomes, strict=True):
         if wanted in ("LibreChat", "Responses API"):
             assert wanted in refused(row)
             continue
-        source, found = read(row, chosen=True)
-        answers = [item.messages[-1]["content"] for _, item in found if isinstance(item, Transcript)]
-        assert (answers or source.left_out) == ([wanted] if isinstance(wanted, str) else wanted)
+        _, ((_, found),) = read(row)
+        assert isinstance(found, Transcript) and f"{found.kind} {found.messages[-1]['content']}" == wanted
 
 
 def test_a_format_that_is_named_is_the_only_one() -> None:
@@ -211,6 +213,8 @@ def test_ratings_in_stars_end_the_file_before_anything_of_their_block_is_queued(
     )
 
 
-def test_a_rating_of_an_own_line_is_not_in_its_transcript() -> None:
-    _, ((_, found),) = read(lines(GOOD | {"rating": 1, "weight": 0.5}))
-    assert isinstance(found, Transcript) and found.weight == 0.5 and not found.meta
+def test_a_rating_of_an_own_line_is_a_transcripts_rating() -> None:
+    for row in (GOOD | {"rating": 0.5, "weight": 0.5}, GOOD | {"thumbs": "up", "weight": 0.5}):
+        _, ((_, found),) = read(lines(row))
+        assert isinstance(found, Transcript) and found.kind == "liked" and found.weight == 0.5
+        assert found.rating == row.get("rating", 1.0)
