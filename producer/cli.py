@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from typing import Any
@@ -83,21 +83,26 @@ def enqueue(
     If Redis may evict keys, the command checks at the end that Redis still has everything that was queued.
     """
     source = Import(file, file.name, format_name, dislikes=dislikes == "learn", pairs=pairs)
+    lost, kinds = 0, Counter[str]()
     if dry_run:
-        counts, lost = _dry_run(source, file), 0
+        counts, kinds = _dry_run(source, file)
     else:
         counts, lost = _enqueue(source, file, redis_url)
-    summary = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    if dry_run and source.format is not None:
-        summary = f"{source.format.name}: {summary}"
-    click.echo(summary + (f", lost {lost:,}" if lost else ""))
+    summary = _listed(counts) + (f", lost {lost:,}" if lost else "")
+    click.echo(f"{source.format.name}: {summary}" if dry_run and source.format is not None else summary)
+    if kinds:
+        click.echo(f"kinds: {_listed(kinds)}")
     for reason, count in source.left_out.items():
         click.echo(reason.sentence(count))
     if source.strays:
-        others = ", ".join(f"{name} {count:,}" for name, count in source.strays.items())
-        click.echo(f"rejected and not reported one by one: {source.strays.total():,} more of other formats ({others})")
+        others = f"{source.strays.total():,} more of other formats ({_listed(source.strays)})"
+        click.echo(f"rejected and not reported one by one: {others}")
     if counts["rejected"] or lost:
         sys.exit(1)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _enqueue(source: Import, file: BufferedReader, redis_url: str | None) -> tuple[dict[str, int], int]:
@@ -113,13 +118,15 @@ def _enqueue(source: Import, file: BufferedReader, redis_url: str | None) -> tup
         return counts, 0 if safe else _report_lost(producer, source.name, queued)
 
 
-def _dry_run(source: Import, file: BufferedReader) -> dict[str, int]:
-    """As `_enqueue`, without a queue."""
+def _dry_run(source: Import, file: BufferedReader) -> tuple[dict[str, int], Counter[str]]:
+    """What `_enqueue` would do, without a queue; ids are not compared. Returns the counts, and those of the kinds."""
     counts = {"would queue": 0, "rejected": 0}
+    kinds: Counter[str] = Counter()
     with _progress(file) as bar:
         for items in _read(source, bar, counts):
-            counts["would queue"] += len(items)
-    return counts
+            kinds.update(transcript.kind for _, transcript in items)
+    counts["would queue"] = kinds.total()
+    return counts, kinds
 
 
 def _read(source: Import, bar: Any, counts: dict[str, int]) -> Iterator[list[tuple[int, Transcript]]]:

@@ -63,10 +63,11 @@ def test_what_is_left_out_is_counted_and_said(redis_url: str, store: redis.Redis
 
 def test_a_dry_run_asks_no_redis_and_queues_nothing(redis_url: str, store: redis.Redis) -> None:
     done = tandem("enqueue", "--dry-run", "--pairs", "chosen", str(FOLDER / "pairs.jsonl"), url="unix:///nowhere")
-    assert (done.returncode, done.stdout) == (0, "pairs: would queue 6, rejected 0\n")
+    assert (done.returncode, done.stdout) == (0, "pairs: would queue 6, rejected 0\nkinds: demonstration 6\n")
     done = tandem("enqueue", "--dry-run", str(LOGS / "other_transcript_shapes.jsonl"), url=redis_url)
     assert done.returncode == 1 and done.stdout.splitlines() == [
         "sharegpt: would queue 1, rejected 6",
+        "kinds: demonstration 1",
         "rejected and not reported one by one: 5 more of other formats"
         " (langfuse 1, langsmith 1, litellm 1, librechat 1, openai-responses 1)",
     ]
