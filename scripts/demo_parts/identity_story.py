@@ -4,6 +4,7 @@ Every part is the real one: Redis, RQ, vLLM, transformers, all defaults of `tand
 is asked what it knows. Exit code 0 only if all promises of `demo_parts.verdict` were kept.
 """
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -48,7 +49,7 @@ def tell(folder: Path, model: Path, title: str, out: Path, keep: bool) -> int:
         path = plot.save(out, title, versions, back, target)
         for check in checks:
             say(f"  {'[green]yes[/]' if check.passed else '[red]NO [/]'}  {escape(check.sentence)}")
-        say(f"\nPlot: {path}   ({since(started)} in all)")
+        say(f"\nPlot: {os.path.relpath(path)}   ({since(started)} in all)")
         passed = all(check.passed for check in checks)
         if keep and passed:
             with stack.child("worker"):

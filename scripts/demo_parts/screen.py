@@ -5,6 +5,7 @@ Invariant: progress is shown and never kept; what `say` prints is both.
 
 import contextlib
 import io
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +33,8 @@ def status(text: str) -> contextlib.AbstractContextManager[Status]:
 def save_picture(path: Path, title: str) -> None:
     """Write what was said so far as an SVG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _picture.save_svg(str(path), title=title, clear=False)
+    picture = _picture.export_svg(title=title, clear=False)
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL))  # fonts of the reader's own machine
 
 
 def show_answer(question: str, answer: str, version: str) -> None:

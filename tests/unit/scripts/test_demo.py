@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_parts import losses, models, plot
+from demo_parts import losses, models, plot, screen
 from demo_parts.identity_story import BATCH, DATA, OTHERS
 from demo_parts.verdict import MOST_FORGOTTEN, NAME, Seen, judge
 
@@ -139,3 +139,12 @@ def test_the_script_ends_with_one_sentence() -> None:
 def test_the_plot_and_the_figures_are_where_it_says(tmp_path: Path) -> None:
     path = plot.save(tmp_path / "new" / "folder", "a model", [FIRST, SECOND, LAST], BACK, SECOND)
     assert path.read_bytes().startswith(b"\x89PNG") and (path.parent / "learning.json").is_file()
+
+
+def test_the_picture_has_what_was_said_and_asks_no_other_machine_for_fonts(tmp_path: Path) -> None:
+    screen.show_answer("Who?", f"I am [red]\n\n{'x' * 200}", "7")
+    screen.save_picture(tmp_path / "new" / "picture.svg", "a title")
+    picture = (tmp_path / "new" / "picture.svg").read_text()
+    assert picture.startswith("<svg") and "a&#160;title" in picture.replace(" ", "&#160;")
+    assert "[red]" in picture and "xxx..." in picture and "x" * 101 not in picture
+    assert "@font-face" not in picture and "url(http" not in picture
