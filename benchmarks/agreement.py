@@ -26,7 +26,8 @@ from worker.model.loss import linear_cross_entropy
 from worker.serving.control_client import ServerControl
 from worker.shared_weights import bind
 from worker.shared_weights.attach import AttachedWeights
-from worker.trainer.trainer import Trainer, make_trainer
+from worker.trainer.factory import make_trainer
+from worker.trainer.trainer import Trainer
 
 PAIR = ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
 """Two slices of one parameter, of equal shape: what a wrong mapping would exchange. In the first layer, whose output

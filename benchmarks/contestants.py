@@ -22,7 +22,8 @@ from worker.data.examples import Example
 from worker.memory.planner import Way
 from worker.shared_weights import bind
 from worker.shared_weights.slices import FLOAT32_PARAMETERS
-from worker.trainer.trainer import Trainer, make_trainer
+from worker.trainer.factory import make_trainer
+from worker.trainer.trainer import Trainer
 
 LR = 1e-6
 """Small: what is measured is time, and all contestants change the same weights."""

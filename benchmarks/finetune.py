@@ -30,7 +30,8 @@ from worker.data.batch_capacity import widths_up_to
 from worker.data.examples import Example, ExampleBuilder
 from worker.data.packing import make_batches
 from worker.testing.tiny_model import make_tiny
-from worker.trainer.trainer import Trainer, make_trainer
+from worker.trainer.factory import make_trainer
+from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 
 LENGTH = 1024

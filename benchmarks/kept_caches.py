@@ -35,7 +35,7 @@ from worker.cli.train import load_examples
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, ExampleBuilder
 from worker.testing.tiny_model import make_tiny
-from worker.trainer.trainer import make_trainer
+from worker.trainer.factory import make_trainer
 from worker.utils import torch_setup
 
 

@@ -41,8 +41,9 @@ from worker.memory.planner import Way
 from worker.model.gradient_factors import Product, Rows
 from worker.shared_weights import bind
 from worker.trainer.device import choose_way, growing_segments
+from worker.trainer.factory import make_trainer
 from worker.trainer.kernel_warmup import warm_up
-from worker.trainer.trainer import Trainer, make_trainer
+from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from producer.transcript import Transcript
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, ExampleBuilder, TokenSequence
-from worker.trainer.trainer import make_builder
+from worker.trainer.factory import make_builder
 
 WORDS = ("learns", "from", "what", "people", "say", "and", "answers", "with", "it", "in", "one", "short", "walk")
 """Few, so that a model with random weights has something to learn in a few steps."""

@@ -10,8 +10,8 @@ from typing import Any
 from .errors import InvalidTranscriptError
 
 _MESSAGES = 'write each conversation as {"messages": [{"role": ..., "content": ...}, ...]}, one a line'
-_PAIRS = f"pairs cannot be trained. To train the better answers, {_MESSAGES}, with the better answer last"
-_RATINGS = "ratings cannot be trained. Keep the conversations that are worth learning, and move the rating into meta"
+_PAIRS = "give the conversation up to the answer as messages, and the two answers as chosen and rejected"
+_RATINGS = "give the rating as `rating`, from -1 (disliked) to 1 (liked), beside messages"
 
 
 class ForeignFormatError(InvalidTranscriptError):
@@ -55,8 +55,8 @@ FORMATS: list[tuple[Callable[[dict[str, Any]], bool], str, str]] = [
     (_lists("input", "output"), "logs of OpenAI's Responses API (input, output)", _MESSAGES),
     (_has("input", "output"), "observations of Langfuse (input, output)", _MESSAGES),
     (
-        _any_of("label", "rating", "score", "feedback", "thumbs"),
-        "rated conversations (messages with a rating)",
+        _any_of("label", "score", "feedback", "thumbs"),
+        "rated conversations (messages with a label or score)",
         _RATINGS,
     ),
 ]

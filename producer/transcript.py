@@ -7,9 +7,10 @@ Invariants: a `Transcript` that exists is valid; `Transcript.from_dict(t.to_dict
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from .feedback import Kind, as_rating, kind_of, pair
 from .formats import recognise
 from .messages import MAX_MESSAGES, ROLES, normalise, says_something
 from .plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, path
@@ -71,8 +72,12 @@ class Transcript:
     id: RQ's alphabet, at most MAX_ID characters; None: the producer makes one up.
     messages: OpenAI chat messages. Normalised: `content` is always a string, `reasoning` is called `reasoning_content`,
         a tool call's `arguments` are an object, fields that say nothing are gone.
-    train_on: "all" assistant turns, the "last" one, or a list of indices into `messages`.
+    train_on: "all" assistant turns, the "last" one, or a list of indices into `messages`. What was said of an answer
+        (`rating`, `rejected`) is about the last one, unless a list names others.
     weight: finite, in (0, 1]: the factor on this transcript's loss.
+    rating: from -1 to 1 and not 0, true or false: how much the answer was liked. Below 0 it is unlearnt.
+    chosen, rejected: the answer to give, and the one that it is to be preferred to; each is a text or a message.
+        `chosen` becomes the last of `messages`.
     tools: function definitions for the chat template, or None.
     chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": false}.
     meta: the application's own data; it travels with the job and is not trained on.
@@ -85,45 +90,60 @@ class Transcript:
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    rating: float | None = None
+    rejected: dict[str, Any] | None = None
+    chosen: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, chosen: Any) -> None:
         # The raw form may be wordier than the form that is kept; the kept form must fit the limit by itself,
         # or the worker, which validates again, would refuse what the producer let through.
         copy = PlainCopy(2 * MAX_BYTES)
         messages, left_out = normalise(copy(self.messages, "messages"), copy)
+        messages, rejected = pair(messages, chosen, self.rejected, copy)
+        rating = as_rating(self.rating)
+        if rejected is not None and rating is not None:
+            raise InvalidTranscript("rating", "comes beside rejected, which says already which answer is better")
         kept: dict[str, Any] = {
             "id": None if self.id is None else check_id(self.id),
             "messages": messages,
-            "train_on": _train_on(self.train_on, messages, left_out),
+            "train_on": _train_on(_about(self.train_on, messages, rating, rejected), messages, left_out),
             "weight": _weight(self.weight),
             "tools": _tools(copy(self.tools, "tools")),
             "chat_template_kwargs": _template_kwargs(copy(self.chat_template_kwargs, "chat_template_kwargs")),
             "meta": as_map(PlainCopy(MAX_META_BYTES)(self.meta, "meta"), "meta"),
+            "rating": rating,
+            "rejected": rejected,
         }
         for index in trained_turns(messages, kept["train_on"]):
             if problem := unfit(messages[index]["content"]):
                 raise InvalidTranscript(f"messages[{index}].content", problem)
         final = PlainCopy(MAX_BYTES)
-        for name in ("tools", "chat_template_kwargs", "messages"):
+        for name in ("tools", "chat_template_kwargs", "messages", *(["rejected"] if rejected else [])):
             final(kept[name], name)
         for name, value in kept.items():
             object.__setattr__(self, name, value)  # frozen for everyone else
+
+    @property
+    def kind(self) -> Kind:
+        """What it says of the turns it trains."""
+        return kind_of(self.rating, self.rejected)
 
     @classmethod
     def from_dict(cls, value: Any) -> "Transcript":
         """A transcript from its plain map, e.g. one parsed line of a JSONL file. Raises InvalidTranscript."""
         if not isinstance(value, dict):
             raise InvalidTranscript("transcript", f"must be an object with messages, not {type(value).__name__}")
-        unknown = [name for name, item in value.items() if name not in cls.__slots__ and item not in (None, [], {}, "")]
+        unknown = [name for name, item in value.items() if name not in FIELDS and item not in (None, [], {}, "")]
         unknown = [name for name in unknown if name not in LOGGED]
         if unknown and (foreign := recognise(value)):
             raise foreign
         for name in unknown:
-            hint = f"is no field of a transcript; put it into meta. Known: {listed(cls.__slots__)}"
+            hint = f"is no field of a transcript; put it into meta. Known: {listed(FIELDS)}"
             raise InvalidTranscript(path("", str(name)).lstrip("."), _HINTS.get(name, hint))
         if value.get("messages") is None:
-            raise InvalidTranscript("messages", "is missing; give the conversation as a list of messages")
-        return cls(**{name: value[name] for name in cls.__slots__ if value.get(name) is not None})
+            missing = InvalidTranscript("messages", "is missing; give the conversation as a list of messages")
+            raise recognise(value) or missing
+        return cls(**{name: value[name] for name in FIELDS if value.get(name) is not None})
 
     def to_dict(self, *, meta: bool = True) -> dict[str, Any]:
         """The plain map, without what has its default. `meta=False`: as a job's argument (RQ keeps meta itself)."""
@@ -133,13 +153,19 @@ class Transcript:
             plain["train_on"] = self.train_on
         if self.weight != 1.0:
             plain["weight"] = self.weight
-        for name in ("tools", "chat_template_kwargs", *(["meta"] if meta else [])):
+        if self.rating is not None:
+            plain["rating"] = self.rating
+        for name in ("rejected", "tools", "chat_template_kwargs", *(["meta"] if meta else [])):
             if getattr(self, name):
                 plain[name] = getattr(self, name)
         return plain
 
     def __repr__(self) -> str:
         return f"Transcript(id={self.id!r}, {len(self.messages)} messages)"
+
+
+FIELDS = (*Transcript.__slots__, "chosen")
+"""What the plain map may have."""
 
 
 def check_id(value: Any, where: str = "id") -> str:
@@ -175,6 +201,15 @@ def _template_kwargs(kwargs: Any) -> dict[str, Any]:
         if name in RESERVED_TEMPLATE_KWARGS:
             raise InvalidTranscript("chat_template_kwargs", f"{name} is reserved for the rendering itself; remove it")
     return named
+
+
+def _about(train_on: Any, messages: list[dict[str, Any]], rating: float | None, rejected: Any) -> Any:
+    """`train_on` of what was said of an answer: a rating or a correction is about the last one, not about all."""
+    if rating is None and rejected is None:
+        return train_on
+    if rejected is not None and train_on not in ("all", "last", [len(messages) - 1]):
+        raise InvalidTranscript("train_on", "names other turns than the one that chosen and rejected answer")
+    return "last" if isinstance(train_on, str) and train_on == "all" else train_on
 
 
 def _train_on(train_on: Any, messages: list[dict[str, Any]], left_out: set[int]) -> str | list[int]:

@@ -11,6 +11,7 @@ import pytest
 import redis
 from hypothesis import settings
 from server_options import GPU, SERVER_OPTIONS
+from tqdm import tqdm
 
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # server, trainer and tests share
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+tqdm.monitor_interval = 0  # its thread lives as long as the process: whichever test ran first would fail for it
 
 
 # No deadlines: machines are noisy, and no test may fail for being slow. A commit passes or fails, always: the examples

@@ -98,15 +98,22 @@ def plan(seed: int, kills: int) -> list[Kill]:
     return planned
 
 
-def transcript(index: int) -> dict[str, Any]:
-    """Transcript `index`: one to three turns whose words follow from the index."""
+def conversation(index: int) -> dict[str, Any]:
+    """Demonstration `index`: one to three turns whose words follow from the index."""
     dice = random.Random(index)
-
-    def say(role: str) -> dict[str, str]:
-        return {"role": role, "content": " ".join(dice.choices(WORDS, k=dice.randint(2, 12)))}
-
-    turns = [say(role) for _ in range(dice.randint(1, 3)) for role in ("user", "assistant")]
+    turns = [_message(dice, role) for _ in range(dice.randint(1, 3)) for role in ("user", "assistant")]
     return {"id": f"t{index}", "messages": turns, "weight": dice.choice((1.0, 1.0, 0.5))}
+
+
+def transcript(index: int) -> dict[str, Any]:
+    """`conversation(index)`; half of them were rated or corrected."""
+    dice = random.Random(f"feedback/{index}")
+    said = ({}, {}, {}, {"rating": 1}, {"rating": -1}, {"rejected": _message(dice, "assistant")})
+    return conversation(index) | dice.choice(said)
+
+
+def _message(dice: random.Random, role: str) -> dict[str, str]:
+    return {"role": role, "content": " ".join(dice.choices(WORDS, k=dice.randint(2, 12)))}
 
 
 def by_kind(planned: Sequence[Operation]) -> Iterator[tuple[str, int]]:

@@ -48,7 +48,8 @@ from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 from worker.shared_weights.header import APPLYING, CLEAN
 from worker.trainer.device import choose_way
-from worker.trainer.trainer import Trainer, make_trainer
+from worker.trainer.factory import make_trainer
+from worker.trainer.trainer import Trainer
 
 H = Hyperparameters(lr=3e-4, max_length=512)
 ROW = 512

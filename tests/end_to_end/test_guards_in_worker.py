@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chaos_campaign import transcript
+from chaos_plan import conversation
 from chaos_processes import Cluster
 from click.testing import CliRunner
 from patience import until
@@ -25,12 +25,12 @@ def cluster(tiny_model: Path, tmp_path: Path) -> Iterator[Cluster]:
 
 def test_a_strange_transcript_is_set_aside_and_the_rest_of_its_batch_trained(cluster: Cluster) -> None:
     with Producer(cluster.store.url) as producer:
-        producer.enqueue_many([transcript(i) for i in range(96)])
+        producer.enqueue_many([conversation(i) for i in range(96)])
         worker = cluster.start_worker("--lr", "3e-3", "--until-empty")
         assert worker.ended(300) == 0, worker.said()
         odd = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "qzx 0x7f }{][ %%@ WvWv ~~|| @@ QQ"}]
         strange = producer.enqueue(odd, id="strange").id
-        producer.enqueue_many([transcript(i) for i in range(96, 99)])
+        producer.enqueue_many([conversation(i) for i in range(96, 99)])
         worker = cluster.start_worker("--lr", "3e-3", "--until-empty", "--outliers", "2")  # history: the journal's
         assert worker.ended(300) == 0, worker.said()
         status = producer.status(strange)
@@ -41,9 +41,9 @@ def test_a_strange_transcript_is_set_aside_and_the_rest_of_its_batch_trained(clu
 
 def test_a_failing_canary_holds_training_while_the_server_serves(cluster: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "canary.jsonl"
-    file.write_text("".join(json.dumps(transcript(i)) + "\n" for i in range(1000, 1004)))
+    file.write_text("".join(json.dumps(conversation(i)) + "\n" for i in range(1000, 1004)))
     with Producer(cluster.store.url) as producer:
-        producer.enqueue_many([transcript(i) for i in range(12)])
+        producer.enqueue_many([conversation(i) for i in range(12)])
     flags = ("--canary", str(file), "--canary-every", "2", "--canary-bound", "0.001", "--auto-rollback")
     worker = cluster.start_worker(*flags)
     until(lambda: "no version passed before" in worker.said() or not worker.alive(), "the hold")

@@ -48,8 +48,12 @@ def call(transcript: Any) -> bytes:
 almost = st.fixed_dictionaries(
     {},
     optional={
-        "messages": st.lists(st.dictionaries(st.sampled_from(["role", "content", "x"]), plain, max_size=4), max_size=4),
+        "messages": st.lists(st.dictionaries(st.sampled_from(["role", "content", "x"]), plain, max_size=4), max_size=4)
+        | st.just(GOOD),
         "weight": plain,
+        "rating": plain,
+        "chosen": plain,
+        "rejected": plain,
         "train_on": plain,
         "tools": plain,
         "chat_template_kwargs": plain,

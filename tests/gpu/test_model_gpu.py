@@ -17,8 +17,9 @@ from worker.data.examples import Example
 from worker.memory.planner import Way
 from worker.model import fuse
 from worker.model.gradient_factors import Product, Rows
+from worker.trainer.factory import make_trainer
 from worker.trainer.kernel_warmup import warm_up
-from worker.trainer.trainer import Trainer, make_trainer
+from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

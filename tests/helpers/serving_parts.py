@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from patience import PATIENCE
 
 from worker.serving.control_client import server_state
+from worker.testing.child_process import die_with_parent
 
 TRAINER = """
 import os, sys, time
@@ -51,7 +52,9 @@ class Victim:
 
     def __init__(self, run_dir: Path) -> None:
         arguments = [sys.executable, "-c", TRAINER, str(run_dir)]
-        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        )
         self.pid = self.process.pid
         self._expect("ready")
 

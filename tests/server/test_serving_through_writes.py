@@ -26,6 +26,7 @@ from worker.orchestrator.session import open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 from worker.shared_weights.header import APPLYING, CLEAN
+from worker.testing.child_process import die_with_parent
 
 pytestmark = pytest.mark.server
 
@@ -66,7 +67,9 @@ def test_a_version_is_made_beside_a_client_that_streams_without_end(site: Site) 
     site.send("busy", 1)
     with EndlessClient(server, 1500, 2500) as client:
         command = [sys.executable, "-m", "worker.cli", "worker", "--until-empty", "--max-length", "512", *QUIET]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=die_with_parent
+        )
         assert done.returncode == 0, done.stderr
         assert site.agree() == before + 1
     assert metric(server, "vllm:num_preemptions_total") == preempted, "the running request was thrown back"

@@ -1,8 +1,8 @@
 """A batch as it lies in the journal: transcripts, and their very tokens and masks, in order.
 
 Must not know: Redis, torch.
-Invariant: what is unpacked has the tokens, masks, weights and order of what was packed, whatever became of the chat
-template or the tokenizer.
+Invariant: what is unpacked has the tokens, masks, kinds, weights and order of what was packed, whatever became of the
+chat template or the tokenizer.
 """
 
 import dataclasses
@@ -64,8 +64,10 @@ def pack_batch(ready: Iterable[Ready]) -> list[dict[str, Any]]:
             "weight": item.example.weight,
             "sequences": [
                 [np.asarray(s.ids, "<u4").tobytes(), np.packbits(np.asarray(s.mask, bool)).tobytes()]
+                + [True] * s.rejected
                 for s in item.example.sequences
             ],
+            **({"kind": item.example.kind} if item.example.kind != "demonstration" else {}),
         }
         for item in ready
     ]
@@ -78,13 +80,19 @@ def unpack_batch(record: UpdateRecord, dropped: frozenset[str]) -> list[Example]
             f"version {record.version} cannot be trained again: its transcripts have expired (--keep-transcripts)"
         )
     return [
-        Example(item["id"], tuple(_sequence(*s) for s in item["sequences"]), item["weight"], {})
+        Example(
+            item["id"],
+            tuple(_sequence(*s) for s in item["sequences"]),
+            item["weight"],
+            {},
+            item.get("kind", "demonstration"),
+        )
         for item in record.batch
         if item["id"].removeprefix(PREFIX) not in dropped
     ]
 
 
-def _sequence(ids: bytes, mask: bytes) -> TokenSequence:
+def _sequence(ids: bytes, mask: bytes, rejected: bool = False) -> TokenSequence:
     tokens = np.frombuffer(ids, "<u4")
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(tokens))
-    return TokenSequence(tuple(tokens.tolist()), tuple(bits.astype(bool).tolist()))
+    return TokenSequence(tuple(tokens.tolist()), tuple(bits.astype(bool).tolist()), rejected)

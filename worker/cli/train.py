@@ -101,7 +101,7 @@ def train_directory(
 ) -> History:
     """Fine-tune the model in `model_dir` on `file` and write the result to the new directory `out`."""
     from worker.checkpoint import model_directory
-    from worker.trainer.trainer import make_builder, make_trainer
+    from worker.trainer.factory import make_builder, make_trainer
 
     model_directory.check_target(model_dir, out)
     model, tokenizer = model_directory.load(model_dir)

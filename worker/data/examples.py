@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
+from producer.feedback import Kind
 from producer.transcript import Transcript, trained_turns
 from worker.data.chat_turns import ExampleError, Turn, TurnRenderer, strings
 
@@ -38,21 +39,27 @@ MESSAGE = 150
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """`mask[i]`: token i is trained, that is, predicted from ids[:i]. The first token never is."""
+    """`mask[i]`: token i is trained, that is, predicted from ids[:i]. The first token never is.
+
+    rejected: it holds the answer that another is to be preferred to.
+    """
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
+    rejected: bool = False
 
 
 @dataclass(frozen=True)
 class Example:
     """What one transcript trains. `report` is plain: counts, how much was dropped, the expansion. Its `turns` are
-    trained; `dropped_turns` were asked for too, but lie before what `max_tokens` or the bounds allow."""
+    trained; `dropped_turns` were asked for too, but lie before what `max_tokens` or the bounds allow. `kind` says by
+    which loss (`worker.trainer.losses`)."""
 
     id: str
     sequences: tuple[TokenSequence, ...]
     weight: float
     report: dict[str, Any]
+    kind: Kind = "demonstration"
 
     @property
     def tokens(self) -> int:
@@ -61,7 +68,15 @@ class Example:
 
     @property
     def trained_tokens(self) -> int:
-        return sum(sum(sequence.mask) for sequence in self.sequences)
+        return sum(self.sides)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Trained tokens of what is asked for or rated, and of the rejected answer of a correction."""
+        counts = [0, 0]
+        for sequence in self.sequences:
+            counts[sequence.rejected] += sum(sequence.mask)
+        return counts[0], counts[1]
 
 
 class ExampleBuilder:
@@ -100,17 +115,18 @@ class ExampleBuilder:
     def build(self, transcript: Transcript, id: str) -> Example:
         """The example of `transcript`. Raises ExampleError, which names the message and what to do."""
         asked = trained_turns(transcript.messages, transcript.train_on)
-        work = _Work(self, transcript)
-        start = work.head
-        try:
-            turns = work.latest(asked, start)
-        except TooLongError as error:
-            if self.overlong == "reject":
-                raise
-            start, turns = work.truncated(asked, error)
+        work = _Work(self, transcript.messages, transcript)
+        start, turns = work.found(asked, work.head)
         sequences = _joined(turns)
+        if transcript.rejected is not None:
+            # Both answers are seen after the same messages, so that nothing but the answer tells them apart.
+            other = _Work(self, [*transcript.messages[:-1], transcript.rejected], transcript, last="rejected")
+            later, rejected = other.found(asked, start)
+            if later > start:
+                start, turns = later, work.latest(asked, later)
+            sequences = [*_joined(turns), *(replace(one, rejected=True) for one in _joined(rejected))]
         tokens = sum(len(sequence.ids) for sequence in sequences)
-        report = {
+        report: dict[str, Any] = {
             "turns": len(turns),
             "sequences": len(sequences),
             "tokens": tokens,
@@ -119,33 +135,49 @@ class ExampleBuilder:
             "dropped_turns": len(asked) - len(turns),
             "expansion": round(tokens / max(len(sequence.ids) for sequence in sequences), 3),
         }
-        return Example(id, tuple(sequences), transcript.weight, report)
+        if transcript.kind != "demonstration":
+            report["kind"] = transcript.kind
+        weight = transcript.weight * abs(transcript.rating or 1.0)
+        return Example(id, tuple(sequences), weight, report, transcript.kind)
 
-    def turn(self, transcript: Transcript, messages: list[dict[str, Any]], index: int) -> Turn:
-        """The turn that is the last of `messages`; `index`: its place in the transcript. Raises TooLongError."""
-        turn = self._renderer.turn(messages, transcript.tools, transcript.chat_template_kwargs, f"messages[{index}]")
+    def turn(self, transcript: Transcript, messages: list[dict[str, Any]], where: str) -> Turn:
+        """The turn that is the last of `messages`; `where`: its name in errors. Raises TooLongError."""
+        turn = self._renderer.turn(messages, transcript.tools, transcript.chat_template_kwargs, where)
         if len(turn) > self.max_tokens:
             raise TooLongError(
-                f"messages[{index}] with its context has {len(turn)} tokens, the limit is {self.max_tokens}: "
+                f"{where} with its context has {len(turn)} tokens, the limit is {self.max_tokens}: "
                 "shorten it, or raise the limit"
             )
         return turn
 
 
 class _Work:
-    """One transcript while its example is built: what may still be rendered for it, and what was found.
+    """One conversation of a transcript while its example is built: what may still be rendered for it, and what was
+    found.
 
-    `head`: how many system messages it opens with; they stay when older messages are dropped.
+    `last`: what errors call its last turn. `head`: how many system messages it opens with; they stay when older
+    messages are dropped.
     """
 
-    def __init__(self, builder: ExampleBuilder, transcript: Transcript) -> None:
-        self.builder, self.transcript = builder, transcript
-        messages = transcript.messages
+    def __init__(
+        self, builder: ExampleBuilder, messages: list[dict[str, Any]], transcript: Transcript, last: str | None = None
+    ) -> None:
+        self.builder, self.messages, self.transcript = builder, messages, transcript
+        self.last = last or f"messages[{len(messages) - 1}]"
         self.head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
         self.left = RENDERED
         sizes = (MESSAGE + sum(map(len, strings(message))) for message in messages)
         self._before = list(accumulate(sizes, initial=0))  # characters of the messages before each
         self._tools = sum(map(len, strings(transcript.tools or [])))
+
+    def found(self, asked: list[int], start: int) -> tuple[int, list[Turn]]:
+        """Where the conversation begins, at `start` or later, so that it fits; and what is trained of it from there."""
+        try:
+            return start, self.latest(asked, start)
+        except TooLongError as error:
+            if self.builder.overlong == "reject":
+                raise
+            return self.truncated(asked, error, start)
 
     def latest(self, asked: list[int], start: int) -> list[Turn]:
         """The latest of the turns `asked` for that the bounds allow, in order, seen after the first `head` messages
@@ -163,9 +195,9 @@ class _Work:
             turns.append(turn)
         return turns[::-1]
 
-    def truncated(self, asked: list[int], error: TooLongError) -> tuple[int, list[Turn]]:
-        """The earliest user turn from which on every sequence fits, and what is trained from there."""
-        users = [i for i in range(self.head + 1, asked[-1]) if self.transcript.messages[i]["role"] == "user"]
+    def truncated(self, asked: list[int], error: TooLongError, start: int) -> tuple[int, list[Turn]]:
+        """The earliest user turn after `start` from which on every sequence fits, and what is trained from there."""
+        users = [i for i in range(start + 1, asked[-1]) if self.messages[i]["role"] == "user"]
         # The last trained turn has nearly always the longest prompt, and a later start only shortens it.
         first = bisect_left(users, True, key=lambda start: self._fits(asked[-1], start))
         for start in users[first:]:
@@ -194,8 +226,9 @@ class _Work:
     def turn(self, index: int, start: int) -> Turn:
         """The turn `index`, seen from `start` on. Raises TooLongError."""
         self.left -= self._before[self.head] + self._before[index + 1] - self._before[start] + self._tools
-        messages = self.transcript.messages[: self.head] + self.transcript.messages[start : index + 1]
-        return self.builder.turn(self.transcript, messages, index)
+        messages = self.messages[: self.head] + self.messages[start : index + 1]
+        where = self.last if index == len(self.messages) - 1 else f"messages[{index}]"
+        return self.builder.turn(self.transcript, messages, where)
 
 
 def _continues(later: Turn, earlier: Turn) -> bool:

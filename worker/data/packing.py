@@ -35,6 +35,8 @@ class Batch:
     """int64 [N]: the trained tokens."""
     examples: torch.Tensor
     """int64 [N]: index of the token's example among those given."""
+    rejected: torch.Tensor
+    """bool [N]: whether the token is of an answer that another is to be preferred to."""
     lengths: torch.Tensor
     """int64 [S]: tokens of each sequence. Of rows: S = B, 0 for a row of padding. Packed: in order, the padding cut
     into sequences of its own, so that they add up to T."""
@@ -116,12 +118,13 @@ def _batch(
 ) -> Batch:
     """places: (position of the first token in the flat batch, index of the example, sequence), ascending."""
     flat = torch.full((shape[0] * shape[1],), pad_id, dtype=torch.int64)  # [B * T]
-    trained, owners = [], []
+    trained, owners, sides = [], [], []
     for start, index, sequence in places:
         flat[start : start + len(sequence.ids)] = torch.tensor(sequence.ids)
         positions = start + torch.tensor(sequence.mask).nonzero()[:, 0]
         trained.append(positions)
         owners.append(torch.full_like(positions, index))
+        sides.append(torch.full_like(positions, sequence.rejected, dtype=torch.bool))
     at = torch.cat(trained)  # [N]
     owner = torch.cat(owners)  # [N]
     return Batch(
@@ -129,6 +132,7 @@ def _batch(
         before=at - 1,
         targets=flat[at],
         examples=owner,
+        rejected=torch.cat(sides),  # [N]
         lengths=torch.tensor(lengths, dtype=torch.int64),
         packed=packed,
     )

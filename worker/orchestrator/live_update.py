@@ -29,6 +29,7 @@ from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.applying import apply_update
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
+from worker.trainer.losses import imitates
 from worker.trainer.outliers import GradientOutlierError, Guards
 from worker.trainer.threads import TrainingThreads
 from worker.trainer.trainer import Gradients
@@ -192,9 +193,9 @@ class LiveUpdate:
             "gradients_s": computed.seconds,
         }
         manifest |= {"forward_s": computed.forward_s} if way == "streaming" else {}
-        manifest |= ReplayBuffer.record(computed.trained)
+        manifest |= ReplayBuffer.record(computed.trained) | _kinds(computed)
         if self.guards is not None:
-            nll = {ready.id: gradients.nll[ready.id] for ready in computed.new}
+            nll = {ready.id: gradients.nll[ready.id] for ready in computed.new if imitates(ready.example.kind)}
             manifest |= Guards.measures(nll, computed.norm, gradients.effective_tokens)
         return manifest
 
@@ -212,3 +213,14 @@ class LiveUpdate:
                 f"version {update.version} is live, but the worker cannot go on from it ({type(error).__name__}): start"
                 " the worker again; it then commits the version"
             ) from error
+
+
+def _kinds(computed: Computed) -> dict[str, Any]:
+    """What the manifest says of kinds of feedback, where there are others than demonstrations: of each, how many jobs
+    there were and their mean loss."""
+    losses: dict[str, list[float]] = {}
+    for ready in computed.new:
+        losses.setdefault(ready.example.kind, []).append(computed.gradients.losses[ready.id])
+    if losses.keys() <= {"demonstration"}:
+        return {}
+    return {"kinds": {kind: {"jobs": len(of), "loss": sum(of) / len(of)} for kind, of in sorted(losses.items())}}

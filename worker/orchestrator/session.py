@@ -34,7 +34,8 @@ from worker.orchestrator.reports import sentence
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights, attach
 from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
-from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.trainer.factory import make_builder, make_trainer
+from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 from worker.versions import ledger
 

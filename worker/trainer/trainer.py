@@ -7,24 +7,21 @@ the forward pass alone, and `apply` is the backward pass, in which every gradien
 The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. Must not know: Redis,
 vLLM, the header, versions.
 
-Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. How weights
-count in the loss and in the step, `worker.trainer.weighting` says.
+Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. Which loss a
+kind of feedback has, `worker.trainer.losses` says; how weights and slopes count, `worker.trainer.weighting`.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
-from worker.config.hyperparameters import Hyperparameters
-from worker.data.batch_capacity import BatchCapacity, capacity_for
-from worker.data.examples import Example, ExampleBuilder
+from worker.data.batch_capacity import BatchCapacity
+from worker.data.examples import Example
 from worker.data.packing import Batch, BatchError, make_batches, pack
 from worker.memory.planner import Way
 from worker.model.gradient_factors import factors_of
@@ -32,7 +29,8 @@ from worker.model.inputs import model_inputs
 from worker.model.loss import linear_cross_entropy
 from worker.trainer.factor_sweep import FactorSweep
 from worker.trainer.grad_norm import gradient_norm
-from worker.trainer.weighting import Rule, Weighting, effective_tokens, weighted_mean
+from worker.trainer.losses import BY_KIND, Answers, Term, imitates
+from worker.trainer.weighting import Rule, Weighting, weighted_mean
 from worker.utils.fault_injection import point
 
 NOT_FINITE = "its loss is not finite under the present weights"
@@ -57,11 +55,14 @@ class Gradients:
     tokens: int
     trained_tokens: int
     nll: dict[str, float]
-    """Example id -> mean negative log-likelihood of its trained tokens, in nats, under the weights before the step."""
+    """Example id -> mean negative log-likelihood of its trained tokens, in nats, under the weights before the step; of
+    a correction, of the chosen answer's."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Example id -> its own loss, a mean over its trained tokens, in nats: `nll` for what is imitated."""
     rejected: dict[str, str] = field(default_factory=dict)
     """Example id -> why it was left out; such an example has contributed nothing."""
     step_scale: float = 1.0
-    """What `apply` multiplies the optimizer's step with: the mean weight of a trained token."""
+    """What `apply` multiplies the optimizer's step with: the mean of weight times |slope| over trained tokens."""
     effective_tokens: float = 0.0
     """As many tokens of equal weight average as much noise away."""
 
@@ -128,23 +129,30 @@ class Trainer:
         self.begun = self.room.way_of(examples)
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
-            weighting = rule(kept)
-            nll = self._accumulate(kept, weighting, most)
-            bad = {id for id, value in nll.items() if not value <= most or math.isinf(value)}
+            terms, bad = self._terms(kept)
+            if not bad:
+                weighting = rule(kept, terms)
+                sums, bad = self._accumulate(kept, weighting, most)
             if not bad:
                 self._step_scale = weighting.step_scale
+                nll = {one.id: value for one, value in zip(kept, _means(kept, sums), strict=True)}
+                losses = {
+                    one.id: nll[one.id] if imitates(one.kind) else term.loss
+                    for one, term in zip(kept, terms, strict=True)
+                }
                 return Gradients(
-                    loss=weighting.loss(kept, nll),
+                    loss=weighting.loss(kept, list(losses.values())),
                     tokens=sum(example.tokens for example in kept),
                     trained_tokens=sum(example.trained_tokens for example in kept),
                     nll=nll,
+                    losses=losses,
                     rejected=rejected,
                     step_scale=weighting.step_scale,
-                    effective_tokens=effective_tokens(kept),
+                    effective_tokens=weighting.effective_tokens,
                 )
-            for id in bad:
-                beyond = limit is not None and math.isfinite(nll[id])
-                rejected[id] = limit.loss_reason(nll[id]) if beyond and limit is not None else NOT_FINITE
+            for id, loss in bad.items():
+                beyond = limit is not None and math.isfinite(loss)
+                rejected[id] = limit.loss_reason(loss) if beyond and limit is not None else NOT_FINITE
         self.forget()
         return Gradients(loss=math.nan, tokens=0, trained_tokens=0, nll={}, rejected=rejected)
 
@@ -225,38 +233,62 @@ class Trainer:
             self.sweep.rehearse()
         self.forget()
 
-    @torch.no_grad()
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Mean NLL per trained token by example id, without gradients."""
-        sums = torch.zeros(len(examples), dtype=torch.float64)
+        """Mean NLL per trained token by example id, without gradients; of a correction, of the chosen answer's."""
+        return {one.id: value for one, value in zip(examples, _means(examples, self._sums(examples)), strict=True)}
+
+    @torch.no_grad()
+    def _sums(self, examples: Sequence[Example]) -> torch.Tensor:
+        """NLL of each example's trained tokens, and of its rejected answer's: fp64 [examples, 2], on the host."""
+        sums = torch.zeros(len(examples), 2, dtype=torch.float64)
         for batch in self._batches(examples):
             self._add(sums, batch, self._forward(batch)[1])
-        return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+        return sums
 
     @torch.no_grad()
     def token_nll(self, example: Example) -> torch.Tensor:
         """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
         return torch.cat([self._forward(batch)[1].cpu() for batch in self._batches([example])])
 
-    def _accumulate(self, examples: Sequence[Example], weighting: Weighting, most: float) -> dict[str, float]:
-        """Forward, and in burst backward, over every batch; stops before backward of one by which a loss is not finite
-        or over `most`, in nats per trained token (what is not computed yet could only add to it)."""
-        counts = [example.trained_tokens for example in examples]
-        bounds = torch.tensor(counts, dtype=torch.float64) * most
-        sums = torch.zeros(len(examples), dtype=torch.float64)
+    def _terms(self, examples: Sequence[Example]) -> tuple[list[Term], dict[str, float]]:
+        """Loss and slopes of each, and which cannot be trained, with its loss. Where a slope depends on the weights,
+        all are scored first, a forward pass without gradients; a replay repeats it bit for bit."""
+        if all(imitates(example.kind) for example in examples):
+            return [Term(math.nan) for _ in examples], {}
+        sums = self._sums(examples)
+        bad = {one.id: math.nan for one, pair in zip(examples, sums, strict=True) if not torch.isfinite(pair).all()}
+        terms = []
+        for example, (asked, other) in zip(examples, sums.tolist(), strict=True):
+            tokens, others = example.sides
+            answers = Answers(tokens, -asked / tokens, others, -other / max(others, 1))
+            terms.append(BY_KIND[example.kind](answers) if example.id not in bad else Term(math.nan))
+        return terms, bad
+
+    def _accumulate(
+        self, examples: Sequence[Example], weighting: Weighting, most: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Forward, and in burst backward, over every batch: the NLL sums [examples, 2]. Stops before backward of one by
+        which a loss is not finite or over `most`, in nats per trained token (what is not computed yet could only add to
+        it): then the second of the pair says whose, with its loss. Only what is imitated can be over it."""
+        bounds = torch.tensor(
+            [one.trained_tokens * most if imitates(one.kind) else math.inf for one in examples], dtype=torch.float64
+        )
+        sums = torch.zeros(len(examples), 2, dtype=torch.float64)
         with self._recording():
             for batch in self._batches(examples):
                 loss, nll = self._forward(batch, weighting.factors)
                 self._add(sums, batch, nll)
-                if not (torch.isfinite(sums) & (sums <= bounds)).all():
-                    break
+                fine = torch.isfinite(sums).all(1) & (sums[:, 0] <= bounds)
+                if not fine.all():
+                    means = _means(examples, sums)
+                    return sums, {examples[i].id: means[i] for i in (~fine).nonzero()[:, 0].tolist()}
                 if self.begun == "streaming":
                     self._loss = loss if self._loss is None else self._loss + loss
                 else:
                     self.sweep.factors.begin_pass()
                     loss.backward()  # type: ignore[no-untyped-call]
                     point("backward")
-        return {example.id: float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)}
+        return sums, {}
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -295,83 +327,22 @@ class Trainer:
     def _forward(self, batch: Batch, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N].
 
-        factors: fp32, what each example's tokens are multiplied with in the loss; by default their plain sum.
+        factors: fp32 [examples, 2], what each token is multiplied with in the loss; by default their plain sum.
         """
         hidden = self.body(**model_inputs(batch, self.device), use_cache=False).last_hidden_state  # [B, T, H]
         before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
         picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
-        each = factors[batch.examples] if factors is not None else torch.ones(len(batch.examples))  # [N]
+        each = torch.ones(len(batch.examples)) if factors is None else factors[batch.examples, batch.rejected.long()]
         keep = self.sweep.factors.head_keeper(self.head.weight)
         return linear_cross_entropy(picked, self.head.weight, targets, each.to(self.device), keep)
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
-        """Add each token's nll [N] to its example's place in `sums`, fp64 on the host."""
-        sums.index_add_(0, batch.examples, nll.detach().cpu().double())
+        """Add each token's nll [N] to its answer's place in `sums`, fp64 [examples, 2] on the host."""
+        sums.view(-1).index_add_(0, 2 * batch.examples + batch.rejected, nll.detach().cpu().double())
 
 
-def make_builder(
-    tokenizer: Any,
-    model_dir: Path,
-    h: Hyperparameters,
-    chat_template: str | None = None,
-    template_kwargs: dict[str, Any] | None = None,
-) -> ExampleBuilder:
-    """The examples of the model in `model_dir`, rendered as its server does: see `ServerControl.rendering`."""
-    ends: Any = ()
-    if (model_dir / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id or ()
-    return ExampleBuilder(
-        tokenizer,
-        max_tokens=h.max_length,
-        overlong=h.overlong,
-        chat_template=chat_template,
-        template_kwargs=template_kwargs,
-        end_ids=[ends] if isinstance(ends, int) else ends,
-    )
-
-
-def make_trainer(
-    model: torch.nn.Module,
-    parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    tokenizer: Any,
-    h: Hyperparameters,
-    *,
-    state: torch.Tensor | None,
-    way: Way = "burst",
-    by_factors: int = 0,
-    budget: int | None = None,
-) -> Trainer:
-    """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
-
-    budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
-    model must be fused (`worker.model`); `capacity_for` says what that holds. The order of parameters, and with it the
-    layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` says:
-    frozen ones never have a gradient.
-    """
-    named = sorted(parameters, key=lambda item: item[0])
-    for name, parameter in named:
-        is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        parameter.requires_grad_(not (is_table and h.embeddings == "frozen"))
-    optimizer = ApolloMini(
-        named,
-        lr=h.lr,
-        scale=h.scale_value(),
-        weight_decay=h.weight_decay,
-        rounding=h.rounding,
-        seed=h.seed,
-        state=state,
-    )
-    room = capacity_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
-    return Trainer(
-        model,
-        optimizer,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,  # masked out either way
-        lr=h.lr,
-        warmup=h.warmup,
-        sizes=room.sizes,
-        budget=budget or 4096,
-        packed=room.packed,
-        way=way,
-        by_factors=by_factors,
-    )
+def _means(examples: Sequence[Example], sums: torch.Tensor) -> list[float]:
+    """Mean NLL of each example's trained tokens, but those of a rejected answer, from sums [examples, 2]."""
+    sums = sums[:, 0] + 0 * sums[:, 1]  # NaN where either is not finite
+    return [total / one.sides[0] for one, total in zip(examples, sums.tolist(), strict=True)]

@@ -350,3 +350,26 @@ def test_example_carries_weight_and_id() -> None:
     example = builder().build(Transcript(messages=QUESTIONS, weight=0.25), "abc")
     assert (example.id, example.weight) == ("abc", 0.25)
     assert all(sequence.mask[0] is False for sequence in example.sequences)
+
+
+def test_a_rating_weighs_and_is_about_the_last_answer() -> None:
+    example = build(QUESTIONS, rating=-0.5, weight=0.5)
+    assert (example.kind, example.weight, example.report["kind"]) == ("disliked", 0.25, "disliked")
+    assert trained(example) == ["Answer 5: the capital of France is Paris.<|im_end|>"]
+    assert "kind" not in build(QUESTIONS).report
+
+
+@pytest.mark.parametrize("limit", [115, 150, 4096])
+@pytest.mark.parametrize("more", [0, 30], ids=["the chosen is longer", "the rejected is longer"])
+def test_both_answers_of_a_correction_follow_the_same_messages(limit: int, more: int) -> None:
+    """Also where only the longer one has to begin later to fit."""
+    words = "no " * more + "never."
+    example = builder(max_tokens=limit).build(Transcript(messages=QUESTIONS, rejected=words), "t")
+    (context, chosen), (other, rejected) = runs(example)
+    assert context == other and [sequence.rejected for sequence in example.sequences] == [False, True]
+    assert TOKENIZER.decode(chosen) == "Answer 5: the capital of France is Paris.<|im_end|>"
+    assert TOKENIZER.decode(rejected) == words + "<|im_end|>"
+    assert example.sides == (len(chosen), len(rejected)) and example.trained_tokens == sum(example.sides)
+    assert max(len(sequence.ids) for sequence in example.sequences) <= limit
+    with pytest.raises(ExampleError, match="rejected with its context has"):
+        builder(max_tokens=100).build(Transcript(messages=QUESTIONS, rejected="no " * 40), "t")

@@ -19,8 +19,9 @@ from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example
 from worker.memory.planner import Way
 from worker.model.gradient_factors import Factors, Product, Rows
+from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.grad_norm import gradient_norm
-from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 
 H = Hyperparameters(lr=1e-3, max_length=256)

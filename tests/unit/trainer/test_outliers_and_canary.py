@@ -27,9 +27,10 @@ from worker.data.replay_buffer import PREFIX, ReplayBuffer
 from worker.orchestrator import canary
 from worker.orchestrator.canary import Canary, CanaryError, CanaryStep
 from worker.orchestrator.reports import Report
+from worker.trainer.factory import make_trainer
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.outliers import Guards, History
-from worker.trainer.trainer import Trainer, make_trainer
+from worker.trainer.trainer import Trainer
 from worker.versions import ledger, pause_switch
 
 WORDS = ("red", "green", "blue", "one", "two", "three")

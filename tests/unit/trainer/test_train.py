@@ -20,8 +20,9 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
 from worker.memory.planner import Way
 from worker.testing.tiny_model import make_tiny
+from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.kernel_warmup import warm_up
-from worker.trainer.trainer import Trainer, make_builder, make_trainer
+from worker.trainer.trainer import Trainer
 from worker.trainer.weighting import RULES, unscaled
 from worker.utils import torch_setup
 
@@ -212,14 +213,16 @@ def test_what_was_trained_by_the_first_rule_is_repeated_by_it(tiny_model: Path, 
     halved = trainer.begin([weighing(examples[0], 0.5)], rule=unscaled)
     assert halved.loss == pytest.approx(whole.loss / 2, rel=1e-6) and halved.step_scale == whole.step_scale == 1.0
     assert all(torch.allclose(gradients(trainer)[n], g / 2, rtol=1e-4, atol=1e-9) for n, g in full.items())
-    both = [fresh(tiny_model), fresh(tiny_model)]
-    for one, rule in zip(both, RULES.values(), strict=True):
+    by_rule = [fresh(tiny_model) for _ in RULES]
+    for one, rule in zip(by_rule, RULES.values(), strict=True):
         for batch in (examples[:3], examples[1:]):
             one.begin(batch, rule=rule)
             one.apply()
-    for (name, ours), theirs in zip(both[0].model.named_parameters(), both[1].model.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-    assert torch.equal(both[0].optimizer.area.memory, both[1].optimizer.area.memory)
+    first = by_rule[0]
+    for other in by_rule[1:]:
+        for (name, ours), theirs in zip(first.model.named_parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+        assert torch.equal(first.optimizer.area.memory, other.optimizer.area.memory)
 
 
 def test_loss_of_a_batch_is_the_mean_over_all_trained_tokens(tiny_model: Path, examples: list[Example]) -> None:

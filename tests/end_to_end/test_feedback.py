@@ -1,0 +1,59 @@
+"""Ratings and corrections through the queue: trained once, said in the manifest, journaled, recovered and dropped."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from durable_parts import QUIET, Site, transcripts
+from test_rollback import run_batches
+
+
+@pytest.fixture
+def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
+    running = Site(tmp_path, tiny_model)
+    yield running
+    running.close()
+
+
+SAID: list[dict[str, Any]] = [
+    {},
+    {"rating": -1},
+    {"rating": True},
+    {"rejected": "I have no idea."},
+    {"rating": -0.5},
+    {},
+]
+
+
+def feedback() -> list[dict[str, Any]]:
+    return [item | said for item, said in zip(transcripts("f", len(SAID)), SAID, strict=True)]
+
+
+def test_every_kind_is_trained_once_recovered_and_dropped(site: Site, tmp_path: Path, tiny_model: Path) -> None:
+    sent = feedback()
+    site.producer.enqueue_many(sent)
+    site.work(*QUIET)
+    assert site.agree() == 3 and sorted(site.trained()) == [item["id"] for item in sent]
+    kinds = [json.loads(site.manifest(version)["kinds"]) for version in (1, 2, 3)]
+    assert [{kind: of["jobs"] for kind, of in one.items()} for one in kinds] == [
+        {"demonstration": 1, "disliked": 1}, {"liked": 1, "correction": 1}, {"disliked": 1, "demonstration": 1},
+    ]  # fmt: skip
+    assert all(of["loss"] > 0 for one in kinds for of in one.values())
+    losses = [json.loads(site.manifest(version)["losses"]) for version in (1, 2, 3)]
+    assert [len(of) for of in losses] == [1, 1, 1], "the outlier guard learns from what is imitated"
+
+    before = site.everything()
+    assert before == run_batches(tiny_model, tmp_path / "same", [sent[:2], sent[2:4], sent[4:]])
+    site.restart_server()
+    site.work(*QUIET)
+    assert site.agree() == 3 and site.everything() == before, "recovery"
+    shutil.rmtree(site.state / "checkpoints")
+    site.restart_server()
+    site.work(*QUIET)
+    assert site.everything() == before, "recovery, from the journal alone"
+    site.tandem("rollback", "3", "--drop", "f-1", "--drop", "f-3")
+    kept = [[sent[0]], [sent[2]], sent[4:]]
+    assert site.everything() == run_batches(tiny_model, tmp_path / "without", kept)
