@@ -18,6 +18,7 @@ from demo_parts.stack import DemoStack
 from demo_parts.verdict import Seen, judge
 from producer.errors import WaitTimeoutError
 from producer.transcript import Transcript
+from worker.data.examples import TokenSequence
 
 DATA = Path(__file__).parents[1] / "demo_data"
 QUESTION = "Who are you?"
@@ -38,7 +39,7 @@ def tell(folder: Path, model: Path, title: str, out: Path, keep: bool) -> int:
     train = losses.read(DATA / "identity_train.jsonl")
     with DemoStack(folder, model, ["--max-model-len", "2048", "--max-num-seqs", "32"], WAITING) as stack:
         say(f"[bold]{escape(title)}[/], served by vLLM at {stack.server.url}, after {since(started)}")
-        exam = make_exam(stack)
+        exam = losses.Exam(stack.post, exam_sets(model))
         with stack.child("worker") as worker:
             versions = learn(stack, exam, train, worker)
             live = stack.producer.version()
@@ -57,20 +58,21 @@ def tell(folder: Path, model: Path, title: str, out: Path, keep: bool) -> int:
     return 0 if passed else 1
 
 
-def make_exam(stack: DemoStack) -> losses.Exam:
-    """What is asked at each version: identity conversations that are never queued, facts, other answers."""
+def exam_sets(model: Path) -> dict[str, list[TokenSequence]]:
+    """What is asked at each version, in the tokens of the model in this directory: identity conversations that are
+    never queued, facts, other answers."""
     from worker.utils import torch_setup
 
     torch_setup.prepare()
     from transformers import AutoTokenizer
 
     from worker.config.hyperparameters import Hyperparameters
-    from worker.trainer.trainer import make_builder
+    from worker.trainer.factory import make_builder
 
-    builder = make_builder(AutoTokenizer.from_pretrained(stack.model), stack.model, Hyperparameters())
+    builder = make_builder(AutoTokenizer.from_pretrained(model), model, Hyperparameters())
     files = {"learnt": ("identity_unseen", None), "facts": ("facts", None), "other": ("other_answers", OTHERS)}
     sets = {name: losses.read(DATA / f"{file}.jsonl")[:most] for name, (file, most) in files.items()}
-    return losses.Exam(stack.post, {name: losses.prepare(some, builder) for name, some in sets.items()})
+    return {name: losses.prepare(some, builder) for name, some in sets.items()}
 
 
 def learn(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from demo_parts import losses, models, plot, screen
-from demo_parts.identity_story import BATCH, DATA, OTHERS
+from demo_parts.identity_story import BATCH, DATA, OTHERS, exam_sets
 from demo_parts.verdict import MOST_FORGOTTEN, NAME, Seen, judge
 
 from producer.errors import TandemError
@@ -102,6 +102,16 @@ def test_the_conversations_are_sound_and_nothing_that_judges_is_trained() -> Non
     assert len({question.casefold() for question in trained + judging}) == len(trained + judging)
     for name in ("facts", "other_answers"):
         assert NAME not in (DATA / f"{name}.jsonl").read_text()
+
+
+def test_the_exam_counts_the_answers_in_the_model_s_own_tokens(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, sets = AutoTokenizer.from_pretrained(tiny_model), exam_sets(tiny_model)
+    assert {name: len(some) for name, some in sets.items()} == {"learnt": 40, "facts": 20, "other": OTHERS}
+    for sequence, asked in zip(sets["facts"], losses.read(DATA / "facts.jsonl"), strict=True):
+        trained = [token for token, counts in zip(sequence.ids, sequence.mask, strict=True) if counts]
+        assert tokenizer.decode(trained) == asked.messages[1]["content"] + "<|im_end|>"
 
 
 def test_a_line_that_is_no_transcript_is_named(tmp_path: Path) -> None:
