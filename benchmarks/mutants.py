@@ -33,7 +33,7 @@ from pathlib import Path
 import outputs
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("producer", "worker", "tests", "benchmarks", "scripts", "pyproject.toml", "README.md")
+COPIED = ("producer", "worker", "tests", "benchmarks", "scripts", "docs", "pyproject.toml", "README.md")
 TIMEOUT = 300.0
 """Seconds for the tests of one mutant: one that hangs is as dead as one that fails."""
 FAILED, NO_TESTS = 1, 5

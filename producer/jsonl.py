@@ -1,14 +1,16 @@
-"""JSONL of transcripts: numbered lines, as they arrive, with bounded memory.
+"""Files of JSON objects: one a line, or in an array, or over several lines; as they arrive, with bounded memory.
 
-A line is validated on its own; a bad one is an `InvalidTranscriptError` or `ValueError` in its place and stops nothing.
-A file of another format is refused as a whole.
+A record is judged on its own; a bad one is an `InvalidTranscriptError` or `ValueError` in its place and stops nothing.
+`read_transcripts` takes transcripts alone; producer/imports.py reads other formats too.
 """
 
 from collections.abc import Iterator
 from io import BufferedReader
+from typing import Any
 
+from . import json_values
 from .errors import TandemError
-from .formats import ForeignFormatError, recognise_file
+from .formats import ForeignFormatError
 from .plain import parse_json
 from .transcript import MAX_BYTES, Transcript
 
@@ -16,8 +18,11 @@ BLOCK = 1024 * 1024
 MAX_LINE = 8 * MAX_BYTES
 """Bytes; escaped as \\uXXXX, a transcript's text may take six times its size."""
 
-Line = tuple[int, bytes | None]
-"""Its number, from 1, and its bytes without the newline; None: too long to be kept."""
+Line = json_values.Value
+"""The number of the line where a record begins, from 1, and its bytes; None: too long to be kept."""
+
+BLANK = object()
+"""What `parse_line` makes of a line with nothing in it."""
 
 
 class NotTranscriptsError(TandemError):
@@ -25,53 +30,101 @@ class NotTranscriptsError(TandemError):
 
 
 def read_transcripts(path: str) -> Iterator[tuple[int, Transcript | ValueError]]:
-    """(line number, transcript or what is wrong with it) of every line of `path` (-: standard input) but blank ones.
+    """(line number, transcript or what is wrong with it) of every record of `path` (-: standard input).
 
-    Raises NotTranscriptsError, which names what the file is, when the file is of another format."""
+    Raises NotTranscriptsError, which names what the file is, when its first record is of another format."""
     with open(0 if path == "-" else path, "rb") as file:
-        for lines, _size in checked_blocks(file, path):
+        first = True
+        for lines, _size in records(Ahead(file)):
             for number, line in lines:
                 try:
-                    transcript = parse_line(line, first=number == 1)
+                    value = parse_line(line, first=number == 1)
+                    if value is BLANK:
+                        continue
+                    item: Transcript | ValueError = Transcript.from_dict(value)
                 except ValueError as error:  # InvalidTranscriptError is one
-                    yield number, error
-                else:
-                    if transcript is not None:
-                        yield number, transcript
+                    if first and isinstance(error, ForeignFormatError):
+                        raise NotTranscriptsError(f"{path}: {error.problem}") from None
+                    item = error
+                first = False
+                yield number, item
 
 
-def checked_blocks(file: BufferedReader, name: str) -> Iterator[tuple[list[Line], int]]:
-    """As `blocks`; NotTranscriptsError when the start of the file, or its first line, says that all of it is of
-    another format. `name`: the file's, for the error."""
-    if problem := recognise_file(file.peek()):
-        raise NotTranscriptsError(f"{name}: {problem}")
-    looked = False
-    for lines, size in blocks(file):
-        if not looked and (first := next((line for line in lines if line[1] is None or line[1].strip()), None)):
-            looked = True
-            try:
-                parse_line(first[1], first=first[0] == 1)
-            except ForeignFormatError as error:
-                raise NotTranscriptsError(f"{name}: {error.problem}") from None
-            except ValueError:  # reported in its place
-                pass
-        yield lines, size
+class Ahead:
+    """A file whose beginning was looked at, as far as it takes to know its shape; it can still be read from the start.
+
+    start: what was looked at; it holds the first line, or the first `BLOCK` bytes. over_lines: whether the file is no
+    JSONL but an array, or an object over several lines.
+    """
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
+        self.start = b""
+        found = None
+        while found is None and len(self.start) < BLOCK and (block := file.read1(BLOCK)):
+            self.start += block
+            found = is_json_over_lines(self.start)
+        self.over_lines = bool(found)
+        self._left = self.start
+
+    def read1(self, size: int) -> bytes:
+        """At most `size` bytes, without waiting for more than one; none at the end."""
+        if not self._left:
+            return self._file.read1(size)
+        piece, self._left = self._left[:size], self._left[size:]
+        return piece
 
 
-def parse_line(line: bytes | None, first: bool) -> Transcript | None:
-    """The transcript of a line, None for a blank one. Raises ValueError."""
+def records(file: Ahead) -> Iterator[tuple[list[Line], int]]:
+    """The records that each read completes, and the bytes read: lines, or the values of a file that is no JSONL."""
+    if file.over_lines:
+        return json_values.values(lambda: file.read1(BLOCK), MAX_LINE)
+    return blocks(file)
+
+
+def is_json_over_lines(start: bytes) -> bool | None:
+    """Whether a file that begins so is no JSONL but an array, or an object over several lines; None: more is needed."""
+    text = start.removeprefix(json_values.MARK).lstrip()
+    if text.startswith(b"["):
+        return True
+    first, whole, rest = text.partition(b"\n")
+    if not whole:
+        return None
+    if not first.startswith(b"{"):
+        return False
+    if first.strip() == b"{":
+        return True
+    if _is_json(first):
+        return False
+    second, whole, _ = rest.partition(b"\n")  # where this begins with an object too, only the first line is wrong
+    return None if not whole else not second.startswith(b"{") and not _is_json(second)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return parse_line(line, first=True) is not BLANK
+    except ValueError:
+        return False
+
+
+def parse_line(line: bytes | ValueError | None, first: bool) -> Any:
+    """The JSON of a record, BLANK if there is nothing. first: a byte order mark may come before it.
+
+    Raises ValueError."""
+    if isinstance(line, ValueError):
+        raise line
     if line is None:
         raise ValueError(f"longer than {MAX_LINE:,} bytes; a transcript's limit is {MAX_BYTES:,}")
     if not line.strip():
-        return None
+        return BLANK
     try:
         text = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start + 1} of the line; convert the file to UTF-8") from None
-    return Transcript.from_dict(parse_json(text))
+    return parse_json(text)
 
 
-def blocks(file: BufferedReader) -> Iterator[tuple[list[Line], int]]:
+def blocks(file: Ahead | BufferedReader) -> Iterator[tuple[list[Line], int]]:
     """The complete lines of each read, numbered from 1, and the bytes read."""
     number = 0
     pending = bytearray()

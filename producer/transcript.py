@@ -11,7 +11,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from .feedback import Kind, as_rating, kind_of, pair
-from .formats import recognise
+from .formats import foreign
 from .messages import MAX_MESSAGES, ROLES, normalise, says_something
 from .plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, path
 from .reasoning import unfit
@@ -135,14 +135,14 @@ class Transcript:
             raise InvalidTranscript("transcript", f"must be an object with messages, not {type(value).__name__}")
         unknown = [name for name, item in value.items() if name not in FIELDS and item not in (None, [], {}, "")]
         unknown = [name for name in unknown if name not in LOGGED]
-        if unknown and (foreign := recognise(value)):
-            raise foreign
+        if unknown and (refusal := foreign(value)):
+            raise refusal
         for name in unknown:
             hint = f"is no field of a transcript; put it into meta. Known: {listed(FIELDS)}"
             raise InvalidTranscript(path("", str(name)).lstrip("."), _HINTS.get(name, hint))
         if value.get("messages") is None:
             missing = InvalidTranscript("messages", "is missing; give the conversation as a list of messages")
-            raise recognise(value) or missing
+            raise foreign(value) or missing
         return cls(**{name: value[name] for name in FIELDS if value.get(name) is not None})
 
     def to_dict(self, *, meta: bool = True) -> dict[str, Any]:

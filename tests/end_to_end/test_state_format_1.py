@@ -25,9 +25,10 @@ def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
 
 
 def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> None:
-    """In a process of its own: every version from the journal, the newest last."""
+    """In a process of its own: every version from the journal, the newest last; once more with the compiled sweep."""
     import torch
 
+    from worker.apollo import compiled_write, cpu
     from worker.checkpoint import replay
     from worker.config.hyperparameters import Hyperparameters
     from worker.orchestrator.recovery import begin_rebuild
@@ -35,6 +36,7 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
 
     torch.set_num_threads(1)
     seen: dict[int, dict[str, Any]] = {}
+    compiled: dict[int, str] = {}
     with open_session(Path(run_dir), "all", Hyperparameters(), state_dir=Path(state)) as session:
         manager, rebuilder, weights = session.manager, session.manager.rebuilder, session.weights
         facts, lineage = manager.journal.read(1).facts, weights.header.lineage
@@ -57,7 +59,12 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
             for name, then in (("moved", before), ("moved_in_all", begin)):
                 seen[version][name] = sum(float((now[k] - then[k]).square().sum()) for k in now) ** 0.5
             before = now
-    Path(answer).write_text(json.dumps({"same": same, "seen": seen}))
+        cpu.COMPILED_FROM, asked = 0, compiled_write.load.cache_info()
+        for version in versions:
+            make(version)
+            compiled[version] = replay.digest(weights.tensors | {"state": weights.state})
+        assert compiled_write.load.cache_info() != asked
+    Path(answer).write_text(json.dumps({"same": same, "seen": seen, "compiled": compiled}))
 
 
 def test_every_version_comes_back_as_it_was(site: Site) -> None:
@@ -70,6 +77,7 @@ def test_every_version_comes_back_as_it_was(site: Site) -> None:
     seen = {int(version): facts for version, facts in found["seen"].items()}
     for version, facts in wanted.items():
         assert seen[version]["step"] == facts["step"]
+        assert found["compiled"][str(version)] == seen[version]["everything"]
         for name in ("moved", "moved_in_all"):
             assert seen[version][name] == pytest.approx(facts[name], rel=0.01), f"{name} at version {version}"
     if found["same"]:  # the torch and the kind of CPU that made them: bit for bit

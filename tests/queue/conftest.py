@@ -1,10 +1,14 @@
 """What the queue's tests share: an empty Redis, and weights that are a file of job ids."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 from drain_parts import Weights
+
+from producer.eviction import Eviction
+from worker.versions.eviction_watch import publish
 
 
 @pytest.fixture
@@ -17,3 +21,12 @@ def connection(redis_url: str) -> redis.Redis:
 def weights(tmp_path: Path) -> Weights:
     """A small real step, in a folder of its own."""
     return Weights(tmp_path)
+
+
+@pytest.fixture
+def store(redis_url: str) -> Iterator[redis.Redis]:
+    """The Redis of `redis_url`, of which a worker has published that it evicts nothing."""
+    client = redis.Redis.from_url(redis_url)
+    publish(client, Eviction("noeviction", 0))
+    yield client
+    client.close()

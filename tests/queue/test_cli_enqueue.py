@@ -4,48 +4,24 @@ import json
 import os
 import pty
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from io import BufferedReader, BytesIO
 from pathlib import Path
 
 import pytest
 import redis
+from enqueue_parts import TALK, TANDEM, queued, tandem
 from hypothesis import given
 from hypothesis import strategies as st
-from rq import Queue
 
 from producer import jsonl, keys
 from producer.eviction import Eviction
-from producer.serializer import MsgpackSerializer
 from worker.testing.redis_server import RedisServer
 from worker.versions.eviction_watch import publish
-
-TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
-TANDEM = [sys.executable, "-m", "worker.cli"]
-
-
-@pytest.fixture
-def store(redis_url: str) -> Iterator[redis.Redis]:
-    """The Redis of `redis_url`, of which a worker has published that it evicts nothing."""
-    client = redis.Redis.from_url(redis_url)
-    publish(client, Eviction("noeviction", 0))
-    yield client
-    client.close()
-
-
-def queued(store: redis.Redis) -> list[str]:
-    return Queue(keys.QUEUE, connection=store, serializer=MsgpackSerializer).job_ids
 
 
 def line(job_id: str, **more: object) -> bytes:
     return json.dumps({"id": job_id, "messages": TALK, **more}).encode()
-
-
-def tandem(*args: str, url: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*TANDEM, *args], input=stdin, capture_output=True, env={**os.environ, "REDIS_URL": url})
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_a_good_file_twice(tmp_path: Path, redis_url: str, store: redis.Redis) -> None:

@@ -67,9 +67,10 @@ def test_a_version_is_made_beside_a_client_that_streams_without_end(site: Site) 
     site.send("busy", 1)
     with EndlessClient(server, 1500, 2500) as client:
         command = [sys.executable, "-m", "worker.cli", "worker", "--until-empty", "--max-length", "512", *QUIET]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=die_with_parent
-        )
+        done = subprocess.run(  # a session of its own, as in another terminal: Linux shares CPUs out by session
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE,
+            preexec_fn=die_with_parent, start_new_session=True,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert site.agree() == before + 1
     assert metric(server, "vllm:num_preemptions_total") == preempted, "the running request was thrown back"

@@ -1,5 +1,8 @@
 """APOLLO-Mini on a CPU: the formulas, in chunks of rows so that fp32 copies stay small.
 
+Every sum, and so every decision, is torch's. The bf16 weights of a large model are written by compiled_write.py, all
+else (small models, fp32 weights, rounding to nearest) by torch, in `_write`. Both give the same bits.
+
 Bitwise repeatable for a fixed number of threads.
 """
 
@@ -9,13 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from worker.apollo import formulas, philox
+from worker.apollo import compiled_write, formulas, philox
+from worker.apollo.compiled_write import Write
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.parameters import Options, Slot, Totals
 from worker.apollo.state_layout import APOLLO, StateArea
 
 CHUNK = 1 << 20
 """Elements that are held in fp32 at a time (at least one row)."""
+
+COMPILED_FROM = 1 << 24
+"""Elements of bf16 weights from which on a model is written by compiled code. Below, torch takes 0.2 s for a sweep, and
+loading the compiler takes half a second of every start."""
 
 
 def _chunks(rows: int, cols: int) -> Iterator[slice]:
@@ -34,6 +42,10 @@ class CpuBackend:
         self._totals = Totals(0.0, 0.0, 0)
         self._update_squares = self._weight_squares = 0.0
         self._elements = 0
+        written = sum(s.rows * s.cols for s in slots if s.parameter.dtype == torch.bfloat16)
+        wanted = options.stochastic and written >= COMPILED_FROM
+        self._kernel = compiled_write.load() if wanted else None
+        self._memory = torch.empty(0)
 
     def order(self) -> Sequence[Slot]:
         return self.slots
@@ -57,11 +69,14 @@ class CpuBackend:
         for (slot, _), (_, g_norm) in zip(pairs, measured, strict=True):
             if not math.isfinite(g_norm):
                 raise NonFiniteGradientError(slot.name)
+        later: list[Write] = []
         for (slot, gradient), (r, g_norm) in zip(pairs, measured, strict=True):  # g_norm 0: nothing changes
             if slot.algorithm != APOLLO:
                 self._adamw(slot, gradient)
             elif g_norm > 0:
-                self._apollo(slot, gradient, r, g_norm)
+                later += self._apollo(slot, gradient, r, g_norm)
+        if later:  # all at once: torch's threads still spin for a moment after each of its operations
+            self._write_all(later)
 
     def finish(self) -> None:
         self.area.step_count.add_(1)
@@ -79,6 +94,14 @@ class CpuBackend:
             self._projections[slot.index] = self.options.draw(slot, self._drawn)
         return self._projections[slot.index]
 
+    def _widened(self, rows: Tensor) -> Tensor:
+        """`rows` in fp32, bf16 ones in memory that the next call uses again: new pages cost more than the sums."""
+        if rows.dtype == torch.float32:
+            return rows
+        if self._memory.numel() < rows.numel():
+            self._memory = torch.empty(rows.numel())
+        return self._memory[: rows.numel()].view(rows.shape).copy_(rows)
+
     def _measure(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, float]:
         """One pass over the gradient: (R, ||G||); R is empty for AdamW."""
         squares = 0.0
@@ -86,7 +109,7 @@ class CpuBackend:
         tall = formulas.is_tall(slot.rows, slot.cols)
         r = torch.zeros(max(slot.rows, slot.cols) if wanted else 0)
         for rows in _chunks(slot.rows, slot.cols):
-            g = gradient[rows].float()
+            g = self._widened(gradient[rows])
             squares += float(torch.linalg.vector_norm(g)) ** 2
             if wanted and tall:
                 r[rows] = formulas.project(g, self._projection(slot), tall)
@@ -94,7 +117,8 @@ class CpuBackend:
                 r += formulas.project(g, self._projection(slot)[rows], tall)
         return r, math.sqrt(squares) if squares >= 0 else squares  # NaN stays NaN
 
-    def _apollo(self, slot: Slot, gradient: Tensor, r: Tensor, g_norm: float) -> None:
+    def _apollo(self, slot: Slot, gradient: Tensor, r: Tensor, g_norm: float) -> list[Write]:
+        """What is left to be written by compiled code."""
         m, v = self.area.moments(slot.index)
         previous = self.area.previous[slot.index : slot.index + 1]
         beta1, beta2 = slot.group["betas"]
@@ -113,9 +137,12 @@ class CpuBackend:
         previous.fill_(remembered)
         step = self._step_size(slot) * factor
         self._update_squares += (step * g_norm) ** 2
+        self._elements += slot.rows * slot.cols
+        if self._is_compiled(slot):
+            return [self._later(slot, rows, gradient[rows], step) for rows in _chunks(slot.rows, slot.cols)]
         for rows in _chunks(slot.rows, slot.cols):
             self._write(slot, rows, gradient[rows].float(), step)
-        self._elements += slot.rows * slot.cols
+        return []
 
     def _adamw(self, slot: Slot, gradient: Tensor) -> None:
         """AdamW in the same terms: U = N, with R = G."""
@@ -125,7 +152,10 @@ class CpuBackend:
             formulas.update_moments(m[rows], v[rows], gradient[rows].float(), *slot.group["betas"])
             n = formulas.normalised(m[rows], v[rows], slot.group["eps"])
             self._update_squares += (step * float(torch.linalg.vector_norm(n))) ** 2
-            self._write(slot, rows, n, step)
+            if self._is_compiled(slot):
+                self._write_all([self._later(slot, rows, n, step)])
+            else:
+                self._write(slot, rows, n, step)
         self._elements += slot.rows * slot.cols
 
     def _step_size(self, slot: Slot) -> float:
@@ -139,12 +169,34 @@ class CpuBackend:
     def _t(self) -> int:
         return int(self.area.step_count) + 1
 
+    def _decay(self, slot: Slot) -> float:
+        return self._rate(slot) * slot.group["weight_decay"]
+
+    def _weigh(self, value: Tensor) -> None:
+        """Count some rows of a weight, fp32 and not yet written."""
+        self._weight_squares += float(torch.linalg.vector_norm(value)) ** 2
+
+    def _is_compiled(self, slot: Slot) -> bool:
+        return self._kernel is not None and slot.parameter.dtype == torch.bfloat16
+
+    def _later(self, slot: Slot, rows: slice, direction: Tensor, step: float) -> Write:
+        """What `_write` does, but that the weights are still to be written."""
+        weight, place = slot.matrix(slot.parameter, "the weight")[rows], slot.place
+        self._weigh(self._widened(weight))
+        first = (place.row + rows.start) * place.full_cols + place.col
+        draw = (self.options.seed, self._t, slot.id)
+        return Write(weight, direction, step, self._decay(slot), *draw, first, place.full_cols)
+
+    def _write_all(self, writes: Sequence[Write]) -> None:
+        assert self._kernel is not None
+        compiled_write.write_all(writes, self._kernel)
+
     def _write(self, slot: Slot, rows: slice, direction: Tensor, step: float) -> None:
         """W <- apply(W, direction), rounded as asked, for some rows."""
         weight = slot.matrix(slot.parameter, "the weight")[rows]
         value = weight.float() if weight.dtype != torch.float32 else weight
-        self._weight_squares += float(torch.linalg.vector_norm(value)) ** 2
-        formulas.apply(value, direction, step, self._rate(slot) * slot.group["weight_decay"])
+        self._weigh(value)
+        formulas.apply(value, direction, step, self._decay(slot))
         if weight.dtype == torch.float32:
             return
         if self.options.stochastic:

@@ -1,0 +1,53 @@
+"""Langfuse's exports of traces and observations: {"input": ..., "output": ..., "scores": [...]}.
+
+Read: the conversation in input, the answer in output, as OpenAI's or LangChain's messages or as text; tools; scores of
+users. Left out: observations that failed, and those that are no call of a model. Columns are named as the interface
+exports them (traceId) or as the export to a bucket does (trace_id).
+"""
+
+from typing import Any
+
+from ..errors import InvalidTranscriptError
+from ..plain import as_map, kind
+from . import chat, ratings
+from .record import LeaveOut, Reason, Record
+
+
+def read(value: dict[str, Any]) -> Record:
+    if value.get("level") == "ERROR":
+        raise LeaveOut(Reason.FAILED)
+    if value.get("type") not in (None, "GENERATION"):
+        raise LeaveOut(Reason.NO_CHAT)
+    given = chat.unpacked(value["input"])
+    fields = chat.answered(chat.conversation(given, "input"), chat.answer(value["output"], "output"), "output")
+    fields |= chat.tools_of(given)
+    comments: list[str] = []
+    scored = ratings.of_scores(_scores(value.get("scores"), comments), "scores")
+    rating = ratings.together([scored, ratings.beside(value)])
+    return Record(fields=fields, id=value.get("id"), rating=rating, comment="\n".join(comments) or None)
+
+
+def _scores(given: Any, comments: list[str]) -> list[tuple[Any, Any]]:
+    """(name, value): a list of scores, or, as in tables, a map from a name to one or several values."""
+    if given in (None, [], {}):
+        return []
+    if isinstance(given, dict):
+        return [
+            (name, mark) for name, marks in given.items() for mark in (marks if isinstance(marks, list) else [marks])
+        ]
+    if not isinstance(given, list):
+        raise InvalidTranscriptError("scores", f"must be a list of scores, not {kind(given)}")
+    found: list[tuple[Any, Any]] = []
+    for index, item in enumerate(given):
+        score = as_map(item, f"scores[{index}]")
+        if isinstance(score.get("comment"), str) and score["comment"]:
+            comments.append(score["comment"])
+        words = score.get("stringValue") or score.get("string_value")
+        marks = [words, None if _categorical(score) and words else score.get("value")]
+        found += [(score.get("name"), mark) for mark in marks]
+    return found
+
+
+def _categorical(score: dict[str, Any]) -> bool:
+    """Whether its value is only the number of a category."""
+    return "CATEGORICAL" in (score.get("dataType"), score.get("data_type"))
