@@ -1,0 +1,1 @@
+"""The parts of scripts/demo.py: its two stories, and what they share."""
