@@ -135,17 +135,15 @@ class Trainer:
                 sums, bad = self._accumulate(kept, weighting, most)
             if not bad:
                 self._step_scale = weighting.step_scale
-                nll = {one.id: value for one, value in zip(kept, _means(kept, sums), strict=True)}
-                losses = {
-                    one.id: nll[one.id] if imitates(one.kind) else term.loss
-                    for one, term in zip(kept, terms, strict=True)
-                }
+                ids, nll = [one.id for one in kept], _means(kept, sums)
+                every = zip(kept, nll, terms, strict=True)
+                losses = [mean if imitates(one.kind) else term.loss for one, mean, term in every]
                 return Gradients(
-                    loss=weighting.loss(kept, list(losses.values())),
+                    loss=weighting.loss(kept, losses),
                     tokens=sum(example.tokens for example in kept),
                     trained_tokens=sum(example.trained_tokens for example in kept),
-                    nll=nll,
-                    losses=losses,
+                    nll=dict(zip(ids, nll, strict=True)),
+                    losses=dict(zip(ids, losses, strict=True)),
                     rejected=rejected,
                     step_scale=weighting.step_scale,
                     effective_tokens=weighting.effective_tokens,

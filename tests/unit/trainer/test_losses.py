@@ -141,7 +141,9 @@ def moved(trainer: Trainer, batch: list[Example]) -> float:
     before = [p.detach().clone() for p in trainer.parameters()]
     trainer.begin(batch)
     trainer.apply()
-    return math.sqrt(sum(float((p - b).square().sum()) for p, b in zip(trainer.parameters(), before, strict=True)))
+    return math.sqrt(
+        sum(float((p.detach() - b).square().sum()) for p, b in zip(trainer.parameters(), before, strict=True))
+    )
 
 
 def test_a_loss_that_vanishes_lets_the_step_vanish(tiny_model: Path, examples: dict[Kind, Example]) -> None:
