@@ -6,6 +6,7 @@ Invariants: memory is bounded by a block and a record; an id is the same wheneve
 rejected is never a demonstration; of a block with a rating on an unknown scale nothing is handed on.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from io import BufferedReader
@@ -116,14 +117,21 @@ class Import:
                 raise InvalidTranscriptError("record", f"holds none of {known.title}")
         record = known.read(value)
         fields = record.transcript(dislikes=self.dislikes, pairs=self.pairs)
+        if self.pairs == "chosen" and record.rejected is not None:
+            with contextlib.suppress(LeaveOut):  # then it is checked as well as it can be
+                _valid(known, record.transcript())
         if fields.get("id") is None:
             fields = fields | {"id": record_id(record.id, fields, unique=known.unique)}
-        try:
-            return Transcript.from_dict(fields)
-        except InvalidTranscriptError as error:
-            if known.name == "messages":
-                raise
-            raise InvalidTranscriptError(f"as a transcript, {error.field}", error.problem) from None
+        return _valid(known, fields)
+
+
+def _valid(known: Format, fields: dict[str, Any]) -> Transcript:
+    try:
+        return Transcript.from_dict(fields)
+    except InvalidTranscriptError as error:
+        if known.name == "messages":
+            raise
+        raise InvalidTranscriptError(f"as a transcript, {error.field}", error.problem) from None
 
 
 class _StrayError(InvalidTranscriptError):

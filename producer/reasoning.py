@@ -19,7 +19,7 @@ OPEN, CLOSE = "<think>", "</think>"
 FIELDS = ("reasoning", "reasoning_content", "thinking", "thinking_blocks", "reasoning_details")
 
 _CLOSE_LINE = re.compile(r"^</think>[ \t]*$", re.MULTILINE)
-_DETAILS = re.compile(r'<details\s+type="(reasoning|tool_calls|code_interpreter)"[^>]*>')
+_DETAILS = re.compile(r'<details\s+type="(reasoning|tool_calls|code_interpreter)"')
 _DETAILS_END = "</details>"
 _SUMMARY = re.compile(r"\A\s*<summary>.*?</summary>", re.DOTALL)
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
@@ -68,11 +68,19 @@ def unfit(content: str) -> str | None:
     text = content.lstrip()
     if text.rstrip() == OPEN or text.startswith(OPEN + "\n"):
         return _CUT_OFF
-    details = _DETAILS.match(text)
-    if details is not None and details[1] == "reasoning":
+    details = _details(text, _DETAILS.match)
+    if details is not None and details[0] == "reasoning":
         return _CUT_OFF
-    left = _DETAILS.search(_CODE.sub("", content))
-    return f"holds {_MARKUP[left[1]]}" if left else None
+    left = _details(_CODE.sub("", content), _DETAILS.search)
+    return f"holds {_MARKUP[left[0]]}" if left else None
+
+
+def _details(text: str, find: Callable[[str], re.Match[str] | None]) -> tuple[str, int] | None:
+    """(type, where it ends) of the first opening tag. Its end is looked for once: where there is none behind the first,
+    there is none behind any."""
+    tag = find(text)
+    end = -1 if tag is None else text.find(">", tag.end())
+    return None if tag is None or end < 0 else (tag[1], end + 1)
 
 
 def _from_content(content: str) -> tuple[str, str]:
@@ -92,9 +100,9 @@ def _leading_block(content: str) -> tuple[str, str] | None:
         inside, closed, rest = text.removeprefix(OPEN).partition(CLOSE)
         if closed:
             return inside.strip(), rest.lstrip()
-    details = _DETAILS.match(text)
-    if details is not None and details[1] == "reasoning":
-        inside, closed, rest = text[details.end() :].partition(_DETAILS_END)
+    details = _details(text, _DETAILS.match)
+    if details is not None and details[0] == "reasoning":
+        inside, closed, rest = text[details[1] :].partition(_DETAILS_END)
         if closed:
             return _unquoted(inside), rest.lstrip()
     return None

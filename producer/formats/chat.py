@@ -90,8 +90,11 @@ def answer(value: Any, where: str, depth: int = 0) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     if isinstance(value, list):
-        return messages(value, where)
+        found = messages(value, where)
+        _whole(value[-1] if value else None)
+        return found
     value = as_map(value, where)
+    _whole(value)
     if depth > 4:
         raise InvalidTranscriptError(where, "holds no answer: it is nested too deeply")
     if isinstance(value.get("choices"), list):
@@ -123,7 +126,12 @@ def answered(asked: list[dict[str, Any]], said: list[dict[str, Any]], where: str
 def tools_of(*places: Any) -> dict[str, Any]:
     """{"tools": ...} of the first place that has any; a place is a map that may hold tools, or a string of JSON."""
     for place in places:
-        found = parsed(place.get("tools")) if isinstance(place, dict) else None
+        given = place.get("tools") if isinstance(place, dict) else None
+        found = parsed(given)
+        if isinstance(found, str) and found.strip() not in ("", "null", "None"):
+            raise InvalidTranscriptError(
+                "tools", "is a string that is not JSON: send a list of tools, or remove the field"
+            )
         if isinstance(found, list) and found:
             return {"tools": found}
     return {}
@@ -163,8 +171,7 @@ def _choice(choices: list[Any], where: str) -> list[dict[str, Any]]:
     if not choices:
         raise InvalidTranscriptError(where, "is empty: there is no answer")
     first = as_map(choices[0], f"{where}[0]")
-    if first.get("finish_reason") in ("length", "max_tokens"):
-        raise LeaveOut(Reason.CUT_OFF)
+    _whole(first)
     if first.get("message") is None and isinstance(first.get("text"), str):
         return [{"role": "assistant", "content": first["text"]}]
     return [_answering(first.get("message"), f"{where}[0].message")]
@@ -176,9 +183,7 @@ def _generation(generations: list[Any], where: str) -> list[dict[str, Any]]:
     if not inner:
         raise InvalidTranscriptError(where, "is empty: there is no answer")
     first = as_map(inner[0], f"{where}[0]")
-    info = first.get("generation_info")
-    if isinstance(info, dict) and info.get("finish_reason") in ("length", "max_tokens"):
-        raise LeaveOut(Reason.CUT_OFF)
+    _whole(first)
     if isinstance(first.get("message"), dict):
         return [_answering(first["message"], f"{where}[0].message")]
     return [{"role": "assistant", "content": as_text(first.get("text"), f"{where}[0].text")}]
@@ -187,8 +192,28 @@ def _generation(generations: list[Any], where: str) -> list[dict[str, Any]]:
 def _answering(value: Any, where: str) -> dict[str, Any]:
     """A message that is an answer; one without a role is the assistant's."""
     value = as_map(value, where)
+    _whole(value)
     bare = "role" not in value and value.get("lc") is None and "type" not in value and "data" not in value
     return message({"role": "assistant"} | value if bare else value, where)
+
+
+_REASONS = ("finish_reason", "stop_reason", "finishReason", "stopReason", "done_reason")
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")
+_INSIDE = ("kwargs", "data", "response_metadata", "generation_info", "additional_kwargs")
+
+
+def _whole(answer: Any) -> None:
+    """Raises LeaveOut for an answer that was cut off, wherever its logger says so."""
+    places = [answer]
+    for place in places:  # grows: kwargs hold response_metadata
+        if isinstance(place, list) and len(place) == 1:
+            place = place[0]
+        if not isinstance(place, dict) or len(places) > 20:
+            continue
+        said = [place[name] for name in _REASONS if isinstance(place.get(name), str)]
+        if any(reason.lower() in _CUT_OFF for reason in said):
+            raise LeaveOut(Reason.CUT_OFF)
+        places += [place[name] for name in _INSIDE if name in place]
 
 
 def _langchain(fields: dict[str, Any], kind_of: Any, where: str) -> dict[str, Any]:

@@ -22,8 +22,10 @@ def read(value: dict[str, Any]) -> Record:
     fields = chat.answered(chat.conversation(given, "input"), chat.answer(value["output"], "output"), "output")
     fields |= chat.tools_of(given)
     comments: list[str] = []
-    scored = ratings.of_scores(_scores(value.get("scores"), comments), "scores")
-    rating = ratings.together([scored, ratings.beside(value)])
+    scores = _scores(chat.parsed(value.get("scores")), comments)
+    rating = ratings.together([ratings.of_scores(scores, "scores"), ratings.beside(value)])
+    if rating is None and scores and all(mark is None for _, mark in scores):
+        raise LeaveOut(Reason.UNRATED)
     return Record(fields=fields, id=value.get("id"), rating=rating, comment="\n".join(comments) or None)
 
 
@@ -33,7 +35,9 @@ def _scores(given: Any, comments: list[str]) -> list[tuple[Any, Any]]:
         return []
     if isinstance(given, dict):
         return [
-            (name, mark) for name, marks in given.items() for mark in (marks if isinstance(marks, list) else [marks])
+            (name, ratings.inside(mark))
+            for name, marks in given.items()
+            for mark in (marks if isinstance(marks, list) else [marks])
         ]
     if not isinstance(given, list):
         raise InvalidTranscriptError("scores", f"must be a list of scores, not {kind(given)}")

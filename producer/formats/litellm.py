@@ -12,7 +12,7 @@ from .record import LeaveOut, Reason, Record, text_in
 
 _CHAT = ("completion", "acompletion", "chat_completion", "text_completion", "atext_completion")
 _REDACTED = "redacted-by-litellm"
-_SHORTENED = re.compile(r"\(litellm_truncated\b[^)]*\d+ chars")
+_SHORTENED = re.compile(r"\(litellm_truncated\b[^)]{0,200}\d chars")
 
 
 def read(value: dict[str, Any]) -> Record:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..plain import as_map
 from . import chat, ratings
-from .record import Record
+from .record import Record, differ
 
 
 def read(value: dict[str, Any]) -> Record:
@@ -19,14 +19,16 @@ def read(value: dict[str, Any]) -> Record:
         fields["tools"] = [{"type": "function", "function": function} for function in functions]
     if isinstance(fields.get("messages"), list):
         fields["messages"] = [_named(item) for item in fields["messages"]]
-    return Record(fields=fields, rating=ratings.beside(value), rejected=_corrected(fields))
+    return Record(
+        fields=fields, rating=ratings.beside({name: value[name] for name in rated}), rejected=_corrected(fields)
+    )
 
 
 def _corrected(fields: dict[str, Any]) -> list[Any] | None:
     """The rejected answer of a correction; the chosen one is moved to the end of the messages. What cannot be one stays
     in `fields`, for a transcript's rules to refuse."""
     chosen, messages = fields.get("chosen"), fields.get("messages")
-    if fields.get("rejected") is None or not isinstance(messages, list) or not messages:
+    if not isinstance(fields.get("rejected"), str | dict | list) or not isinstance(messages, list) or not messages:
         return None
     if chosen is not None:
         last = messages[-1]
@@ -36,6 +38,7 @@ def _corrected(fields: dict[str, Any]) -> list[Any] | None:
         fields["messages"] = [*messages, {"role": "assistant"} | said]
     elif not (isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"):
         return None
+    differ([fields["messages"][-1]], [fields["rejected"]])
     fields.pop("chosen", None)
     return [fields.pop("rejected")]
 
@@ -46,6 +49,7 @@ def read_pair(value: dict[str, Any]) -> Record:
     asked = chat.messages(given.get("messages"), "input.messages")
     said = chat.messages(value.get("preferred_output"), "preferred_output")
     worse = chat.messages(value.get("non_preferred_output"), "non_preferred_output")
+    differ(said, worse)
     fields = chat.answered(asked, said, "preferred_output") | chat.tools_of(given)
     return Record(fields=fields, id=value.get("id"), rating=ratings.beside(value), rejected=worse)
 

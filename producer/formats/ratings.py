@@ -9,31 +9,9 @@ from typing import Any
 
 from ..errors import InvalidTranscriptError
 from ..plain import path
+from . import rating_names
+from .rating_names import Says
 from .record import LeaveOut, Reason
-
-SIGNED = frozenset({
-    "rating", "score", "thumb", "thumbs", "vote", "feedback", "userfeedback", "userscore", "userrating",
-    "humanfeedback", "humanscore", "humanrating",
-})  # fmt: skip
-"""Names that hold a like or a dislike; without capitals, spaces, - and _, as `_plain` makes them."""
-
-FOR = frozenset({"thumbsup", "upvote", "upvoted", "like", "liked", "likes", "helpful"})
-"""Names that say like where they are true, and nothing where they are not."""
-
-AGAINST = frozenset({"thumbsdown", "dislike", "disliked", "dislikes", "downvote", "downvoted"})
-"""Names that say dislike where they are true, and nothing where they are not."""
-
-SCORES = SIGNED | FOR | AGAINST
-"""Names of scores that say like or dislike."""
-
-FIELDS = SCORES | {"label", "ktotag", "reward", "accepted", "preferred", "ispreferred", "reaction"}
-"""Names of fields beside a conversation that rate it, in every format."""
-
-_FOR = FOR | {"accepted", "preferred", "ispreferred"}
-_HALVES = ("score", "userscore", "humanscore", "reward")
-"""Fields that count from 0 (bad) to 1 (good) where they are not negative."""
-_BAD_ZERO = ("label", "ktotag")
-"""Fields where 0 stands for false."""
 
 _LIKES = ("up", "thumbs up", "thumbup", "like", "liked", "good", "positive", "yes", "true", "upvote", "helpful", "👍")
 _DISLIKES = (
@@ -93,7 +71,7 @@ def opinion(value: Any, where: str, *, halves: bool = False, bad_zero: bool = Fa
 
 def fields(value: dict[str, Any]) -> list[str]:
     """Names of the fields of `value` that rate it."""
-    return [name for name, item in value.items() if _plain(name) in FIELDS and item not in (None, "", [], {})]
+    return [name for name, item in value.items() if item not in _EMPTY and rating_names.says(name) is not None]
 
 
 def together(marks: list[float | None]) -> float | None:
@@ -107,8 +85,15 @@ def together(marks: list[float | None]) -> float | None:
 
 
 def beside(value: dict[str, Any], where: str = "") -> float | None:
-    """The rating beside a conversation; None if there is none."""
-    return together([_named(name, value[name], path(where, name).lstrip(".")) for name in fields(value)])
+    """The rating beside a conversation; None if there is none.
+
+    Raises LeaveOut where all there is may be a rating, and does not say like or dislike."""
+    found = [(name, value[name], path(where, name).lstrip(".")) for name in fields(value)]
+    clear = [item for item in found if not _unclear(*item[:2])]
+    rating = together([0.0 if _refused(value) else None, *_marks(clear, score=False)])
+    if rating is None and len(clear) < len(found):
+        raise LeaveOut(Reason.UNRATED)
+    return rating
 
 
 def of_scores(scores: list[tuple[Any, Any]], where: str) -> float | None:
@@ -118,19 +103,67 @@ def of_scores(scores: list[tuple[Any, Any]], where: str) -> float | None:
     dislike: what is good there is not known.
     """
     said = [(name, value) for name, value in scores if value is not None]
-    known = [(name, value) for name, value in said if isinstance(name, str) and _plain(name) in SCORES]
+    known = [(name, value, where) for name, value in said if isinstance(name, str) and _is_score(name, value)]
     if said and not known:
         raise LeaveOut(Reason.SCORED)
-    return together([_named(name, value, where, score=True) for name, value in known])
+    return together(_marks(known, score=True))
 
 
-def _named(name: str, value: Any, where: str, *, score: bool = False) -> float | None:
-    plain = _plain(name)
-    if plain in AGAINST:
+def inside(mark: Any) -> Any:
+    """The value of a score that is a map of its own; any other as it is."""
+    for name in ("score", "value") if isinstance(mark, dict) else ():
+        if mark.get(name) is not None:
+            return mark[name]
+    return mark
+
+
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def _is_score(name: str, value: Any) -> bool:
+    plain = rating_names.plain(name)
+    if plain in rating_names.FIELDS:
+        return plain in rating_names.SCORES
+    return rating_names.says(name) is not None and not _unclear(name, value)
+
+
+def _marks(named: list[tuple[str, Any, str]], *, score: bool) -> list[float | None]:
+    """The rating of each; a like that is false says nothing where the dislike is true."""
+    found = [(rating_names.says(name), _named(name, value, where, score=score)) for name, value, where in named]
+    disliked = any(says is Says.AGAINST and mark is not None for says, mark in found)
+    return [mark for says, mark in found if not (disliked and says is Says.FOR and mark == 0)]
+
+
+def _named(name: str, value: Any, where: str, *, score: bool) -> float | None:
+    plain, says = rating_names.plain(name), rating_names.says(name)
+    if rating_names.counts(name) and says is not Says.SIGNED and isinstance(value, int | float) and value > 1:
+        value = 1
+    if says is Says.AGAINST:
         return -1.0 if opinion(value, where) > 0 else None
-    mark = opinion(value, where, halves=score or plain in _HALVES, bad_zero=score or plain in _BAD_ZERO)
-    return max(0.0, mark) if plain in _FOR else mark
+    halves, bad_zero = score or rating_names.halves(name), score or plain in rating_names.BAD_ZERO
+    mark = opinion(value, where, halves=halves, bad_zero=bad_zero)
+    return max(0.0, mark) if says is Says.FOR else mark
 
 
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def _unclear(name: str, value: Any) -> bool:
+    """Whether only the words of its name say that it is a rating, and its value does not."""
+    if rating_names.plain(name) in rating_names.FIELDS:
+        return False
+    try:
+        opinion(value, name)
+    except ScaleError:
+        return False
+    except (InvalidTranscriptError, LeaveOut):
+        return True
+    return False
+
+
+def _refused(value: dict[str, Any]) -> bool:
+    """Whether a column says that the answer was rejected, or not chosen, without another to compare it with."""
+    for name, item in value.items():
+        word = item.strip().lower() if isinstance(item, str) else item
+        if rating_names.plain(name) in ("rejected", "isrejected") and word in (True, "true"):
+            return True
+        if rating_names.plain(name) in ("chosen", "ischosen") and word in (False, "false"):
+            return True
+    return False

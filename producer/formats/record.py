@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from .. import reasoning
+from ..errors import InvalidTranscriptError
 from ..plain import MAX_DEPTH
 
 Pairs = Literal["learn", "chosen", "leave-out"]
@@ -102,6 +104,30 @@ class Record:
         if len(self.rejected) != 1 or isinstance(fields.get("train_on"), list):
             raise LeaveOut(Reason.LONG_PAIR)
         return fields | {"rejected": self.rejected[0]}
+
+
+def differ(chosen: list[Any], rejected: list[Any]) -> None:
+    """Raises InvalidTranscriptError where both are one answer, but for white space around it."""
+    try:
+        same = list(map(_gist, chosen)) == list(map(_gist, rejected))
+    except RecursionError:
+        same = False  # too deep for a transcript, which says so
+    if same:
+        raise InvalidTranscriptError("rejected", "is the very answer that was chosen; there is nothing to prefer")
+
+
+def _gist(answer: Any) -> Any:
+    """What an answer says, in whichever form it is."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if not isinstance(answer, dict):
+        return [answer.strip() if isinstance(answer, str) else answer]
+    parts = answer.get("content")
+    if isinstance(parts, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        parts = "".join(part["text"] for part in parts)
+    content = parts.strip() if isinstance(parts, str) else parts
+    more = [answer[name] for name in (*reasoning.FIELDS, "tool_calls", "function_call") if answer.get(name)]
+    return [content, *more]
 
 
 def record_id(source: Any, fields: dict[str, Any], *, unique: bool) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InvalidTranscriptError
 from ..plain import kind
 from . import alpaca, chat, ratings, sharegpt
-from .record import Record
+from .record import Record, differ
 
 
 def read(value: dict[str, Any]) -> Record:
@@ -35,8 +35,7 @@ def read_pair(value: dict[str, Any]) -> Record:
             raise InvalidTranscriptError("chosen", "and rejected must be one conversation with two different answers")
     else:
         asked = _prompt(value)
-    if better == worse:
-        raise InvalidTranscriptError("rejected", "is the same as chosen: there is nothing to prefer")
+    differ(better, worse)
     return _record(value, chat.answered(asked, better, "chosen"), rejected=worse)
 
 

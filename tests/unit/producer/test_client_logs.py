@@ -273,3 +273,13 @@ def test_reasoning_once_found_is_not_looked_for_again(content: str, fields: dict
     transcript = Transcript(messages=messages, train_on="last")
     assert Transcript.from_dict(transcript.to_dict()) == transcript
     assert ("</think>" in transcript.messages[1]["content"]) <= ("reasoning_content" in transcript.messages[1])
+
+
+@pytest.mark.timeout(60)
+def test_many_tags_that_never_end_are_text() -> None:
+    """In no time; where the rest is looked through from each tag, in hours."""
+    tags = '<details type="reasoning" ' * 150_000
+    assert reasoning.unfit(tags) is None and reasoning.take({}, tags, "x") == ("", tags)
+    assert reasoning.unfit("x" + tags) is None
+    assert "in the middle of an answer" in str(reasoning.unfit("x" + tags + ">"))
+    assert "never closes it" in str(reasoning.unfit(tags + ">"))

@@ -246,7 +246,7 @@ BAD_RECORDS: list[tuple[str, dict[str, Any], str]] = [
     ("trl", {"prompt": 1, "completion": "x"}, "prompt: must be a text or a list of messages, not int"),
     ("trl", {"prompt": "x", "completion": "y", "label": "?"}, "label: is no like or dislike"),
     ("pairs", {"chosen": "x", "rejected": "y"}, "prompt: is missing"),
-    ("pairs", {"prompt": "q", "chosen": "x", "rejected": "x"}, "rejected: is the same as chosen"),
+    ("pairs", {"prompt": "q", "chosen": "x", "rejected": "x"}, "rejected: is the very answer that was chosen"),
     ("openai-preference", {"input": {}, "preferred_output": [1], "non_preferred_output": [1]}, "input.messages: must"),
     ("litellm", {"messages": [], "response": {"choices": []}}, "messages: "),
     ("langsmith", {"inputs": {"x": 1}, "outputs": {}}, "inputs: holds no messages; known fields: messages"),

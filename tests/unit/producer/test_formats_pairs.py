@@ -60,3 +60,26 @@ def test_own_lines_that_are_no_correction_are_refused_as_a_transcript_is(row: di
     with pytest.raises(InvalidTranscriptError) as caught:
         Transcript.from_dict(row)
     assert str(only(row)) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [*TALK, BAD], "rejected": "BAD"},
+        {"messages": [*TALK, BAD], "chosen": None, "rejected": "BAD "},
+        {"messages": [*TALK, BAD], "rejected": [{"role": "assistant", "content": "\nBAD"}]},
+        {"messages": [*TALK, BAD], "rejected": {"content": [{"type": "text", "text": "BAD"}]}},
+        {"messages": [*TALK, BAD], "rejected": True},
+        {"messages": [*TALK, BAD], "rejected": True, "train_on": [1]},
+        {"messages": [*TALK, BAD], "rejected": []},
+        {"messages": TALK, "chosen": "BAD", "rejected": " BAD"},
+        {"messages": TALK, "chosen": "BAD", "rejected": True},
+        {"input": {"messages": TALK}, "preferred_output": [BAD], "non_preferred_output": [BAD]},
+        {"input": {"messages": TALK}, "preferred_output": [BAD, BAD], "non_preferred_output": [BAD, BAD]},
+        {"prompt": "q", "chosen": [BAD], "rejected": [{"role": "assistant", "content": "BAD "}]},
+        {"prompt": "q", "chosen": "a", "rejected": "BAD", "rating": -1},
+    ],
+)
+def test_what_is_no_correction_is_an_error_however_pairs_are_used(row: dict[str, Any]) -> None:
+    learn, chosen = only(row), only(row, pairs="chosen")
+    assert isinstance(learn, InvalidTranscriptError) and str(chosen) == str(learn)
