@@ -47,6 +47,9 @@ class Producer:
         meta: dict[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        rating: float | None = None,
+        chosen: str | dict[str, Any] | None = None,
+        rejected: str | dict[str, Any] | None = None,
     ) -> Enqueued:
         """Queue one transcript. The arguments are those of `Transcript`.
 
@@ -56,6 +59,7 @@ class Producer:
         """
         given = {"id": id, "messages": messages, "train_on": train_on, "weight": weight, "meta": meta}
         given |= {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        given |= {"rating": rating, "chosen": chosen, "rejected": rejected}
         return self._send([submission(Transcript.from_dict(given))])[0]
 
     def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[Enqueued]:

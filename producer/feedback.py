@@ -13,7 +13,7 @@ import math
 from typing import Any, Literal
 
 from .errors import InvalidTranscriptError
-from .messages import normalise
+from .messages import normalise, says_something
 from .plain import PlainCopy, kind
 from .reasoning import unfit
 
@@ -42,9 +42,13 @@ def as_answer(value: Any, where: str, copy: PlainCopy) -> dict[str, Any]:
     if not isinstance(message, dict) or message.get("role", "assistant") != "assistant":
         raise InvalidTranscriptError(where, "must be one answer: its text, or one message by the assistant")
     try:
-        (answer,), _ = normalise([{"role": "assistant"} | message], copy)
+        (answer,), left_out = normalise([{"role": "assistant"} | message], copy)
     except InvalidTranscriptError as error:
         raise InvalidTranscriptError(error.field.replace("messages[0]", where, 1), error.problem) from None
+    if left_out:
+        raise InvalidTranscriptError(f"{where}.weight", "is 0: leave the answer out, or give it weight 1")
+    if not says_something(answer):
+        raise InvalidTranscriptError(where, "is empty; leave it out if there was no such answer")
     if problem := unfit(answer["content"]):
         raise InvalidTranscriptError(f"{where}.content", problem)
     return answer

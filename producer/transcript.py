@@ -207,7 +207,7 @@ def _about(train_on: Any, messages: list[dict[str, Any]], rating: float | None, 
     """`train_on` of what was said of an answer: a rating or a correction is about the last one, not about all."""
     if rating is None and rejected is None:
         return train_on
-    if rejected is not None and train_on not in ("all", "last", [len(messages) - 1]):
+    if rejected is not None and train_on not in ("all", "last", [len(messages) - 1], (len(messages) - 1,)):
         raise InvalidTranscript("train_on", "names other turns than the one that chosen and rejected answer")
     return "last" if isinstance(train_on, str) and train_on == "all" else train_on
 

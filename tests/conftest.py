@@ -28,6 +28,8 @@ tqdm.monitor_interval = 0  # its thread lives as long as the process: whichever 
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("new", deadline=None, max_examples=1000, print_blob=True)
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+"""Of this process, before any test."""
 THREAD_SECONDS = 120.0
 """How long a thread of a test may take to end after the test, on a machine that is busy."""
 
@@ -68,10 +70,10 @@ def no_thread_outlives_its_test() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def signal_handlers_are_put_back() -> Iterator[None]:
-    """RQ's workers install handlers and leave them: one that a test ran here would answer a later Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """RQ's workers install handlers and leave them: one that a test, or a fixture of several tests, ran here would
+    answer a later Ctrl-C."""
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

@@ -34,7 +34,8 @@ def feedback() -> list[dict[str, Any]]:
 
 def test_every_kind_is_trained_once_recovered_and_dropped(site: Site, tmp_path: Path, tiny_model: Path) -> None:
     sent = feedback()
-    site.producer.enqueue_many(sent)
+    for item in sent:
+        site.producer.enqueue(**item)
     site.work(*QUIET)
     assert site.agree() == 3 and sorted(site.trained()) == [item["id"] for item in sent]
     kinds = [json.loads(site.manifest(version)["kinds"]) for version in (1, 2, 3)]
@@ -44,6 +45,7 @@ def test_every_kind_is_trained_once_recovered_and_dropped(site: Site, tmp_path: 
     assert all(of["loss"] > 0 for one in kinds for of in one.values())
     losses = [json.loads(site.manifest(version)["losses"]) for version in (1, 2, 3)]
     assert [len(of) for of in losses] == [1, 1, 1], "the outlier guard learns from what is imitated"
+    assert all("gradient_norm" not in site.manifest(version) for version in (1, 2, 3)), "and so does that of norms"
 
     before = site.everything()
     assert before == run_batches(tiny_model, tmp_path / "same", [sent[:2], sent[2:4], sent[4:]])

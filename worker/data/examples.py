@@ -11,6 +11,7 @@ within those bounds the latest turns are trained, and the report says how many.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -137,7 +138,7 @@ class ExampleBuilder:
         }
         if transcript.kind != "demonstration":
             report["kind"] = transcript.kind
-        weight = transcript.weight * abs(transcript.rating or 1.0)
+        weight = transcript.weight * abs(transcript.rating or 1.0) or sys.float_info.min
         return Example(id, tuple(sequences), weight, report, transcript.kind)
 
     def turn(self, transcript: Transcript, messages: list[dict[str, Any]], where: str) -> Turn:

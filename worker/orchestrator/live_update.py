@@ -48,7 +48,7 @@ class Computed:
     batch: Sequence[Ready]
     gradients: Gradients
     norm: float | None
-    """The gradient's L2 norm, where guards ask for it and there is one before the write."""
+    """The gradient's L2 norm, where guards ask for it, there is one before the write, and all is imitated."""
     forward_s: float
     seconds: float
 
@@ -146,6 +146,8 @@ class LiveUpdate:
         # By factors it is also what refuses a gradient that is not finite: under the pause that would be half-way.
         asked = self.guards is not None or trainer.begun == "factors"
         norm = trainer.gradient_norm() if asked and gradients.nll else None
+        if not all(imitates(ready.example.kind) for ready in batch if ready.id in gradients.nll):
+            norm = None  # of a loss that vanishes it says nothing, and nothing about those of demonstrations
         trainer.prepare()  # a GPU's new projections, where due: not under the pause
         return Computed(prepared, batch, gradients, norm, begun - started, time.monotonic() - started)
 

@@ -373,3 +373,8 @@ def test_both_answers_of_a_correction_follow_the_same_messages(limit: int, more:
     assert max(len(sequence.ids) for sequence in example.sequences) <= limit
     with pytest.raises(ExampleError, match="rejected with its context has"):
         builder(max_tokens=100).build(Transcript(messages=QUESTIONS, rejected="no " * 40), "t")
+
+
+def test_a_weight_that_is_hardly_there_is_not_zero() -> None:
+    """A batch of nothing else would have no mean."""
+    assert 0 < build(QUESTIONS, rating=-1e-200, weight=1e-200).weight < 1e-300

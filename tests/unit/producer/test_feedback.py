@@ -1,13 +1,15 @@
 """Ratings and corrections as fields of a transcript."""
 
+import inspect
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from producer import AsyncProducer, Producer
 from producer.errors import InvalidTranscriptError
-from producer.transcript import Transcript
+from producer.transcript import FIELDS, Transcript
 
 QUESTION = {"role": "user", "content": "What do bees make?"}
 HONEY = {"role": "assistant", "content": "Honey."}
@@ -51,7 +53,7 @@ def test_a_rating_is_about_the_last_answer_unless_others_are_named() -> None:
     assert made(messages=turns, rating=-1).train_on == "last"
     assert made(messages=turns, rating=-1, train_on=[1]).train_on == [1]
     assert made(messages=turns, rejected="Honey too.").train_on == "last"
-    assert made(messages=turns, rejected="Honey too.", train_on=[3]).train_on == [3]
+    assert made(messages=turns, rejected="Honey too.", train_on=(3,)).train_on == [3]
     with pytest.raises(InvalidTranscriptError, match="train_on: names other turns"):
         made(messages=turns, rejected="Honey too.", train_on=[1])
 
@@ -81,6 +83,9 @@ def test_a_correction_is_the_conversation_with_the_chosen_answer_and_the_rejecte
         ({"rejected": {"content": "x", "audio": {"id": "a"}}}, "rejected.audio: "),
         ({"rejected": "<think>\nx"}, "rejected.content: opens reasoning"),
         ({"rejected": "x", "rating": -1}, "rating: comes beside rejected"),
+        ({"rejected": ""}, "rejected: is empty"),
+        ({"rejected": {"content": " "}}, "rejected: is empty"),
+        ({"messages": [QUESTION], "chosen": HONEY | {"weight": 0}, "rejected": "y"}, "chosen.weight: is 0"),
     ],
 )
 def test_what_is_no_correction_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
@@ -105,3 +110,8 @@ def test_anything_in_these_fields_is_kept_or_refused(rating: Any, chosen: Any, r
         assert error.field.split("[")[0].split(".")[0] in {*fields, "messages"}
         return
     assert Transcript.from_dict(transcript.to_dict()) == transcript
+
+
+@pytest.mark.parametrize("method", [Producer.enqueue, AsyncProducer.enqueue])
+def test_every_field_of_a_transcript_is_an_argument_of_enqueue(method: Any) -> None:
+    assert set(inspect.signature(method).parameters) - {"self"} == set(FIELDS)

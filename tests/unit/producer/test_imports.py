@@ -126,7 +126,7 @@ def test_lines_stay_lines() -> None:
         (b'"secret";"x"\n"a";"b"', "looks like a CSV with semicolons (2 columns)"),
         (b"# Notes\n", "looks like plain text"),
         (b"<html>secret", "looks like XML or HTML"),
-        (gzip.compress(b"secret"), "looks like gzip: unpack it (gunzip"),
+        (gzip.compress(b"secret", mtime=0), "looks like gzip: unpack it (gunzip"),
         (b"PK\x03\x04secret", "looks like a ZIP archive"),
         (b"PAR1secret", "looks like Parquet"),
         (json.dumps(GOOD).encode("utf-16"), "looks like text in UTF-16"),

@@ -170,6 +170,9 @@ def test_the_canary_set_is_read_and_bad_lines_are_named(room: tuple[Trainer, Exa
     file.write_text(json.dumps(conversation(0).to_dict()) + '\n{"messages": 3}\n')
     with pytest.raises(CanaryError, match="line 2"):
         canary.load(file, builder)
+    file.write_text(json.dumps(conversation(0).to_dict() | {"rating": -1}) + "\n")
+    with pytest.raises(CanaryError, match="line 1: is disliked; a canary set holds answers to keep"):
+        canary.load(file, builder)
     file.write_text("")
     with pytest.raises(CanaryError, match="no conversations"):
         canary.load(file, builder)

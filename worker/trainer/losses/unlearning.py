@@ -6,7 +6,8 @@ SimNPO, negative preference optimization without a reference (arXiv 2410.07163, 
     d loss / d m = SHARE * 2 sigmoid(beta m)
 
 The derivative is SHARE for an answer that is certain, .15 of it at m = -1 nat a token, .001 at -3: what has been
-unlearnt moves nothing any more, however often it is disliked. The mean over an answer's tokens stands for all of them,
+unlearnt moves the weights no more, however often it is disliked. (The optimizer's moments do see its gradient, whose
+size they are told nothing of, as with any weight.) The mean over an answer's tokens stands for all of them,
 so that the words which any answer has in common are not each driven down to zero, as unlikelihood (Welleck 2019) would.
 """
 
