@@ -3,7 +3,8 @@
 The format is found from the first records, or named. It holds for the whole file: a record of another one is an error
 in its place. Must not know: Redis.
 Invariants: memory is bounded by a block and a record; an id is the same whenever a file is read; what was disliked or
-rejected is never a demonstration; of a block with a rating on an unknown scale nothing is handed on.
+rejected is never a demonstration; of a file with a rating on an unknown scale nothing is handed on; of a pipe, which
+cannot be read twice, nothing from the block with that rating on.
 """
 
 import contextlib
@@ -57,12 +58,38 @@ class Import:
         Raises NotTranscriptsError, which names the file, where all of it is of no use: it is of no known format, or its
         ratings are on an unknown scale.
         """
+        self._check_scale()
         file = jsonl.Ahead(self._file)
         for lines, size in jsonl.records(file):
             parsed = [(number, value) for number, line in lines if (value := _parsed(number, line)) is not jsonl.BLANK]
             if self.format is None:
                 self.format = self._recognised(parsed, file.start)
             yield [item for number, value in parsed if (item := self._item(number, value)) is not None], size
+
+    def _check_scale(self) -> None:
+        """Read the whole file for its ratings, and go back to its start. A pipe is left as it is."""
+        if not self._file.seekable():
+            return
+        start, known = self._file.tell(), self.format
+        for lines, _size in jsonl.records(jsonl.Ahead(self._file)):
+            parsed = [(number, value) for number, line in lines if (value := _parsed(number, line)) is not jsonl.BLANK]
+            if known is None:
+                known = next((found for _, value in parsed if (found := recognise(value)) is not None), None)
+            if parsed and (known is None or not known.readable):
+                break  # refused later, by its first records
+            for number, value in parsed:
+                if known is None or not isinstance(value, dict) or not self._fits(known, value):
+                    continue
+                try:
+                    known.read(value)
+                except ScaleError as error:
+                    raise NotTranscriptsError(f"{self.name}:{number}: {error}. Nothing was queued") from None
+                except (LeaveOut, InvalidTranscriptError):
+                    pass  # said when it is read to be queued
+        self._file.seek(start)
+
+    def _fits(self, known: Format, value: dict[str, Any]) -> bool:
+        return known.matches(value) if self._named else recognise(value) is known
 
     def _recognised(self, parsed: list[tuple[int, Any]], start: bytes) -> Format | None:
         """The format of the first record that has one; None where no record says anything yet."""
@@ -109,9 +136,8 @@ class Import:
             raise InvalidTranscriptError("record", f"is of no known format; known formats: {KNOWN}")
         if not isinstance(value, dict):
             raise InvalidTranscriptError("record", f"must be an object, not {type(value).__name__}")
-        found = recognise(value)
-        if not (known.matches(value) if self._named else found is known):
-            if found is not None:
+        if not self._fits(known, value):
+            if (found := recognise(value)) is not None:
                 raise _StrayError(known, found)
             if known.name != "messages":
                 raise InvalidTranscriptError("record", f"holds none of {known.title}")

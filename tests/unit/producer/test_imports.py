@@ -2,18 +2,18 @@
 
 import gzip
 import json
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from import_parts import lines, read
+from import_parts import Pieces, lines, read
 
 from producer import json_values
 from producer.formats import by_name
-from producer.imports import AUTO
+from producer.imports import AUTO, Import
 from producer.jsonl import NotTranscriptsError, is_json_over_lines
 from producer.transcript import Transcript
 
@@ -205,12 +205,35 @@ def test_a_format_that_is_named_is_the_only_one() -> None:
 
 def test_ratings_in_stars_end_the_file_before_anything_of_their_block_is_queued() -> None:
     """On such a scale a 1, which comes first here, is the worst."""
-    rated = [GOOD | {"rating": stars} for stars in (1, 1, 5)]
-    said = refused(lines(*rated))
-    assert (
-        said.startswith("f:3: rating: is a rating beyond -1 to 1")
-        and "what was read together with this record was not queued" in said
-    )
+    data = lines(*(GOOD | {"rating": stars} for stars in (1, 1, 5)))
+    for size, says in ((None, "Nothing was queued"), (1 << 20, "read together with this record was not queued")):
+        with pytest.raises(NotTranscriptsError) as caught:
+            read(data, size=size)
+        assert str(caught.value).startswith("f:3: rating: is a rating beyond -1 to 1") and says in str(caught.value)
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("format_name", [AUTO, "messages"])
+def test_stars_in_the_last_record_of_a_long_file_are_found_before_anything_is_handed_on(
+    array: bool, format_name: str
+) -> None:
+    """Of a pipe, the blocks before that are handed on, which docs/formats.md says."""
+    rows = [GOOD | {"rating": 1, "meta": {"text": "x" * 10_000}}] * 300 + [GOOD | {"rating": 5}]
+    data = json.dumps(rows).encode() if array else lines(*rows)
+    for file, before in ((BytesIO(data), False), (Pieces(data, 1 << 20), True)):
+        source = Import(BufferedReader(file), "f", format_name)  # type: ignore[type-var]
+        handed_on = 0
+        with pytest.raises(NotTranscriptsError, match="beyond -1 to 1"):
+            for items, _size in source.blocks():
+                handed_on += len(items)
+        assert (handed_on > 0) == before
+
+
+def test_a_file_that_was_begun_is_read_from_there() -> None:
+    file = BytesIO(b"something before\n" + lines(GOOD, GOOD | {"rating": 1}))
+    file.readline()
+    found = [item for items, _size in Import(BufferedReader(file), "f").blocks() for _, item in items]
+    assert [isinstance(item, Transcript) and item.kind for item in found] == ["demonstration", "liked"]
 
 
 def test_a_rating_of_an_own_line_is_a_transcripts_rating() -> None:
