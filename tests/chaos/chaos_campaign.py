@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from chaos_plan import MAX_JOBS, CanaryFails, Kill, Operation, Rollback, operations, transcript
+from chaos_plan import MAX_JOBS, CanaryFails, Kill, Operation, Rollback, conversation, operations, transcript
 from chaos_processes import Cluster, Forked
 from patience import TimedOut, until
 
@@ -69,7 +69,7 @@ class Campaign:
         self._done_file = cluster.folder / "kills.jsonl"
         self.done = len(self._done_file.read_text().splitlines()) if self._done_file.exists() else 0
         canary = cluster.folder / "canary.jsonl"
-        canary.write_text("".join(json.dumps(transcript(10**6 + i)) + "\n" for i in range(WATCHED)))
+        canary.write_text("".join(json.dumps(conversation(10**6 + i)) + "\n" for i in range(WATCHED)))
         self._watch = ("--canary", str(canary), "--canary-every", "7", "--canary-bound", "1000", "--auto-rollback")
 
     def run(self, tell: Callable[[int, str], None] = lambda done, what: None) -> None:
