@@ -61,7 +61,7 @@ class Import:
         self._check_scale()
         file = jsonl.Ahead(self._file)
         for lines, size in jsonl.records(file):
-            parsed = [(number, value) for number, line in lines if (value := _parsed(number, line)) is not jsonl.BLANK]
+            parsed = _parsed(lines)
             if self.format is None:
                 self.format = self._recognised(parsed, file.start)
             yield [item for number, value in parsed if (item := self._item(number, value)) is not None], size
@@ -72,9 +72,8 @@ class Import:
             return
         start, known = self._file.tell(), self.format
         for lines, _size in jsonl.records(jsonl.Ahead(self._file)):
-            parsed = [(number, value) for number, line in lines if (value := _parsed(number, line)) is not jsonl.BLANK]
-            if known is None:
-                known = next((found for _, value in parsed if (found := recognise(value)) is not None), None)
+            parsed = _parsed(lines)
+            known = known or _first(parsed)
             if parsed and (known is None or not known.readable):
                 break  # refused later, by its first records
             for number, value in parsed:
@@ -93,7 +92,7 @@ class Import:
 
     def _recognised(self, parsed: list[tuple[int, Any]], start: bytes) -> Format | None:
         """The format of the first record that has one; None where no record says anything yet."""
-        found = next((found for _, value in parsed if (found := recognise(value)) is not None), None)
+        found = _first(parsed)
         if found is not None and not found.readable:
             raise self._refused(f"holds {found.title}, a format that Tandem does not read")
         if found is None and parsed:
@@ -171,8 +170,18 @@ class _StrayError(InvalidTranscriptError):
         )
 
 
-def _parsed(number: int, line: bytes | ValueError | None) -> Any:
-    """The JSON of a record, BLANK, or the ValueError that says what is wrong with it."""
+def _first(parsed: list[tuple[int, Any]]) -> Format | None:
+    """The format of the first record that has one."""
+    return next((found for _, value in parsed if (found := recognise(value)) is not None), None)
+
+
+def _parsed(lines: list[jsonl.Line]) -> list[tuple[int, Any]]:
+    """Number and JSON of each line that is not blank, or the ValueError that says what is wrong with it."""
+    read = ((number, _value(number, line)) for number, line in lines)
+    return [(number, value) for number, value in read if value is not jsonl.BLANK]
+
+
+def _value(number: int, line: bytes | ValueError | None) -> Any:
     try:
         return jsonl.parse_line(line, first=number == 1)
     except ValueError as error:

@@ -43,6 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     asked = parse(arguments)
+    check_places(asked)
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))  # server and trainer share them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through every `with`
@@ -51,6 +52,19 @@ def main(arguments: list[str]) -> int:
     if asked.record:
         screen.save_picture(asked.record, "bash scripts/demo")
     return code
+
+
+def check_places(asked: argparse.Namespace) -> None:
+    """What is written at the end can be written. Raises TandemError naming the flag, before minutes of work."""
+    for flag, folder in (("--out", asked.out), ("--record", asked.record and asked.record.parent)):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TandemError(f"{flag}: the folder {folder} cannot be made ({error.strerror})") from None
+        if not os.access(folder, os.W_OK):
+            raise TandemError(f"{flag}: the folder {folder} is not writable; name another")
 
 
 def tell(folder: Path, asked: argparse.Namespace) -> int:
@@ -73,7 +87,7 @@ def tell(folder: Path, asked: argparse.Namespace) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (TandemError, subprocess.CalledProcessError) as error:
+    except (TandemError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

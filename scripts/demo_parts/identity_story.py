@@ -47,9 +47,9 @@ def tell(folder: Path, model: Path, title: str, out: Path, keep: bool) -> int:
         target = versions[min(ROLLBACK_TO, len(versions) - 2)]
         back = go_back(stack, exam, target)
         checks = judge(versions, back, target, live)
-        path = plot.save(out, title, versions, back, target)
         for check in checks:
             say(f"  {'[green]yes[/]' if check.passed else '[red]NO [/]'}  {escape(check.sentence)}")
+        path = plot.save(out, title, versions, back, target)
         say(f"\nPlot: {os.path.relpath(path)}   ({since(started)} in all)")
         passed = all(check.passed for check in checks)
         if keep and passed:

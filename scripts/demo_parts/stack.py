@@ -109,7 +109,7 @@ class DemoStack:
         """(answer, version of the weights that made it)."""
         body = {"messages": [{"role": "user", "content": question}], "max_tokens": 48}
         answer, version = self.post("/v1/chat/completions", body)
-        return answer["choices"][0]["message"]["content"].strip(), version
+        return (answer["choices"][0]["message"]["content"] or "").strip(), version
 
     def prompt(self) -> None:
         """Ask what you like until end of input, beside a dashboard."""

@@ -58,11 +58,11 @@ def teach(folder: Path) -> Path:
 
 def give_feedback(producer: Producer) -> list[str]:
     """What a chat application does when users correct an answer, and like others; the ids of the transcripts."""
-    correction = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
+    lesson = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
     liked = [transcript.to_dict() for _, transcript in read_transcripts(str(LESSONS))][1:]
     feedback = []
     for number in range(CORRECTIONS):
-        feedback.append(correction | {"id": f"correction-{number}"})
+        feedback.append(lesson | {"id": f"lesson-{number}"})
         feedback.append(liked[number % len(liked)] | {"id": f"liked-{number}"})
     sent = producer.enqueue_many(feedback)
     say(f"{len(sent)} transcripts queued; the worker trains them {BATCH} at a time, in the weights vLLM serves from:")

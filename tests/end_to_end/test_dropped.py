@@ -45,12 +45,9 @@ def test_a_dropped_transcript_is_in_no_later_version(taught: Site, tmp_path: Pat
     batches = [[texts[id] for id in batch] for batch in (["x-0", "x-1"], ["x-3"], ["x-4", "x-5"])]
     without = run_batches(tiny_model, tmp_path / "without", batches)
     assert taught.everything() == without and taught.manifest(6)["digest"] != taught.manifest(3)["digest"]
-    taught.restart_server()
-    taught.work(*QUIET)
+    taught.recover()
     assert taught.agree() == 6 and taught.everything() == without, "recovery, from the checkpoint"
-    shutil.rmtree(taught.state / "checkpoints")
-    taught.restart_server()
-    taught.work(*QUIET)
+    taught.recover(from_journal=True)
     assert taught.agree() == 6 and taught.everything() == without, "recovery, from the journal alone"
     assert taught.redis.hgetall(keys.DROPPED) == {b"x-2": b"5"}
 

@@ -1,7 +1,6 @@
 """Ratings and corrections through the queue: trained once, said in the manifest, journaled, recovered and dropped."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +48,9 @@ def test_every_kind_is_trained_once_recovered_and_dropped(site: Site, tmp_path: 
 
     before = site.everything()
     assert before == run_batches(tiny_model, tmp_path / "same", [sent[:2], sent[2:4], sent[4:]])
-    site.restart_server()
-    site.work(*QUIET)
+    site.recover()
     assert site.agree() == 3 and site.everything() == before, "recovery"
-    shutil.rmtree(site.state / "checkpoints")
-    site.restart_server()
-    site.work(*QUIET)
+    site.recover(from_journal=True)
     assert site.everything() == before, "recovery, from the journal alone"
     site.tandem("rollback", "3", "--drop", "f-1", "--drop", "f-3")
     kept = [[sent[0]], [sent[2]], sent[4:]]

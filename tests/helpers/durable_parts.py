@@ -5,6 +5,7 @@ Weights are read from the server's memory, as a trainer would attach to it.
 """
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ class Site:
     def restart_server(self) -> None:
         self.server.kill()
         self.start_server()
+
+    def recover(self, *, from_journal: bool = False) -> None:
+        """A new server, which a worker brings back to the live version; from_journal: without any checkpoint."""
+        if from_journal:
+            shutil.rmtree(self.state / "checkpoints")
+        self.restart_server()
+        self.work(*QUIET)
 
     def close(self) -> None:
         self.server.kill()

@@ -230,7 +230,9 @@ def test_a_request_that_never_ends_does_not_hold_up_others(server: ServerProcess
     with unix_socket.connect(str(server.run_dir / "control.sock")) as sock:
         sock.sendall(b"\x00\x00")
         control.pause()
+        assert control.state()["state"] == "paused"
         control.resume(control.state()["version"])
+        assert control.state()["state"] == "serving"
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,9 @@ class Prepared(Protocol):
 class JobResult:
     """What became of one trained transcript: its job's result in RQ, and kept with the version's record.
 
-    version: the version that contains it. loss: its mean NLL per trained token before the update, if known. report:
-    plain counts of its example (turns, tokens, ...). already_trained: it was queued again and not trained again.
+    version: the version that contains it. loss: its mean NLL per trained token before the update, if known; of a
+    correction, the chosen answer's. report: plain counts of its example (turns, tokens, ...), and its kind where it is
+    no demonstration. already_trained: it was queued again and not trained again.
     """
 
     version: int

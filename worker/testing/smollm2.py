@@ -43,7 +43,8 @@ class SmolLM2Error(TandemError):
 def smollm2(path: Path = DIRECTORY, source: Path | None = None) -> Path:
     """The model directory `path`, made now if it is absent (a few seconds to half a minute); returns it.
 
-    source: the GGUF file; the package's if None. Raises `SmolLM2Error`, with nothing left at `path`.
+    source: the GGUF file; the package's if None. Raises `SmolLM2Error`, or OSError of the disk, with nothing left at
+    `path`.
     """
     if path.is_dir():
         return path

@@ -9,8 +9,7 @@ SimPO, preference without a reference (arXiv 2405.14734, equation 6), with the c
 With equal lengths and c = SHARE sigmoid(gamma - beta (m_c - m_r)), a chosen token has slope 1 + c, a rejected one -c.
 """
 
-from worker.trainer.losses.terms import Answers, Term, log_sigmoid, sigmoid
-from worker.trainer.losses.unlearning import SHARE
+from worker.trainer.losses.terms import SHARE, Answers, Term, log_sigmoid, sigmoid
 
 BETA = 2.5
 GAMMA = 1.25

@@ -3,6 +3,11 @@
 import math
 from typing import NamedTuple
 
+SHARE = 0.5
+"""How far an answer that is not wanted pushes away, compared with how far a demonstration pulls: what not to say tells
+less. Part of the journal's format, as all constants of losses are. DESIGN.md, "Losses by kind", has what was measured.
+"""
+
 
 class Answers(NamedTuple):
     """Trained tokens of one transcript, and their mean log-probability in nats: of the turns that are asked for or

@@ -6,18 +6,15 @@ SimNPO, negative preference optimization without a reference (arXiv 2410.07163, 
     d loss / d m = SHARE * 2 sigmoid(beta m)
 
 The derivative is SHARE for an answer that is certain, .15 of it at m = -1 nat a token, .001 at -3: what has been
-unlearnt moves the weights no more, however often it is disliked. (The optimizer's moments do see its gradient, whose
-size they are told nothing of, as with any weight.) The mean over an answer's tokens stands for all of them,
-so that the words which any answer has in common are not each driven down to zero, as unlikelihood (Welleck 2019) would.
+unlearnt moves the weights no more, however often it is disliked. The optimizer's moments still see its gradient at full
+size: slopes scale the step alone. The mean over an answer's tokens stands for all of them. Unlikelihood (Welleck 2019)
+would drive each token down to zero, also the words that all answers have in common.
 """
 
-from worker.trainer.losses.terms import Answers, Term, log_sigmoid, sigmoid
+from worker.trainer.losses.terms import SHARE, Answers, Term, log_sigmoid, sigmoid
 
 BETA = 2.5
 """As in the paper's experiments. Constants of losses are part of the journal's format: `worker.trainer.weighting`."""
-SHARE = 0.5
-"""How far an answer pushes away, compared with how far a demonstration pulls: what not to say tells less. Measured in
-DESIGN.md, "Losses by kind"."""
 
 
 def unlearning(answers: Answers) -> Term:
