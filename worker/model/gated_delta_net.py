@@ -26,6 +26,7 @@ def forward(self: Any, hidden_states: Tensor, *, packing: Packing, **_: Any) -> 
         self.conv1d.bias,
         activation=self.activation,
         cu_seqlens=packing.starts,
+        chunk_indices=packing.chunks,
     )
     query, key, value = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
     out, _state = chunk_gated_delta_rule(
@@ -40,6 +41,7 @@ def forward(self: Any, hidden_states: Tensor, *, packing: Packing, **_: Any) -> 
         use_beta_sigmoid_in_kernel=True,
         use_qk_l2norm_in_kernel=True,
         cu_seqlens=packing.starts,
+        chunk_indices=packing.chunks,
     )  # [1, T, value heads, value size]
     gate = self.in_proj_z(hidden_states).view(-1, self.head_v_dim)
     normed = rms_norm_gated(

@@ -167,6 +167,21 @@ class GradientFactors:
         """Whether the gradient of `weight` is kept as factors while recording."""
         return id(weight) in self._taken and weight.requires_grad
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether forward and backward keep factors now."""
+        return self._recording
+
+    def products(self) -> Iterator[tuple[Tensor, Product]]:
+        """(weight, product) of all that is kept, those of embeddings aside."""
+        for entry in self._kept.values():
+            for products, _ in entry.passes:
+                yield from ((entry.weight, product) for product in products)
+
+    def keep(self, weight: Tensor, product: Product) -> None:
+        """What backward would have kept of it, computed elsewhere."""
+        self._keep(weight, product)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Inside, forward and backward keep factors; those of earlier blocks stay until `forget`."""

@@ -78,7 +78,9 @@ def _recompute(model: Any, kept: Callable[[int], int]) -> None:
 
     def choose(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The last layers are those whose activations backward frees first."""
-        first = len(layers) - kept(kwargs["input_ids"].numel())
+        embeds = kwargs.get("inputs_embeds")  # [B, T, H]
+        tokens = kwargs["input_ids"].numel() if embeds is None else embeds.shape[:2].numel()
+        first = len(layers) - kept(tokens)
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = number < first
 

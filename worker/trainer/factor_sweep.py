@@ -13,7 +13,7 @@ memory for the first time (with one backward pass; a second one needs a matrix m
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import torch
@@ -35,6 +35,8 @@ class FactorSweep:
         self.factors, self.optimizer, self.bucket_bytes = factors, optimizer, bucket_bytes
         self._buffer: Tensor | None = None
         self._buckets: list[list[tuple[Factors, Tensor]]] | None = None
+        self.known: tuple[list[Tensor], Tensor] | None = None
+        """Parameters whose gradients' squared norms are known already, fp64 [n]."""
 
     def buffer_bytes(self) -> int:
         """What `reserve` takes."""
@@ -54,21 +56,32 @@ class FactorSweep:
         Raises `NonFiniteGradientError` naming the first parameter whose gradient is not finite, or too large to be
         measured in fp32.
         """
+        known = self.known or ([], None)
+        done = {id(parameter) for parameter in known[0]}
+        others, squares = self.squares(
+            parameter for parameter in self.optimizer.sweep_order() if id(parameter) not in done
+        )
+        parts = [part for part in (known[1], squares) if part is not None]
+        if not parts:
+            return 0.0
+        all = torch.cat(parts).cpu()
+        bad = ~(all < LARGEST_SQUARES)  # true for NaN as well
+        if bad.any():
+            raise NonFiniteGradientError(self.optimizer.name_of([*known[0], *others][int(bad.nonzero()[0])]))
+        return math.sqrt(max(0.0, float(all.sum())))
+
+    @torch.no_grad()
+    def squares(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """Those of `parameters` that have a gradient, and their squared norms, fp64 [n], or None. Does not wait."""
         found: list[tuple[Tensor, Tensor]] = []
         grams: dict[int, Tensor] = {}
-        for parameter in self.optimizer.sweep_order():
+        for parameter in parameters:
             if (kept := self.factors.of(parameter)) is not None:
                 found.append((parameter, self._squares(kept, grams)))
             elif parameter.grad is not None:
                 norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
                 found.append((parameter, norm.double().square()))
-        if not found:
-            return 0.0
-        squares = torch.stack([value for _, value in found]).cpu()
-        bad = ~(squares < LARGEST_SQUARES)  # true for NaN as well
-        if bad.any():
-            raise NonFiniteGradientError(self.optimizer.name_of(found[int(bad.nonzero()[0])][0]))
-        return math.sqrt(max(0.0, float(squares.sum())))
+        return [one for one, _ in found], torch.stack([value for _, value in found]) if found else None
 
     def prepare(self) -> None:
         """Decide which products are formed where; `apply` does it otherwise."""
@@ -112,7 +125,7 @@ class FactorSweep:
     def forget(self) -> None:
         """Let go of factors and buffer."""
         self.factors.forget()
-        self._buffer = self._buckets = None
+        self._buffer = self._buckets = self.known = None
 
     def _is_plain(self, parameter: Tensor) -> bool:
         return self.factors.of(parameter) is None
@@ -120,7 +133,7 @@ class FactorSweep:
     def _squares(self, kept: Factors, grams: dict[int, Tensor]) -> Tensor:
         if (squares := kept.squares(grams)) is not None:
             return squares
-        out = self._place(kept.weight, 0)
+        out = torch.empty_like(kept.weight) if self._buffer is None else self._place(kept.weight, 0)
         kept.write(out)
         return torch.linalg.vector_norm(out, dtype=torch.float32).double().square()
 

@@ -27,6 +27,7 @@ from worker.memory.planner import Way
 from worker.model.gradient_factors import factors_of
 from worker.model.inputs import model_inputs
 from worker.model.loss import linear_cross_entropy
+from worker.trainer.captured_row import CapturedRow
 from worker.trainer.factor_sweep import FactorSweep
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.losses import BY_KIND, Answers, Term, imitates
@@ -106,6 +107,8 @@ class Trainer:
         self.begun: Way = way
         """The way of the micro-batch that `begin` was last called with."""
         self.sweep = FactorSweep(factors_of(model), optimizer)
+        self.rows: dict[int, CapturedRow] = {}
+        """By tokens: rows whose layers are replayed instead of run."""
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
         self._step_scale = 1.0
         self._written: dict[str, float] = {}
@@ -327,12 +330,40 @@ class Trainer:
 
         factors: fp32 [examples, 2], what each token is multiplied with in the loss; by default their plain sum.
         """
-        hidden = self.body(**model_inputs(batch, self.device), use_cache=False).last_hidden_state  # [B, T, H]
-        before, targets = batch.before.to(self.device), batch.targets.to(self.device)  # [N]
-        picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
         each = torch.ones(len(batch.examples)) if factors is None else factors[batch.examples, batch.rejected.long()]
+        # A copy to the device waits for what was launched before it: all of them come before the model.
+        before, targets, each = (some.to(self.device) for some in (batch.before, batch.targets, each))  # [N]
+        inputs, row = model_inputs(batch, self.device), self._captured(batch)
+        if row is not None:
+            hidden = row.run(self.body.embed_tokens(inputs["input_ids"]), inputs["position_ids"], inputs["packing"])
+        else:
+            hidden = self.body(**inputs, use_cache=False).last_hidden_state  # [B, T, H]
+        picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
         keep = self.sweep.factors.head_keeper(self.head.weight)
-        return linear_cross_entropy(picked, self.head.weight, targets, each.to(self.device), keep)
+        return linear_cross_entropy(picked, self.head.weight, targets, each, keep)
+
+    def capture(self, tokens: int, pool: Any = None, stream: Any = None) -> CapturedRow:
+        """Make graphs of a row of `tokens` tokens, by factors; its kernels have run before. From then on `begin` takes
+        them. pool, stream: of `torch.cuda.graph`."""
+        self.rows.pop(tokens, None)
+        with self._recording_row():
+            row = CapturedRow(self.body, self.sweep, tokens, pool, stream)
+        self.rows[tokens] = row
+        self.forget()
+        return row
+
+    @contextmanager
+    def _recording_row(self) -> Iterator[None]:
+        self.forget()
+        with self.sweep.factors.recording():
+            yield
+
+    def _captured(self, batch: Batch) -> CapturedRow | None:
+        """What stands in for the layers over `batch`, where they are to be differentiated by factors."""
+        if self.begun != "factors" or not torch.is_grad_enabled() or not self.sweep.factors.is_recording:
+            return None
+        row = self.rows.get(batch.input_ids.numel())
+        return row if row is not None and len(batch.lengths) <= row.places else None
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:

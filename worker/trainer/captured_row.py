@@ -1,0 +1,173 @@
+"""The decoder layers over a row of one size as CUDA graphs: of forward, of backward by factors, and of the norms.
+
+    row = CapturedRow(body, sweep, tokens, pool)     # in a warm-up: it runs everything once more, and captures it
+    hidden = row.run(embeds, positions, packing)     # in traffic: three replays in place of thousands of launches
+    ...                                              # loss.backward() goes through it
+
+A row has few tokens when the host needs longer to launch its kernels than the device to run them; a graph has one
+launch. What depends on the data stays outside: embeddings, the output head, the loss.
+
+Must not know: examples, the loss.
+Invariants: a replay runs the very kernels that the layers run, on the same shapes: PLACES sequences in `tokens` tokens.
+What it leaves (hidden states, factors, gradients) is valid until the next replay. The graphs own memory for all of it,
+in `pool`; between replays others may use it who take it from the same pool, on the same stream.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.model.gradient_factors import Product
+from worker.model.inputs import NO_MASKS, Packing, packing_of
+from worker.trainer.factor_sweep import FactorSweep
+
+
+class CapturedRow:
+    """Captures in its constructor. `sweep.factors` must be recording, and hold nothing.
+
+    body: transformers' text model, fused. pool: of `torch.cuda.graph`. stream: to capture on.
+    """
+
+    def __init__(
+        self, body: Any, sweep: FactorSweep, tokens: int, pool: Any = None, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self.body, self.sweep, self.tokens = body, sweep, tokens
+        table = body.embed_tokens.weight
+        self._embeds = torch.zeros(1, tokens, table.shape[1], dtype=table.dtype, device=table.device).requires_grad_()
+        self._positions = torch.arange(tokens, device=table.device)[None]  # [1, T]
+        self._packing = packing_of([tokens]).to(table.device)
+        self._pool = pool if pool is not None else torch.cuda.graph_pool_handle()
+        self._stream = stream if stream is not None else torch.cuda.Stream()
+        self._plain = [
+            p for p in body.parameters() if p.requires_grad and not sweep.factors.takes(p) and p is not table
+        ]
+        self._capture()
+
+    @property
+    def places(self) -> int:
+        """The most sequences that it can hold, padding included."""
+        return self._packing.places
+
+    def run(self, embeds: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """The last hidden states [1, T, H], differentiable; backward keeps factors and leaves gradients as the layers'
+        own does. embeds: [1, T, H]; positions: int64 [1, T]."""
+        self._positions.copy_(positions)
+        for name in ("starts", "starts32", "chunks"):
+            getattr(self._packing, name).copy_(getattr(packing, name))
+        if not embeds.requires_grad:  # frozen: what comes out is to be differentiated all the same
+            embeds = embeds.detach().requires_grad_()
+        return _Replay.apply(embeds, self)  # type: ignore[no-any-return]
+
+    # -- capturing ------------------------------------------------------------------------------------------------
+
+    def _capture(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            hidden = self._layers()
+            self._outer = torch.zeros_like(hidden)
+            self._gradients(hidden)  # what a first run loads, it cannot load in a capture
+            self._squares()
+            del hidden
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._drop()
+        self.forward_graph, hidden = self._graph(self._layers)
+        self.backward_graph, gradients = self._graph(lambda: self._gradients(hidden))
+        self.norm_graph, (self._measured, squares) = self._graph(self._squares)
+        # The owners of all this go: the memory is then the pool's again, and the graphs' all the same.
+        self._hidden, self._inner = _alias(hidden), _alias(gradients[0])
+        self._products = [
+            (weight, Product(_alias(one.left), _alias(one.right), one.first))
+            for weight, one in self.sweep.factors.products()
+        ]
+        self._left = [(p, _alias(g)) for p, g in zip(self._plain, gradients[1:], strict=True) if g is not None]
+        self._known = _alias(squares)
+        self._drop()
+
+    def _graph(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            made = work()
+        return graph, made
+
+    def _layers(self) -> Tensor:
+        # Another object: what fla derives from it, it derives within the graph.
+        packing = replace(self._packing, starts=self._packing.starts.view(-1))
+        return self.body(  # type: ignore[no-any-return]
+            inputs_embeds=self._embeds,
+            position_ids=self._positions,
+            attention_mask=NO_MASKS,
+            packing=packing,
+            use_cache=False,
+        ).last_hidden_state
+
+    def _gradients(self, hidden: Tensor) -> tuple[Tensor | None, ...]:
+        """Of `embeds`, then of the parameters that leave no factors; those of the others are kept."""
+        self.sweep.factors.begin_pass()
+        found = torch.autograd.grad(hidden, [self._embeds, *self._plain], self._outer, allow_unused=True)
+        for parameter, gradient in zip(self._plain, found[1:], strict=True):
+            parameter.grad = gradient
+        return found
+
+    def _squares(self) -> tuple[list[Tensor], Tensor]:
+        parameters, squares = self.sweep.squares(self.body.parameters())
+        assert squares is not None
+        return parameters, squares
+
+    def _drop(self) -> None:
+        self.sweep.factors.forget()
+        for parameter in self._plain:
+            parameter.grad = None
+
+    # -- replaying ------------------------------------------------------------------------------------------------
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """Replay; [1, T, H]."""
+        with torch.no_grad():
+            self._embeds.copy_(embeds)
+        self.forward_graph.replay()
+        return self._hidden.detach()
+
+    def backward(self, outer: Tensor) -> Tensor:
+        """Replay, keep and leave what the layers' backward would; the gradient of the embeddings, [1, T, H]."""
+        self._outer.copy_(outer)
+        self.backward_graph.replay()
+        self.norm_graph.replay()
+        for weight, product in self._products:
+            self.sweep.factors.keep(weight, product)
+        for parameter, gradient in self._left:
+            parameter.grad = gradient
+        self.sweep.known = self._measured, self._known
+        return self._inner.detach()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embeds: Tensor, row: CapturedRow) -> Tensor:
+        ctx.row = row
+        return row.forward(embeds)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.row.backward(outer), None
+
+
+class _Address:
+    """Memory of a GPU as others describe it to torch: see `__cuda_array_interface__` in Numba's documentation."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "typestr": f"<i{size}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, not owned."""
+    return torch.as_tensor(_Address(tensor), device=tensor.device).view(tensor.dtype)
