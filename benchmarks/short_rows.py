@@ -32,7 +32,7 @@ from flops import matmul_rate, wait
 from pause import Bench, timed
 from record import OutOfTime, Part, Record, Until
 from shapes import SIZES
-from short_rows_checks import captured_layer, equal, shared
+from short_rows_checks import capture, captured_layer, equal, shared
 from texts import random_examples
 
 from worker.data.batch_capacity import sizes_up_to
@@ -51,7 +51,7 @@ def halves(trainer: Trainer, lengths: list[int], vocabulary: int, seed: int = 0)
     """`Trainer.begin` taken apart: seconds until the host came back, and until the device was done."""
     device, examples = trainer.device, random_examples(lengths, vocabulary, seed)
     trainer.forget()
-    trainer.begun = trainer.room.way_of(examples)
+    trainer.begun, trainer._alone = trainer.room.way_of(examples), True
     (batch,) = trainer._batches(examples)
     each = torch.full((len(examples), 2), 1 / sum(lengths))
     found = {}
@@ -143,9 +143,9 @@ def steps(bench: Bench, trainer: Trainer, lengths: list[int], rounds: int) -> di
     return medians(rows[1:])
 
 
-def row(bench: Bench, tokens: list[int], rounds: int, part: Part) -> None:
+def row(bench: Bench, tokens: list[int], rounds: int, way: Way, part: Part) -> None:
     sizes = tuple(sorted({row_of(count) for count in tokens}))
-    trainer = bench.trainer("factors", sizes, max(sizes))
+    trainer = bench.trainer(way, sizes, max(sizes))
     cuts = {count: [[count], [count // 8] * 8] for count in tokens}
     trainer.optimizer.warm_up()
     for size in sizes:
@@ -158,13 +158,13 @@ def row(bench: Bench, tokens: list[int], rounds: int, part: Part) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        part[f"{size}: capture s"] = timed(bench.device, lambda size=size: trainer.capture(size))  # type: ignore[misc]
+        part[f"{size}: capture s"] = timed(bench.device, lambda size=size: capture(trainer, size, part))  # type: ignore[misc]
         torch.cuda.empty_cache()
         part[f"{size}: held by the graphs, bytes"] = torch.cuda.memory_reserved() - before
         made = trainer.rows[size]
         for name in ("forward", "backward", "norm"):
-            graph = getattr(made, f"{name}_graph")
-            part[f"{size}: {name} replayed s"] = min(timed(bench.device, graph.replay) for _ in range(5))
+            if (graph := getattr(made, f"{name}_graph")) is not None:
+                part[f"{size}: {name} replayed s"] = min(timed(bench.device, graph.replay) for _ in range(5))
     for count, some in cuts.items():
         for lengths in some:
             part[f"{count} tokens in {len(lengths)}, replayed"] = steps(bench, trainer, lengths, rounds)
@@ -193,6 +193,7 @@ def told(part: Part) -> Iterator[None]:
 @click.option("--only", default="floor,row,equal", show_default=True, help="Of floor, row, equal, layers, shared.")
 @click.option("--places", default=inputs.PLACES, show_default=True, help="Sequences of a captured row.")
 @click.option("--check-layers", default=4, show_default=True, help="Layers of the models of equal.")
+@click.option("--way", default="factors", type=click.Choice(["factors", "burst"]), show_default=True, help="Of row.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=290.0, show_default=True, help="For all of it; what is known by then is kept.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
@@ -209,7 +210,7 @@ def main(**options: Any) -> None:
         torch.empty(1, device=device)
     until, folder = Until(options["seconds"]), options["out"]
     folder.mkdir(parents=True, exist_ok=True)
-    record = Record(folder / f"short_rows_{size}_{only.replace(',', '_')}.json")
+    record = Record(folder / f"short_rows_{size}_{options['way']}_{only.replace(',', '_')}.json")
     benches: list[Bench] = []
 
     def bench(layers: int, part: Part) -> Bench:
@@ -235,7 +236,7 @@ def main(**options: Any) -> None:
             if word == "floor":
                 run("floor", layers, lambda bench, part: floor(bench, tokens, rounds, part))
             elif word == "row":
-                run("row", layers, lambda bench, part: row(bench, tokens, rounds, part))
+                run("row", layers, lambda bench, part: row(bench, tokens, rounds, options["way"], part))
             elif word == "equal":
                 run("equal, without attention", 3, lambda bench, part: equal(bench, longest, part, exact=False))
                 run("equal", few, lambda bench, part: equal(bench, longest, part, exact=True))

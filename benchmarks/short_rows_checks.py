@@ -3,6 +3,7 @@
 Must not know: times.
 """
 
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ from record import Part
 from texts import random_examples
 
 from worker.model.inputs import packing_of
+from worker.trainer.captured_row import CapturedRow
 from worker.trainer.trainer import Trainer
 
 
@@ -58,6 +60,23 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> d
     return found
 
 
+def capture(trainer: Trainer, size: int, part: Part) -> None:
+    """Graphs of a row, in the first way that can make them; what the others said is kept."""
+    for mode, threads in (("global", True), ("thread_local", True), ("relaxed", True), ("relaxed", False)):
+        CapturedRow.mode = mode
+        try:
+            with torch.autograd.set_multithreading_enabled(threads):
+                trainer.capture(size)
+        except Exception:
+            part[f"{size}: not captured, {mode}, threads {threads}"] = traceback.format_exc().splitlines()[-45:]
+            torch.cuda.set_stream(torch.cuda.default_stream())
+            trainer.forget()
+        else:
+            part[f"{size}: captured"] = [mode, threads]
+            return
+    raise RuntimeError(f"a row of {size} tokens was captured in no way")
+
+
 def cuts(size: int) -> list[list[int]]:
     """Ways to cut a row: as captured, in thirds, with a remainder of each kind, in 8, short with much padding."""
     return [[size], [size // 3, size - size // 3], [1, 63, 64, 65], [size // 8] * 8, [size // 2 + 7], [129, 200]]
@@ -67,7 +86,7 @@ def equal(bench: Bench, size: int, part: Part, *, exact: bool) -> None:
     trainer = bench.trainer("factors", (size,), size)
     with deterministic() if exact else nullcontext():
         plain = [(left(trainer, some, bench.vocabulary), left(trainer, some, bench.vocabulary)) for some in cuts(size)]
-        trainer.capture(size)
+        capture(trainer, size, part)
         for lengths, (first, second) in zip(cuts(size), plain, strict=True):
             for again in range(2):
                 graphs = left(trainer, lengths, bench.vocabulary)

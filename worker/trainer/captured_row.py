@@ -1,13 +1,13 @@
-"""The decoder layers over a row of one size as CUDA graphs: of forward, of backward by factors, and of the norms.
+"""The decoder layers over a row of one size as CUDA graphs: of forward, of backward, and by factors of the norms.
 
     row = CapturedRow(body, sweep, tokens, pool)     # in a warm-up: it runs everything once more, and captures it
-    hidden = row.run(embeds, positions, packing)     # in traffic: three replays in place of thousands of launches
+    hidden = row.run(embeds, positions, packing)     # in traffic: replays in place of thousands of launches
     ...                                              # loss.backward() goes through it
 
 A row has few tokens when the host needs longer to launch its kernels than the device to run them; a graph has one
 launch. What depends on the data stays outside: embeddings, the output head, the loss.
 
-Must not know: examples, the loss.
+Must not know: Redis, vLLM, the header, versions.
 Invariants: a replay runs the very kernels that the layers run, on the same shapes: PLACES sequences in `tokens` tokens.
 What it leaves (hidden states, factors, gradients) is valid until the next replay. The graphs own memory for all of it,
 in `pool`; between replays others may use it who take it from the same pool, on the same stream.
@@ -26,24 +26,27 @@ from worker.trainer.factor_sweep import FactorSweep
 
 
 class CapturedRow:
-    """Captures in its constructor. `sweep.factors` must be recording, and hold nothing.
+    """Captures in its constructor: by factors if `sweep.factors` is recording, else with all gradients.
 
     body: transformers' text model, fused. pool: of `torch.cuda.graph`. stream: to capture on.
     """
+
+    mode = "global"
+    """Of `torch.cuda.graph`."""
 
     def __init__(
         self, body: Any, sweep: FactorSweep, tokens: int, pool: Any = None, stream: torch.cuda.Stream | None = None
     ) -> None:
         self.body, self.sweep, self.tokens = body, sweep, tokens
+        self.by_factors = sweep.factors.is_recording
         table = body.embed_tokens.weight
         self._embeds = torch.zeros(1, tokens, table.shape[1], dtype=table.dtype, device=table.device).requires_grad_()
         self._positions = torch.arange(tokens, device=table.device)[None]  # [1, T]
         self._packing = packing_of([tokens]).to(table.device)
         self._pool = pool if pool is not None else torch.cuda.graph_pool_handle()
         self._stream = stream if stream is not None else torch.cuda.Stream()
-        self._plain = [
-            p for p in body.parameters() if p.requires_grad and not sweep.factors.takes(p) and p is not table
-        ]
+        kept = sweep.factors.takes if self.by_factors else lambda parameter: False
+        self._plain = [p for p in body.parameters() if p.requires_grad and not kept(p) and p is not table]
         self._capture()
 
     @property
@@ -69,13 +72,17 @@ class CapturedRow:
             hidden = self._layers()
             self._outer = torch.zeros_like(hidden)
             self._gradients(hidden)  # what a first run loads, it cannot load in a capture
-            self._squares()
+            if self.by_factors:
+                self._squares()
             del hidden
         torch.cuda.current_stream().wait_stream(self._stream)
         self._drop()
         self.forward_graph, hidden = self._graph(self._layers)
         self.backward_graph, gradients = self._graph(lambda: self._gradients(hidden))
-        self.norm_graph, (self._measured, squares) = self._graph(self._squares)
+        self.norm_graph: torch.cuda.CUDAGraph | None = None
+        if self.by_factors:
+            self.norm_graph, (self._measured, squares) = self._graph(self._squares)
+            self._known = _alias(squares)
         # The owners of all this go: the memory is then the pool's again, and the graphs' all the same.
         self._hidden, self._inner = _alias(hidden), _alias(gradients[0])
         self._products = [
@@ -83,12 +90,11 @@ class CapturedRow:
             for weight, one in self.sweep.factors.products()
         ]
         self._left = [(p, _alias(g)) for p, g in zip(self._plain, gradients[1:], strict=True) if g is not None]
-        self._known = _alias(squares)
         self._drop()
 
     def _graph(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self.mode):
             made = work()
         return graph, made
 
@@ -134,12 +140,13 @@ class CapturedRow:
         """Replay, keep and leave what the layers' backward would; the gradient of the embeddings, [1, T, H]."""
         self._outer.copy_(outer)
         self.backward_graph.replay()
-        self.norm_graph.replay()
+        if self.norm_graph is not None:
+            self.norm_graph.replay()
+            self.sweep.known = self._measured, self._known
         for weight, product in self._products:
             self.sweep.factors.keep(weight, product)
         for parameter, gradient in self._left:
             parameter.grad = gradient
-        self.sweep.known = self._measured, self._known
         return self._inner.detach()
 
 

@@ -109,6 +109,7 @@ class Trainer:
         self.sweep = FactorSweep(factors_of(model), optimizer)
         self.rows: dict[int, CapturedRow] = {}
         """By tokens: rows whose layers are replayed instead of run."""
+        self._alone = False  # the micro-batch is one row, which may be replayed
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
         self._step_scale = 1.0
         self._written: dict[str, float] = {}
@@ -225,7 +226,7 @@ class Trainer:
         """All that a step over `examples` computes before it writes, and as much memory as it takes; nothing is written
         or kept. Afterwards a step of the same shape takes nothing for the first time."""
         self.forget()
-        self.begun = self.room.way_of(examples)
+        self.begun, self._alone = self.room.way_of(examples), False
         with self._recording(), self._dropping():
             for batch in self._batches(examples):
                 self.sweep.factors.begin_pass()
@@ -275,8 +276,10 @@ class Trainer:
             [one.trained_tokens * most if imitates(one.kind) else math.inf for one in examples], dtype=torch.float64
         )
         sums = torch.zeros(len(examples), 2, dtype=torch.float64)
+        batches = self._batches(examples)
+        self._alone = len(batches) == 1
         with self._recording():
-            for batch in self._batches(examples):
+            for batch in batches:
                 loss, nll = self._forward(batch, weighting.factors)
                 self._add(sums, batch, nll)
                 fine = torch.isfinite(sums).all(1) & (sums[:, 0] <= bounds)
@@ -343,27 +346,22 @@ class Trainer:
         return linear_cross_entropy(picked, self.head.weight, targets, each, keep)
 
     def capture(self, tokens: int, pool: Any = None, stream: Any = None) -> CapturedRow:
-        """Make graphs of a row of `tokens` tokens, by factors; its kernels have run before. From then on `begin` takes
-        them. pool, stream: of `torch.cuda.graph`."""
+        """Make graphs of a row of `tokens` tokens; its kernels have run before. From then on `begin` takes them, for a
+        micro-batch of one row that is not streamed. pool, stream: of `torch.cuda.graph`."""
         self.rows.pop(tokens, None)
-        with self._recording_row():
-            row = CapturedRow(self.body, self.sweep, tokens, pool, stream)
-        self.rows[tokens] = row
         self.forget()
-        return row
-
-    @contextmanager
-    def _recording_row(self) -> Iterator[None]:
+        with nullcontext() if self.way == "burst" else self.sweep.factors.recording():
+            self.rows[tokens] = CapturedRow(self.body, self.sweep, tokens, pool, stream)
         self.forget()
-        with self.sweep.factors.recording():
-            yield
+        return self.rows[tokens]
 
     def _captured(self, batch: Batch) -> CapturedRow | None:
-        """What stands in for the layers over `batch`, where they are to be differentiated by factors."""
-        if self.begun != "factors" or not torch.is_grad_enabled() or not self.sweep.factors.is_recording:
-            return None
+        """What stands in for the layers over `batch`."""
         row = self.rows.get(batch.input_ids.numel())
-        return row if row is not None and len(batch.lengths) <= row.places else None
+        if row is None or not self._alone or self.begun == "streaming" or not torch.is_grad_enabled():
+            return None
+        fits = row.by_factors == (self.begun == "factors") and len(batch.lengths) <= row.places
+        return row if fits else None
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
