@@ -79,7 +79,7 @@ def capture(trainer: Trainer, size: int, part: Part) -> None:
 
 def cuts(size: int) -> list[list[int]]:
     """Ways to cut a row: as captured, in thirds, with a remainder of each kind, in 8, short with much padding."""
-    return [[size], [size // 3, size - size // 3], [1, 63, 64, 65], [size // 8] * 8, [size // 2 + 7], [129, 200]]
+    return [[size], [size // 3, size - size // 3], [2, 63, 64, 65], [size // 8] * 8, [size // 2 + 7], [129, 200]]
 
 
 def equal(bench: Bench, size: int, part: Part, *, exact: bool) -> None:

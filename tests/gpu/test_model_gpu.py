@@ -234,6 +234,44 @@ def test_what_is_not_finite_is_refused_by_factors_before_a_write(reference: Any,
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
 
+def left(trainer: Trainer, examples: list[Example]) -> dict[str, torch.Tensor]:
+    """All that `begin` leaves: gradients or what they are products of, losses, the norm."""
+    found = trainer.begin(examples)
+    made = gradients(trainer) | {"losses": torch.tensor(list(found.nll.values()))}
+    for name, parameter in trainer.model.named_parameters():
+        if (kept := trainer.sweep.factors.of(parameter)) is not None:
+            for number, one in enumerate(kept.passes[0][0]):
+                made |= {f"{name} dY {number}": one.left.cpu(), f"{name} X {number}": one.right.cpu()}
+            made |= {f"{name} rows": rows.values.cpu() for rows in kept.passes[0][1]}
+    made["norm"] = torch.tensor(trainer.gradient_norm())
+    trainer.forget()
+    return made
+
+
+CUTS = [[512], [171, 341], [2, 63, 64, 65], [64] * 8, [263], [129, 200]]
+"""The row as captured, and cut otherwise: short sequences, whole chunks, a token more, every place taken, padding."""
+
+
+@pytest.mark.parametrize("way", ["burst", "factors"])
+def test_a_replayed_row_leaves_what_its_layers_leave(reference: Any, way: Way) -> None:
+    """Bit for bit, under torch's deterministic algorithms. They fill new memory with NaN, too: what kernels make of an
+    empty place would be seen."""
+    trainer = on_gpu(reference, way=way, kept=4)
+    rows = [[example(f"e{i}", [length], 1.0, VOCABULARY) for i, length in enumerate(cut)] for cut in CUTS]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        expected = [left(trainer, row) for row in rows]
+        trainer.capture(512)
+        for _ in range(2):
+            for cut, row, made in zip(CUTS, rows, expected, strict=True):
+                found = left(trainer, row)
+                assert trainer._captured(trainer._batches(row)[0]) is not None, "it was not replayed"
+                assert found.keys() == made.keys()
+                assert [name for name in made if not torch.equal(found[name], made[name])] == [], cut
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("way", ["burst", "factors", "streaming"])
 def test_warm_means_that_nothing_is_compiled_any_more(reference: Any, way: Way) -> None:
     import triton
