@@ -13,6 +13,7 @@ What it leaves (hidden states, factors, gradients) is valid until the next repla
 in `pool`; between replays others may use it who take it from the same pool, on the same stream.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -67,6 +68,9 @@ class CapturedRow:
     # -- capturing ------------------------------------------------------------------------------------------------
 
     def _capture(self) -> None:
+        # Graphs of autograd that nobody needs any more can be in cycles. While one lives, backward waits for the stream
+        # that it was made on, and a capture cannot.
+        gc.collect()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             hidden = self._layers()
