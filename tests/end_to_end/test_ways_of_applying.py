@@ -29,7 +29,8 @@ from worker.orchestrator.reports import sentence
 from worker.orchestrator.session import open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.header import APPLYING
-from worker.trainer.trainer import Gradients, Trainer
+from worker.trainer.gradients import Gradients
+from worker.trainer.trainer import Trainer
 
 STREAMING = ("--apply", "streaming")
 FACTORS = ("--apply", "factors")

@@ -13,6 +13,7 @@ from producer.errors import TandemError
 
 F = TypeVar("F", bound=Callable[..., Any])
 Apply = Literal["auto", "burst", "factors", "streaming"]
+Graphs = Literal["auto", "off"]
 MAX_TOKENS = 8192
 """Of a version, where nothing else is asked for; `tandem serve` leaves memory for as many."""
 
@@ -25,6 +26,8 @@ class ApplySettings:
     hogwild: bool = False
     duty_cycle: float = 1.0
     memory: float | None = None
+    graphs: Graphs = "off"
+    """Without a flag off: who trains nothing new captures nothing."""
 
     def __post_init__(self) -> None:
         if self.hogwild and self.apply != "streaming":
@@ -82,6 +85,13 @@ def apply_options(command: F) -> F:
             help="Maximum fraction of the time spent training; the worker rests in between.",
         ),
         memory_option,
+        click.option(
+            "--graphs",
+            type=click.Choice(["auto", "off"]),
+            default="auto",
+            help="auto: on a GPU, replay short batches as CUDA graphs, which are made at the start, if their memory"
+            " fits beside the longest batch; the memory plan says so. off: launch every kernel.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

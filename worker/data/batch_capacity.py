@@ -42,10 +42,13 @@ class BatchCapacity:
 
     def way_of(self, examples: Sequence[Example]) -> Way:
         """How `examples`, one micro-batch that it holds, are trained."""
+        return self.way_of_row(next((size for size in self.sizes if size >= self.needs(examples)), math.inf))
+
+    def way_of_row(self, tokens: float) -> Way:
+        """How a micro-batch is trained that takes a row of `tokens` tokens."""
         if self.way != "streaming" or not self.packed:
             return self.way
-        row = next((size for size in self.sizes if size >= self.needs(examples)), math.inf)
-        return "factors" if row <= self.by_factors else "streaming"
+        return "factors" if tokens <= self.by_factors else "streaming"
 
     def needs(self, examples: Sequence[Example]) -> int:
         """Tokens that one row has to hold: all of them, or those of the longest sequence."""

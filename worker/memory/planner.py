@@ -69,6 +69,8 @@ class Plan:
     rows: tuple[tuple[str, int], ...]
     free: int | None = None
     """What the trainer may take, rounded down; None where nobody asked the device."""
+    replayed: int = 0
+    """Tokens of the longest row that is replayed as CUDA graphs."""
 
     @property
     def recompute(self) -> bool:
@@ -80,6 +82,10 @@ class Plan:
         """The trainer's own peak, its CUDA context included."""
         return sum(size for _, size in self.rows)
 
+    def with_graphs(self, held: int, rows: Sequence[int]) -> "Plan":
+        """The same beside graphs of `rows`, in tokens, that hold `held` bytes."""
+        return replace(self, rows=(*self.rows, ("graphs of short rows", held)), replayed=max(rows, default=0))
+
     def within(self, free_bytes: int) -> "Plan":
         """The same, told how much there is."""
         return replace(self, free=free_bytes // STEP * STEP)
@@ -88,7 +94,8 @@ class Plan:
         """What was chosen, in words."""
         layers = f"{self.layers - self.kept} of {self.layers} layers recomputed" if self.kept else "layers recomputed"
         layers = layers if self.recompute else "no recomputation"
-        return f"{self.way}, {layers}, {self.tokens:,} tokens a pass"
+        graphs = f", rows of up to {self.replayed:,} tokens replayed as CUDA graphs" if self.replayed else ""
+        return f"{self.way}, {layers}, {self.tokens:,} tokens a pass{graphs}"
 
     def render(self, device_bytes: int | None = None) -> list[str]:
         """The plan as lines for a log, in GB of 10^9 bytes. device_bytes: the device's memory; with it the server's
@@ -191,6 +198,13 @@ def longest_by_factors(
     """
     at = partial(make_plan, config, way="factors", kept=0, embeddings=embeddings, context_bytes=context_bytes)
     return max((size for size in sizes if at(tokens=size).total <= free_bytes), default=0)
+
+
+def layers_bytes(config: TextConfig, tokens: int, *, way: Way, kept: int) -> float:
+    """What forward and backward of the layers alone take at their peak, and in burst all of their gradients: nothing of
+    embeddings, head, loss and buffer."""
+    _, activations = _backward(config, tokens, way, kept, tables=False)
+    return _sum(activations) + (_gradient_bytes(config, tables=False) if way == "burst" else 0)
 
 
 def weight_bytes(config: TextConfig) -> int:

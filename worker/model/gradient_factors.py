@@ -148,6 +148,8 @@ class GradientFactors:
 
     def __init__(self, model: Any) -> None:
         self._kept: dict[int, Factors] = {}
+        self.known: tuple[list[Tensor], Tensor] | None = None
+        """Parameters whose gradients' squared norms came with the factors, fp64 [n]."""
         self._recording = False
         self._passes = 0
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
@@ -202,7 +204,7 @@ class GradientFactors:
     def forget(self) -> None:
         """Let go of everything."""
         self._kept.clear()
-        self._passes = 0
+        self._passes, self.known = 0, None
 
     def head_keeper(self, weight: Tensor) -> Callable[[Tensor, Tensor, int], None] | None:
         """For the loss: takes (gradient of a block of logits [N, B], hidden [N, H], the block's first row); None while

@@ -13,7 +13,7 @@ import torch
 
 from worker.data.packing import Batch
 
-PLACES = 8
+PLACES = 16
 """Sequences of a packed row, padding included, up to which its arguments have one shape: rows with more have twice as
 many places, and so on."""
 CHUNK = 64

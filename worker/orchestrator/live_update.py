@@ -29,10 +29,10 @@ from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.applying import apply_update
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
+from worker.trainer.gradients import Gradients
 from worker.trainer.losses import imitates
 from worker.trainer.outliers import GradientOutlierError, Guards
 from worker.trainer.threads import TrainingThreads
-from worker.trainer.trainer import Gradients
 from worker.utils.duty_cycle import Duty
 from worker.utils.signals import deferred
 
@@ -195,6 +195,7 @@ class LiveUpdate:
             "gradients_s": computed.seconds,
         }
         manifest |= {"forward_s": computed.forward_s} if way == "streaming" else {}
+        manifest |= {"graphs": True} if self.session.trainer.replayed else {}
         manifest |= ReplayBuffer.record(computed.trained) | _kinds(computed)
         if self.guards is not None:
             nll = {ready.id: gradients.nll[ready.id] for ready in computed.new if imitates(ready.example.kind)}

@@ -123,5 +123,5 @@ def open_session(
         for report in mend_weights(manager, control, known, new_lineage=new_lineage):
             log.info(sentence(report))
         trainer = make(h)
-        warm(trainer)
+        warm(trainer, chosen.replayed)
         yield Session(control, weights, manager, builder, trainer, h, settings)

@@ -16,8 +16,10 @@ from typing import NamedTuple
 import click
 
 from worker.config.update_options import MAX_TOKENS
+from worker.data.batch_capacity import sizes_up_to
+from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import ConfigError, TextConfig
-from worker.memory.planner import Plan, gigabytes, make_plan, state_bytes, weight_bytes
+from worker.memory.planner import CONTEXT_BYTES, Plan, gigabytes, make_plan, state_bytes, weight_bytes
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
 
 MARGIN = 3_000_000_000
@@ -28,6 +30,9 @@ MOST = 0.92
 """Of the device: vLLM's own default. A small model's trainer is no reason for vLLM to take more than it would alone."""
 LEAST_KV = 2_000_000_000
 """A KV cache worth starting a server for."""
+GRAPHS_PART = 4
+"""Graphs of short rows, which hold their memory for good, may take one part in so many of what the KV cache would
+have: nothing at 27B on 80 GB, and graphs of 512 tokens on 141 GB."""
 WAY_OUT = "say how much the trainer needs with --trainer-memory N (GB)"
 
 
@@ -96,8 +101,14 @@ def share_of(model: str, given: Mapping[str, Sequence[str]], trainer_memory: flo
         config = TextConfig.read(find_config(model, given))
     except ConfigError as error:
         raise LaunchError(f"the trainer's share cannot be computed: {error}; {WAY_OUT}") from None
-    plan = default_plan(config, total)
-    taken = weight_bytes(config) + state_bytes(config)
+    plan, taken = default_plan(config, total), weight_bytes(config) + state_bytes(config)
+    room = max(0, total - taken - plan.total - MARGIN)
+    graphs = graphs_beside(
+        config, sizes_up_to(MAX_TOKENS), plan.total + room // GRAPHS_PART, way=plan.way, by_factors=True,
+        embeddings="apollo", context_bytes=CONTEXT_BYTES,
+    )  # fmt: skip
+    if graphs.rows:
+        plan = plan.with_graphs(graphs.total - plan.total, graphs.rows)
     return flags_for(total, taken, plan.total, f"{plan.title()}; --trainer-memory says otherwise")
 
 

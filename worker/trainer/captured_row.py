@@ -1,20 +1,21 @@
 """The decoder layers over a row of one size as CUDA graphs: of forward, of backward, and by factors of the norms.
 
-    row = CapturedRow(body, sweep, tokens, pool)     # in a warm-up: it runs everything once more, and captures it
-    hidden = row.run(embeds, positions, packing)     # in traffic: replays in place of thousands of launches
-    ...                                              # loss.backward() goes through it
+    row = CapturedRow(body, sweep, tokens, pool, stream)   # in a warm-up: it runs everything once more, and captures it
+    hidden = row.run(embeds, positions, packing)           # in traffic: replays in place of thousands of launches
+    ...                                                    # loss.backward() goes through it
 
 A row has few tokens when the host needs longer to launch its kernels than the device to run them; a graph has one
 launch. What depends on the data stays outside: embeddings, the output head, the loss.
 
-Must not know: Redis, vLLM, the header, versions.
+Must not know: examples, the loss, the optimizer (but for a capture).
 Invariants: a replay runs the very kernels that the layers run, on the same shapes: PLACES sequences in `tokens` tokens.
-What it leaves (hidden states, factors, gradients) is valid until the next replay. The graphs own memory for all of it,
-in `pool`; between replays others may use it who take it from the same pool, on the same stream.
+It reads the weights where they lie, and they may change in place. What it leaves (hidden states, factors, gradients) is
+valid until the next replay of any graph in `pool`, whose memory is the graphs' alone.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,23 +33,19 @@ class CapturedRow:
     body: transformers' text model, fused. pool: of `torch.cuda.graph`. stream: to capture on.
     """
 
-    mode = "global"
-    """Of `torch.cuda.graph`."""
-
-    def __init__(
-        self, body: Any, sweep: FactorSweep, tokens: int, pool: Any = None, stream: torch.cuda.Stream | None = None
-    ) -> None:
-        self.body, self.sweep, self.tokens = body, sweep, tokens
+    def __init__(self, body: Any, sweep: FactorSweep, tokens: int, pool: Any, stream: torch.cuda.Stream) -> None:
+        self.body, self.factors, self.tokens = body, sweep.factors, tokens
         self.by_factors = sweep.factors.is_recording
         table = body.embed_tokens.weight
         self._embeds = torch.zeros(1, tokens, table.shape[1], dtype=table.dtype, device=table.device).requires_grad_()
         self._positions = torch.arange(tokens, device=table.device)[None]  # [1, T]
         self._packing = packing_of([tokens]).to(table.device)
-        self._pool = pool if pool is not None else torch.cuda.graph_pool_handle()
-        self._stream = stream if stream is not None else torch.cuda.Stream()
+        self._pool, self._stream = pool, stream
         kept = sweep.factors.takes if self.by_factors else lambda parameter: False
         self._plain = [p for p in body.parameters() if p.requires_grad and not kept(p) and p is not table]
-        self._capture()
+        self._weights = [(p, p.data_ptr()) for p in body.parameters()]
+        with _no_collector():
+            self._capture(sweep)
 
     @property
     def places(self) -> int:
@@ -58,6 +55,8 @@ class CapturedRow:
     def run(self, embeds: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         """The last hidden states [1, T, H], differentiable; backward keeps factors and leaves gradients as the layers'
         own does. embeds: [1, T, H]; positions: int64 [1, T]."""
+        if any(parameter.data_ptr() != address for parameter, address in self._weights):
+            raise RuntimeError(f"weights have moved since a row of {self.tokens} tokens was captured")
         self._positions.copy_(positions)
         for name in ("starts", "starts32", "chunks"):
             getattr(self._packing, name).copy_(getattr(packing, name))
@@ -67,38 +66,41 @@ class CapturedRow:
 
     # -- capturing ------------------------------------------------------------------------------------------------
 
-    def _capture(self) -> None:
-        # Graphs of autograd that nobody needs any more can be in cycles. While one lives, backward waits for the stream
-        # that it was made on, and a capture cannot.
-        gc.collect()
+    def _capture(self, sweep: FactorSweep) -> None:
+        def squares() -> tuple[list[Tensor], Tensor]:
+            parameters, found = sweep.squares(self.body.parameters())
+            assert found is not None
+            return parameters, found
+
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             hidden = self._layers()
             self._outer = torch.zeros_like(hidden)
             self._gradients(hidden)  # what a first run loads, it cannot load in a capture
             if self.by_factors:
-                self._squares()
+                squares()
             del hidden
         torch.cuda.current_stream().wait_stream(self._stream)
         self._drop()
+        torch.cuda.synchronize()
         self.forward_graph, hidden = self._graph(self._layers)
         self.backward_graph, gradients = self._graph(lambda: self._gradients(hidden))
         self.norm_graph: torch.cuda.CUDAGraph | None = None
+        self._measured: list[Tensor] = []
         if self.by_factors:
-            self.norm_graph, (self._measured, squares) = self._graph(self._squares)
-            self._known = _alias(squares)
+            self.norm_graph, (self._measured, found) = self._graph(squares)
+            self._known = _alias(found)
         # The owners of all this go: the memory is then the pool's again, and the graphs' all the same.
         self._hidden, self._inner = _alias(hidden), _alias(gradients[0])
         self._products = [
-            (weight, Product(_alias(one.left), _alias(one.right), one.first))
-            for weight, one in self.sweep.factors.products()
+            (weight, Product(_alias(one.left), _alias(one.right), one.first)) for weight, one in self.factors.products()
         ]
         self._left = [(p, _alias(g)) for p, g in zip(self._plain, gradients[1:], strict=True) if g is not None]
         self._drop()
 
     def _graph(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self.mode):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             made = work()
         return graph, made
 
@@ -115,19 +117,14 @@ class CapturedRow:
 
     def _gradients(self, hidden: Tensor) -> tuple[Tensor | None, ...]:
         """Of `embeds`, then of the parameters that leave no factors; those of the others are kept."""
-        self.sweep.factors.begin_pass()
+        self.factors.begin_pass()
         found = torch.autograd.grad(hidden, [self._embeds, *self._plain], self._outer, allow_unused=True)
         for parameter, gradient in zip(self._plain, found[1:], strict=True):
             parameter.grad = gradient
         return found
 
-    def _squares(self) -> tuple[list[Tensor], Tensor]:
-        parameters, squares = self.sweep.squares(self.body.parameters())
-        assert squares is not None
-        return parameters, squares
-
     def _drop(self) -> None:
-        self.sweep.factors.forget()
+        self.factors.forget()
         for parameter in self._plain:
             parameter.grad = None
 
@@ -146,9 +143,9 @@ class CapturedRow:
         self.backward_graph.replay()
         if self.norm_graph is not None:
             self.norm_graph.replay()
-            self.sweep.known = self._measured, self._known
+            self.factors.known = self._measured, self._known
         for weight, product in self._products:
-            self.sweep.factors.keep(weight, product)
+            self.factors.keep(weight, product)
         for parameter, gradient in self._left:
             parameter.grad = gradient
         return self._inner.detach()
@@ -163,6 +160,23 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return ctx.row.backward(outer), None
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Python's garbage collector runs before and not meanwhile.
+
+    Graphs of autograd that nobody needs any more can be in cycles. While one lives, backward waits for the stream that
+    it was made on, and a capture cannot; nor can it free what others allocated.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Address:

@@ -3,7 +3,7 @@
     with growing_segments():                                          # around the first allocation
     keep_within(settings, device)                                     # to what --memory says
     chosen = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
-    warm(trainer)                                                     # with a progress bar; logs what it cost
+    warm(trainer, chosen.replayed)                                    # with a progress bar; logs what it cost
 
 On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
 Invariants: what does not fit is refused here, with numbers, before anything is trained; with --memory torch's part of
@@ -14,7 +14,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
+from worker.memory.graphs import NO_GRAPHS, graphs_beside
 from worker.memory.model_config import TextConfig
 from worker.memory.planner import (
     CONTEXT_BYTES,
@@ -55,12 +56,13 @@ ALLOCATOR_ENV = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 class Chosen:
     """How gradients are applied, and the most tokens of one forward pass (None: the trainer's default).
 
-    by_factors: in streaming, rows of up to so many tokens go by factors.
+    by_factors: in streaming, rows of up to so many tokens go by factors. replayed: rows of which CUDA graphs are made.
     """
 
     way: Way
     budget: int | None = None
     by_factors: int = 0
+    replayed: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -102,25 +104,34 @@ def choose_way(
     costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
     plan = choose(config, budget, may, settings.apply, way_out=way_out, **costs)
 
-    by_factors = 0
-    if settings.apply == "auto" and plan.way == "streaming":
-        by_factors = longest_by_factors(config, sizes, may, **costs)
+    mixed = settings.apply == "auto" and plan.way == "streaming"
+    graphs = NO_GRAPHS
+    if settings.graphs == "auto":
+        graphs = graphs_beside(config, sizes, may, way=plan.way, by_factors=mixed, **costs)
+    rest = may - graphs.held
+    by_factors = longest_by_factors(config, sizes, rest, **costs) if mixed else 0
 
     def way_of(tokens: int) -> Way:
         return "factors" if tokens <= by_factors else plan.way
 
     @cache
     def kept(tokens: int) -> int:
-        return layers_kept(config, tokens, may, way=way_of(tokens), **costs)
+        if tokens in graphs.rows:
+            return graphs.kept
+        return layers_kept(config, tokens, rest, way=way_of(tokens), **costs)
 
     for tokens in [budget, *([by_factors] if 0 < by_factors < budget else [])]:
-        shown = make_plan(config, tokens, way=way_of(tokens), kept=kept(tokens), **costs).within(may)
-        for line in shown.render(whole):
+        shown = make_plan(config, tokens, way=way_of(tokens), kept=kept(tokens), **costs)
+        if graphs.rows:
+            shown = shown.with_graphs(graphs.held, graphs.rows)
+        for line in shown.within(may).render(whole):
             log.info(line)
     if by_factors:
         log.info("batches of up to %s tokens go by factors, longer ones are streamed", f"{by_factors:,}")
+    if settings.graphs == "auto" and not graphs.rows:
+        log.info("no CUDA graphs: their memory does not fit beside the longest batch, so every kernel is launched")
     fuse(model, kept)
-    return Chosen(plan.way, budget, by_factors)
+    return Chosen(plan.way, budget, by_factors, graphs.rows)
 
 
 def within_share(settings: ApplySettings, share: int) -> ApplySettings:
@@ -138,8 +149,9 @@ def keep_within(settings: ApplySettings, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, rest / whole), device)
 
 
-def warm(trainer: Trainer) -> None:
-    """On a GPU, run every shape once, under a progress bar where somebody looks."""
+def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
+    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens, under a progress bar where somebody
+    looks."""
     if trainer.device.type == "cpu":
         return
     columns = (TextColumn("warm-up"), BarColumn(), TextColumn("{task.fields[what]}"), TimeElapsedColumn())
@@ -149,7 +161,9 @@ def warm(trainer: Trainer) -> None:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
             report = warm_up(
-                trainer, lambda done, all, what: progress.update(task, completed=done, total=all, what=what)
+                trainer,
+                lambda done, all, what: progress.update(task, completed=done, total=all, what=what),
+                replayed,
             )
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
@@ -157,6 +171,8 @@ def warm(trainer: Trainer) -> None:
     gc.freeze()  # what lives as long as the worker is not looked through again, least of all in a pause
     log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
     used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
+    if len(trainer.rows):
+        log.info("CUDA graphs of %s rows hold %s", len(trainer.rows), gigabytes(trainer.rows.held_bytes))
     log.info("in the warm-up at most %s were in use, and torch held %s", gigabytes(used), gigabytes(held))
 
 

@@ -35,8 +35,6 @@ class FactorSweep:
         self.factors, self.optimizer, self.bucket_bytes = factors, optimizer, bucket_bytes
         self._buffer: Tensor | None = None
         self._buckets: list[list[tuple[Factors, Tensor]]] | None = None
-        self.known: tuple[list[Tensor], Tensor] | None = None
-        """Parameters whose gradients' squared norms are known already, fp64 [n]."""
 
     def buffer_bytes(self) -> int:
         """What `reserve` takes."""
@@ -56,7 +54,7 @@ class FactorSweep:
         Raises `NonFiniteGradientError` naming the first parameter whose gradient is not finite, or too large to be
         measured in fp32.
         """
-        known = self.known or ([], None)
+        known = self.factors.known or ([], None)
         done = {id(parameter) for parameter in known[0]}
         others, squares = self.squares(
             parameter for parameter in self.optimizer.sweep_order() if id(parameter) not in done
@@ -125,7 +123,7 @@ class FactorSweep:
     def forget(self) -> None:
         """Let go of factors and buffer."""
         self.factors.forget()
-        self._buffer = self._buckets = self.known = None
+        self._buffer = self._buckets = None
 
     def _is_plain(self, parameter: Tensor) -> bool:
         return self.factors.of(parameter) is None

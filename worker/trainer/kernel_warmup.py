@@ -1,6 +1,7 @@
 """Runs every shape once before traffic, so that no kernel is compiled or tuned while a server waits for it.
 
     warm_up(trainer, tell)   # tell(done, all, what): for a progress bar
+    warm_up(trainer, tell, replayed=(512,))   # and makes CUDA graphs of rows of these sizes
 
 Must not know: the server.
 Invariants: no weight and no state of the optimizer changes, not even for a moment: gradients are dropped as they come,
@@ -8,8 +9,9 @@ and the optimizer's kernels are compiled on tensors of their own.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -30,16 +32,19 @@ class WarmUp:
         return f"warm-up took {sum(self.seconds.values()):.1f} s ({parts})"
 
 
-def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None) -> WarmUp:
-    """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer."""
-    work = [(f"{size} tokens", size) for size in sorted(trainer.sizes, reverse=True)]
+def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = ()) -> WarmUp:
+    """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; last,
+    when all that others keep is allocated, graphs of the rows of `replayed` tokens, longest first."""
+    work: list[tuple[str, Callable[[], object]]] = [
+        (f"{size} tokens", partial(_run, trainer, size)) for size in sorted(trainer.sizes, reverse=True)
+    ]
+    work.append(("optimizer", trainer.optimizer.warm_up))
+    work += [(f"graphs of {size} tokens", partial(trainer.capture, size)) for size in sorted(replayed, reverse=True)]
     seconds = {}
-    for done, (what, size) in enumerate(work):
-        tell(done, len(work) + 1, what)
-        seconds[what] = _timed(trainer, lambda size=size: _run(trainer, size))  # type: ignore[misc]
-    tell(len(work), len(work) + 1, "optimizer")
-    seconds["optimizer"] = _timed(trainer, trainer.optimizer.warm_up)
-    tell(len(work) + 1, len(work) + 1, "ready")
+    for done, (what, run) in enumerate(work):
+        tell(done, len(work), what)
+        seconds[what] = _timed(trainer, run)
+    tell(len(work), len(work), "ready")
     return WarmUp(seconds)
 
 

@@ -14,8 +14,7 @@ kind of feedback has, `worker.trainer.losses` says; how weights and slopes count
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -28,44 +27,15 @@ from worker.model.gradient_factors import factors_of
 from worker.model.inputs import model_inputs
 from worker.model.loss import linear_cross_entropy
 from worker.trainer.captured_row import CapturedRow
+from worker.trainer.captured_rows import rows_of
 from worker.trainer.factor_sweep import FactorSweep
 from worker.trainer.grad_norm import gradient_norm
+from worker.trainer.gradients import Gradients, Limit
 from worker.trainer.losses import BY_KIND, Answers, Term, imitates
 from worker.trainer.weighting import Rule, Weighting, weighted_mean
 from worker.utils.fault_injection import point
 
 NOT_FINITE = "its loss is not finite under the present weights"
-
-
-class Limit(Protocol):
-    """What says which losses are outliers: `worker.trainer.outliers.Guards`."""
-
-    def loss_limit(self) -> float:
-        """The highest mean loss, in nats per trained token, that is trained."""
-
-    def loss_reason(self, loss: float) -> str:
-        """Why a transcript above it was set aside."""
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What `begin` found; the gradients themselves are in the parameters, or in streaming still to come."""
-
-    loss: float
-    """The weighted mean over trained tokens, in nats."""
-    tokens: int
-    trained_tokens: int
-    nll: dict[str, float]
-    """Example id -> mean negative log-likelihood of its trained tokens, in nats, under the weights before the step; of
-    a correction, of the chosen answer's."""
-    losses: dict[str, float] = field(default_factory=dict)
-    """Example id -> its own loss, a mean over its trained tokens, in nats: `nll` for what is imitated."""
-    rejected: dict[str, str] = field(default_factory=dict)
-    """Example id -> why it was left out; such an example has contributed nothing."""
-    step_scale: float = 1.0
-    """What `apply` multiplies the optimizer's step with: the mean of weight times |slope| over trained tokens."""
-    effective_tokens: float = 0.0
-    """As many tokens of equal weight average as much noise away."""
 
 
 class Trainer:
@@ -107,8 +77,9 @@ class Trainer:
         self.begun: Way = way
         """The way of the micro-batch that `begin` was last called with."""
         self.sweep = FactorSweep(factors_of(model), optimizer)
-        self.rows: dict[int, CapturedRow] = {}
-        """By tokens: rows whose layers are replayed instead of run."""
+        self.rows = rows_of(model)
+        self.replayed = False
+        """Whether the layers of the last micro-batch were replayed as CUDA graphs instead of launched."""
         self._alone = False  # the micro-batch is one row, which may be replayed
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
         self._step_scale = 1.0
@@ -130,7 +101,7 @@ class Trainer:
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
         self._check_room(examples)
-        self.begun = self.room.way_of(examples)
+        self.begun, self.replayed = self.room.way_of(examples), False
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
             terms, bad = self._terms(kept)
@@ -190,11 +161,11 @@ class Trainer:
 
     def measured(self) -> dict[str, float]:
         """Of the last `write`: the RMS of update and weights, and on a GPU `peak_bytes`, the most that this process had
-        allocated since `begin`. Waits for the device."""
+        allocated since `begin`, with what CUDA graphs hold. Waits for the device."""
         update = self.optimizer.last_update
         measured = self._written | {"update_rms": update.update_rms, "weight_rms": update.weight_rms}
         if self.device.type == "cuda":
-            measured["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            measured["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) + self.rows.held_bytes
         return measured
 
     def forget(self) -> None:
@@ -338,6 +309,7 @@ class Trainer:
         before, targets, each = (some.to(self.device) for some in (batch.before, batch.targets, each))  # [N]
         inputs, row = model_inputs(batch, self.device), self._captured(batch)
         if row is not None:
+            self.replayed = True
             hidden = row.run(self.body.embed_tokens(inputs["input_ids"]), inputs["position_ids"], inputs["packing"])
         else:
             hidden = self.body(**inputs, use_cache=False).last_hidden_state  # [B, T, H]
@@ -345,23 +317,17 @@ class Trainer:
         keep = self.sweep.factors.head_keeper(self.head.weight)
         return linear_cross_entropy(picked, self.head.weight, targets, each, keep)
 
-    def capture(self, tokens: int, pool: Any = None, stream: Any = None) -> CapturedRow:
-        """Make graphs of a row of `tokens` tokens; its kernels have run before. From then on `begin` takes them, for a
-        micro-batch of one row that is not streamed. pool, stream: of `torch.cuda.graph`."""
-        self.rows.pop(tokens, None)
+    def capture(self, tokens: int) -> bool:
+        """Have `begin` replay rows of `tokens` tokens, whose kernels have run before: see `CapturedRows.capture`."""
+        by_factors = self.room.way_of_row(tokens) == "factors"
         self.forget()
-        with nullcontext() if self.way == "burst" else self.sweep.factors.recording():
-            self.rows[tokens] = CapturedRow(self.body, self.sweep, tokens, pool, stream)
-        self.forget()
-        return self.rows[tokens]
+        return self.rows.capture(self.body, self.sweep, tokens, by_factors=by_factors)
 
     def _captured(self, batch: Batch) -> CapturedRow | None:
-        """What stands in for the layers over `batch`."""
-        row = self.rows.get(batch.input_ids.numel())
-        if row is None or not self._alone or self.begun == "streaming" or not torch.is_grad_enabled():
+        """What stands in for the layers over `batch`: what it leaves is there until the next replay."""
+        if not self._alone or self.begun == "streaming" or not torch.is_grad_enabled():
             return None
-        fits = row.by_factors == (self.begun == "factors") and len(batch.lengths) <= row.places
-        return row if fits else None
+        return self.rows.of(batch, by_factors=self.begun == "factors")
 
     @staticmethod
     def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:

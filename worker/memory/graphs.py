@@ -1,0 +1,77 @@
+"""Which short rows are replayed as CUDA graphs, and the memory that these hold for good.
+
+A row is worth it while the host takes longer to launch a layer's kernels than the device to run them. Its graphs own
+what the layers take (`worker.trainer.captured_row`), whether a row is being replayed or not, so that they are taken
+only where that much is free beside the longest row. Must not know: torch, vLLM.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from worker.memory.model_config import TextConfig
+from worker.memory.planner import SLACK, STEP, Way, layers_bytes, make_plan
+
+LONGEST = 2048
+"""Tokens of the longest row that is captured."""
+HOST_BOUND = 1 << 38
+"""Tokens times parameters of a layer up to which the device waits for the host: 512 tokens at 27B, whose step took 2.6
+times as long launched as replayed on an H100; 2,048 at 0.8B and 4B."""
+GRAPH_BYTES = 100_000_000
+"""CUDA's own of the graphs, beside what torch allocated for them."""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """rows: their sizes in tokens, ascending; kept: layers of them that are not recomputed; held: bytes that the graphs
+    hold together; total: the trainer's whole peak with them, in bytes."""
+
+    rows: tuple[int, ...] = ()
+    kept: int = 0
+    held: int = 0
+    total: int = 0
+
+
+NO_GRAPHS = Graphs()
+
+
+def host_bound(config: TextConfig, sizes: Sequence[int]) -> list[int]:
+    """Those of `sizes`, in tokens, whose rows wait for the host."""
+    shapes = [config.layer(kind).values() for kind in config.layers]
+    layer = sum(math.prod(shape) for layer in shapes for shape in layer) / len(shapes)
+    return [size for size in sizes if size <= LONGEST and size * layer <= HOST_BOUND]
+
+
+def held_bytes(config: TextConfig, tokens: int, *, way: Way, kept: int) -> int:
+    """What the graphs of rows of up to `tokens` tokens hold: shorter rows use the memory of the longest."""
+    held = layers_bytes(config, tokens, way=way, kept=kept) * (1 + SLACK) + GRAPH_BYTES
+    return math.ceil(held / STEP) * STEP
+
+
+def graphs_beside(
+    config: TextConfig,
+    sizes: Sequence[int],
+    free_bytes: int,
+    *,
+    way: Way,
+    by_factors: bool,
+    embeddings: str,
+    context_bytes: int,
+) -> Graphs:
+    """The graphs that fit into `free_bytes` with a trainer by `way` of rows of `sizes`: the longest rows first, then no
+    recomputation before it. by_factors: in streaming, short rows go by factors where they fit."""
+    costs = {"embeddings": embeddings, "context_bytes": context_bytes}
+    if way == "streaming" and not by_factors:
+        return NO_GRAPHS
+    short: Way = "factors" if way == "streaming" else way
+    longest = make_plan(config, max(sizes), way=way, kept=0, **costs).total  # type: ignore[arg-type]
+    rows = host_bound(config, sorted(sizes))
+    while rows:
+        for kept in (len(config.layers), 0):
+            # Launched as well: in the warm-up, and where it has more sequences than its graphs have places.
+            launched = make_plan(config, rows[-1], way=short, kept=kept, **costs).total  # type: ignore[arg-type]
+            held = held_bytes(config, rows[-1], way=short, kept=kept)
+            if (total := max(longest, launched) + held) <= free_bytes:
+                return Graphs(tuple(rows), kept, held, total)
+        rows.pop()
+    return NO_GRAPHS
