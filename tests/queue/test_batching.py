@@ -64,9 +64,30 @@ def test_linger_ends_a_batch_that_does_not_fill(redis_url: str, connection: redi
     weights.prepare = more  # type: ignore[method-assign]
     producer.enqueue(say("good"), id="a0")
     worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=4.0)
+    looks: list[int] = []
+    fetch = worker.batcher.fetch
+    worker.batcher.fetch = lambda *a: looks.append(fetch(*a)) or looks[-1]  # type: ignore[method-assign, func-returns-value]
     assert worker.work(max_versions=1) == 1
     assert weights.batches == [["a0", "a1", "a2"]]
-    assert lines.versions[0]["linger_s"] >= 4.0
+    assert lines.versions[0]["linger_s"] >= 1.0, "a quarter of it in which nothing came"
+    assert looks == [1, 1, 1, 0, 0], "that is two looks, also on a busy machine"
+
+
+def test_linger_ends_a_batch_to_which_jobs_keep_coming(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer, lines = Producer(redis_url), Lines()
+    prepare = weights.prepare
+
+    def more(job_id, transcript):  # type: ignore[no-untyped-def]
+        producer.enqueue(say("good"), id=f"a{int(job_id[1:]) + 1}")
+        return prepare(job_id, transcript)
+
+    weights.prepare = more  # type: ignore[method-assign]
+    producer.enqueue(say("good"), id="a0")
+    worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=0.5)
+    assert worker.work(max_versions=1) == 1
+    assert lines.versions[0]["linger_s"] >= 0.5 and 1 <= len(weights.batches[0]) < 100
 
 
 def test_a_job_on_its_last_try_trains_alone(connection: redis.Redis, weights: Weights) -> None:
