@@ -3,6 +3,7 @@
 Must not know: what the processes do. Amounts are bytes.
 """
 
+import os
 import re
 import subprocess
 import threading
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
+
+from worker.testing.child_process import die_with_parent
 
 
 def tree(pid: int) -> list[int]:
@@ -79,3 +82,50 @@ class Highest:
     def _watch(self) -> None:
         while not self._over.wait(self._every):
             self.bytes = max(self.bytes, device_used())
+
+
+class ProcessWatch:
+    """The most that each process, and all of them together, held of the GPU during the block, as nvidia-smi says.
+
+    It asks every `every` seconds, from a process without a CUDA context, which itself would take half a GB. Without a
+    GPU it knows of nothing. `by_pid`: bytes by pid; `device`: bytes in use, by everybody.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        self.by_pid: dict[int, int] = {}
+        self.device = 0
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        command = ["nvidia-smi", "-i", gpu, "--format=csv,noheader,nounits", "-l", str(every)]
+        self._commands = [[*command, "--query-compute-apps=pid,used_gpu_memory"], [*command, "--query-gpu=memory.used"]]
+        self._asked: list[subprocess.Popen[str]] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        for command in self._commands if torch.cuda.is_available() else ():
+            asked = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+            thread = threading.Thread(target=self._read, args=(asked,), daemon=True)
+            thread.start()
+            self._asked.append(asked)
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for asked in self._asked:
+            asked.kill()
+            asked.wait()
+        for thread in self._threads:
+            thread.join()
+
+    def held(self, pid: int) -> int:
+        """By the process tree below `pid`, which lives."""
+        return sum(self.by_pid.get(one, 0) for one in tree(pid))
+
+    def _read(self, asked: "subprocess.Popen[str]") -> None:
+        assert asked.stdout is not None
+        for line in asked.stdout:
+            numbers = [int(word) << 20 for word in re.findall(r"\d+", line)]
+            if len(numbers) == 2:
+                pid = numbers[0] >> 20
+                self.by_pid[pid] = max(self.by_pid.get(pid, 0), numbers[1])
+            elif numbers:
+                self.device = max(self.device, numbers[0])

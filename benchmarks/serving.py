@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import outputs
 import serving_report
 from load import ClosedLoop
+from memory import ProcessWatch, tree
 from record import OutOfTime, Part, Record, Until
-from rig import CLOSING, Rig, RigError, metric, server_options
+from rig import CLOSING, Rig, RigError, Worker, metric, server_options
 from serving_loads import Load
 from shapes import SIZES, write_shape
 from texts import text_builder
@@ -47,12 +48,14 @@ COUNTERS = {
     "prefix_queries": "vllm:prefix_cache_queries_total",
 }
 """vLLM's own, over a measurement. Hits and queries in tokens."""
+PARTS = ("linger_s", "gradients_s", "wait_s", "pause_s", "step_s")
+"""Of a manifest: where a version's time went. The medians are reported."""
 
 
 @dataclass(frozen=True)
 class Phases:
     """seconds: of each measurement; settle: before it; every: seconds between transcripts of lengths[0] to lengths[1]
-    tokens; worker: options of `tandem worker`."""
+    tokens; worker: options of `tandem worker`; states: which of the two are measured."""
 
     seconds: float
     settle: float
@@ -61,6 +64,8 @@ class Phases:
     every: float = 3.0
     lengths: tuple[int, int] = (400, 400)
     worker: Sequence[str] = field(default_factory=list)
+    states: Sequence[str] = (ALONE, TRAINING)
+    patience: float = 60.0
 
 
 def measure(
@@ -68,6 +73,7 @@ def measure(
 ) -> None:
     """Every load on the rig's server, which is of `kind`: a part of `record` for each."""
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
+    worker: Worker | None = None
     with ExitStack() as stack:
         if kind != "plain":
             worker = stack.enter_context(rig.worker(*phases.worker))
@@ -78,9 +84,9 @@ def measure(
             for load in loads:
 
                 def one(part: Part, load: Load = load) -> None:
-                    for state in (ALONE,) if kind == "plain" else (ALONE, TRAINING):
+                    for state in (ALONE,) if kind == "plain" else phases.states:
                         found = rows.setdefault((load.name, state), [])
-                        found.append(_phase(rig, builder, load, state, phases, part))
+                        found.append(_phase(rig, builder, load, state, phases, part, worker))
                         part[state] = {key: statistics.median(row[key] for row in found) for key in found[0]}
                     part["rounds"] = len(found)
                     _judge(part)
@@ -92,15 +98,18 @@ def part_name(kind: str, load: Load) -> str:
     return f"{kind}, {load.name}"
 
 
-def _phase(rig: Rig, builder: ExampleBuilder, load: Load, state: str, phases: Phases, part: Part) -> dict[str, float]:
+def _phase(
+    rig: Rig, builder: ExampleBuilder, load: Load, state: str, phases: Phases, part: Part, worker: Worker | None
+) -> dict[str, float]:
     """One measurement."""
     with ExitStack() as stack:
+        watch = stack.enter_context(ProcessWatch())
         running = stack.enter_context(
             ClosedLoop(rig.url, str(rig.model), load=load, max_tokens=phases.max_tokens, vocabulary=900)
         )
         clock = None
         if state == TRAINING:
-            clock = stack.enter_context(TranscriptClock(rig, builder, phases.every, phases.lengths))
+            clock = stack.enter_context(TranscriptClock(rig, builder, phases.every, phases.lengths, phases.patience))
         time.sleep(phases.settle)
         first, start = rig.producer.version(), time.monotonic()
         before = {name: metric(rig.url, counter) for name, counter in COUNTERS.items()}
@@ -108,29 +117,46 @@ def _phase(rig: Rig, builder: ExampleBuilder, load: Load, state: str, phases: Ph
         served = running.between(start, time.monotonic())
         counted = {name: metric(rig.url, counter) - before[name] for name, counter in COUNTERS.items()}
         last = rig.producer.version()
+        row = _memory(watch, worker)
     if running.failures:
         part[f"{state}: failures"] = [reason for _, reason in running.failures][:10]
-    row = served.plain() | counted | {"failed": float(len(running.failures))}
+    row |= served.plain() | counted | {"failed": float(len(running.failures))}
     if clock is None:
         return row
     trained = [rig.manifest(version) for version in range(first + 1, last + 1)]
     pauses = [manifest["pause_s"] for manifest in trained]
     row |= {"versions": float(last - first), "trained_tokens": sum(manifest["tokens"] for manifest in trained)}
     row |= {"pause_share": sum(pauses) / served.seconds, "pause_max": max(pauses, default=0.0)}
+    for name in PARTS:
+        if found := [manifest[name] for manifest in trained if name in manifest]:
+            row[name] = statistics.median(found)
     return row | {"latency_p50": float("nan"), "latency_max": float("nan")} | clock.plain()
+
+
+def _memory(watch: ProcessWatch, worker: Worker | None) -> dict[str, float]:
+    """The most that was held of a GPU, in GB: by all, by the worker, and by the largest other process, the server's
+    engine. Nothing on a CPU."""
+    if not watch.device:
+        return {}
+    own = tree(worker.pid) if worker is not None else []
+    others = [held for pid, held in watch.by_pid.items() if pid not in own]
+    found = {"device_gb": watch.device / 1e9, "engine_gb": max(others, default=0) / 1e9}
+    return found | ({"worker_gb": watch.held(worker.pid) / 1e9} if worker is not None else {})
 
 
 def _judge(part: Part) -> None:
     """What the part's medians say beside alone, and what must hold."""
-    alone, training = part.figures[ALONE], part.figures.get(TRAINING)
+    alone, training = part.figures.get(ALONE), part.figures.get(TRAINING)
     part.check("no request failed", not any(row["failed"] for row in (alone, training) if row))
     if training is None:
+        return
+    part.check("something was trained", training["versions"] > 0)
+    part.check("every transcript became live", training["live"] == training["sent"])
+    if alone is None:
         return
     names = {"tokens_per_s": "tokens/s", "itl_p99": "p99 gap", "first_token_p50": "first token"}
     part["times alone"] = {said: training[name] / alone[name] for name, said in names.items() if alone[name]}
     part["p99.9 above alone"] = training["itl_p999"] - alone["itl_p999"]
-    part.check("something was trained", training["versions"] > 0)
-    part.check("every transcript became live", training["live"] == training["sent"])
 
 
 def old_prefixes(rig: Rig, builder: ExampleBuilder, length: int, phases: Phases, part: Part) -> None:
@@ -213,7 +239,9 @@ def parse_range(text: str) -> tuple[int, int]:
 @click.option("--seconds", default=40.0, show_default=True, help="Of each measurement.")
 @click.option("--settle", type=float, help="Seconds before it [default: a fifth of it, at least 2].")
 @click.option("--rounds", default=1, show_default=True)
+@click.option("--states", default=f"{ALONE},{TRAINING}", show_default=True, help="Which of the two are measured.")
 @click.option("--every", default=3.0, show_default=True, help="Seconds between two transcripts.")
+@click.option("--patience", default=60.0, show_default=True, help="Seconds that transcripts may be late at an end.")
 @click.option("--transcripts", default="400", show_default=True, help="Their tokens, or a range: 200:2000.")
 @click.option("--max-tokens", default=128, show_default=True, help="Of an answer.")
 @click.option("--prefix-max-age", type=int, help="tandem serve's, for keep.")
@@ -236,7 +264,12 @@ def main(**o: Any) -> None:
     seconds = o["seconds"]
     settle = max(2.0, seconds / 5) if o["settle"] is None else o["settle"]
     lengths = parse_range(o["transcripts"])
-    phases = Phases(seconds, settle, o["rounds"], o["max_tokens"], o["every"], lengths, o["worker_option"])
+    states = o["states"].split(",")
+    if set(states) - {ALONE, TRAINING}:
+        raise click.UsageError(f"--states {o['states']}: write {ALONE}, {TRAINING} or {ALONE},{TRAINING}")
+    phases = Phases(
+        seconds, settle, o["rounds"], o["max_tokens"], o["every"], lengths, o["worker_option"], states, o["patience"]
+    )
     outputs.folder(o["out"])
     until = Until(max(1.0, o["limit"] - CLOSING))
     torch_setup.prepare()

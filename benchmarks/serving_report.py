@@ -21,8 +21,9 @@ def rows_of(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str,
     for name, part in parts.items():
         server, _, load = name.partition(", ")
         for state in STATES:
-            if isinstance(row := part.get(state), Mapping) and "alone" in part:
-                share = row["tokens_per_s"] / part["alone"]["tokens_per_s"] if part["alone"]["tokens_per_s"] else 0.0
+            if isinstance(row := part.get(state), Mapping):
+                alone = part.get("alone", {}).get("tokens_per_s")
+                share = row["tokens_per_s"] / alone if alone else float("nan")
                 found.append((server, load, state, row, share))
     return found
 

@@ -1,7 +1,7 @@
 """Transcripts that arrive by a clock, whatever the worker does, and how long each takes until it is live.
 
 Must not know: what is served meanwhile. Invariant: transcripts come every `every` seconds, the first with `with`; none
-is sent after the block, and those on their way are waited for, a minute at most.
+is sent after the block, and those on their way are waited for, `patience` seconds at most.
 """
 
 import os
@@ -24,11 +24,17 @@ class TranscriptClock:
     _names = count()
 
     def __init__(
-        self, rig: Rig, builder: ExampleBuilder, every: float, lengths: tuple[int, int], kinds: int = 8
+        self,
+        rig: Rig,
+        builder: ExampleBuilder,
+        every: float,
+        lengths: tuple[int, int],
+        patience: float = 60.0,
+        kinds: int = 8,
     ) -> None:
         self.latencies: list[float] = []
         self.sent = 0
-        self._rig, self._every = rig, every
+        self._rig, self._every, self._patience = rig, every, patience
         self._name = f"clock-{os.getpid()}-{next(self._names)}"
         draw = random.Random(1)
         sizes = [lengths[0]] if lengths[0] == lengths[1] else [draw.randint(*lengths) for _ in range(kinds)]
@@ -68,11 +74,11 @@ class TranscriptClock:
             if self._over.wait(max(0.0, due - time.monotonic())):
                 return
 
-    def _watch(self, patience: float = 60.0) -> None:
+    def _watch(self) -> None:
         end = float("inf")
         while not (self._all_sent.is_set() and not self._waiting) and time.monotonic() < end:
             if self._all_sent.is_set() and end == float("inf"):
-                end = time.monotonic() + patience
+                end = time.monotonic() + self._patience
             for id in list(self._waiting):
                 if self._rig.redis.hexists(keys.LEDGER, id):
                     self.latencies.append(time.monotonic() - self._waiting.pop(id))
