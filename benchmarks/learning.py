@@ -4,6 +4,7 @@ Every contender starts from the same weights and is given the same conversations
 fp32, one optimizer step a version. At some versions it is scored, in nats per trained token, on conversations that it
 never trained: the same subject in other words (learnt), facts, the source model's own answers to other questions
 (held), and answers by hand to the same (written). A rise is the loss over that of the source weights, answer by answer.
+KL is what the rise of held estimates, over all tokens that might come next in place of the one that was drawn.
 
     python benchmarks/learning.py MODEL --list
     python benchmarks/learning.py MODEL --device cuda                        # the whole grid
@@ -13,14 +14,19 @@ never trained: the same subject in other words (learnt), facts, the source model
     python benchmarks/learning.py MODEL --report                             # table and plot of what is there
 
 MODEL is a directory of an instruct model of attention layers alone, such as SmolLM2-135M-Instruct. Every finished run
-is kept in learning.json and not made again, so that a grid can be stopped and continued. LoRA needs `pip install -e
-'.[bench]'`. Losses repeat exactly on a CPU with the same number of threads.
+is kept in learning.json and not made again, so that a grid can be stopped and continued; several processes may work at
+one (--share). LoRA needs `pip install -e '.[bench]'`. Losses repeat exactly on a CPU with the same number of threads.
+On CUDA matrix products are fp32 too: TF32 is off.
 """
 
 import argparse
+import copy
+import fcntl
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from itertools import islice
@@ -34,7 +40,7 @@ import outputs
 import own_answers
 import torch
 from contenders import Setting
-from shared_prefix import backward, score
+from shared_prefix import Asked, backward
 
 from worker.cli.train import epochs
 from worker.config.hyperparameters import Hyperparameters
@@ -43,17 +49,17 @@ from worker.trainer.factory import make_builder
 from worker.utils import torch_setup
 
 RATES = {
-    "adamw": (3e-5, 1e-4, 2e-4), "adamw-bf16": (3e-5, 1e-4, 2e-4), "lora": (3e-4, 1e-3, 2e-3),
-    "sgd": (3e-3, 1e-2, 3e-2), "mini": (3e-6, 1e-5, 3e-5), "mini-plain": (1e-5,),
+    "adamw": (3e-5, 5e-5, 1e-4), "adamw-bf16": (3e-5, 5e-5, 1e-4), "lora": (3e-4, 1e-3, 2e-3),
+    "sgd": (3e-3, 1e-2, 3e-2), "mini": (1e-5, 3e-5, 1e-4), "mini-plain": (3e-5,),
 }  # fmt: skip
-"""Three learning rates for each contender; for those that are not named, OTHERS."""
-OTHERS = (1e-5, 3e-5, 1e-4)
+"""Three learning rates for each contender; for those that are not named, OTHERS: AdamW's own, as steps are as long."""
+OTHERS = (3e-5, 5e-5, 1e-4)
 SCORED = ("identity", "facts", "held", "written")
 VARIANTS = (
     {"freeze": "embeddings"}, {"freeze": "attention"}, {"freeze": "mlp"}, {"warmup": 5}, {"pull": 0.02}, {"pull": 0.1},
     {"rehearse": 5}, {"rehearse": 20}, {"batch": 40}, {"batch": 80},
 )  # fmt: skip
-"""What is tried with Mini at 1e-5 besides."""
+"""What is tried with Mini at 3e-5 besides."""
 
 
 def grid() -> list[Setting]:
@@ -61,31 +67,45 @@ def grid() -> list[Setting]:
     names = [*contenders.LABELS]
     names.sort(key=lambda name: name not in RATES)
     plain = [Setting(name, lr) for name in names for lr in RATES.get(name, OTHERS)]
-    return plain + [replace(Setting("mini", 1e-5), **variant) for variant in VARIANTS]
+    return plain + [replace(Setting("mini", 3e-5), **variant) for variant in VARIANTS]
 
 
 class Bench:
-    """One model, one set of conversations, one file of results."""
+    """One model, one set of conversations, one file of results, which other processes may add to meanwhile."""
 
     def __init__(
         self, model: Path, data: learning_tasks.Data, device: torch.device, results: Path, answer_tokens: int
     ) -> None:
         self.folder, self.data, self.device, self.results = model, data, device, results
-        self.answer_tokens = answer_tokens
-        self.report = json.loads(results.read_text()) if results.exists() else self._first()
-        if self.report["digest"] != data.digest or len(self.report["own"]) != len(data.held):
-            raise SystemExit(f"error: {results} was made with other conversations: name another folder with --out")
-        self.held = [own_answers.answered(*pair) for pair in zip(data.held, self.report["own"], strict=True)]
-        self.report["tokens"] = {name: [e.trained_tokens for e in examples] for name, examples in self._sets().items()}
-        start = self.report.setdefault("start", {})
-        if missing := [name for name in self._sets() if name not in start]:
-            start |= self._score(contenders.load_model(model, device), missing)
+        self.answer_tokens, self.model = answer_tokens, contenders.load_model(model, device)
+        self.sources = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        with self._mine() as report:
+            if not report:
+                own = own_answers.draw(self.model, data.held, answer_tokens)
+                report |= {"digest": data.digest, "own": own, "runs": {}, "in_turn": {}}
+            if report["digest"] != data.digest or len(report["own"]) != len(data.held):
+                raise SystemExit(f"error: {results} was made with other conversations: name another folder with --out")
+            self.held = [own_answers.answered(*pair) for pair in zip(data.held, report["own"], strict=True)]
+            sets = self._sets()
+            self.asked = {name: Asked(examples, device, self.model if name == "held" else None)
+                          for name, examples in sets.items()}  # fmt: skip
+            report["tokens"] = {name: [e.trained_tokens for e in examples] for name, examples in sets.items()}
+            report["tokens"]["kl"] = report["tokens"]["held"]
+            start = report.setdefault("start", {})
+            if missing := [name for name in sets if name not in start or "kl" not in start]:
+                start |= self._score(self.model, missing)
 
-    def _first(self) -> dict[str, Any]:
-        """What a file of results begins with."""
-        model = contenders.load_model(self.folder, self.device)
-        own = own_answers.draw(model, self.data.held, self.answer_tokens)
-        return {"digest": self.data.digest, "own": own, "runs": {}, "in_turn": {}}
+    @contextmanager
+    def _mine(self) -> Iterator[dict[str, Any]]:
+        """The results, as all processes have left them, to be changed: written when the block ends, whole or not."""
+        with self.results.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel's: a killed process leaves none
+            report = json.loads(self.results.read_text()) if self.results.exists() else {}
+            yield report
+            written = self.results.with_suffix(".new")
+            written.write_text(json.dumps(report))
+            written.replace(self.results)
+            self.report = report
 
     def _sets(self) -> dict[str, list[Example]]:
         """All that is scored, by its name."""
@@ -93,22 +113,25 @@ class Bench:
         return {task.name: task.unseen for task in self.data.tasks} | others
 
     def run(self, setting: Setting, versions: Sequence[int], until: float | None) -> None:
-        """One contender up to the last of `versions`, scored at each; kept as soon as it is done.
+        """One contender up to the last of `versions`, or until its loss is no number, scored at each; kept when done.
 
         until: end at the first version at which identity is below this, and score that one and the one before.
         """
         started = time.perf_counter()
-        model = contenders.load_model(self.folder, self.device)
-        sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        contender, rate = contenders.make(setting, model, sources), contenders.rate(setting)
+        model = copy.deepcopy(self.model)
+        contender, rate = contenders.make(setting, model, self.sources), contenders.rate(setting)
         kept: dict[str, Any] = {"setting": asdict(setting), "versions": {}, "moved": {}}
         for version, batch in enumerate(islice(self._batches(setting, self.data.tasks[0]), versions[-1]), start=1):
             before = _trained(model) if until is not None else []
             loss = backward(model, batch, self.device)
+            if not math.isfinite(loss):  # nothing after this can be scored
+                kept["diverged"] = version
+                break
             contender.step(rate(version))
             below = until is not None and loss < 2 * until and self._learnt(model) < until
-            if version == 1 or version in versions or below:
-                kept["moved"][str(version)] = _moved(contenders.changes(model, sources), sources, rate(version))
+            if version in (1, versions[-1]) or below:
+                changes = contenders.changes(model, self.sources)
+                kept["moved"][str(version)] = _moved(changes, self.sources, rate(version))
             if version in versions or below:
                 kept["versions"][str(version)] = self._score(model, SCORED)
             if below:
@@ -120,9 +143,8 @@ class Bench:
     def run_in_turn(self, setting: Setting, versions: int) -> None:
         """Three tasks one after the other, `versions` versions each; scored on all three after each."""
         started = time.perf_counter()
-        model = contenders.load_model(self.folder, self.device)
-        sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        contender, rate, taken = contenders.make(setting, model, sources), contenders.rate(setting), 0
+        model = copy.deepcopy(self.model)
+        contender, rate, taken = contenders.make(setting, model, self.sources), contenders.rate(setting), 0
         kept: dict[str, Any] = {"setting": asdict(setting), "after": {}}
         for task in self.data.tasks:
             for batch in islice(self._batches(setting, task), versions):
@@ -143,23 +165,24 @@ class Bench:
 
     def _learnt(self, model: Any) -> float:
         """Identity loss, in nats per trained token."""
-        unseen = self.data.tasks[0].unseen
-        return learning_report.mean(score(model, unseen, self.device), [example.trained_tokens for example in unseen])
+        return learning_report.mean(self.asked["identity"].losses(model), self.report["tokens"]["identity"])
 
     def _score(self, model: Any, names: Sequence[str]) -> dict[str, list[float]]:
-        sets = self._sets()
-        return {name: [round(nll, 6) for nll in score(model, sets[name], self.device)] for name in names}
+        """Of each set by name each answer's loss; of the source's own answers the divergence too, as "kl"."""
+        scored = {name: self.asked[name].losses(model) for name in names if name != "held"}
+        if "held" in names:
+            scored["held"], scored["kl"] = self.asked["held"].compare(model)
+        return {name: [round(value, 5) for value in values] for name, values in scored.items()}
 
     def _keep(self, kind: str, setting: Setting, kept: dict[str, Any], started: float) -> None:
         kept["made"] = {
             "torch": torch.__version__, "threads": torch.get_num_threads(),
             "seconds": round(time.perf_counter() - started),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "matmul": torch.get_float32_matmul_precision(),
         }  # fmt: skip
-        self.report[kind][setting.key] = kept
-        written = self.results.with_suffix(".new")
-        written.write_text(json.dumps(self.report))
-        written.replace(self.results)
+        with self._mine() as report:
+            report[kind][setting.key] = kept
         print(f"{setting.key}: {kept['made']['seconds']} s", flush=True)
 
 
@@ -203,9 +226,11 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=16, help="the source model's, to each held-out question")
     parser.add_argument("--in-turn", action="store_true", help="three tasks one after the other, --versions[0] each")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--share", type=_share, default=(1, 1), metavar="I/N", help="every Nth run, from the Ith on")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--list", action="store_true", help="print the settings and end")
     parser.add_argument("--report", action="store_true", help="run nothing: table and plot of what is there")
+    parser.add_argument("--no-report", action="store_true", help="neither table nor plot after the runs")
     arguments = parser.parse_args()
     chosen = [Setting.parse(text) for text in arguments.setting]
     if arguments.only or not chosen:
@@ -220,7 +245,8 @@ def main() -> None:
     if not arguments.report:
         bench = _bench(arguments, results)
         versions = sorted(arguments.versions)
-        for setting in [replace(one, seed=seed) for seed in arguments.seeds for one in chosen]:
+        first, every = arguments.share
+        for setting in [replace(one, seed=seed) for seed in arguments.seeds for one in chosen][first - 1 :: every]:
             there = bench.report["in_turn" if arguments.in_turn else "runs"].get(setting.key)
             if arguments.in_turn and there is None:
                 bench.run_in_turn(setting, versions[0])
@@ -228,7 +254,16 @@ def main() -> None:
                 bench.run(setting, versions, arguments.until)
     if not results.exists():
         parser.error(f"{results} is not there: nothing has run yet")
+    if arguments.no_report:
+        return
     learning_report.write(json.loads(results.read_text()), arguments.out)
+
+
+def _share(text: str) -> tuple[int, int]:
+    first, _, every = text.partition("/")
+    if not (first.isdecimal() and every.isdecimal() and 1 <= int(first) <= int(every)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, such as 2/4")
+    return int(first), int(every)
 
 
 def _name(setting: Setting) -> str:
@@ -236,15 +271,17 @@ def _name(setting: Setting) -> str:
 
 
 def _done(run: dict[str, Any] | None, versions: Sequence[int], until: float | None) -> bool:
-    """Whether `run` holds what is asked for: the versions, or with `until` an end below it or at the last version."""
-    if run is None:
-        return False
+    """Whether `run` holds what is asked for: the versions, or with `until` an end below it or at the last version, or
+    an end because it diverged."""
+    if run is None or "diverged" in run:
+        return run is not None
     asked = versions[-1:] if until is not None else versions
     return set(map(str, asked)) <= set(run["versions"]) or (until is not None and len(run["versions"]) > 1)
 
 
 def _bench(arguments: argparse.Namespace, results: Path) -> Bench:
     torch_setup.prepare()
+    torch.set_float32_matmul_precision("highest")
     from transformers import AutoTokenizer
 
     builder = make_builder(AutoTokenizer.from_pretrained(arguments.model), arguments.model, Hyperparameters())

@@ -55,6 +55,8 @@ class Point:
     """Of each held-out answer."""
     written: list[float] | None
     """The same of each answer by hand; None where they were not scored."""
+    kl: list[float] | None = None
+    """Divergence from the source weights before each token of a held-out answer; None where it was not measured."""
 
 
 class Curve:
@@ -76,7 +78,8 @@ class Curve:
             return [after - before for after, before in zip(scored[name], report["start"][name], strict=True)]
 
         identity, facts = (mean(scored[name], self.tokens[name]) for name in ("identity", "facts"))
-        return Point(version, identity, facts, rise("held"), rise("written") if "written" in scored else None)
+        return Point(version, identity, facts, rise("held"), rise("written") if "written" in scored else None,
+                     rise("kl") if "kl" in scored else None)  # fmt: skip
 
     def at(self, version: int) -> tuple[float, float, Interval]:
         """Identity and facts, means over seeds, and the rise."""

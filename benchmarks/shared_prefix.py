@@ -19,8 +19,8 @@ from torch import Tensor
 
 from worker.data.examples import Example, TokenSequence
 
-LONGEST = 512
-"""Tokens of a row: attention grows with their square."""
+LONGEST = {"cpu": 512, "cuda": 2048}
+"""Tokens of a row, by device: attention grows with their square, and a GPU waits for the host between short rows."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Row:
     """int64 [N]: index of the token's example."""
 
 
-def make_rows(examples: Sequence[Example], device: torch.device, longest: int = LONGEST) -> list[Row]:
-    """Rows over all sequences of `examples`; one that is longer than `longest` has a row of its own."""
+def make_rows(examples: Sequence[Example], device: torch.device, longest: int | None = None) -> list[Row]:
+    """Rows over all sequences of `examples`; one that is longer than `longest` (LONGEST) has a row of its own."""
+    longest = longest or LONGEST[device.type]
     found = [(sequence, owner) for owner, example in enumerate(examples) for sequence in example.sequences]
     found.sort(key=lambda pair: pair[0].ids)  # neighbours begin alike
     rows: list[list[tuple[TokenSequence, int]]] = []
@@ -85,13 +86,18 @@ def _row(some: Sequence[tuple[TokenSequence, int]], device: torch.device) -> Row
     return Row(one[0][None], one[1][None], sees[None, None].to(device), *one[2:])
 
 
-def token_losses(model: Any, row: Row) -> Tensor:
-    """NLL of each trained token, fp32 [N], differentiable. model: a causal language model of transformers."""
+def token_logits(model: Any, row: Row) -> Tensor:
+    """fp32 [N, V] before each trained token, differentiable. model: a causal language model of transformers."""
     hidden = model.model(
         input_ids=row.ids, position_ids=row.positions, attention_mask=row.sees, use_cache=False
     ).last_hidden_state  # [1, T, H]
-    logits = model.lm_head(hidden[0, row.before]).float()  # [N, V]
-    return torch.nn.functional.cross_entropy(logits, row.targets, reduction="none")
+    logits: Tensor = model.lm_head(hidden[0, row.before])
+    return logits.float()
+
+
+def token_losses(model: Any, row: Row) -> Tensor:
+    """NLL of each trained token, fp32 [N], differentiable."""
+    return torch.nn.functional.cross_entropy(token_logits(model, row), row.targets, reduction="none")
 
 
 def backward(model: Any, examples: Sequence[Example], device: torch.device) -> float:
@@ -104,10 +110,42 @@ def backward(model: Any, examples: Sequence[Example], device: torch.device) -> f
     return total
 
 
-@torch.no_grad()
+class Asked:
+    """Examples that are scored again and again, as rows that are made once. `source`: also kept, and compared with."""
+
+    def __init__(self, examples: Sequence[Example], device: torch.device, source: Any = None) -> None:
+        self.rows = make_rows(examples, device)
+        self._tokens = torch.tensor([example.trained_tokens for example in examples])
+        self._before = [] if source is None else [self._distribution(source, row) for row in self.rows]
+
+    @staticmethod
+    @torch.no_grad()
+    def _distribution(model: Any, row: Row) -> Tensor:
+        """Log-probabilities, fp32 [N, V]."""
+        return torch.log_softmax(token_logits(model, row), dim=-1)
+
+    @torch.no_grad()
+    def losses(self, model: Any) -> list[float]:
+        """Mean NLL per trained token of each example."""
+        return self._means([token_losses(model, row) for row in self.rows])
+
+    @torch.no_grad()
+    def compare(self, model: Any) -> tuple[list[float], list[float]]:
+        """`losses`, and of each example the mean KL(source | model) before its trained tokens, in nats."""
+        losses, divergences = [], []
+        for row, before in zip(self.rows, self._before, strict=True):
+            after = self._distribution(model, row)
+            losses.append(-after.gather(1, row.targets[:, None])[:, 0])
+            divergences.append((before.exp() * (before - after)).sum(1))
+        return self._means(losses), self._means(divergences)
+
+    def _means(self, values: list[Tensor]) -> list[float]:
+        owners = torch.cat([row.owners for row in self.rows]).cpu()
+        sums = torch.zeros(len(self._tokens), dtype=torch.float64)
+        sums.index_add_(0, owners, torch.cat(values).double().cpu())
+        return [float(value) for value in sums / self._tokens]
+
+
 def score(model: Any, examples: Sequence[Example], device: torch.device) -> list[float]:
     """Mean NLL per trained token of each example."""
-    sums = torch.zeros(len(examples), dtype=torch.float64)
-    for row in make_rows(examples, device):
-        sums.index_add_(0, row.owners.cpu(), token_losses(model, row).double().cpu())
-    return [float(sums[i]) / example.trained_tokens for i, example in enumerate(examples)]
+    return Asked(examples, device).losses(model)

@@ -43,6 +43,7 @@ class Sizes:
 
     def options(self, apply: str) -> list[str]:
         own = ["--apply", apply, "--max-jobs", self.jobs, "--max-tokens", self.version_tokens, "--lr", self.lr]
+        own += ["--serving-share", 0]  # what is timed is a version, and no rest before it
         if apply == "streaming" and torch.cuda.is_available():
             own += ["--memory", self.memory]
         return [str(word) for word in [*own, "--max-length", self.longest]] + self.worker

@@ -28,8 +28,11 @@ tqdm.monitor_interval = 0  # its thread lives as long as the process: whichever 
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("new", deadline=None, max_examples=1000, print_blob=True)
 
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-"""Of this process, before any test."""
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Of this process and of those that tests start, as on a terminal. A shell that starts a suite in the background has it
+ignore SIGINT instead."""
+for _number, _handler in HANDLERS.items():
+    signal.signal(_number, _handler)
 THREAD_SECONDS = 120.0
 """How long a thread of a test may take to end after the test, on a machine that is busy."""
 

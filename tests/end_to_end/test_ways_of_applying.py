@@ -223,7 +223,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing_where_all_are_known(
         assert step.run(ready(step, "x")).version == 1
 
 
-@pytest.mark.parametrize("arguments", [["--hogwild"], ["--hogwild", "--apply", "burst"], ["--duty-cycle", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--hogwild"], ["--hogwild", "--apply", "burst"], ["--duty-cycle", "0"], ["--serving-share", "1"]],
+)
 def test_flags_that_make_no_sense_are_refused_by_name(arguments: list[str]) -> None:
     result = CliRunner().invoke(worker_command, arguments)
     assert result.exit_code != 0 and arguments[0] in f"{result.output}{result.exception}"

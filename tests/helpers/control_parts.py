@@ -74,6 +74,8 @@ class LocalServer:
         self.before_header: Callable[[], None] = lambda: None
         """Called before the header is read for the API process."""
         self.engine = CountingEngine()
+        self.progress: dict[str, int] = {}
+        """Tokens that each running request has made."""
         self.state = ServerState(LINEAGE, 0)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
@@ -91,7 +93,9 @@ class LocalServer:
 
     async def _start(self) -> None:
         rendering = {"chat_template": None, "template_kwargs": {}}
-        self.control = Control(self.engine, self.state, self.run_dir, rendering, self.policy)
+        self.control = Control(
+            self.engine, self.state, self.run_dir, rendering, self.policy, lambda: dict(self.progress)
+        )
         await self.control.start()
 
     def run(self, work: Any) -> Any:

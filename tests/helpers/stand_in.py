@@ -35,6 +35,8 @@ LAYOUT = Path(__file__).parents[1] / "data" / "tiny_layout.json"
 """The tiny model's parameters as vLLM merges them: {"model_class", "parameters", "slices", "padding", "frozen"}."""
 
 WEIGHTS = "model.safetensors"
+REQUESTS = "STAND_IN_REQUESTS"
+"""Environment: how many requests are said to run, always; by default none."""
 
 
 class Engine:
@@ -131,7 +133,9 @@ async def _serve(memory: Memory, run_dir: Path) -> None:
     WeightService(run_dir, {"describe": memory.describe, "header": header.fields, "revoke": header.revoke})
     fields = header.fields()
     state = ServerState(str(fields["lineage"]), int(fields["version"]))
-    control = Control(Engine(), state, run_dir, {"chat_template": None, "template_kwargs": {}})
+    running = dict.fromkeys(map(str, range(int(os.environ.get(REQUESTS) or 0))), 0)
+    rendering = {"chat_template": None, "template_kwargs": {}}
+    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running)
     await control.start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -9,6 +9,8 @@ from rq.job import JobStatus
 
 from producer import keys
 from producer.client import Producer
+from worker.consumer import batcher
+from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.jobs import open_queue
 from worker.versions import ledger
 
@@ -50,23 +52,75 @@ def test_tokens_end_a_batch_and_what_does_not_fit_comes_next_in_order(
     assert weights.batches == [["t0", "t1"], ["t2"], ["t3"], ["t4", "t5"], ["t6"]]
 
 
-def test_linger_ends_a_batch_that_does_not_fill(redis_url: str, connection: redis.Redis, weights: Weights) -> None:
-    producer = Producer(redis_url)
-    lines = Lines()
-    prepare = weights.prepare
+def seen(worker: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many ids each look at the queue found. A look comes after 0.1 s; the end of the linger is far away."""
+    looks: list[int] = []
+    fetch, worker.batcher.linger = worker.batcher.fetch, 600.0
+    monkeypatch.setattr(batcher, "LOOKS", 6000)
+
+    def look(count: int, wait: float) -> int:
+        looks.append(fetch(count, wait))
+        return looks[-1]
+
+    monkeypatch.setattr(worker.batcher, "fetch", look)
+    return looks
+
+
+def test_a_batch_goes_after_two_looks_that_found_nothing(
+    redis_url: str, connection: redis.Redis, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer, lines, prepare = Producer(redis_url), Lines(), weights.prepare
 
     def more(job_id, transcript):  # type: ignore[no-untyped-def]
-        """The next job comes while the batch lingers: long before its end, also on a busy machine."""
         if job_id in ("a0", "a1"):
             producer.enqueue(say("good"), id="a1" if job_id == "a0" else "a2")
         return prepare(job_id, transcript)
 
     weights.prepare = more  # type: ignore[method-assign]
     producer.enqueue(say("good"), id="a0")
-    worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=4.0)
+    worker = start(connection, weights, hooks=[lines], max_jobs=100)
+    looks = seen(worker, monkeypatch)
     assert worker.work(max_versions=1) == 1
-    assert weights.batches == [["a0", "a1", "a2"]]
-    assert lines.versions[0]["linger_s"] >= 4.0
+    assert weights.batches == [["a0", "a1", "a2"]] and looks == [1, 1, 1, 0, 0]
+    assert lines.versions[0]["linger_s"] >= 0.4
+
+
+def test_jobs_that_come_now_and_then_keep_a_batch_open(
+    redis_url: str, connection: redis.Redis, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comes after a look that found nothing: never two of these in a row."""
+    producer = Producer(redis_url)
+    producer.enqueue(say("good"), id="a0")
+    worker = start(connection, weights, hooks=[], max_jobs=100)
+    looks = seen(worker, monkeypatch)
+    look = worker.batcher.fetch
+
+    def then(count: int, wait: float) -> int:
+        came = look(count, wait)
+        if looks[-2:] == [1, 0] and len(looks) < 7:
+            producer.enqueue(say("good"), id=f"a{len(looks)}")
+        return came
+
+    monkeypatch.setattr(worker.batcher, "fetch", then)
+    assert worker.work(max_versions=1) == 1
+    assert looks == [1, 0, 1, 0, 1, 0, 1, 0, 0] and len(weights.batches[0]) == 4
+
+
+def test_linger_ends_a_batch_to_which_jobs_keep_coming(
+    redis_url: str, connection: redis.Redis, weights: Weights
+) -> None:
+    producer, lines = Producer(redis_url), Lines()
+    prepare = weights.prepare
+
+    def more(job_id, transcript):  # type: ignore[no-untyped-def]
+        producer.enqueue(say("good"), id=f"a{int(job_id[1:]) + 1}")
+        return prepare(job_id, transcript)
+
+    weights.prepare = more  # type: ignore[method-assign]
+    producer.enqueue(say("good"), id="a0")
+    worker = start(connection, weights, hooks=[lines], max_jobs=100, linger=0.5)
+    assert worker.work(max_versions=1) == 1
+    assert lines.versions[0]["linger_s"] >= 0.5 and 1 <= len(weights.batches[0]) < 100
 
 
 def test_a_job_on_its_last_try_trains_alone(connection: redis.Redis, weights: Weights) -> None:

@@ -79,7 +79,8 @@ def test_pause_freezes_and_resume_needs_the_headers_version(server: ServerProces
     with pytest.raises(ServerError, match="paused already"):
         control.pause()
     frozen = control.state()
-    assert (frozen["state"], frozen["in_flight"]) == ("paused", 1)
+    assert (frozen["state"], frozen["in_flight"], frozen["running"]) == ("paused", 1, 1)
+    stood = control.stood_s
     with pytest.raises(ServerError, match=f"the header beside the weights says CLEAN, version {version}"):
         control.resume(version + 1)
     header = attach(server.run_dir).header
@@ -87,11 +88,17 @@ def test_pause_freezes_and_resume_needs_the_headers_version(server: ServerProces
     with pytest.raises(ServerError, match="APPLYING"):
         control.resume(version)
     header.abandon()
-    assert control.state()["state"] == "paused"
+    assert control.state()["state"] == "paused" and control.stood_s == stood
     control.resume(version)
+    assert control.stood_s > stood, "a request stood still"
     status, _, body = waiting.result()
     assert status == 200
     assert streamed_tokens(body) == LONG
+    stood, paused = control.stood_s, control.paused_s
+    until(lambda: control.state()["running"] == 0, "vLLM has let go of the request")
+    control.pause()
+    control.resume(version)
+    assert control.stood_s == stood and control.paused_s > paused, "nobody did"
 
 
 def test_no_request_fails_under_many_pauses(server: ServerProcess, control: ServerControl) -> None:

@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from durable_parts import QUIET, Site, transcripts
-from patience import PATIENCE
+from patience import PATIENCE, until
 from serving_parts import Background, EndlessClient, completion, events, inside, metric
 
 from producer.transcript import Transcript
@@ -22,6 +24,7 @@ from worker.checkpoint.snapshots import fingerprint
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.orchestrator.live_update import LiveUpdate
+from worker.orchestrator.serving_cost import SLICE
 from worker.orchestrator.session import open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
@@ -123,6 +126,30 @@ def test_who_is_being_answered_when_hogwild_tears_the_weights_is_told(site: Site
     assert status == 503 and reason.encode() in body
     site.work(*QUIET)
     assert site.agree() == before and completion(server, 2)[0] == 200
+
+
+def test_a_version_costs_what_it_took_from_requests_that_ran(site: Site) -> None:
+    """And nothing where none ran."""
+    h = Hyperparameters(lr=3e-4, max_length=512)
+    with open_session(site.run_dir, "test", h, state_dir=site.state) as session:
+        step = LiveUpdate(session)
+        made: list[dict[str, Any]] = []
+
+        def version() -> None:
+            text, started = transcripts(f"cost{len(made)}", 1)[0], time.monotonic()
+            manifest = step.run([step.prepare(text["id"], Transcript.from_dict(text))]).manifest
+            made.append(manifest | {"elapsed": time.monotonic() - started})
+
+        until(lambda: step.cost.look() == 0, "vLLM holds no request of an earlier test")
+        version()
+        assert (made[0]["serving_cost_s"], made[0]["running_requests"]) == (0, 0)
+        (stream,) = inside(site.server.process, True, at=version, undo=lambda: None, tokens=4000)
+        busy = made[-1]
+        least = SLICE * busy["gradients_s"] + busy["sweep_s"]
+        assert busy["running_requests"] == 1 and least <= busy["serving_cost_s"] <= busy["elapsed"]
+        assert stream.result()[0] == 200
+    site.work(*QUIET)  # commits them
+    site.agree()
 
 
 def test_hogwild_answers_while_it_writes(site: Site) -> None:

@@ -27,7 +27,7 @@ from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger, lost_jobs
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
-from worker.versions.rest_status import PART, seconds_left
+from worker.versions.share_status import SHARE, kept, seconds_left
 
 SECONDS = 5.0
 """How long Redis may take to answer."""
@@ -37,7 +37,7 @@ NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s",
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
 SHOWN_IDS = 5
-RATIO, WAY = "update_ratio", "way"
+RATIO, HOW = "update_ratio", ("way", "graphs")
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
 
@@ -79,7 +79,7 @@ def _from_redis(connection: redis.Redis) -> dict[str, Any]:
     manifest = ledger.manifest(connection, known.version)
     if RATIO in manifest:
         update[RATIO] = float(manifest[RATIO])
-    how = {WAY: manifest[WAY]} if WAY in manifest else {}
+    how = {name: manifest[name] for name in HOW if name in manifest}
     at = said.get("at") if known.version else None
     asked = Eviction.of(redis_info(connection))
     eviction = asked if asked.known else Eviction.of(said)
@@ -97,12 +97,19 @@ def _from_redis(connection: redis.Redis) -> dict[str, Any]:
 
 
 def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
-    """`worker`, with its duty cycle and, where it rests, for how long."""
-    if worker["state"] in ("none", "dead") or PART not in said:
+    """`worker`, with the share that serving is to keep and has kept, and, where it rests, for how long."""
+    if worker["state"] in ("none", "dead") or (share := kept(said)) is None:
         return worker
     left = seconds_left(said)
     resting = {"state": "resting", "rest_s": left} if left and worker["state"] != "busy" else {}
-    return worker | resting | {PART: said[PART]}
+    return worker | resting | {SHARE: _number(said.get(SHARE)), "serving_kept": share}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text is not None else None
+    except ValueError:
+        return None
 
 
 def _worker(connection: redis.Redis, queue: Any) -> dict[str, Any]:
@@ -189,6 +196,9 @@ def line(status: dict[str, Any]) -> str:
         if status.get("lost"):
             parts[-1] += f", {len(status['lost'])} lost"
         parts.append(f"worker {status['worker']['state']}{' (paused)' if status.get('hold') else ''}")
+        if status["worker"].get("serving_share") is not None:
+            kept_, asked = status["worker"]["serving_kept"], status["worker"]["serving_share"]
+            parts.append(f"serving kept {100 * kept_:.1f} % of the last minute, asked for {100 * asked:.4g} %")
         parts.append(f"eviction {status['eviction']['policy']}")
     else:
         parts.append("Redis unreachable" if not status["redis"]["reachable"] else "Redis unreadable")

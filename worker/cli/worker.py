@@ -35,7 +35,12 @@ log = logging.getLogger("tandem")
 @click.option("--name", help="This worker's name, in errors and dashboards (default: host and pid).")
 @click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")
 @max_tokens_option
-@click.option("--linger", type=click.FloatRange(0), default=0.25, help="Seconds to wait for a batch to fill.")
+@click.option(
+    "--linger",
+    type=click.FloatRange(0),
+    default=0.25,
+    help="Most seconds to wait for a batch to fill; it goes after a quarter of that in which nothing came.",
+)
 @click.option("--until-empty", is_flag=True, help="Stop when the queue is empty.")
 @click.option("--burst", is_flag=True, hidden=True, help="The former name of --until-empty.")
 @click.option("--new-lineage", is_flag=True, help="Use a restarted server as it is; what it had learnt is lost.")

@@ -1,4 +1,4 @@
-"""How updates are applied, and how much of the time training may take: the flags and what they mean together.
+"""How updates are applied, and how much of the time serving keeps: the flags and what they mean together.
 
 Must not know: torch.
 """
@@ -16,6 +16,8 @@ Apply = Literal["auto", "burst", "factors", "streaming"]
 Graphs = Literal["auto", "off"]
 MAX_TOKENS = 8192
 """Of a version, where nothing else is asked for; `tandem serve` leaves memory for as many."""
+SERVING_SHARE = 0.9
+"""Of the time, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ApplySettings:
 
     apply: Apply = "auto"
     hogwild: bool = False
-    duty_cycle: float = 1.0
+    serving_share: float = SERVING_SHARE
     memory: float | None = None
     graphs: Graphs = "off"
     """Without a flag off: who trains nothing new captures nothing."""
@@ -79,11 +81,15 @@ def apply_options(command: F) -> F:
             help="With --apply streaming: do not pause the server for the write. Answers may mix two versions.",
         ),
         click.option(
-            "--duty-cycle",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=1.0,
-            help="Maximum fraction of the time spent training; the worker rests in between.",
+            "--serving-share",
+            type=click.FloatRange(0, 1, max_open=True),
+            show_default=False,
+            metavar="SHARE",
+            help="The part of the time that updates leave to running requests: after a version the worker rests until"
+            " what it took from them is paid. 0: never rest. Without running requests nothing is taken. Default:"
+            f" {SERVING_SHARE:g}.",
         ),
+        click.option("--duty-cycle", type=click.FloatRange(0, 1, min_open=True), hidden=True),
         memory_option,
         click.option(
             "--graphs",
@@ -100,4 +106,11 @@ def apply_options(command: F) -> F:
 
 def apply_settings_of(options: dict[str, Any]) -> ApplySettings:
     """Takes its flags out of a command's options. Raises TandemError for flags that contradict each other."""
+    share, duty = options.pop("serving_share"), options.pop("duty_cycle")
+    if share is not None and duty is not None:
+        raise TandemError(
+            "--duty-cycle P is the former name of --serving-share 1-P: use --serving-share alone, without --duty-cycle"
+        )
+    asked = share if share is not None else SERVING_SHARE
+    options["serving_share"] = asked if duty is None else 1 - duty
     return ApplySettings(**{field.name: options.pop(field.name) for field in fields(ApplySettings)})

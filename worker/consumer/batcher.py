@@ -28,13 +28,14 @@ IDLE_POLL = 1.0
 """Seconds a wait for the first job may last before signals, retries and maintenance are looked at."""
 
 
-LOOKS = 8
-"""How often the queue is looked at while a batch lingers."""
+LOOKS, QUIET = 8, 2
+"""How often the queue is looked at while a batch lingers, and after how many looks in a row that found nothing the
+batch goes. A look takes two round trips to Redis."""
 
 
 class Batcher:
     """Collects batches for `worker`: at most `max_jobs`, at most `max_tokens` (a larger transcript goes alone), at most
-    `linger` seconds after the first job.
+    `linger` seconds after the first job. A batch goes as soon as nothing new came for a quarter of that.
 
     tell: the worker's hooks. settling: held while jobs change hands, so that no heartbeat falls between.
     """
@@ -76,7 +77,7 @@ class Batcher:
 
         burst: do not wait for jobs that are not there yet.
         """
-        tokens = 0
+        tokens = quiet = 0
         while True:
             while self.backlog and len(self.batch) < self.max_jobs:
                 held = self.backlog[0]
@@ -90,12 +91,14 @@ class Batcher:
                 self.batch.append(self.backlog.popleft())
                 tokens += held.prepared.tokens
             left = self.first + self.linger - time.monotonic() if self.batch else IDLE_POLL
-            if len(self.batch) >= self.max_jobs or tokens >= self.max_tokens or left <= 0 or self.stop:
+            over = left <= 0 or quiet >= QUIET or self.stop
+            if over or len(self.batch) >= self.max_jobs or tokens >= self.max_tokens:
                 return bool(self.batch)
             if self.batch and not burst:
                 # Redis ends a blocking read up to 100 ms late: to linger exactly, look again a few times.
                 time.sleep(min(left, self.linger / LOOKS))
             came = self.fetch(self.max_jobs - len(self.batch), 0.0 if burst or self.batch else IDLE_POLL)
+            quiet = quiet + 1 if self.batch and not came else 0
             if not came and (burst or not self.batch):
                 return bool(self.batch)
 

@@ -16,6 +16,7 @@ parts; nothing that fails once the version is live is raised as anything else.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -27,13 +28,14 @@ from worker.checkpoint.records import UpdateRecord
 from worker.config.protocol import JobResult, TornWeightsError, UnavailableError, Update
 from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.applying import apply_update
+from worker.orchestrator.serving_cost import ServingCost
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
 from worker.trainer.gradients import Gradients
 from worker.trainer.losses import imitates
 from worker.trainer.outliers import GradientOutlierError, Guards
 from worker.trainer.threads import TrainingThreads
-from worker.utils.duty_cycle import Duty
+from worker.utils.serving_budget import ServingBudget
 from worker.utils.signals import deferred
 
 
@@ -93,7 +95,7 @@ class LiveUpdate:
         self.rehearsal = rehearsal
         self.threads = threads
         self.confirm = confirm
-        self.duty = Duty(session.settings.duty_cycle)
+        self.cost = ServingCost(session, ServingBudget(session.settings.serving_share))
         self.remember()
 
     def remember(self) -> None:
@@ -121,19 +123,22 @@ class LiveUpdate:
         self.confirm()
         if self.threads is not None:
             self.threads.begin_version(self.session.trainer.device)
-        with self.duty.work():
-            try:
-                return self._run(prepared)
-            finally:
-                self.session.trainer.forget()  # of what was not applied, gradients or a whole graph
+        self.cost.begin()
+        try:
+            return self._run(prepared)
+        finally:
+            self.session.trainer.forget()  # of what was not applied, gradients or a whole graph
 
     def _run(self, prepared: Sequence[Ready]) -> Update:
-        computed = self._compute(prepared)
+        with self.cost.computing():
+            computed = self._compute(prepared)
         if (rejected := self._screen(computed)) is not None:
             return Update(version=None, lineage=self.session.weights.header.lineage, rejected=rejected)
         update = self._journal(computed)
-        with deferred():
+        beside = self.cost.computing() if self.session.settings.hogwild else nullcontext()
+        with deferred(), self.cost.standing_still(), beside:
             update.manifest |= apply_update(self.session, update)
+        update.manifest |= self.cost.measured()
         self._observe(computed, update)
         return update
 

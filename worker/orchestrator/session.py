@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -54,10 +55,10 @@ class Session:
     h: Hyperparameters
     settings: ApplySettings
 
-    def check(self) -> None:
-        """Raises `UnavailableError` when the server has gone."""
+    def check(self) -> dict[str, Any]:
+        """The server's state, as `ServerControl.state`. Raises `UnavailableError` when the server has gone."""
         try:
-            self.control.state()
+            return self.control.state()
         except TandemError as error:
             raise UnavailableError(
                 f"{error}. Start the server again, then the worker: the worker restores what the model had learnt"

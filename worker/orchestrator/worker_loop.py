@@ -1,7 +1,7 @@
 """The worker's loop: the queue is drained into versions, and between two of them comes whatever must not meet a write.
 
-Between two batches, in this order: is the server there; the canary; a paused training; a checkpoint; the rest that the
-duty cycle asks.
+Between two batches, in this order: is the server there; the canary; a paused training; a checkpoint; the rest until
+what the last versions took from serving is paid.
 Invariants: nothing but this loop's thread writes weights; whatever goes wrong after a first write ends the worker.
 """
 
@@ -27,8 +27,7 @@ from worker.orchestrator.rollback import roll_back
 from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
 from worker.trainer.threads import TrainingThreads
-from worker.versions import ledger, pause_switch
-from worker.versions.rest_status import forget_rest, rest
+from worker.versions import ledger, pause_switch, share_status
 
 log = logging.getLogger("tandem")
 
@@ -65,7 +64,8 @@ class WorkerLoop:
         canary = Canary.of(guards, session.builder, self._score)
         going_back = self._go_back if guards.auto_rollback else None
         self.canary = CanaryStep(canary, connection, going_back, _tell) if canary is not None else None
-        forget_rest(connection)
+        self.told = 0.0
+        share_status.start(connection, self.update.cost.budget)
 
     def run(self) -> None:
         """Work until told to stop. A Redis that comes back with less than the weights have is mended in between, once a
@@ -98,7 +98,8 @@ class WorkerLoop:
 
     def between_batches(self, worker: BatchWorker) -> None:
         """Raises `UnavailableError` when the server has gone, `TornWeightsError` when a rollback broke off."""
-        self.session.check()
+        cost = self.update.cost
+        cost.look()
         if self.canary is not None:
             self.canary.take(self.session.weights.header.version)
         pause_switch.wait(
@@ -111,10 +112,14 @@ class WorkerLoop:
             nothing_left = self.until_empty and not worker.batcher.hands and not worker.queue.count
             return worker.stop_requested or nothing_left
 
-        rest(self.connection, self.update.duty, stopping=stopping, check=self.session.check)
+        if cost.budget.total != self.told:
+            share_status.tell(self.connection, cost.budget)
+            self.told = cost.budget.total
+        share_status.rest(self.connection, cost.budget, stopping=stopping, look=cost.look)
 
     def _score(self, examples: Sequence[Example]) -> dict[str, float]:
-        return self.session.trainer.score(examples)  # whichever is the trainer then
+        with self.update.cost.computing():
+            return self.session.trainer.score(examples)  # whichever is the trainer then
 
     def _go_back(self, version: int) -> int:
         """`version` again, live and committed; the version that it is now."""

@@ -35,6 +35,12 @@ class ServerControl:
         """After `connect`: how much of the device the server was started to leave to its trainer; 0: nothing said."""
         self._longest = PLANNED_SECONDS
         self._taken: float | None = None
+        self._still: tuple[float, int] | None = None
+        """Of the pause that is held: since when the server stands still (from asking), and how many requests do."""
+        self.paused_s = 0.0
+        """Seconds in all in which the server stood still for this trainer."""
+        self.stood_s = 0.0
+        """Those in which requests stood still with it."""
         self.rendering: dict[str, Any] = {}
         """After `connect`: {"chat_template": text or None, "template_kwargs": map}, as the server was started."""
 
@@ -46,6 +52,8 @@ class ServerControl:
         self._socket = unix_socket.connect(unix_socket.socket_path(self._run_dir, SOCKET), CONNECT_SECONDS)
         try:
             answer = self._ask({"op": "hello", "name": self._name})
+            if "running" not in answer:
+                raise ServerError("the server was started by an older Tandem: start it again (tandem serve ...)")
             self.rendering = answer.pop("rendering")
             self.trainer_bytes = int(answer.pop("trainer_bytes", 0))
             return answer
@@ -63,7 +71,10 @@ class ServerControl:
         them. A server that recomputes running requests first ends what the last version gave it to recompute;
         ServerError when that takes too long.
         """
-        return float(self._take("pause", planned)["seconds"])
+        asked = time.monotonic()
+        answer = self._take("pause", planned)
+        self._still = asked + float(answer["held_back_s"]), int(answer["running"])
+        return float(answer["seconds"])
 
     def begin_hogwild(self, planned: float | None = None) -> None:
         """Tell the server that it will be written to while it serves, from now until a `pause` and a `resume`.
@@ -93,13 +104,20 @@ class ServerControl:
         last.
         """
         self._ask({"op": "resume", "version": version} | ({"rebuilt": True} if rebuilt else {}))
+        if self._still is not None:
+            (since, running), self._still = self._still, None
+            seconds = time.monotonic() - since
+            self.paused_s += seconds
+            self.stood_s += seconds if running else 0.0
         if self._taken is not None:
             self._longest = max(self._longest, time.monotonic() - self._taken)
 
     def state(self) -> dict[str, Any]:
         """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),
         "reason"?, "trainer": {"name", "pid", "since"} | None,
-        "in_flight": requests inside vLLM}"""
+        "in_flight": requests that came in whole and are not answered yet, "running": those inside vLLM's engine,
+        "recomputed_s": seconds since the server's start in which requests that an update threw back were being computed
+        again (--running recompute)}"""
         return self._ask({"op": "state"})
 
     def close(self) -> None:

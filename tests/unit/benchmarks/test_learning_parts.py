@@ -1,5 +1,7 @@
 """What benchmarks/learning.py computes by itself: rows that share a prefix, update rules, what it reads off a curve."""
 
+import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -15,11 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 from contenders import LABELS, RULES, Setting, load_model, make  # noqa: E402
+from learning import Bench  # noqa: E402
 from learning_report import Curve, interval  # noqa: E402
-from learning_tasks import manner, places  # noqa: E402
+from learning_tasks import Data, Task, manner, places  # noqa: E402
 from own_answers import answered, draw  # noqa: E402
 from shapes import write_shape  # noqa: E402
-from shared_prefix import backward, make_rows, score, token_losses  # noqa: E402
+from shared_prefix import Asked, backward, make_rows, score, token_losses  # noqa: E402
 from update_rules import Adam, Apollo, RuleOptimizer  # noqa: E402
 
 from worker.apollo import ApolloMini  # noqa: E402
@@ -184,3 +187,41 @@ def test_the_rise_is_read_where_identity_falls_through_the_level() -> None:
     assert interval([0.0, 0.4], [30, 10]).mean == pytest.approx(0.1)
     del report["runs"][key]["versions"]["3"]
     assert Curve(report, list(report["runs"])).at_level() is None, "one scored version is no bracket"
+
+
+def test_the_divergence_is_that_of_the_distributions_and_what_a_drawn_answer_s_rise_estimates() -> None:
+    source, other, examples = small_model(), small_model(), conversations(9)
+    asked = Asked(examples, CPU, source)
+    assert asked.compare(source) == (pytest.approx(asked.losses(source)), pytest.approx([0.0] * 9, abs=1e-6))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    losses, divergences = asked.compare(other)
+    assert losses == pytest.approx(score(other, examples, CPU), rel=1e-5)
+    for example, divergence in zip(examples, divergences, strict=True):
+        ids, mask = torch.tensor([example.sequences[0].ids]), torch.tensor(example.sequences[0].mask)
+        before, after = (model(input_ids=ids).logits[0, :-1][mask[1:]].log_softmax(-1) for model in (source, other))
+        wanted = torch.nn.functional.kl_div(after, before, log_target=True, reduction="none").sum(1).mean()
+        assert divergence == pytest.approx(float(wanted.detach()), rel=1e-3, abs=1e-6)
+    assert min(divergences) > 0
+
+
+def test_processes_that_share_a_grid_keep_all_their_runs_in_one_file(tmp_path: Path) -> None:
+    """Each makes every second run, begins with the same answers, and takes away none of the other's."""
+    model = small_model()
+    task = Task("identity", conversations(40), conversations(3))
+    data = Data((task, Task("places", task.train, task.unseen), Task("manner", task.train, task.unseen)),
+                conversations(2), conversations(4), [], "digest")  # fmt: skip
+    model.save_pretrained(tmp_path / "model")
+    results = tmp_path / "learning.json"
+    first, second = (Bench(tmp_path / "model", data, CPU, results, answer_tokens=4) for _ in range(2))
+    assert first.report["own"] == second.report["own"]
+    first.run(Setting("adamw", 1e-3), [1, 2], None)
+    second.run(Setting("sgd", 1e-2), [2], None)
+    second.run(Setting("sgd", math.inf, seed=1), [3], None)
+    runs = json.loads(results.read_text())["runs"]
+    assert list(runs) == ["adamw lr=0.001 seed=0", "sgd lr=0.01 seed=0", "sgd lr=inf seed=1"]
+    assert runs["sgd lr=inf seed=1"]["diverged"] == 2
+    again = Bench(tmp_path / "model", data, CPU, results, answer_tokens=4)
+    again.run(Setting("adamw", 1e-3), [1, 2], None)
+    assert again.report["runs"]["adamw lr=0.001 seed=0"]["versions"] == runs["adamw lr=0.001 seed=0"]["versions"]

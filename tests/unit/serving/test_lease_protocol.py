@@ -7,13 +7,16 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from control_parts import LocalServer
+from patience import until
 
 from worker.serving.cache_policy import KEEP, RECOMPUTE, CachePolicy
 from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, server_state
@@ -54,6 +57,46 @@ def test_a_pause_and_a_resume_ask_the_engine_in_this_order(server: LocalServer, 
     assert server.engine.calls == PAUSED_CALLS
     trainer.resume(0)
     assert server.engine.calls == [*PAUSED_CALLS, "resume"]
+
+
+def test_a_trainer_is_told_how_many_requests_run_and_counts_the_time_they_stand_still(
+    server: LocalServer, trainer: ServerControl
+) -> None:
+    trainer.pause()
+    trainer.resume(0)
+    assert trainer.stood_s == 0 < trainer.paused_s
+    assert trainer.state()["running"] == 0
+    server.progress = {"a": 3, "b": 0}
+    before = trainer.paused_s
+    assert trainer.state()["running"] == 2
+    trainer.pause()
+    server.progress = {}  # they were given up meanwhile
+    with pytest.raises(ServerError):
+        trainer.resume(7)
+    assert trainer.stood_s == 0, "it lasts on"
+    trainer.resume(0)
+    assert trainer.stood_s == pytest.approx(trainer.paused_s - before) and trainer.stood_s > 0
+
+
+def test_what_a_pause_waits_for_while_the_server_serves_is_no_standing_still(tmp_path: Path) -> None:
+    with (
+        LocalServer(tmp_path / "run", CachePolicy(RECOMPUTE)) as server,
+        ServerControl(server.run_dir, "first") as control,
+    ):
+        server.progress = {"a": 3}
+        control.pause()
+        control.resume(0)
+        stood, started = control.stood_s, time.monotonic()
+        with ThreadPoolExecutor(1) as other:
+            pausing = other.submit(control.pause)
+            until(server.control._turn.locked, "the pause is asked for, and held back")
+            asked = server_state(server.run_dir)["recomputed_s"]
+            recomputed = server.until(lambda state: state["recomputed_s"] > asked + 0.2)["recomputed_s"]
+            server.progress["a"] += 1
+            assert pausing.result() > 0.2
+        control.resume(0)
+        assert control.state()["recomputed_s"] >= recomputed > 0.2
+        assert control.stood_s - stood < time.monotonic() - started - 0.2
 
 
 def test_recomputing_drops_every_cached_state(tmp_path: Path) -> None:

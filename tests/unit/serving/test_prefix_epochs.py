@@ -130,8 +130,10 @@ def test_between_two_versions_answers_have_as_long_as_recomputing_took() -> None
 
     async def run() -> None:
         recomputed = Recomputation(lambda: dict(made), clock=lambda: now[0], sleep=sleep)
+        assert recomputed.seconds == 0
         recomputed.begin()
         await recomputed.over(30)
+        assert recomputed.seconds == 14, "the time for answers is none of it"
 
     asyncio.run(run())
     assert slept[2:] == [14.0]

@@ -182,7 +182,8 @@ class Control:
     def _plain(self) -> Reply:
         holder = self._trainer
         trainer = {"name": holder.name, "pid": holder.pid, "since": holder.since} if holder else None
-        return self._state.plain() | {"trainer": trainer, "in_flight": self._state.in_flight}
+        inside = {"in_flight": self._state.in_flight} | self._leases.load()
+        return self._state.plain() | {"trainer": trainer} | inside
 
 
 def _seconds(request: dict[str, Any]) -> float:

@@ -18,19 +18,30 @@ logger = logging.getLogger("vllm.tandem")
 class Engine:
     """vLLM's engine behind `client` (an EngineClient).
 
-    policy: what an update does to running requests. progress: the tokens that each request inside the engine has made,
-    for `--running recompute`.
+    policy: what an update does to running requests. progress: the tokens that each request inside the engine has
+    made.
     """
 
     def __init__(self, client: Any, policy: CachePolicy, progress: Callable[[], dict[str, int]]) -> None:
         self._client = client
         self._policy = policy
+        self._progress = progress
         self._recomputation = Recomputation(progress)
 
     @property
     def ended(self) -> bool:
         """Whether the engine is gone for good."""
         return bool(self._client.errored)
+
+    @property
+    def running(self) -> int:
+        """How many requests are inside the engine, of those that wait only as many as could run."""
+        return len(self._progress())
+
+    @property
+    def recomputed_s(self) -> float:
+        """Seconds in which requests that an update threw back were being computed again; since the start."""
+        return self._recomputation.seconds
 
     async def pause(self, *, recompute: bool = False) -> None:
         """Freeze the running requests and idle the device. recompute, or by policy: they lose what they have computed,
@@ -56,10 +67,11 @@ class Engine:
         """End every request that the engine has; those that arrive later wait for `resume`."""
         await _bounded("end its requests", self._client.pause_generation(mode="abort", clear_cache=False))
 
-    async def hold_back(self) -> None:
-        """Wait until the requests that the last version threw back have been computed again (`--running recompute`)."""
+    async def hold_back(self) -> float:
+        """Wait until the requests that the last version threw back have been computed again (`--running recompute`);
+        the seconds that took."""
         if not self._policy.recompute:
-            return
+            return 0.0
         try:
             seconds = await self._recomputation.over(HELD_BACK_SECONDS)
         except TimeoutError:
@@ -74,6 +86,7 @@ class Engine:
                 "last one (--running recompute)",
                 seconds,
             )
+        return seconds
 
 
 async def _bounded(what: str, call: Awaitable[None]) -> None:

@@ -24,11 +24,14 @@ class Recomputation:
         self._running: asyncio.Task[None] | None = None
         self.left = 0
         """Requests that have made no token yet since the last version."""
+        self._seconds = 0.0
+        self._since: float | None = None
 
     def begin(self) -> None:
         """The requests that run now are about to be computed again."""
         if self._running is not None:
             self._running.cancel()
+        self._settle()
         self._running = asyncio.create_task(self._watch(self._progress()))
 
     async def over(self, seconds: float) -> float:
@@ -38,10 +41,19 @@ class Recomputation:
             await asyncio.wait_for(asyncio.shield(self._running), seconds)
         return time.monotonic() - started
 
+    @property
+    def seconds(self) -> float:
+        """In which at least one request was still being computed again: since the start, and only growing."""
+        return self._seconds + (self._clock() - self._since if self._since is not None else 0.0)
+
+    def _settle(self) -> None:
+        self._seconds, self._since = self.seconds, None
+
     async def _watch(self, before: dict[str, int]) -> None:
-        started = self._clock()
+        started = self._since = self._clock()
         while self._count(before):
             await self._sleep(POLL_SECONDS)
+        self._settle()
         if before:
             await self._sleep(self._clock() - started)  # as long again for answers
 
