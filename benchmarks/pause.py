@@ -35,7 +35,7 @@ from texts import random_examples
 from transformers import AutoTokenizer
 
 from worker.config.hyperparameters import Hyperparameters
-from worker.config.update_options import ApplySettings
+from worker.config.update_options import ApplySettings, Graphs
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.planner import Way
 from worker.model.gradient_factors import Product, Rows
@@ -48,10 +48,12 @@ from worker.utils import torch_setup
 
 
 class Bench:
-    """A model of `size` and trainers of it by way. layers: 0 for all."""
+    """A model of `size` and trainers of it by way. layers: 0 for all. graphs: as --graphs."""
 
-    def __init__(self, size: str, longest: int, device: torch.device, memory: float, layers: int = 0) -> None:
-        self.device, self.vocabulary = device, text_facts(size)["vocab_size"]
+    def __init__(
+        self, size: str, longest: int, device: torch.device, memory: float, layers: int = 0, graphs: Graphs = "off"
+    ) -> None:
+        self.device, self.vocabulary, self.memory = device, text_facts(size)["vocab_size"], memory
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
         self.model_dir = write_shape(size, Path(self._folder.name) / "model")
         if layers:
@@ -62,7 +64,8 @@ class Bench:
             AutoTokenizer.from_pretrained(self.model_dir),
             Hyperparameters(lr=LR, max_length=longest),
         )
-        self.chosen = choose_way(self.model, self.model_dir, self.h, ApplySettings(memory=memory), longest, device)
+        settings = ApplySettings(memory=memory, graphs=graphs)
+        self.chosen = choose_way(self.model, self.model_dir, self.h, settings, longest, device)
 
     def trainer(self, way: Way, sizes: tuple[int, ...], budget: int) -> Trainer:
         made = make_trainer(

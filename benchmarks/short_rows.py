@@ -1,20 +1,22 @@
 """What a short row costs the host and the device, and what CUDA graphs of its layers give: same bits, how fast.
 
     python benchmarks/short_rows.py --size 27B --tokens 400,512 --memory 22 --out results
-    python benchmarks/short_rows.py --size 27B --layers 8 --only equal,layers,shared --out results     # 1 minute
+    python benchmarks/short_rows.py --layers 8 --memory 10 --tokens 512 --only equal,worker,failure --out results
 
-Parts, each by itself (a failed one is recorded with its traceback). floor: forward and backward as they are: until the
-host has launched all, until the device has done it, and the time of its kernels alone. row: the same with graphs, their
-cost, and whole steps. equal: factors, gradients and losses by graphs against the layers' own, bit for bit, for rows cut
-otherwise than the captured one; under torch's deterministic algorithms, memory filled with NaN before its first use.
-layers: one layer of each kind captured alone, to tell which one cannot be. shared: graphs in one pool of memory with
-long rows that run as ever. No server, random weights.
+Parts, each in a process of its own, with a result of its own (one that fails has its traceback in it). floor: forward
+and backward as they are: until the host has launched all, until the device has done it, and the time of its kernels
+alone. row: the same with graphs, their cost, and whole steps. equal: factors, gradients and losses by graphs against
+the layers' own, bit for bit, for rows cut otherwise than the captured one; under torch's deterministic algorithms,
+memory filled with NaN before its first use. worker: steps as a worker makes them, long rows in between, against
+launched ones; the memory of it all. failure: what a capture that fails leaves. layers: one layer of each kind captured
+alone, to tell which one cannot be. No server, random weights.
 """
 
 import gc
 import json
 import logging
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -32,12 +34,11 @@ from flops import matmul_rate, wait
 from pause import Bench, timed
 from record import OutOfTime, Part, Record, Until
 from shapes import SIZES
-from short_rows_checks import capture, captured_layer, equal, shared
+from short_rows_checks import after_a_failure, as_a_worker, capture, captured_layer, equal
 from texts import random_examples
 
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.planner import Way
-from worker.model import inputs
 from worker.trainer.device import growing_segments
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
@@ -154,14 +155,10 @@ def row(bench: Bench, tokens: list[int], rounds: int, way: Way, part: Part) -> N
         for lengths in some:
             part[f"{count} tokens in {len(lengths)}, launched"] = steps(bench, trainer, lengths, rounds)
     trainer.forget()
-    for size in sizes:
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        part[f"{size}: capture s"] = timed(bench.device, lambda size=size: capture(trainer, size, part))  # type: ignore[misc]
-        torch.cuda.empty_cache()
-        part[f"{size}: held by the graphs, bytes"] = torch.cuda.memory_reserved() - before
-        made = trainer.rows[size]
+    for size in reversed(sizes):
+        part[f"{size}: capture s"] = timed(bench.device, lambda size=size: capture(trainer, size))  # type: ignore[misc]
+        part[f"{size}: held by all graphs, bytes"] = trainer.rows.held_bytes
+        made = trainer.rows.get(size, by_factors=way == "factors")
         for name in ("forward", "backward", "norm"):
             if (graph := getattr(made, f"{name}_graph")) is not None:
                 part[f"{size}: {name} replayed s"] = min(timed(bench.device, graph.replay) for _ in range(5))
@@ -188,29 +185,36 @@ def told(part: Part) -> Iterator[None]:
 @click.option("--size", default="27B", type=click.Choice(SIZES), show_default=True)
 @click.option("--layers", default=0, help="Of the model's; 0: all.")
 @click.option("--tokens", default="400,512", show_default=True, help="Of a step; comma-separated, ascending.")
-@click.option("--longer", default=2048, show_default=True, help="Tokens of the row that shares memory with graphs.")
+@click.option("--longer", default=2048, show_default=True, help="Tokens of the long rows of worker.")
 @click.option("--memory", default=22.0, show_default=True, help="GB for the trainer, weights aside.")
-@click.option("--only", default="floor,row,equal", show_default=True, help="Of floor, row, equal, layers, shared.")
-@click.option("--places", default=inputs.PLACES, show_default=True, help="Sequences of a captured row.")
+@click.option(
+    "--only", default="floor,row,equal,worker", show_default=True, help="Of floor, row, equal, worker, failure, layers."
+)
 @click.option("--check-layers", default=4, show_default=True, help="Layers of the models of equal.")
 @click.option("--way", default="factors", type=click.Choice(["factors", "burst"]), show_default=True, help="Of row.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=290.0, show_default=True, help="For all of it; what is known by then is kept.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
 def main(**options: Any) -> None:
-    """OUT/short_rows_SIZE_PARTS.json is whole after every figure."""
+    """OUT/short_rows_SIZE_WAY_PART.json is whole after every figure. Exit code 1: a part failed."""
     if not torch.cuda.is_available():
         raise click.UsageError("short rows are bound by the host on a GPU: without one there is nothing to measure")
+    if "," in options["only"]:
+        codes = [
+            subprocess.run([sys.executable, *sys.argv, "--only", word], check=False).returncode
+            for word in options["only"].split(",")
+        ]
+        sys.exit(max(codes))
     tokens, size, only = [int(word) for word in options["tokens"].split(",")], options["size"], options["only"]
     device, longer = torch.device("cuda", 0), options["longer"]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("tandem").setLevel(logging.DEBUG)  # tracebacks of captures that failed
     torch_setup.prepare()
-    inputs.PLACES = options["places"]
     with growing_segments():
         torch.empty(1, device=device)
     until, folder = Until(options["seconds"]), options["out"]
     folder.mkdir(parents=True, exist_ok=True)
-    record = Record(folder / f"short_rows_{size}_{options['way']}_{only.replace(',', '_')}.json")
+    record = Record(folder / f"short_rows_{size}_{options['way']}_{only}.json")
     benches: list[Bench] = []
 
     def bench(layers: int, part: Part) -> Bench:
@@ -219,7 +223,7 @@ def main(**options: Any) -> None:
         benches.clear()
         gc.collect()
         torch.cuda.empty_cache()
-        benches.append(Bench(size, max(*tokens, longer), device, options["memory"], layers))
+        benches.append(Bench(size, max(*tokens, longer), device, options["memory"], layers, "auto"))
         part["layers"], part["matmul_tflop_s"] = layers, matmul_rate(device) / 1e12
         return benches[0]
 
@@ -232,29 +236,33 @@ def main(**options: Any) -> None:
 
     layers, rounds, few, longest = options["layers"], options["rounds"], options["check_layers"], row_of(max(tokens))
     try:
-        for word in only.split(","):
-            if word == "floor":
-                run("floor", layers, lambda bench, part: floor(bench, tokens, rounds, part))
-            elif word == "row":
-                run("row", layers, lambda bench, part: row(bench, tokens, rounds, options["way"], part))
-            elif word == "equal":
-                run("equal, without attention", 3, lambda bench, part: equal(bench, longest, part, exact=False))
-                run("equal", few, lambda bench, part: equal(bench, longest, part, exact=True))
-            elif word == "layers":
-                for number, kind in ((0, "delta net"), (3, "attention")):
-                    run(
-                        f"one layer of {kind}",
-                        4,
-                        lambda bench, part, n=number: captured_layer(bench, n, max(tokens), part),
-                    )
-            elif word == "shared":
-                run("shared", layers or 8, lambda bench, part: shared(bench, [row_of(t) for t in tokens], longer, part))
+        if only == "floor":
+            run("floor", layers, lambda bench, part: floor(bench, tokens, rounds, part))
+        elif only == "row":
+            run("row", layers, lambda bench, part: row(bench, tokens, rounds, options["way"], part))
+        elif only == "equal":
+            run("equal, without attention", 3, lambda bench, part: equal(bench, longest, part, exact=False))
+            run("equal", few, lambda bench, part: equal(bench, longest, part, exact=True))
+        elif only == "worker":
+            run("worker", layers, lambda bench, part: as_a_worker(bench, longest, longer, part))
+        elif only == "failure":
+            run("failure", few, lambda bench, part: after_a_failure(bench, longest, part))
+        elif only == "layers":
+            for number, kind in ((0, "delta net"), (3, "attention")):
+                run(
+                    f"one layer of {kind}",
+                    4,
+                    lambda bench, part, n=number: captured_layer(bench, n, max(tokens), part),
+                )
+        else:
+            raise click.UsageError(f"--only knows no {only!r}")
     except OutOfTime:
         print("the time is over: what is missing was not run", flush=True)
     until.disarm()
     record.summary()
     shown = {name: {k: v for k, v in part.items() if "kernels" not in k} for name, part in record.parts.items()}
     print(json.dumps(shown, default=str)[:9000])
+    sys.exit(not all(part["ok"] for part in record.parts.values()))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""Checks of short_rows.py: whether graphs give what the layers give, which layer can be captured, and in whose memory.
+"""Checks of short_rows.py: whether graphs give what the layers give, which layer can be captured, what a worker that
+replays makes of its weights, and what a failed capture leaves behind.
 
 Must not know: times.
 """
 
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from memory import device_used
 from pause import Bench
 from record import Part
 from texts import random_examples
 
-from worker.model.inputs import packing_of
-from worker.trainer.captured_row import CapturedRow
+from worker.memory.graphs import graphs_beside
+from worker.memory.model_config import TextConfig
+from worker.memory.planner import CONTEXT_BYTES
+from worker.model.inputs import PLACES, packing_of
+from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.trainer import Trainer
 
 
@@ -60,36 +64,34 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> d
     return found
 
 
-def capture(trainer: Trainer, size: int, part: Part) -> None:
-    """Graphs of a row, in the first way that can make them; what the others said is kept."""
-    for mode, threads in (("global", True), ("thread_local", True), ("relaxed", True), ("relaxed", False)):
-        CapturedRow.mode = mode
-        try:
-            with torch.autograd.set_multithreading_enabled(threads):
-                trainer.capture(size)
-        except Exception:
-            part[f"{size}: not captured, {mode}, threads {threads}"] = traceback.format_exc().splitlines()[-45:]
-            torch.cuda.set_stream(torch.cuda.default_stream())
-            trainer.forget()
-        else:
-            part[f"{size}: captured"] = [mode, threads]
-            return
-    raise RuntimeError(f"a row of {size} tokens was captured in no way")
+def capture(trainer: Trainer, size: int) -> None:
+    """Graphs of a row. Raises RuntimeError; what failed is in the log."""
+    if not trainer.capture(size):
+        raise RuntimeError(f"a row of {size} tokens was not captured")
 
 
 def cuts(size: int) -> list[list[int]]:
     """Ways to cut a row: as captured, in thirds, with a remainder of each kind, in 8, short with much padding."""
-    return [[size], [size // 3, size - size // 3], [2, 63, 64, 65], [size // 8] * 8, [size // 2 + 7], [129, 200]]
+    return [
+        [size],
+        [size // 3, size - size // 3],
+        [2, 63, 64, 65],
+        [size // 8] * 8,
+        [size // PLACES] * PLACES,
+        [size // 2 + 7],
+        [129, 200],
+    ]
 
 
 def equal(bench: Bench, size: int, part: Part, *, exact: bool) -> None:
     trainer = bench.trainer("factors", (size,), size)
     with deterministic() if exact else nullcontext():
         plain = [(left(trainer, some, bench.vocabulary), left(trainer, some, bench.vocabulary)) for some in cuts(size)]
-        capture(trainer, size, part)
+        capture(trainer, size)
         for lengths, (first, second) in zip(cuts(size), plain, strict=True):
             for again in range(2):
                 graphs = left(trainer, lengths, bench.vocabulary)
+                part.check(f"{lengths}: it was replayed", trainer.replayed)
                 unsteady, other = differing(first, second), differing(first, graphs)
                 most = max(other.values(), default=0.0)
                 part[f"{lengths}, {again}"] = {
@@ -137,37 +139,90 @@ def captured_layer(bench: Bench, number: int, size: int, part: Part) -> None:
     part.check("near", part.figures["apart"] < 0.02)
 
 
-def shared(bench: Bench, sizes: list[int], longer: int, part: Part) -> None:
-    """Graphs of several rows, and a long row as ever, in one pool on one stream: no more memory than the largest."""
-    sizes = sorted(set(sizes))
-    trainer = bench.trainer("factors", (*sizes, longer), longer)
-    pool, stream = torch.cuda.MemPool(), torch.cuda.Stream()
+def steps(bench: Bench, trainer: Trainer, cuts: list[list[int]], device_bytes: dict[str, int]) -> dict[str, Any]:
+    """One optimizer step over each of `cuts`, and what each said."""
+    found: dict[str, Any] = {"losses": [], "norms": [], "replayed": [], "peak_bytes": []}
+    for seed, lengths in enumerate(cuts):
+        found["losses"].append(trainer.begin(random_examples(lengths, bench.vocabulary, seed)).loss)
+        found["norms"].append(trainer.gradient_norm())
+        trainer.prepare()
+        found["replayed"].append(trainer.replayed)
+        found["peak_bytes"].append(trainer.apply()["peak_bytes"])
+        trainer.optimizer.check()
+        device_bytes["reserved by torch, at most"] = torch.cuda.max_memory_reserved()
+    return found
 
-    def held(name: str) -> int:
-        torch.cuda.synchronize()
+
+def as_a_worker(bench: Bench, size: int, longer: int, part: Part) -> None:
+    """A warm-up that captures, then steps over short rows, replayed, with long ones in between; against the same steps
+    launched, from the same weights, twice: they say what a backward pass repeats."""
+    chosen = bench.chosen
+    part["chosen"] = str(chosen)
+    part.check("graphs were planned", size in chosen.replayed)
+    rows = [[size], [longer], [size // 3, size - size // 3], [size // 8] * 8, [longer - 100], [size // 2 + 7], [longer]]
+    short = [max(lengths) <= size for lengths in rows]
+    start = {name: tensor.clone() for name, tensor in bench.tensors.items()}
+    first: dict[str, torch.Tensor] = {}
+    said: dict[str, dict[str, Any]] = {}
+    apart: dict[str, float] = {}
+    for name in ("launched", "again", "replayed"):
+        for key, tensor in bench.tensors.items():
+            tensor.copy_(start[key])
+        trainer = bench.trainer(chosen.way, (size, longer), longer)
+        trainer.by_factors = chosen.by_factors
+        part[f"{name}: warm-up s"] = warm_up(trainer, replayed=(size,) if name == "replayed" else ()).seconds
         torch.cuda.empty_cache()
-        part[name] = torch.cuda.memory_reserved() - before
-        return int(part.figures[name])
+        torch.cuda.reset_peak_memory_stats()
+        used: dict[str, int] = {}
+        said[name] = steps(bench, trainer, rows * 2, used)
+        part[name] = said[name] | used
+        if not first:
+            first = {key: tensor.clone() for key, tensor in bench.tensors.items()}
+            moved = torch.stack([(first[key].float() - start[key].float()).square().sum() for key in start]).sum()
+            continue
+        other = torch.stack([(first[key].float() - bench.tensors[key].float()).square().sum() for key in start]).sum()
+        apart[name] = float((other / moved).sqrt())
+        part[f"{name}: from launched, of what the steps moved"] = apart[name]
+        part[f"{name}: tensors that differ"] = sum(not torch.equal(first[key], bench.tensors[key]) for key in start)
+    part["held by the graphs, bytes"] = trainer.rows.held_bytes
+    config = TextConfig.read(bench.model_dir / "config.json")
+    graphs = graphs_beside(
+        config, (size, longer), int(bench.memory * 1e9), way=chosen.way, by_factors=True, embeddings="apollo",
+        context_bytes=CONTEXT_BYTES,
+    )  # fmt: skip
+    part["planned for the graphs, bytes"], part["used on the device beside the weights"] = (
+        graphs.held,
+        (device_used() - sum(tensor.nbytes for tensor in (*bench.tensors.values(), *start.values(), *first.values()))),
+    )
+    part.check("the graphs hold no more than planned", trainer.rows.held_bytes <= graphs.held)
+    part.check("short rows were replayed, and no other", said["replayed"]["replayed"] == short * 2)
+    part.check("launched trainers replay nothing", not any(said["launched"]["replayed"]))
+    part.check("as near as launched ones are to each other", apart["replayed"] <= 2 * apart["again"])
 
-    def as_ever(tokens: int) -> None:
-        with torch.cuda.use_mem_pool(pool):
-            trainer.dry_run(random_examples([tokens], bench.vocabulary, 1))
 
-    expected = {size: left(trainer, [size], bench.vocabulary) for size in sizes}
-    again = {size: left(trainer, [size], bench.vocabulary) for size in sizes}
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
-        as_ever(longer)
-        most = held("a long row, bytes")
-        for size in reversed(sizes):
-            trainer.capture(size, pool.id, stream)
-            held(f"and graphs of {size}")
-        as_ever(longer)
-        part.check("no more than the long row alone", held("and the long row again") <= most + (64 << 20))
-        for size in sizes:
-            found = left(trainer, [size], bench.vocabulary)
+def after_a_failure(bench: Bench, size: int, part: Part) -> None:
+    """A capture that waits for the device fails; training, random numbers and the next capture go on."""
+    trainer = bench.trainer("factors", (size,), size)
+    before = left(trainer, [size], bench.vocabulary)
+    again = left(trainer, [size], bench.vocabulary)
+
+    def wait(*_: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()
-            unsteady, other = differing(expected[size], again[size]), differing(expected[size], found)
-            part[f"{size} tokens"] = [len(unsteady), len(other), max(other.values(), default=0.0)]
-            part.check(f"{size} tokens: as before, or near", max(other.values(), default=0.0) < 0.05)
+
+    torch.manual_seed(1)
+    expected = torch.rand(4, device=bench.device)
+    torch.manual_seed(1)
+    hook = bench.model.model.layers[1].register_forward_hook(wait)
+    part.check("it fails", not trainer.capture(size))
+    hook.remove()
+    part.check("random numbers go on", torch.equal(torch.rand(4, device=bench.device), expected))
+    part.check("on the same stream", torch.cuda.current_stream() == torch.cuda.default_stream())
+    for name in ("launched", "replayed"):
+        found = left(trainer, [size], bench.vocabulary)
+        unsteady, other = differing(before, again), differing(before, found)
+        part[f"{name}: not the same"] = [len(unsteady), len(other), max(other.values(), default=0.0)]
+        part.check(f"{name}: as before", max(other.values(), default=0.0) < 0.05)
+        part.check(f"{name}: that it is", trainer.replayed == (name == "replayed"))
+        if name == "launched":
+            capture(trainer, size)

@@ -101,14 +101,7 @@ def share_of(model: str, given: Mapping[str, Sequence[str]], trainer_memory: flo
         config = TextConfig.read(find_config(model, given))
     except ConfigError as error:
         raise LaunchError(f"the trainer's share cannot be computed: {error}; {WAY_OUT}") from None
-    plan, taken = default_plan(config, total), weight_bytes(config) + state_bytes(config)
-    room = max(0, total - taken - plan.total - MARGIN)
-    graphs = graphs_beside(
-        config, sizes_up_to(MAX_TOKENS), plan.total + room // GRAPHS_PART, way=plan.way, by_factors=True,
-        embeddings="apollo", context_bytes=CONTEXT_BYTES,
-    )  # fmt: skip
-    if graphs.rows:
-        plan = plan.with_graphs(graphs.total - plan.total, graphs.rows)
+    plan, taken = with_graphs(default_plan(config, total), config, total), weight_bytes(config) + state_bytes(config)
     return flags_for(total, taken, plan.total, f"{plan.title()}; --trainer-memory says otherwise")
 
 
@@ -132,6 +125,16 @@ def default_plan(config: TextConfig, total: int) -> Plan:
     """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
     burst = make_plan(config, MAX_TOKENS, way="burst", kept=0)
     return burst if 4 * burst.total <= total else make_plan(config, MAX_TOKENS, way="streaming", kept=0)
+
+
+def with_graphs(plan: Plan, config: TextConfig, total: int) -> Plan:
+    """`plan` beside CUDA graphs of short rows, if these take at most one part in `GRAPHS_PART` of the KV cache."""
+    cache = max(0, total - weight_bytes(config) - state_bytes(config) - plan.total - MARGIN)
+    graphs = graphs_beside(
+        config, sizes_up_to(MAX_TOKENS), plan.total + cache // GRAPHS_PART, way=plan.way, by_factors=True,
+        embeddings="apollo", context_bytes=CONTEXT_BYTES,
+    )  # fmt: skip
+    return plan.with_graphs(graphs.total - plan.total, graphs.rows) if graphs.rows else plan
 
 
 def flags_for(total: int, taken: int, share: int, why: str) -> Share:

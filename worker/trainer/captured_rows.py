@@ -1,8 +1,8 @@
 """The rows of a model that are replayed as CUDA graphs: made in the warm-up, found by what is trained.
 
     rows = rows_of(model)
-    rows.capture(trainer, 512)                       # in the warm-up, longest first; nothing is captured in traffic
-    row = rows.of(batch, by_factors=True)            # None: launch its kernels
+    rows.capture(model.model, sweep, 512, by_factors=True)    # in the warm-up, longest first, and never in traffic
+    row = rows.of(batch, by_factors=True)                     # None: launch its kernels
 
 Belongs to the model, as its graphs do to the weights' addresses: every trainer of the model finds them.
 Must not know: examples, the loss.
@@ -37,10 +37,14 @@ class CapturedRows:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def get(self, tokens: int, *, by_factors: bool) -> CapturedRow | None:
+        """The graphs of rows of `tokens` tokens."""
+        return self._rows.get((tokens, by_factors))
+
     def of(self, batch: Batch, *, by_factors: bool) -> CapturedRow | None:
         """What stands in for the layers over `batch`, a packed row; None where no graphs were made of its kind, or it
         has more sequences than they have places."""
-        row = self._rows.get((batch.input_ids.numel(), by_factors))
+        row = self.get(batch.input_ids.numel(), by_factors=by_factors)
         return row if row is not None and len(batch.lengths) <= row.places else None
 
     def capture(self, body: Any, sweep: FactorSweep, tokens: int, *, by_factors: bool) -> bool:
@@ -56,7 +60,8 @@ class CapturedRows:
                 self._rows[tokens, by_factors] = CapturedRow(body, sweep, tokens, self._pool, self._stream)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            log.warning("rows of %s tokens are not replayed as CUDA graphs: %s", f"{tokens:,}", reason)
+            log.warning("rows of %s tokens are not replayed as CUDA graphs, but launched: %s", f"{tokens:,}", reason)
+            log.debug("where the capture failed", exc_info=error)
             return False
         finally:
             sweep.forget()

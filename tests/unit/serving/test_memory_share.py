@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory import planner
+from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import TextConfig
 from worker.serving import launch, memory_share
 from worker.trainer.device import within_share
@@ -25,38 +26,49 @@ H200 = "0, GPU-aaaa-1111, 143771\n"
 def added_for(size: str, total: int) -> memory_share.Share:
     """What `tandem serve` adds for a Qwen3.5 of `size` on a device of `total` bytes."""
     config = TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")
-    plan = memory_share.default_plan(config, total)
+    plan = memory_share.with_graphs(memory_share.default_plan(config, total), config, total)
     return memory_share.flags_for(total, planner.weight_bytes(config), plan.total, plan.title())
 
 
 @pytest.mark.parametrize(
-    ("size", "gib", "way"),
+    ("size", "gib", "way", "replayed"),
     [
-        ("27B", 139, "streaming"),
-        ("27B", 400, "burst"),
-        ("9B", 139, "burst"),
-        ("9B", 79, "streaming"),
-        ("0.8B", 23, "burst"),
+        ("27B", 79, "streaming", 0),
+        ("27B", 139, "streaming", 512),
+        ("27B", 400, "burst", 512),
+        ("9B", 139, "burst", 1024),
+        ("9B", 79, "streaming", 1024),
+        ("0.8B", 23, "burst", 2048),
     ],
 )
-def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: planner.Way) -> None:
+def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: planner.Way, replayed: int) -> None:
     total = gib * GIB
     (flag, value), (note,), _ = added_for(size, total)
     assert flag == "--gpu-memory-utilization"
-    plan = planner.make_plan(TextConfig.read(CONFIGS / f"qwen3_5-{size}.json"), 8192, way=way, kept=0)
+    config = TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")
+    plan = planner.make_plan(config, 8192, way=way, kept=0)
+    assert memory_share.default_plan(config, total) == plan
+    plan = memory_share.with_graphs(plan, config, total)
+    assert plan.replayed == replayed
+    said = "8,192 tokens a pass" + (f", rows of up to {replayed:,} tokens replayed as CUDA graphs" if replayed else "")
     left = total * (1 - float(value)) - plan.total - memory_share.MARGIN
     assert left >= 0
     assert left < total / 1000 + 1 or float(value) == memory_share.MOST
-    assert f"{plan.total / 1e9:.2f} GB to the trainer ({way}, layers recomputed, 8,192 tokens a pass)" in note
+    assert f"{plan.total / 1e9:.2f} GB to the trainer ({way}, layers recomputed, {said})" in note
     assert f"{flag} {value}" in note
 
 
 @pytest.mark.parametrize(
-    ("size", "gib", "way", "by_factors"),
-    [("27B", 79, "streaming", 512), ("27B", 139, "streaming", 512), ("4B", 79, "burst", 0), ("0.8B", 23, "burst", 0)],
+    ("size", "gib", "way", "by_factors", "replayed"),
+    [
+        ("27B", 79, "streaming", 512, 0),
+        ("27B", 139, "streaming", 512, 512),
+        ("4B", 79, "burst", 0, 2048),
+        ("0.8B", 23, "burst", 0, 2048),
+    ],
 )
 def test_a_worker_finds_the_way_that_was_planned_and_takes_no_more(
-    size: str, gib: int, way: planner.Way, by_factors: int
+    size: str, gib: int, way: planner.Way, by_factors: int, replayed: int
 ) -> None:
     """Before the server has grown, when more is free than its share, and after it has grown by all of the margin."""
     total, config = gib * GIB, TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")
@@ -70,7 +82,9 @@ def test_a_worker_finds_the_way_that_was_planned_and_takes_no_more(
         plan = planner.choose(config, 8192, may)
         assert plan.way == way and plan.total <= left - memory_share.MARGIN
         costs: dict[str, Any] = {"embeddings": "apollo", "context_bytes": planner.CONTEXT_BYTES}
-        longest = planner.longest_by_factors(config, sizes_up_to(8192), may, **costs)
+        graphs = graphs_beside(config, sizes_up_to(8192), may, way=way, by_factors=True, **costs)
+        assert max(graphs.rows, default=0) == replayed and graphs.total <= left - memory_share.MARGIN
+        longest = planner.longest_by_factors(config, sizes_up_to(8192), may - graphs.held, **costs)
         assert way == "burst" or longest >= by_factors
 
 

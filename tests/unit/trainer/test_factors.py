@@ -1,6 +1,7 @@
 """Factors in place of gradients: the bits of burst and streaming, and a norm that is known before the first write."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +16,12 @@ from producer.transcript import Transcript
 from worker.apollo import NonFiniteGradientError
 from worker.checkpoint import model_directory
 from worker.config.hyperparameters import Hyperparameters
+from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example
 from worker.memory.planner import Way
 from worker.model.gradient_factors import Factors, Product, Rows
+from worker.trainer.device import choose_way
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.trainer import Trainer
@@ -90,6 +93,33 @@ def test_the_norm_is_that_of_the_gradients(tiny_model: Path, examples: list[Exam
         found = factors.gradient_norm()
         assert found == pytest.approx(gradient_norm(burst.parameters()), rel=2e-3)
         assert all(parameter.grad is None or parameter.dim() != 2 for parameter in factors.parameters())
+
+
+def test_norms_that_came_with_the_factors_are_taken_as_they_are(tiny_model: Path, examples: list[Example]) -> None:
+    """As a replay leaves them: those of the layers; the others are measured. What is not finite is named as ever."""
+    trainer = fresh(tiny_model, "factors")
+    trainer.begin(examples)
+    expected = trainer.gradient_norm()
+    parameters, squares = trainer.sweep.squares(trainer.body.layers.parameters())
+    assert squares is not None and 0 < len(parameters) < len(trainer.parameters())
+    trainer.sweep.factors.known = parameters, squares
+    assert trainer.gradient_norm() == pytest.approx(expected, rel=1e-6)
+    squares[0] += 3 * expected**2
+    assert trainer.gradient_norm() == pytest.approx(2 * expected, rel=1e-6)
+    squares[1] = math.nan
+    with pytest.raises(NonFiniteGradientError, match=re.escape(trainer.optimizer.name_of(parameters[1]))):
+        trainer.gradient_norm()
+    trainer.forget()
+    assert trainer.sweep.factors.known is None
+
+
+def test_nothing_is_replayed_on_a_cpu(tiny_model: Path, examples: list[Example]) -> None:
+    """No graphs are chosen, and none are looked for."""
+    trainer = fresh(tiny_model, "factors")
+    chosen = choose_way(trainer.model, tiny_model, H, ApplySettings(graphs="auto"), 8192, torch.device("cpu"))
+    assert chosen.replayed == () and len(trainer.rows) == 0
+    trainer.begin(examples[:1])
+    assert not trainer.replayed
 
 
 def random_factors(tokens: int, height: int, width: int, *, split: int = 0, looked_up: int = 0) -> Factors:

@@ -1,0 +1,84 @@
+"""Which short rows are replayed, and what their graphs hold: against measurements, and what fits beside the rest."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_planner import GB, config_of, configs
+
+from worker.data.batch_capacity import sizes_up_to
+from worker.memory import graphs
+from worker.memory.graphs import NO_GRAPHS, graphs_beside, held_bytes, host_bound
+from worker.memory.model_config import TextConfig
+from worker.memory.planner import CONTEXT_BYTES, Way, make_plan
+
+SIZES = sizes_up_to(8192)
+COSTS: dict[str, Any] = {"embeddings": "apollo", "context_bytes": CONTEXT_BYTES}
+
+
+@pytest.mark.parametrize(("size", "longest"), [("0.8B", 2048), ("4B", 2048), ("9B", 1024), ("27B", 512)])
+def test_rows_that_wait_for_the_host(size: str, longest: int) -> None:
+    assert host_bound(config_of(size), SIZES) == [some for some in SIZES if some <= longest]
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "way", "measured"),
+    [("27B", 512, "factors", 8.09), ("0.8B", 512, "factors", 1.05), ("0.8B", 2048, "factors", 3.54),
+     ("0.8B", 512, "burst", 1.32), ("0.8B", 2048, "burst", 3.48)],
+)  # fmt: skip
+def test_what_graphs_held_on_a_gpu_is_covered_and_not_by_much(
+    size: str, tokens: int, way: Way, measured: float
+) -> None:
+    """Without recomputation, on an H100: reserved by torch's allocator."""
+    config = config_of(size)
+    held = held_bytes(config, tokens, way=way, kept=len(config.layers))
+    assert measured <= held / GB <= 1.6 * measured, held / GB
+
+
+def test_27b_replays_where_more_than_80_gb_are_there() -> None:
+    """The share of a server on 80 GB has no room for graphs; what has to be asked for instead, and what is enough."""
+    config = config_of("27B")
+    share = make_plan(config, 8192, way="streaming", kept=0).total
+    assert graphs_beside(config, SIZES, share, way="streaming", by_factors=True, **COSTS) == NO_GRAPHS
+    least = graphs_beside(config, SIZES, int(18.5 * GB), way="streaming", by_factors=True, **COSTS)
+    assert (least.rows, least.kept) == ((512,), 0) and 18 * GB < least.total <= 18.5 * GB
+    most = graphs_beside(config, SIZES, 23 * GB, way="streaming", by_factors=True, **COSTS)
+    assert (most.rows, most.kept) == ((512,), 64)
+
+
+def test_rows_that_are_streamed_are_never_replayed() -> None:
+    assert graphs_beside(config_of("4B"), SIZES, 500 * GB, way="streaming", by_factors=False, **COSTS) == NO_GRAPHS
+
+
+@given(configs, st.integers(0, 300 * GB), st.sampled_from(["burst", "factors", "streaming"]))
+def test_what_is_chosen_fits_beside_the_longest_row_and_no_longer_one_does(
+    config: TextConfig, free: int, way: Way
+) -> None:
+    found = graphs_beside(config, SIZES, free, way=way, by_factors=True, **COSTS)
+    short: Way = "factors" if way == "streaming" else way
+    longest = make_plan(config, max(SIZES), way=way, kept=0, context_bytes=CONTEXT_BYTES).total
+
+    def needs(tokens: int, kept: int) -> int:
+        launched = make_plan(config, tokens, way=short, kept=kept, context_bytes=CONTEXT_BYTES).total
+        return max(longest, launched) + held_bytes(config, tokens, way=short, kept=kept)
+
+    every = len(config.layers)
+    longer = [size for size in host_bound(config, SIZES) if size > max(found.rows, default=0)]
+    assert all(needs(size, kept) > free for size in longer for kept in (0, every))
+    if found.rows:
+        assert found.total == needs(max(found.rows), found.kept) <= free
+        assert found.rows == tuple(size for size in SIZES if size <= max(found.rows))
+        assert found.kept == every or needs(max(found.rows), every) > free
+    else:
+        assert found == NO_GRAPHS
+
+
+def test_graphs_are_a_row_of_the_plan() -> None:
+    plan = make_plan(config_of("4B"), 8192, way="burst", kept=0)
+    beside = plan.with_graphs(3 * GB, (512, 1024))
+    assert beside.total == plan.total + 3 * GB
+    assert "rows of up to 1,024 tokens replayed as CUDA graphs" in beside.title()
+    assert any("graphs of short rows" in line and "3.00 GB" in line for line in beside.render())
+    assert "replayed" not in plan.title()
+    assert graphs.LONGEST < 8192
