@@ -7,7 +7,7 @@
 A row has few tokens when the host needs longer to launch its kernels than the device to run them; a graph has one
 launch. What depends on the data stays outside: embeddings, the output head, the loss.
 
-Must not know: examples, the loss, the optimizer (but for a capture).
+Must not know: Redis, vLLM, the header, versions.
 Invariants: a replay runs the very kernels that the layers run, on the same shapes: PLACES sequences in `tokens` tokens.
 It reads the weights where they lie, and they may change in place. What it leaves (hidden states, factors, gradients) is
 valid until the next replay of any graph in `pool`, whose memory is the graphs' alone.

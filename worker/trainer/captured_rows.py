@@ -5,7 +5,7 @@
     row = rows.of(batch, by_factors=True)                     # None: launch its kernels
 
 Belongs to the model, as its graphs do to the weights' addresses: every trainer of the model finds them.
-Must not know: examples, the loss.
+Must not know: Redis, vLLM, the header, versions.
 Invariants: the graphs share one pool of memory, which is theirs alone, so that all rows together hold what the longest
 holds. A capture that fails changes nothing: kernels are launched as before, random numbers and allocator go on.
 """
