@@ -17,7 +17,7 @@ from producer import keys
 from producer.errors import TandemError
 from worker.cli import status
 from worker.cli.worker import command as worker_command
-from worker.config.update_options import apply_settings_of
+from worker.config.update_options import ApplySettings, apply_settings_of
 from worker.utils.serving_budget import ServingBudget
 from worker.versions import share_status
 
@@ -79,11 +79,21 @@ def test_the_last_minute_is_true_at_whatever_moment_it_is_read(redis_url: str) -
     assert share_status.kept({}) is None
 
 
-def options(*arguments: str) -> float:
-    """--serving-share, as `tandem worker` understands `arguments`."""
+def settings(*arguments: str) -> ApplySettings:
+    """As `tandem worker` understands `arguments`."""
     context = worker_command.make_context("worker", list(arguments))
-    names = ("apply", "hogwild", "serving_share", "duty_cycle", "memory")
-    return apply_settings_of({name: context.params[name] for name in names}).serving_share
+    names = ("apply", "hogwild", "serving_share", "duty_cycle", "memory", "graphs")
+    return apply_settings_of({name: context.params[name] for name in names})
+
+
+def options(*arguments: str) -> float:
+    """--serving-share of them."""
+    return settings(*arguments).serving_share
+
+
+def test_graphs_can_be_switched_off() -> None:
+    assert settings().graphs == "auto"
+    assert settings("--graphs", "off").graphs == "off"
 
 
 def test_the_former_flag_means_the_rest_of_the_time() -> None:
