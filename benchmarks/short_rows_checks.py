@@ -197,7 +197,7 @@ def as_a_worker(bench: Bench, size: int, longer: int, part: Part) -> None:
     part.check("the graphs hold no more than planned", trainer.rows.held_bytes <= graphs.held)
     part.check("short rows were replayed, and no other", said["replayed"]["replayed"] == short * 2)
     part.check("launched trainers replay nothing", not any(said["launched"]["replayed"]))
-    part.check("as near as launched ones are to each other", apart["replayed"] <= 2 * apart["again"])
+    part.check("as near as launched ones are to each other", apart["replayed"] <= 3 * apart["again"])
 
 
 def after_a_failure(bench: Bench, size: int, part: Part) -> None:

@@ -33,6 +33,7 @@ class CapturedRows:
         self._rows: dict[tuple[int, bool], CapturedRow] = {}
         self._pool: Any = None
         self._stream: Any = None
+        self._failed = False
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,6 +51,9 @@ class CapturedRows:
     def capture(self, body: Any, sweep: FactorSweep, tokens: int, *, by_factors: bool) -> bool:
         """Make graphs of a row of `tokens` tokens, whose kernels have run before; the longest row comes first. False
         where that fails: why is logged, and the row stays launched."""
+        if self._failed and self._rows:
+            log.warning("rows of %s tokens are launched: after a failure they would need memory more", f"{tokens:,}")
+            return False
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
@@ -62,6 +66,7 @@ class CapturedRows:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             log.warning("rows of %s tokens are not replayed as CUDA graphs, but launched: %s", f"{tokens:,}", reason)
             log.debug("where the capture failed", exc_info=error)
+            self._failed, self._pool = True, torch.cuda.graph_pool_handle()  # to torch the old one is being filled
             return False
         finally:
             sweep.forget()
