@@ -48,7 +48,7 @@ COUNTERS = {
     "prefix_queries": "vllm:prefix_cache_queries_total",
 }
 """vLLM's own, over a measurement. Hits and queries in tokens."""
-PARTS = ("linger_s", "gradients_s", "wait_s", "pause_s", "step_s")
+PARTS = ("linger_s", "gradients_s", "wait_for_pause_s", "pause_s", "step_s", "serving_cost_s", "jobs")
 """Of a manifest: where a version's time went. The medians are reported."""
 
 
@@ -127,6 +127,7 @@ def _phase(
     pauses = [manifest["pause_s"] for manifest in trained]
     row |= {"versions": float(last - first), "trained_tokens": sum(manifest["tokens"] for manifest in trained)}
     row |= {"pause_share": sum(pauses) / served.seconds, "pause_max": max(pauses, default=0.0)}
+    row["charged_share"] = sum(manifest.get("serving_cost_s", 0.0) for manifest in trained) / served.seconds
     for name in PARTS:
         if found := [manifest[name] for manifest in trained if name in manifest]:
             row[name] = statistics.median(found)
