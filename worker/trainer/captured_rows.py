@@ -52,7 +52,9 @@ class CapturedRows:
         """Make graphs of a row of `tokens` tokens, whose kernels have run before; the longest row comes first. False
         where that fails: why is logged, and the row stays launched."""
         if self._failed and self._rows:
-            log.warning("rows of %s tokens are launched: after a failure they would need memory more", f"{tokens:,}")
+            log.warning(
+                "rows of %s tokens are launched: after a failed capture they would need more memory", f"{tokens:,}"
+            )
             return False
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -68,8 +70,6 @@ class CapturedRows:
             log.debug("where the capture failed", exc_info=error)
             self._failed, self._pool = True, torch.cuda.graph_pool_handle()  # to torch the old one is being filled
             return False
-        finally:
-            sweep.forget()
         torch.cuda.empty_cache()
         self.held_bytes += max(0, torch.cuda.memory_reserved() - before)
         return True

@@ -321,7 +321,10 @@ class Trainer:
         """Have `begin` replay rows of `tokens` tokens, whose kernels have run before: see `CapturedRows.capture`."""
         by_factors = self.room.way_of_row(tokens) == "factors"
         self.forget()
-        return self.rows.capture(self.body, self.sweep, tokens, by_factors=by_factors)
+        try:
+            return self.rows.capture(self.body, self.sweep, tokens, by_factors=by_factors)
+        finally:
+            self.forget()
 
     def _captured(self, batch: Batch) -> CapturedRow | None:
         """What stands in for the layers over `batch`: what it leaves is there until the next replay."""
