@@ -11,12 +11,11 @@ KL is what the rise of held estimates, over all tokens that might come next in p
     python benchmarks/learning.py MODEL --setting 'mini lr=2e-05' --only 'adamw lr=*' --seeds 0 --versions 3 5 8
     python benchmarks/learning.py MODEL --seeds 0 --versions 20 --until .45  # the least that compares at one level
     python benchmarks/learning.py MODEL --in-turn --only 'adamw lr=0.0001'   # three tasks one after the other
-    python benchmarks/learning.py MODEL --report                             # table and plot of what is there
+    python benchmarks/learning.py MODEL --report                             # tables, means and plot of what is there
 
 MODEL is a directory of an instruct model of attention layers alone, such as SmolLM2-135M-Instruct. Every finished run
 is kept in learning.json and not made again, so that a grid can be stopped and continued; several processes may work at
-one (--share). LoRA needs `pip install -e '.[bench]'`. Losses repeat exactly on a CPU with the same number of threads.
-On CUDA matrix products are fp32 too: TF32 is off.
+one (--share). LoRA needs `pip install -e '.[bench]'`. Losses repeat exactly on a CPU with as many threads. TF32 is off.
 """
 
 import argparse
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import contenders
+import learning_curves
 import learning_report
 import learning_tasks
 import outputs
@@ -57,7 +57,7 @@ OTHERS = (3e-5, 5e-5, 1e-4)
 SCORED = ("identity", "facts", "held", "written")
 VARIANTS = (
     {"freeze": "embeddings"}, {"freeze": "attention"}, {"freeze": "mlp"}, {"warmup": 5}, {"pull": 0.02}, {"pull": 0.1},
-    {"rehearse": 5}, {"rehearse": 20}, {"batch": 40}, {"batch": 80},
+    {"rehearse": 5}, {"rehearse": 10}, {"batch": 40}, {"batch": 80},
 )  # fmt: skip
 """What is tried with Mini at 3e-5 besides."""
 
@@ -112,6 +112,12 @@ class Bench:
         others = {"facts": self.data.facts, "held": self.held, "written": self.data.held}
         return {task.name: task.unseen for task in self.data.tasks} | others
 
+    def check(self, settings: Sequence[Setting]) -> None:
+        """Ends the script if one asks for more than there is."""
+        if asked := next((one for one in settings if one.rehearse > len(self.data.pool)), None):
+            there = f"only {len(self.data.pool)} other answers are not held out"
+            raise SystemExit(f"error: {_name(asked)}: {there}: leave it out with --only, or give a smaller --held")
+
     def run(self, setting: Setting, versions: Sequence[int], until: float | None) -> None:
         """One contender up to the last of `versions`, or until its loss is no number, scored at each; kept when done.
 
@@ -156,16 +162,13 @@ class Bench:
 
     def _batches(self, setting: Setting, task: learning_tasks.Task) -> Iterator[list[Example]]:
         """The conversations of one version after the other, as many versions as are asked for."""
-        pool = self.data.pool
-        if setting.rehearse > len(pool):
-            raise SystemExit(f"error: rehearse={setting.rehearse}: only {len(pool)} other answers are not held out")
-        others = epochs(pool, count=10_000, batch=setting.rehearse or 1, seed=setting.seed) if pool else iter([])
+        others = epochs(self.data.pool, count=10_000, batch=setting.rehearse or 1, seed=setting.seed)
         for batch in epochs(task.train, count=10_000, batch=setting.batch, seed=setting.seed):
             yield batch + (next(others) if setting.rehearse else [])
 
     def _learnt(self, model: Any) -> float:
         """Identity loss, in nats per trained token."""
-        return learning_report.mean(self.asked["identity"].losses(model), self.report["tokens"]["identity"])
+        return learning_curves.mean(self.asked["identity"].losses(model), self.report["tokens"]["identity"])
 
     def _score(self, model: Any, names: Sequence[str]) -> dict[str, list[float]]:
         """Of each set by name each answer's loss; of the source's own answers the divergence too, as "kl"."""
@@ -229,7 +232,7 @@ def main() -> None:
     parser.add_argument("--share", type=_share, default=(1, 1), metavar="I/N", help="every Nth run, from the Ith on")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--list", action="store_true", help="print the settings and end")
-    parser.add_argument("--report", action="store_true", help="run nothing: table and plot of what is there")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables, means and plot of what is there")
     parser.add_argument("--no-report", action="store_true", help="neither table nor plot after the runs")
     arguments = parser.parse_args()
     chosen = [Setting.parse(text) for text in arguments.setting]
@@ -244,6 +247,7 @@ def main() -> None:
     results = arguments.out / "learning.json"
     if not arguments.report:
         bench = _bench(arguments, results)
+        bench.check(chosen)
         versions = sorted(arguments.versions)
         first, every = arguments.share
         for setting in [replace(one, seed=seed) for seed in arguments.seeds for one in chosen][first - 1 :: every]:

@@ -1,165 +1,95 @@
-"""Table and plot of learning.json: how much was learnt, how much was forgotten, and both at one level of learning.
+"""Tables, plot and means of learning.json: how much was learnt, how much was forgotten, and both at one level.
 
-Must not know: models, how a run is made.
-Invariants: means are over trained tokens; an interval is of 95 % over answers, each answer's mean over seeds being one
-observation, and differences are taken answer by answer before anything is averaged.
+Must not know: models, how a run is made. What is compared, and its intervals: learning_curves.py.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from contenders import LABELS, RULES, Setting
+from learning_curves import BAND, LEVEL, REFERENCE, Curve, curves, difference, interval, mean
 from matplotlib.figure import Figure
 
-LEVEL = 0.45
-"""Identity loss, in nats per trained token, at which what was forgotten is compared."""
-REFERENCE = "adamw lr=0.0001"
 ALLOWED = 0.006
 """By how much more than the reference's held-out loss a contender's may have risen at LEVEL, in nats."""
+LEVELS = (0.78, 0.6, 0.35)
+"""Other levels; at .78 AdamW at 1e-4 is after five versions."""
 PEERS = ("adamw", "adamw-bf16", "lora", "sgd", "mini")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean and half the width of its interval."""
-
-    mean: float
-    half: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f} ±{self.half:.4f}"
-
-
-def mean(values: Sequence[float], tokens: Sequence[int]) -> float:
-    return sum(v * n for v, n in zip(values, tokens, strict=True)) / sum(tokens)
-
-
-def interval(values: Sequence[float], tokens: Sequence[int]) -> Interval:
-    """Of the mean over tokens, the answers being drawn at random (ratio estimator)."""
-    middle = mean(values, tokens)
-    spread = sum((n * (v - middle)) ** 2 for v, n in zip(values, tokens, strict=True)) ** 0.5
-    return Interval(middle, 1.96 * spread / sum(tokens))
-
-
-@dataclass(frozen=True)
-class Point:
-    """One contender and seed at one version."""
-
-    version: int
-    identity: float
-    facts: float
-    rise: list[float]
-    """Of each held-out answer."""
-    written: list[float] | None
-    """The same of each answer by hand; None where they were not scored."""
-    kl: list[float] | None = None
-    """Divergence from the source weights before each token of a held-out answer; None where it was not measured."""
-
-
-class Curve:
-    """All seeds of one setting."""
-
-    def __init__(self, report: dict[str, Any], keys: Sequence[str]) -> None:
-        runs = [report["runs"][key] for key in keys]
-        self.setting, self.seeds, self.tokens = Setting(**runs[0]["setting"]), len(runs), report["tokens"]
-        self.name = _without_seed(keys[0])
-        shared = sorted(set.intersection(*(set(map(int, run["versions"])) for run in runs)))
-        self.versions = shared
-        self.by_seed = [[self._point(report, 0, report["start"])]
-                        + [self._point(report, version, run["versions"][str(version)]) for version in shared]
-                        for run in runs]  # fmt: skip
-        self.moved = runs[0]["moved"]
-
-    def _point(self, report: dict[str, Any], version: int, scored: dict[str, list[float]]) -> Point:
-        def rise(name: str) -> list[float]:
-            return [after - before for after, before in zip(scored[name], report["start"][name], strict=True)]
-
-        identity, facts = (mean(scored[name], self.tokens[name]) for name in ("identity", "facts"))
-        return Point(version, identity, facts, rise("held"), rise("written") if "written" in scored else None,
-                     rise("kl") if "kl" in scored else None)  # fmt: skip
-
-    def at(self, version: int) -> tuple[float, float, Interval]:
-        """Identity and facts, means over seeds, and the rise."""
-        points = [next(p for p in points if p.version == version) for points in self.by_seed]
-        identity, facts = (sum(getattr(p, name) for p in points) / len(points) for name in ("identity", "facts"))
-        return identity, facts, interval(_means([p.rise for p in points]), self.tokens["held"])
-
-    def at_level(self, what: str = "rise") -> tuple[float, list[float]] | None:
-        """(version, rise of each answer) where identity falls through LEVEL, straight lines between scored versions and
-        mean over seeds; None where a seed does not reach it, does before its first scored version, or lacks `what`."""
-        found = [_cross(points, what) for points in self.by_seed]
-        if any(one is None for one in found):
-            return None
-        there = [one for one in found if one is not None]
-        return sum(version for version, _ in there) / len(there), _means([rise for _, rise in there])
-
-
-def _cross(points: Sequence[Point], what: str) -> tuple[float, list[float]] | None:
-    for before, after in pairwise(points[1:]):
-        if before.identity >= LEVEL > after.identity:
-            share = (before.identity - LEVEL) / (before.identity - after.identity)
-            both = getattr(before, what), getattr(after, what)
-            if None in both:
-                return None
-            rise = [a + share * (b - a) for a, b in zip(*both, strict=True)]
-            return before.version + share * (after.version - before.version), rise
-    return None
-
-
-def _means(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-
-
-def _without_seed(key: str) -> str:
-    return " ".join(part for part in key.split() if not part.startswith("seed="))
-
-
-def curves(report: dict[str, Any]) -> list[Curve]:
-    """One a setting, in the order in which they were first made."""
-    keys: dict[str, list[str]] = {}
-    for key in report["runs"]:
-        keys.setdefault(_without_seed(key), []).append(key)
-    return [Curve(report, some) for some in keys.values()]
+TOP = 1.1
+"""Where the plot ends, in nats: what rises further is useless, and would hide the rest."""
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """learning.md and learning.png in `folder`."""
+    """learning.md, learning_means.json and learning.png in `folder`."""
     found = curves(report)
-    text = "\n\n".join(part for part in (table(report, found), in_turn(report)) if part)
+    text = "\n\n".join(part for part in (levels(found), table(report, found), in_turn(report)) if part)
     (folder / "learning.md").write_text(text + "\n")
+    (folder / "learning_means.json").write_text(means(report, found))
     print(text)
     if found:
         plot(found, folder / "learning.png")
 
 
+def levels(found: Sequence[Curve]) -> str:
+    """Every setting that gets to LEVEL, the least rise first: its rise, and by how much it is over the reference's."""
+    there = [(mean(_middle(level[1]), curve.tokens["held"]), curve, level) for curve in found
+             if (level := curve.at_level()) is not None]  # fmt: skip
+    if not there:
+        return ""
+    others = " | ".join(f"KL at {level}" for level in LEVELS)
+    lines = [f"Over {REFERENCE}, where identity is {LEVEL} (nats a token, ± 95 % over answers and seeds):\n",
+             f"| contender | seeds | version | rise | rise over it | of each seed | within +{ALLOWED} | KL over it |"
+             f" KL, mean of {BAND[0]} to {BAND[-1]} | {others} |", "|" + " --- |" * (9 + len(LEVELS))]  # fmt: skip
+    reference = next((curve for curve in found if curve.name == REFERENCE), None)
+    for _, curve, (version, rows) in sorted(there, key=lambda one: one[0]):
+        cells = [_over(curve, reference, "kl", some) for some in ((LEVEL,), BAND, *((level,) for level in LEVELS))]
+        rise = interval(rows, curve.tokens["held"])
+        lines.append(f"| {curve.setting.label} | {curve.seeds} | {version:.1f} | {rise} |"
+                     f" {' | '.join(_held(curve, reference))} | {' | '.join(cells)} |")  # fmt: skip
+    missing = [curve.setting.label for curve in found if curve.at_level() is None]
+    return "\n".join(lines) + (f"\n\nNot there with every seed: {'; '.join(missing)}." if missing else "")
+
+
+def _held(curve: Curve, reference: Curve | None) -> tuple[str, str, str]:
+    """At LEVEL: the rise over the reference's, the same of each seed, and whether it is surely no more than ALLOWED."""
+    mine, other = curve.at_level(), reference and reference.at_level()
+    if mine is None or not other or not (over := difference(mine[1], other[1])) or curve is reference:
+        return "-", "-", "-"
+    tokens = curve.tokens["held"]
+    found = interval(over, tokens)
+    sure = "yes" if found.mean + found.half <= ALLOWED else "no" if found.mean - found.half > ALLOWED else "unsure"
+    each = " ".join(f"{mean(row, tokens):+.3f}" for row in over.values())
+    return str(found), each, sure if len(over) > 1 else "one seed"
+
+
+def _over(curve: Curve, reference: Curve | None, what: str, some: Sequence[float]) -> str:
+    mine, other = curve.at_level(what, some), reference and reference.at_level(what, some)
+    if mine is None or not other or not (over := difference(mine[1], other[1])) or curve is reference:
+        return "-"
+    return str(interval(over, curve.tokens["held"]))
+
+
+def _middle(rows: dict[int, list[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows.values(), strict=True)]
+
+
 def table(report: dict[str, Any], found: Sequence[Curve]) -> str:
-    """Every setting: scores by version, then the rise at LEVEL and by how much it is over the reference's."""
+    """Every setting: scores after 5, 10 and 20 versions (all, if none of these was scored), and how far it moved."""
     if not found:
         return ""
-    lines = [f"| contender | seeds | version: identity / facts / rise | at identity {LEVEL}: version | rise of held |"
-             f" over {REFERENCE} | rise of written | dW/W at 1, last | RMS(dW)/lr at 1: median, 9th decile, most |",
-             "|" + " --- |" * 9]  # fmt: skip
-    reference = next((curve.at_level() for curve in found if curve.name == REFERENCE), None)
+    lines = ["| contender | seeds | version: identity / facts / rise | dW/W at 1, last | RMS(dW)/lr at 1: median, 9th"
+             " decile, most |", "|" + " --- |" * 5]  # fmt: skip
     tokens = report["tokens"]
     for curve in found:
-        scores = [f"{v}: {i:.3f} / {f:.3f} / {r}" for v in curve.versions for i, f, r in [curve.at(v)]]
-        level, written = curve.at_level(), curve.at_level("written")
-        there = ["-"] * 4
-        if level is not None:
-            there[:2] = f"{level[0]:.1f}", str(interval(level[1], tokens["held"]))
-            if reference is not None:
-                over = [a - b for a, b in zip(level[1], reference[1], strict=True)]
-                there[2] = str(interval(over, tokens["held"]))
-        if written is not None:
-            there[3] = str(interval(written[1], tokens["written"]))
+        shown = [version for version in curve.versions if version in (5, 10, 20)] or curve.versions
+        scores = [f"{v}: {i:.3f} / {f:.3f} / {r}" for v in shown for i, f, r in [curve.at(v)]]
         first, last = curve.moved["1"], curve.moved[max(curve.moved, key=int)]
         gains = " ".join(f"{gain:.2f}" for gain in first["gain"])
-        lines.append(f"| {curve.setting.label} | {curve.seeds} | {'; '.join(scores)} | {' | '.join(there)} |"
+        lines.append(f"| {curve.setting.label} | {curve.seeds} | {'; '.join(scores)} |"
                      f" {first['all']:.1e}, {last['all']:.1e} | {gains} |")  # fmt: skip
-    start = [f"{name} {mean(values, tokens[name]):.3f}" for name, values in report["start"].items()]
+    start = [f"{name} {mean(values, tokens[name]):.3f}" for name, values in report["start"].items() if name != "kl"]
     lines.append(f"\nSource weights: {', '.join(start)}; {len(tokens['held'])} held-out questions.")
     return "\n".join(lines)
 
@@ -178,6 +108,21 @@ def in_turn(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def means(report: dict[str, Any], found: Sequence[Curve]) -> str:
+    """learning_means.json: of each run the means by version, without the answers, a line a run."""
+    tokens = report["tokens"]
+    made = sorted({(run["made"]["device"], run["made"]["torch"]) for run in report["runs"].values()})
+    lines = [f'"digest": {json.dumps(report["digest"])}', f'"made": {json.dumps(made)}',
+             '"columns": ["version", "identity", "facts", "rise of held", "KL"]']  # fmt: skip
+    for curve in found:
+        for seed, points in curve.by_seed.items():
+            rows = [[p.version, p.identity, p.facts, mean(p.rise, tokens["held"])]
+                    + ([] if p.kl is None else [mean(p.kl, tokens["held"])]) for p in points]  # fmt: skip
+            short = [[round(value, 4) for value in row] for row in rows]
+            lines.append(f"{json.dumps(f'{curve.name} seed={seed}')}: {json.dumps(short, separators=(',', ':'))}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def state_numbers(setting: Setting, shapes: Sequence[tuple[int, ...]]) -> int | None:
     """Numbers of optimizer state over matrices of these shapes; None where no rule says it."""
     name = "mini-plain" if setting.method == "mini" else setting.method
@@ -187,50 +132,54 @@ def state_numbers(setting: Setting, shapes: Sequence[tuple[int, ...]]) -> int | 
 
 
 def plot(found: Sequence[Curve], path: Path) -> None:
-    """Left: the peers at every rate. Right: each candidate at its best, with AdamW and Mini."""
+    """Left: the peers at every rate. Right: each optimizer at its best, with AdamW and Mini."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    peers = [curve for curve in found if curve.setting.method in PEERS and len(curve.name.split()) == 2]
-    others = _best(found)
-    for axes, some, title in zip(panels, (peers, others), ("peers", "each candidate at its best"), strict=True):
-        order, rates = list(LABELS), sorted({curve.setting.lr for curve in some})
-        lines = {lr: ("-", "--", "-.", ":")[i % 4] for i, lr in enumerate(rates)}
-        for curve in some:
+    plain = [curve for curve in found if len(curve.name.split()) == 2]
+    peers = [curve for curve in plain if curve.setting.method in PEERS]
+    order, rates = list(LABELS), sorted({curve.setting.lr for curve in peers + _best(plain)})
+    lines = {lr: (":", "--", "-", "-.")[i % 4] for i, lr in enumerate(rates)}
+    for axes, some, title in zip(panels, (peers, _best(plain)), ("peers", "each at its best rate"), strict=True):
+        for curve in sorted(some, key=lambda curve: (order.index(curve.setting.method), curve.setting.lr)):
             at = [(version, curve.at(version)) for version in curve.versions]
-            x, y = [scored[0] for _, scored in at], [scored[2].mean for _, scored in at]
+            points = [(version, scored[0], scored[2].mean) for version, scored in at if scored[2] is not None]
+            if min(y for _, _, y in points) > TOP:
+                continue
+            seeds = "" if curve.seeds > 1 else " (1 seed)"
             style = {"adamw": "k", "mini": "C3"}.get(curve.setting.method, f"C{order.index(curve.setting.method) % 10}")
             axes.plot(
-                x,
-                y,
+                [x for _, x, _ in points],
+                [y for _, _, y in points],
                 color=style,
                 marker="o",
                 markersize=3,
-                linewidth=1.3,
+                linewidth=1.2,
                 linestyle=lines[curve.setting.lr],
-                label=curve.setting.label,
+                label=curve.setting.label + seeds,
             )
-            for version, scored in at:
-                where = (scored[0], scored[2].mean)
-                axes.annotate(str(version), where, fontsize=6, xytext=(2, 3), textcoords="offset points")
+            for version, x, y in points:
+                if version in (5, 10, 20) and y < TOP:
+                    axes.annotate(str(version), (x, y), fontsize=6, xytext=(2, 3), textcoords="offset points")
         axes.axvline(LEVEL, color="grey", linewidth=0.7, linestyle=":")
-        axes.set(xscale="log", xlabel="identity, never trained (nats per token)", title=title)
-        axes.invert_xaxis()
+        axes.set(xscale="log", xlim=(5, 0.14), ylim=(0, TOP), xlabel="identity, never trained (nats per token)")
+        axes.set_title(f"{title} (mean over seeds)")
+        axes.set_xticks((4, 2, 1, 0.6, LEVEL, 0.3, 0.2), ("4", "2", "1", ".6", f"{LEVEL:g}"[1:], ".3", ".2"))
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left")
     panels[0].set_ylabel("rise of held-out loss (nats per token)")
     figure.suptitle("Learnt (to the right) against forgotten (up); numbers are versions")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 def _best(found: Sequence[Curve]) -> list[Curve]:
-    """Of each kind of setting the curve with the least rise at LEVEL; those that do not get there are left out."""
+    """Of each optimizer the curve with the least rise at LEVEL; those that do not get there are left out."""
     best: dict[str, tuple[float, Curve]] = {}
     for curve in found:
         level = curve.at_level()
         if level is None:
             continue
-        kind = " ".join(part for part in curve.name.split() if not part.startswith("lr="))
-        rise = mean(level[1], curve.tokens["held"])
-        if kind not in best or rise < best[kind][0]:
-            best[kind] = (rise, curve)
+        rise = mean(_middle(level[1]), curve.tokens["held"])
+        if curve.setting.method not in best or rise < best[curve.setting.method][0]:
+            best[curve.setting.method] = (rise, curve)
     return [curve for _, curve in best.values()]

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 from contenders import LABELS, RULES, Setting, load_model, make  # noqa: E402
-from learning import Bench  # noqa: E402
-from learning_report import Curve, interval  # noqa: E402
+from learning import Bench, grid  # noqa: E402
+from learning_curves import STUDENT, Curve, difference, interval  # noqa: E402
 from learning_tasks import Data, Task, manner, places  # noqa: E402
 from own_answers import answered, draw  # noqa: E402
 from shapes import write_shape  # noqa: E402
@@ -182,11 +182,25 @@ def test_the_rise_is_read_where_identity_falls_through_the_level() -> None:
     level = Curve(report, list(report["runs"])).at_level()
     assert level is not None
     assert level[0] == pytest.approx(4.0)
-    assert level[1] == pytest.approx([0.2, 0.2])
+    assert level[1] == {0: pytest.approx([0.2, 0.2])}
     assert interval(level[1], [30, 10]).half == pytest.approx(0.0)
-    assert interval([0.0, 0.4], [30, 10]).mean == pytest.approx(0.1)
+    assert interval({0: [0.0, 0.4]}, [30, 10]).mean == pytest.approx(0.1)
+    between = Curve(report, list(report["runs"])).at_level("rise", [0.55, 0.45, 0.35])
+    assert between is not None
+    assert between[1] == {0: pytest.approx([0.2, 0.2])}, "a mean over levels"
+    assert Curve(report, list(report["runs"])).at_level("rise", [0.45, 0.2]) is None, "a level that is not reached"
     del report["runs"][key]["versions"]["3"]
     assert Curve(report, list(report["runs"])).at_level() is None, "one scored version is no bracket"
+
+
+def test_an_interval_is_over_answers_and_over_seeds_and_a_difference_is_taken_seed_by_seed() -> None:
+    """Answers that differ by as much in every seed say nothing of seeds, seeds that differ say nothing of answers."""
+    one, three = interval({0: [0.0, 1.0]}, [1, 1]), interval({seed: [0.0, 1.0] for seed in range(3)}, [1, 1])
+    assert (three.mean, three.answers, three.seeds) == pytest.approx((0.5, one.answers, 0.0))
+    seeds = interval({0: [1.0, 1.0], 1: [2.0, 2.0], 2: [3.0, 3.0]}, [1, 1])
+    assert (seeds.mean, seeds.answers) == pytest.approx((2.0, 0.0))
+    assert seeds.half == pytest.approx(STUDENT[1] / math.sqrt(3))
+    assert difference({1: [2.0], 2: [5.0]}, {0: [9.0], 1: [0.5], 2: [1.0]}) == {1: [1.5], 2: [4.0]}
 
 
 def test_the_divergence_is_that_of_the_distributions_and_what_a_drawn_answer_s_rise_estimates() -> None:
@@ -225,3 +239,12 @@ def test_processes_that_share_a_grid_keep_all_their_runs_in_one_file(tmp_path: P
     again = Bench(tmp_path / "model", data, CPU, results, answer_tokens=4)
     again.run(Setting("adamw", 1e-3), [1, 2], None)
     assert again.report["runs"]["adamw lr=0.001 seed=0"]["versions"] == runs["adamw lr=0.001 seed=0"]["versions"]
+    again.check([Setting("mini", 1e-5)])
+    with pytest.raises(SystemExit, match="mini lr=1e-05 rehearse=2: only 0 other answers"):
+        again.check([Setting("adamw", 1e-3), Setting("mini", 1e-5, rehearse=2)])  # the last of many: before any runs
+
+
+def test_the_grid_asks_for_no_more_other_answers_than_the_demo_has() -> None:
+    others = Path(__file__).resolve().parents[3] / "scripts/demo_data/other_answers.jsonl"
+    pool = len(others.read_text().splitlines()) - 100  # --held
+    assert 0 < max(setting.rehearse for setting in grid()) <= pool
