@@ -115,8 +115,9 @@ class Bench:
     def check(self, settings: Sequence[Setting]) -> None:
         """Ends the script if one asks for more than there is."""
         if asked := next((one for one in settings if one.rehearse > len(self.data.pool)), None):
-            there = f"only {len(self.data.pool)} other answers are not held out"
-            raise SystemExit(f"error: {_name(asked)}: {there}: leave it out with --only, or give a smaller --held")
+            raise SystemExit(
+                f"error: {_name(asked)}: only {len(self.data.pool)} other answers are not held out: see --held"
+            )
 
     def run(self, setting: Setting, versions: Sequence[int], until: float | None) -> None:
         """One contender up to the last of `versions`, or until its loss is no number, scored at each; kept when done.
@@ -162,6 +163,7 @@ class Bench:
 
     def _batches(self, setting: Setting, task: learning_tasks.Task) -> Iterator[list[Example]]:
         """The conversations of one version after the other, as many versions as are asked for."""
+        self.check([setting])
         others = epochs(self.data.pool, count=10_000, batch=setting.rehearse or 1, seed=setting.seed)
         for batch in epochs(task.train, count=10_000, batch=setting.batch, seed=setting.seed):
             yield batch + (next(others) if setting.rehearse else [])

@@ -242,6 +242,8 @@ def test_processes_that_share_a_grid_keep_all_their_runs_in_one_file(tmp_path: P
     again.check([Setting("mini", 1e-5)])
     with pytest.raises(SystemExit, match="mini lr=1e-05 rehearse=2: only 0 other answers"):
         again.check([Setting("adamw", 1e-3), Setting("mini", 1e-5, rehearse=2)])  # the last of many: before any runs
+    with pytest.raises(SystemExit, match="rehearse=2"):
+        again.run(Setting("mini", 1e-5, rehearse=2), [1], None)
 
 
 def test_the_grid_asks_for_no_more_other_answers_than_the_demo_has() -> None:
