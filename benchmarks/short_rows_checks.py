@@ -43,7 +43,7 @@ def left(trainer: Trainer, lengths: list[int], vocabulary: int) -> dict[str, tor
         if (kept := trainer.sweep.factors.of(parameter)) is not None:
             products, rows = kept.passes[-1]
             for number, one in enumerate(products):
-                made[f"{name} dY {number}"], made[f"{name} X {number}"] = one.left.clone(), one.right.clone()
+                made[f"{name} dY {number}"], made[f"{name} X {number}"] = one.left.clone(), one.right.detach().clone()
             made |= {f"{name} rows {number}": one.values.clone() for number, one in enumerate(rows)}
         elif parameter.grad is not None:
             made[f"{name} gradient"] = parameter.grad.clone()

@@ -241,8 +241,8 @@ def left(trainer: Trainer, examples: list[Example]) -> dict[str, torch.Tensor]:
     made = gradients(trainer) | {"losses": torch.tensor(list(found.nll.values()))}
     for name, parameter in trainer.model.named_parameters():
         if (kept := trainer.sweep.factors.of(parameter)) is not None:
-            for number, one in enumerate(kept.passes[0][0]):
-                made |= {f"{name} dY {number}": one.left.cpu(), f"{name} X {number}": one.right.cpu()}
+            for number, one in enumerate(kept.passes[0][0]):  # X has a history, and a capture needs all of those gone
+                made |= {f"{name} dY {number}": one.left.cpu(), f"{name} X {number}": one.right.detach().cpu()}
             made |= {f"{name} rows": rows.values.cpu() for rows in kept.passes[0][1]}
     made["norm"] = torch.tensor(trainer.gradient_norm())
     trainer.forget()

@@ -1,11 +1,12 @@
 """Charges a budget with what versions take from serving, as this trainer and the server measure it.
 
-    standing still   from asking for the pause until the server goes on, where requests stood still with it
+    standing still   from the acknowledged pause until the server goes on, where requests stood still with it
     computing        SLICE of the time that gradients (or a canary's scores) take beside running requests
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
 
-On a server without running requests nothing is taken, and nothing is charged. Prefixes that an update makes useless are
-not charged: nobody knows which of them would have been asked for.
+On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
+is acknowledged the server ends the step that it is in, and its requests get their tokens. Prefixes that an update makes
+useless are not charged: nobody knows which of them would have been asked for.
 Invariant: how many requests run is what the server says, asked before and after.
 """
 

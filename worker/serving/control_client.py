@@ -36,7 +36,7 @@ class ServerControl:
         self._longest = PLANNED_SECONDS
         self._taken: float | None = None
         self._still: tuple[float, int] | None = None
-        """Of the pause that is held: since when the server stands still (from asking), and how many requests do."""
+        """Of the pause that is held: since when the server stands still, and how many requests do."""
         self.paused_s = 0.0
         """Seconds in all in which the server stood still for this trainer."""
         self.stood_s = 0.0
@@ -71,9 +71,8 @@ class ServerControl:
         them. A server that recomputes running requests first ends what the last version gave it to recompute;
         ServerError when that takes too long.
         """
-        asked = time.monotonic()
         answer = self._take("pause", planned)
-        self._still = asked + float(answer["held_back_s"]), int(answer["running"])
+        self._still = time.monotonic(), int(answer["running"])
         return float(answer["seconds"])
 
     def begin_hogwild(self, planned: float | None = None) -> None:

@@ -67,11 +67,10 @@ class Engine:
         """End every request that the engine has; those that arrive later wait for `resume`."""
         await _bounded("end its requests", self._client.pause_generation(mode="abort", clear_cache=False))
 
-    async def hold_back(self) -> float:
-        """Wait until the requests that the last version threw back have been computed again (`--running recompute`);
-        the seconds that took."""
+    async def hold_back(self) -> None:
+        """Wait until the requests that the last version threw back have been computed again (`--running recompute`)."""
         if not self._policy.recompute:
-            return 0.0
+            return
         try:
             seconds = await self._recomputation.over(HELD_BACK_SECONDS)
         except TimeoutError:
@@ -86,7 +85,6 @@ class Engine:
                 "last one (--running recompute)",
                 seconds,
             )
-        return seconds
 
 
 async def _bounded(what: str, call: Awaitable[None]) -> None:

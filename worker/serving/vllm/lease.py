@@ -78,22 +78,20 @@ class Leases:
     # What the trainer asks for
 
     async def pause(self, holder: str, seconds: float) -> Reply:
-        """A lease of `seconds` for `holder`, the engine standing still: {"seconds": how long that took, "held_back_s":
-        how much of it the server went on serving, "running": requests that stand still, "fence"}."""
+        """A lease of `seconds` for `holder`, the engine standing still: {"seconds": how long that took,
+        "running": requests that stand still, "fence"}."""
         if self._state.condition == PAUSED or self._state.mending:
             raise ControlError("the server is paused already")
         started = time.perf_counter()
         fence = (await self._read_header())["fence"]
-        held_back = 0.0
         if self._state.torn:  # requests go on being refused
             await self._empty_and_pause()
             self._state.mending = True
         else:
-            held_back = await self._engine.hold_back()
+            await self._engine.hold_back()
             await self._pause_serving()
         self._grant(holder, seconds)
-        took = {"seconds": time.perf_counter() - started, "held_back_s": held_back}
-        return took | {"running": self._engine.running, "fence": fence}
+        return {"seconds": time.perf_counter() - started, "running": self._engine.running, "fence": fence}
 
     async def begin_hogwild(self, holder: str, seconds: float) -> Reply:
         """A lease of `seconds` for `holder` to write while requests run: {"fence"}."""
