@@ -114,10 +114,9 @@ class Bench:
 
     def check(self, settings: Sequence[Setting]) -> None:
         """Ends the script if one asks for more than there is."""
-        if asked := next((one for one in settings if one.rehearse > len(self.data.pool)), None):
-            raise SystemExit(
-                f"error: {_name(asked)}: only {len(self.data.pool)} other answers are not held out: see --held"
-            )
+        there = len(self.data.pool)
+        if over := next((one for one in settings if one.rehearse > there), None):
+            raise SystemExit(f"error: {_name(over)}: only {there} other answers are not held out: see --held")
 
     def run(self, setting: Setting, versions: Sequence[int], until: float | None) -> None:
         """One contender up to the last of `versions`, or until its loss is no number, scored at each; kept when done.
@@ -260,9 +259,8 @@ def main() -> None:
                 bench.run(setting, versions, arguments.until)
     if not results.exists():
         parser.error(f"{results} is not there: nothing has run yet")
-    if arguments.no_report:
-        return
-    learning_report.write(json.loads(results.read_text()), arguments.out)
+    if not arguments.no_report:
+        learning_report.write(json.loads(results.read_text()), arguments.out)
 
 
 def _share(text: str) -> tuple[int, int]:
