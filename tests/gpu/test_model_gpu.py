@@ -228,7 +228,8 @@ def test_what_is_not_finite_is_refused_by_factors_before_a_write(reference: Any,
     trainer.begin(examples)
     kept = trainer.sweep.factors.of(trainer.model.model.layers[2].mlp.up_proj.weight)
     assert kept is not None
-    kept.passes[0][0][0].left[5, 7] = float("nan")
+    with torch.no_grad():
+        kept.passes[0][0][0].left[5, 7] = float("nan")
     with pytest.raises(NonFiniteGradientError, match=r"layers\.2\.mlp\.up_proj"):
         trainer.gradient_norm()
     trainer.forget()
@@ -247,6 +248,11 @@ def left(trainer: Trainer, examples: list[Example]) -> dict[str, torch.Tensor]:
     made["norm"] = torch.tensor(trainer.gradient_norm())
     trainer.forget()
     return made
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative; 0 where both are the same bit for bit."""
+    return 0.0 if torch.equal(ours, theirs) else error(ours.detach().double(), theirs.detach().double())
 
 
 CUTS = [[512], [171, 341], [2, 63, 64, 65], [64] * 8, [32] * PLACES, [263], [129, 200]]
@@ -271,26 +277,30 @@ def rows_of(cuts: list[list[int]]) -> list[list[Example]]:
 @pytest.mark.parametrize("way", ["burst", "factors"])
 @pytest.mark.usefixtures("deterministic")
 def test_a_replayed_row_leaves_what_its_layers_leave(reference: Any, way: Way, kept: int) -> None:
-    """Bit for bit, however the row is cut."""
+    """However the row is cut. FlashAttention's backward pass does not repeat itself bit for bit, nor then what comes
+    after it, so that a replay may be as far from a launched row as two of these are from each other."""
     trainer = on_gpu(reference, way=way, kept=kept)
     expected = [left(trainer, row) for row in rows_of(CUTS)]
+    again = [left(trainer, row) for row in rows_of(CUTS)]
+    bound = 3 * max(distance(one[name], two[name]) for one, two in zip(expected, again, strict=True) for name in one)
+    assert bound < 0.05
     assert trainer.capture(512)
     for _ in range(2):
         for cut, row, made in zip(CUTS, rows_of(CUTS), expected, strict=True):
             found = left(trainer, row)
             assert trainer.replayed, cut
             assert found.keys() == made.keys()
-            assert [name for name in made if not torch.equal(found[name], made[name])] == [], cut
+            assert {name: far for name in made if (far := distance(found[name], made[name])) > bound} == {}, cut
 
 
 @pytest.mark.parametrize("way", ["burst", "factors", "streaming"])
 @pytest.mark.usefixtures("deterministic")
 def test_steps_over_replayed_rows_are_those_over_launched_ones(reference: Any, way: Way) -> None:
     """With long rows in between: a replay sees the weights that the steps before it wrote, and its memory is its own.
-    Streaming: short rows go by factors. Bit for bit, as far as launched ones repeat themselves."""
+    Streaming: short rows go by factors."""
     cuts = [[512], [700], [171, 341], [1000], [64] * 8, [30] * (PLACES + 1), [263], [512]] * 2
     ends: list[dict[str, torch.Tensor]] = []
-    for graphs in (False, False, True):
+    for graphs in (False, True):
         trainer = on_gpu(reference, way=way, kept=4)
         trainer.by_factors = 512
         warm_up(trainer, replayed=(512,) if graphs else ())
@@ -304,9 +314,7 @@ def test_steps_over_replayed_rows_are_those_over_launched_ones(reference: Any, w
             assert trainer.apply()["peak_bytes"] > trainer.rows.held_bytes
             trainer.optimizer.check()
         ends.append(said | {name: p.detach().cpu() for name, p in trainer.model.named_parameters()})
-    first, again, replayed = ends
-    unsteady = {name for name in first if not torch.equal(first[name], again[name])}
-    assert {name for name in first if not torch.equal(first[name], replayed[name])} <= unsteady
+    first, replayed = ends
     for name in first:
         torch.testing.assert_close(replayed[name].float(), first[name].float(), rtol=0.05, atol=0.01, msg=name)
 
@@ -333,10 +341,8 @@ def test_a_capture_that_fails_leaves_a_trainer_that_launches(reference: Any, cap
     for replayed in (False, True):
         found = left(trainer, row)
         assert trainer.replayed == replayed
-        assert all(
-            error(found[name].float(), expected[name].float()) < 0.01 for name in expected if expected[name].any()
-        )
-        assert trainer.capture(512)
+        assert max(distance(found[name], expected[name]) for name in expected) < 0.01
+        assert replayed or trainer.capture(512)
 
 
 @pytest.mark.parametrize("way", ["burst", "factors", "streaming"])

@@ -1,7 +1,7 @@
 """Charges a budget with what versions take from serving, as this trainer and the server measure it.
 
     standing still   from the acknowledged pause until the server goes on, where requests stood still with it
-    computing        SLICE of the time that gradients (or a canary's scores) take beside running requests
+    computing        the time that gradients (or a canary's scores) take beside running requests
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
 
 On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
@@ -16,10 +16,6 @@ from contextlib import contextmanager
 
 from worker.orchestrator.session import Session
 from worker.utils.serving_budget import ServingBudget
-
-SLICE = 0.5
-"""What a trainer that computes takes from a server that does too: two processes that want one device get half of it
-each. (Measured once: tokens came at 0.44 of their speed.)"""
 
 
 class ServingCost:
@@ -57,7 +53,7 @@ class ServingCost:
             running = max(running, self.look())
         finally:
             if running:
-                self.budget.charge(SLICE * (time.monotonic() - started - (control.paused_s - paused)))
+                self.budget.charge(time.monotonic() - started - (control.paused_s - paused))
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
