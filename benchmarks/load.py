@@ -8,6 +8,7 @@ breaks off or says an error is a failure, never dropped; so is one that has not 
 
 import asyncio
 import json
+import random
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -43,7 +44,9 @@ class Served:
 class ClosedLoop:
     """Starts on `with`; at its end no new request is sent, and those on their way may end within `patience` seconds.
 
-    load: what they send, of token ids below `vocabulary`; every request asks for exactly `max_tokens`.
+    load: what they send, of token ids below `vocabulary`; every request asks for `max_tokens`, more or less by up to
+    `spread` of them: clients whose answers are equally long soon send their requests all at once, in waves, and what is
+    counted in some seconds then says where the waves were.
     """
 
     def __init__(
@@ -53,11 +56,12 @@ class ClosedLoop:
         *,
         load: Load,
         max_tokens: int = 128,
+        spread: float = 0.0,
         vocabulary: int = 900,
         patience: float = 60.0,
     ) -> None:
         self.url, self.model, self.load, self.patience = url, model, load, patience
-        self.max_tokens, self.vocabulary = max_tokens, vocabulary
+        self.max_tokens, self.spread, self.vocabulary = max_tokens, spread, vocabulary
         self.failures: list[tuple[float, str]] = []
         self._chunks: list[tuple[float, float | None, int]] = []  # (when, gap to the chunk before, tokens)
         self._first: list[tuple[float, float]] = []
@@ -113,20 +117,21 @@ class ClosedLoop:
                 self.failures.append((time.monotonic(), f"not answered within {self.patience:g} s of the end"))
 
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
-        prompts = self.load.prompts(number, self.vocabulary)
+        prompts, draw = self.load.prompts(number, self.vocabulary), random.Random(number)
         prompt = next(prompts)
         while not self._stopping.is_set():
             try:
-                answer = await self._request(session, prompt)
+                length = round(self.max_tokens * draw.uniform(1 - self.spread, 1 + self.spread))
+                answer = await self._request(session, prompt, length)
                 self._ended.append(time.monotonic())
                 prompt = prompts.send(answer)
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 self.failures.append((time.monotonic(), f"{type(error).__name__}: {error}"))
                 await asyncio.sleep(0.2)  # a server that refuses is not to be flooded
 
-    async def _request(self, session: aiohttp.ClientSession, prompt: list[int]) -> list[int]:
-        """One request; its answer's token ids."""
-        body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": self.max_tokens, "stream": True}
+    async def _request(self, session: aiohttp.ClientSession, prompt: list[int], length: int) -> list[int]:
+        """One request for `length` tokens; their ids."""
+        body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": length, "stream": True}
         body |= {"temperature": 1.0, "ignore_eos": True, "return_token_ids": True}
         body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         sent, last, counted, tokens = time.monotonic(), None, 0, []
@@ -147,8 +152,8 @@ class ClosedLoop:
                     self._first.append((now, now - sent))
                 self._chunks.append((now, None if last is None else now - last, done - counted))
                 last, counted = now, done
-        if counted != self.max_tokens:
-            raise ValueError(f"the stream ended after {counted} of {self.max_tokens} tokens")
+        if counted != length:
+            raise ValueError(f"the stream ended after {counted} of {length} tokens")
         return tokens
 
 

@@ -29,8 +29,9 @@ import outputs
 import serving_report
 from load import ClosedLoop
 from memory import ProcessWatch, tree
+from old_prefixes import PREFIX_HITS, check
 from record import OutOfTime, Part, Record, Until
-from rig import CLOSING, Rig, RigError, Worker, metric, server_options
+from rig import CLOSING, Rig, Worker, metric, server_options
 from serving_loads import Load
 from shapes import SIZES, write_shape
 from texts import text_builder
@@ -42,9 +43,11 @@ from worker.utils import torch_setup
 KINDS = ("keep", "recompute", "plain")
 ALONE, TRAINING = "alone", "training"
 DEFAULT_LOADS = ("16x128", "16x3500", "4x16000", "8x128+3500+16000", "16xchat3500")
+SPREAD = 0.5
+"""Answers have this part of --max-tokens less to this part more."""
 COUNTERS = {
     "preempted": "vllm:num_preemptions_total",
-    "prefix_hits": "vllm:prefix_cache_hits_total",
+    "prefix_hits": PREFIX_HITS,
     "prefix_queries": "vllm:prefix_cache_queries_total",
 }
 """vLLM's own, over a measurement. Hits and queries in tokens."""
@@ -79,7 +82,7 @@ def measure(
             worker = stack.enter_context(rig.worker(*phases.worker))
             record.about[f"worker ready, {kind}"] = worker.ready_s
             longest = min(3500, max(max(load.lengths) for load in loads))
-            record.part(f"{kind}, old prefixes", lambda part: old_prefixes(rig, builder, longest, phases, part))
+            record.part(f"{kind}, old prefixes", lambda part: check(rig, builder, longest, phases.lengths, part))
         for _ in range(phases.rounds):
             for load in loads:
 
@@ -105,7 +108,7 @@ def _phase(
     with ExitStack() as stack:
         watch = stack.enter_context(ProcessWatch())
         running = stack.enter_context(
-            ClosedLoop(rig.url, str(rig.model), load=load, max_tokens=phases.max_tokens, vocabulary=900)
+            ClosedLoop(rig.url, str(rig.model), load=load, max_tokens=phases.max_tokens, spread=SPREAD, vocabulary=900)
         )
         clock = None
         if state == TRAINING:
@@ -160,38 +163,6 @@ def _judge(part: Part) -> None:
     part["p99.9 above alone"] = training["itl_p999"] - alone["itl_p999"]
 
 
-def old_prefixes(rig: Rig, builder: ExampleBuilder, length: int, phases: Phases, part: Part) -> None:
-    """A prompt that was cached before a version, asked again after it, beside prompts that nobody has sent."""
-    prompt = next(Load("old prefixes", 1, (length,)).prompts(0, 900))
-
-    def ask(salt: str | None = None) -> tuple[float, dict[str, float]]:
-        """(cached tokens, log-probabilities of the likeliest next tokens)."""
-        before = metric(rig.url, COUNTERS["prefix_hits"])
-        # More than one token, so that vLLM has counted the hits when the answer ends.
-        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 5}
-        body |= {"cache_salt": salt} if salt else {}
-        status, answer = rig.post("/v1/completions", body)
-        if status != 200:
-            raise RigError(f"status {status}: {answer}")
-        return metric(rig.url, COUNTERS["prefix_hits"]) - before, answer["choices"][0]["logprobs"]["top_logprobs"][0]
-
-    def distance(one: dict[str, float], other: dict[str, float]) -> float:
-        return max(abs(one[token] - other[token]) for token in one.keys() & other.keys())
-
-    ask()
-    part["cached before"], old = ask()
-    with TranscriptClock(rig, builder, 3600.0, phases.lengths):
-        pass  # one transcript, waited for
-    part["cached after"], again = ask()
-    fresh = [ask(f"nobody-{number}")[1] for number in range(3)]
-    part["from fresh ones"] = max(distance(again, one) for one in fresh)
-    part["between fresh ones"] = max(distance(one, other) for one in fresh for other in fresh)
-    part["from before"] = distance(again, old)
-    part.check("the prompt was cached before the version", part.figures["cached before"] > 0)
-    part.check("nothing of it was read after the version", part.figures["cached after"] == 0)
-    part.check("it is answered like a fresh one", part.figures["from fresh ones"] <= part.figures["between fresh ones"])
-
-
 @contextmanager
 def rig_of(size: str, model: Path | None, run_dir: Path | None, url: str, redis_url: str | None) -> Iterator[Rig]:
     """A rig without a server, or on one that is there."""
@@ -244,7 +215,7 @@ def parse_range(text: str) -> tuple[int, int]:
 @click.option("--every", default=3.0, show_default=True, help="Seconds between two transcripts.")
 @click.option("--patience", default=60.0, show_default=True, help="Seconds that transcripts may be late at an end.")
 @click.option("--transcripts", default="400", show_default=True, help="Their tokens, or a range: 200:2000.")
-@click.option("--max-tokens", default=128, show_default=True, help="Of an answer.")
+@click.option("--max-tokens", default=128, show_default=True, help="Of an answer, on average.")
 @click.option("--prefix-max-age", type=int, help="tandem serve's, for keep.")
 @click.option("--trainer-memory", type=float, help="GB that vLLM leaves [default: its plan's].")
 @click.option("--until", "limit", default=580.0, show_default=True, help="Seconds for all of it.")
@@ -276,7 +247,7 @@ def main(**o: Any) -> None:
     torch_setup.prepare()
     record = Record(o["out"] / "serving.json")
     record.about |= {"gpu": torch.cuda.is_available(), "options": {key: str(value) for key, value in o.items()}}
-    length = max(load.longest(o["max_tokens"]) for load in loads) + 64
+    length = max(load.longest(round((1 + SPREAD) * o["max_tokens"])) for load in loads) + 64
     clients = max(load.clients for load in loads)
     options = server_options(length, None, ("--enable-prefix-caching", *o["server_option"]), clients)
     try:
