@@ -144,8 +144,8 @@ def test_a_version_costs_what_it_took_from_requests_that_ran(site: Site) -> None
         assert (made[0]["serving_cost_s"], made[0]["running_requests"]) == (0, 0)
         (stream,) = inside(site.server.process, True, at=version, undo=lambda: None, tokens=4000)
         busy = made[-1]
-        least = busy["gradients_s"] + busy["sweep_s"]
-        assert busy["running_requests"] == 1 and least <= busy["serving_cost_s"] <= busy["elapsed"]
+        # More than what stood still: CPU time, which is not more than the cores had of it.
+        assert busy["running_requests"] == 1 and busy["sweep_s"] < busy["serving_cost_s"] <= busy["elapsed"]
         assert stream.result()[0] == 200
     site.work(*QUIET)  # commits them
     site.agree()

@@ -1,7 +1,8 @@
 """Charges a budget with what versions take from serving, as this trainer and the server measure it.
 
     standing still   from the acknowledged pause until the server goes on, where requests stood still with it
-    computing        the time that gradients (or a canary's scores) take beside running requests
+    computing        what gradients (or a canary's scores) take beside running requests: on a GPU their time; on a CPU
+                     CPU time of this process over the cores, since a trainer that waits for a core takes nothing
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
 
 On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
@@ -10,6 +11,7 @@ useless are not charged: nobody knows which of them would have been asked for.
 Invariant: how many requests run is what the server says, asked before and after.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,17 +45,23 @@ class ServingCost:
         self.requests = max(self.requests, running)
         return running
 
+    def _clock(self) -> float:
+        """Seconds of the device that this process may have taken, and only growing."""
+        if self.session.trainer.device.type == "cpu":
+            return time.process_time() / len(os.sched_getaffinity(0))
+        return time.monotonic()
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """What runs inside computes while the server serves. A pause inside does not count."""
         control, running = self.session.control, self.look()
-        started, paused = time.monotonic(), control.paused_s
+        started, paused = self._clock(), control.paused_s
         try:
             yield
             running = max(running, self.look())
         finally:
             if running:
-                self.budget.charge(time.monotonic() - started - (control.paused_s - paused))
+                self.budget.charge(self._clock() - started - (control.paused_s - paused))
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
