@@ -1,8 +1,8 @@
 """Charges a budget with what versions take from serving, as this trainer and the server measure it.
 
     standing still   from the acknowledged pause until the server goes on, where requests stood still with it
-    computing        what gradients (or a canary's scores) take beside running requests: on a GPU their time; on a CPU
-                     CPU time of this process over the cores, since a trainer that waits for a core takes nothing
+    computing        what gradients (or a canary's scores) take beside running requests: on a GPU the time until they
+                     are there; on a CPU this process' CPU time over the cores, since waiting for a core takes nothing
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
 
 On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
