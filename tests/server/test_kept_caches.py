@@ -125,14 +125,17 @@ def test_a_users_own_salt_keeps_its_prefixes_apart(server: ServerProcess) -> Non
 
 
 def test_a_running_request_keeps_its_caches_and_nobody_else_gets_them(server: ServerProcess, trainer: Trainer) -> None:
-    first, tokens = trainer.version, prompt(5, 600)
-    preempted = metric(server, PREEMPTED)
-    running = Background(server, 1300, stream=True, prompt=tokens, return_token_ids=True, temperature=0)
-    assert running.started.wait(PATIENCE)
-    last = trainer.update()
-    status, headers, body = running.result()
-    assert (status, headers["x-weight-version"]) == (200, str(first))
-    assert events(body)[-1] == f": weight-version {first}-{last}", "the update came too late to meet the request"
+    for attempt in range(20):
+        first, tokens = trainer.version, prompt(500 + attempt, 600)
+        preempted = metric(server, PREEMPTED)
+        running = Background(server, 1300, stream=True, prompt=tokens, return_token_ids=True, temperature=0)
+        assert running.started.wait(PATIENCE)
+        last = trainer.update()
+        status, headers, body = running.result()
+        assert (status, headers["x-weight-version"]) == (200, str(first))
+        if events(body)[-1] != f": weight-version {first}":
+            break  # else it ended before this thread came to the update: on a busy machine
+    assert events(body)[-1] == f": weight-version {first}-{last}", "the update met the request"
     assert metric(server, PREEMPTED) == preempted, "it was thrown back"
     conversation = tokens + token_ids(body)
     assert len(conversation) == 1900
