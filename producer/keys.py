@@ -24,6 +24,12 @@ EVENTS = "weights:events"
 STATE = "weights:state"
 """Hash: lineage and what the worker last said of itself."""
 
+COMPLETIONS = "completions:index"
+"""Sorted set: which completions are recorded, by when they expire (completions.py). A producer cannot read it."""
+
+COMPLETION_BYTES = "completions:bytes"
+"""Integer: what all recorded completions take."""
+
 WORKER_LOCK = "weights:worker"
 """String with a time to live: the one worker that may train this queue."""
 
@@ -43,3 +49,8 @@ JOB_TIMEOUT = 3600
 def manifest(version: int) -> str:
     """Hash: what went into `version` (jobs, tokens, loss, at, ...)."""
     return f"weights:manifest:{version}"
+
+
+def completion(key: str) -> str:
+    """String: the completion recorded under `key`, msgpack, with a time to live."""
+    return f"completion:{key}"
