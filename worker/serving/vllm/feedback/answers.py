@@ -84,7 +84,8 @@ def read(api: Api, body: bytes, streamed: bool) -> tuple[str, list[dict[str, Any
             choice = choices.setdefault(index if isinstance(index, int) else 0, Choice())
             part = found.get("delta" if streamed else "message") if api == "chat" else {"content": found.get("text")}
             choice.add(part if isinstance(part, dict) else {})
-    return name, [choices[index].message() if index in choices else None for index in range(max(choices, default=-1) + 1)]
+    count = max(choices, default=-1) + 1
+    return name, [choices[index].message() if index in choices else None for index in range(count)]
 
 
 def _events(body: bytes) -> list[Any]:

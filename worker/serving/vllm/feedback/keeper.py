@@ -101,7 +101,7 @@ class Keeper:
         self._came.set()
 
     async def settled(self, key: str, timeout: float) -> bool:
-        """Wait until the record of `key`, if it is still on its way to Redis, is there; False after `timeout` seconds."""
+        """Wait until the record of `key` is no longer on its way to Redis; False after `timeout` seconds."""
         done = self._pending.get(key)
         if done is None:
             return True
@@ -119,6 +119,7 @@ class Keeper:
                 await self._take(since, seen)
                 self._waiting.popleft()
                 self._bytes -= seen.size
+                self._say()
                 for key in seen.keys:
                     if done := self._pending.pop(key, None):
                         done.set()
@@ -144,7 +145,10 @@ class Keeper:
     def _drop(self, count: int) -> None:
         self.dropped += count
         self._unsaid += count
+        self._say()
+
+    def _say(self) -> None:
         now = time.monotonic()
-        if now - self._said >= LOG_SECONDS:
+        if self._unsaid and now - self._said >= LOG_SECONDS:
             logger.warning("tandem: %d completions were not kept: Redis is away, full or too slow", self._unsaid)
             self._said, self._unsaid = now, 0

@@ -3,13 +3,14 @@
 It lies outside of the one that names versions, whose header and closing comment it reads. The record's key is random
 and leaves with the headers, X-Tandem-Completion: for a stream before its tokens exist, for n > 1 one key for each
 choice, in their order. A client that goes away has a record of what it had got.
-Must not know: vLLM, Redis.
+Must not know: vLLM.
 Invariants: bodies are not touched; a request that says "store": false is not looked at any further; nothing here waits.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from producer.completions import new_key
@@ -40,19 +41,20 @@ class Seen:
 
 
 class Keeper(Protocol):
-    """Takes what was seen; never waits."""
+    """Takes what was seen; never waits. logprobs: see `Samples`."""
+
+    logprobs: bool
 
     def keep(self, seen: Seen) -> None: ...
 
 
 class Recorder:
-    """Wraps the application. keeper, state: give theirs, None while the server is starting. logprobs: see `Samples`."""
+    """Wraps the application. keeper, state: give theirs, None while the server is starting."""
 
     def __init__(self, app: App, keeper: Callable[[], Keeper | None], state: Callable[[], ServerState | None]) -> None:
         self._app = app
         self._keeper = keeper
         self._state = state
-        self.logprobs = True
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         api = None
@@ -61,9 +63,8 @@ class Recorder:
         keeper, state = self._keeper(), self._state()
         if api is None or keeper is None or state is None:
             return await self._app(scope, receive, send)
-        samples = Samples(keeper.logprobs)
-        watch = _Watch(receive, send, samples, lambda body: read(api, body))
-        token = CURRENT.set(samples)
+        watch = _Watch(receive, send, keeper.logprobs, lambda body: read(api, body))
+        token = CURRENT.set(watch.samples)
         try:
             await self._app(scope, watch.receive, watch.send)
         finally:
@@ -75,13 +76,23 @@ class Recorder:
 class _Watch:
     """One request's `receive` and `send`."""
 
-    def __init__(self, receive: Receive, send: Send, samples: Samples, asked: Callable[[bytes], Asked | None]) -> None:
+    def __init__(
+        self, receive: Receive, send: Send, logprobs: bool, understand: Callable[[bytes], Asked | None]
+    ) -> None:
         self._receive, self._send = receive, send
-        self._samples, self._asked = samples, asked
+        self._understand = understand
+        self.samples = Samples(logprobs, lambda: self.asked is not None)
         self._request: list[bytes] = []
         self._size = 0
         self._seen: Seen | None = None
         self._ended = False
+
+    @cached_property
+    def asked(self) -> Asked | None:
+        """The request, once its body is here; None where it is not kept."""
+        body = b"".join(self._request) if self._size <= MAX_BODY else b""
+        self._request.clear()
+        return self._understand(body)
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -104,8 +115,7 @@ class _Watch:
 
     def _start(self, message: Message) -> Message:
         """The start of the answer, with the keys where it is kept."""
-        asked = self._asked(b"".join(self._request)) if message["status"] == 200 and self._size <= MAX_BODY else None
-        self._request.clear()
+        asked = self.asked if message["status"] == 200 else None
         if asked is None:
             return message
         headers = list(message.get("headers", []))
@@ -113,7 +123,7 @@ class _Watch:
         keys = [new_key() for _ in range(asked.choices)]
         streamed = known.get(b"content-type", "").startswith("text/event-stream")
         version = known.get(VERSION_HEADER.encode(), "")
-        self._seen = Seen(asked, keys, self._samples, time.time(), streamed, version)
+        self._seen = Seen(asked, keys, self.samples, time.time(), streamed, version)
         shown = f"{COMPLETION_HEADER}, {VERSION_HEADER}"  # for scripts of pages from another origin
         headers += [
             (COMPLETION_HEADER.encode(), ", ".join(keys).encode()),
@@ -124,7 +134,7 @@ class _Watch:
     def seen(self, newest: int) -> Seen | None:
         """What is to be kept, once the request is over; None where nothing is."""
         seen = self._seen
-        if seen is None or seen.size > MAX_ANSWER or self._samples.calls != 1:
+        if seen is None or seen.size > MAX_ANSWER or self.samples.calls != 1:
             return None
         if not self._ended:
             seen.newest = newest

@@ -22,8 +22,10 @@ MOST_CHOICES = 16
 MAX_BODY = 8 * 1024 * 1024
 """Bytes of a request that is kept; a transcript may have half of that."""
 
-_UNLIKE_TRAINING = ("chat_template", "documents", "continue_final_message", "echo", "suffix", "use_beam_search")
-_UNLIKE_TRAINING += ("prompt_embeds", "background", "previous_response_id", "previous_input_messages")
+_UNLIKE_TRAINING = (
+    *("chat_template", "documents", "continue_final_message", "echo", "suffix", "use_beam_search"),
+    *("prompt_embeds", "background", "previous_response_id", "previous_input_messages"),
+)
 """With any of these, what the model read or wrote is not what a chat template makes of the messages."""
 
 

@@ -1,4 +1,4 @@
-"""The tokens that the engine samples for a request, and their log-probabilities, beside the answer that is made of them.
+"""The tokens that the engine samples for a request, and their log-probabilities, beside the answer made of them.
 
 A request that is kept carries a `Samples` in a context variable from the middleware to the call that hands it to the
 engine (private_api.watch_samples). Must not know: vLLM, Redis.
@@ -6,7 +6,7 @@ Invariants: what the client gets is not changed; a request that is handed to the
 that the server runs, beam search) has no tokens of its own and is not kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,13 +15,23 @@ LEAST = -9999.0
 
 
 class Samples:
-    """Tokens and log-probabilities by choice. logprobs: whether the engine's are those of the model itself."""
+    """Tokens and log-probabilities by choice.
 
-    def __init__(self, logprobs: bool) -> None:
+    logprobs: whether the engine's are those of the model itself. wanted: says, once the request's body has been read,
+    whether the request is kept.
+    """
+
+    def __init__(self, logprobs: bool, wanted: Callable[[], bool]) -> None:
         self.logprobs = logprobs
         self.calls = 0
+        self._wanted = wanted
         self._tokens: dict[int, list[int]] = {}
         self._logprobs: dict[int, list[float] | None] = {}
+
+    def begin(self) -> bool:
+        """The request is handed to the engine: whether to say what that samples for it."""
+        self.calls += 1
+        return self.calls == 1 and self._wanted()
 
     def take(self, index: int, tokens: Sequence[int], logprobs: Sequence[Any] | None, *, more: bool) -> None:
         """What the engine said of one choice. more: only what is new, else all so far.
@@ -34,10 +44,11 @@ class Samples:
         known = self._logprobs[index]
         if known is None:
             return
-        if logprobs is None or len(logprobs) != len(tokens):
+        found = [at.get(token) for token, at in zip(tokens, logprobs or (), strict=False)]
+        if len(found) != len(tokens) or None in found:
             self._logprobs[index] = None
         else:
-            known.extend(max(float(at[token].logprob), LEAST) for token, at in zip(tokens, logprobs, strict=True))
+            known.extend(max(float(one.logprob), LEAST) for one in found)
 
     def of(self, index: int) -> tuple[list[int], list[float] | None]:
         """(tokens, log-probabilities or None) of a choice."""
