@@ -30,6 +30,10 @@ COMPLETIONS = "completions:index"
 COMPLETION_BYTES = "completions:bytes"
 """Integer: what all recorded completions take."""
 
+FEEDBACK_USERS = "feedback:users"
+"""Hash: id of a transcript that feedback made -> of which answer it is and whose opinion, as digests (opinions.py). It
+is never trimmed, as the ledger: `tandem forget` finds by it what was trained on somebody's word."""
+
 WORKER_LOCK = "weights:worker"
 """String with a time to live: the one worker that may train this queue."""
 
@@ -54,3 +58,8 @@ def manifest(version: int) -> str:
 def completion(key: str) -> str:
     """String: the completion recorded under `key`, msgpack, with a time to live."""
     return f"completion:{key}"
+
+
+def said(key: str) -> str:
+    """String: what users said so far of the completion recorded under `key`, msgpack (said.py). It expires with it."""
+    return f"feedback:said:{key}"
