@@ -122,7 +122,12 @@ def body(server: Any, text: str, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("path", "more"),
-    [(CHAT, {"store": False}), (CHAT, {"echo": True}), (TEXT, {"prompt": [1, 2, 3]}), (TEXT, {"prompt": ["one two three", "four five six"]})],
+    [
+        (CHAT, {"store": False}),
+        (CHAT, {"echo": True}),
+        (TEXT, {"prompt": [1, 2, 3]}),
+        (TEXT, {"prompt": ["one two three", "four five six"]}),
+    ],
 )
 def test_what_is_not_kept_has_no_key(server: Any, store: redis.Redis, path: str, more: dict[str, Any]) -> None:
     before = store.dbsize()

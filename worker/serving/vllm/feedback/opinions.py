@@ -11,7 +11,7 @@ from producer import AsyncProducer
 from producer.completions import is_key
 from producer.errors import InvalidTranscriptError, UnknownCompletionError
 from producer.outcomes import AsyncEnqueued
-from producer.plain import as_text, listed
+from producer.plain import as_text, listed, path
 from producer.transcript import FIELDS, Transcript
 
 What = Literal["correction", "rating"]
@@ -25,7 +25,7 @@ def read(body: dict[str, Any]) -> tuple[str, dict[What, Any]]:
     for name, value in body.items():
         if name not in _KNOWN and value not in (None, "", [], {}):
             hint = f"is not known here. Known: {listed(_KNOWN)}; or give a whole transcript, with messages"
-            raise InvalidTranscriptError(name if name.isidentifier() and len(name) <= 40 else "body", hint)
+            raise InvalidTranscriptError(path("", name).lstrip("."), hint)
     if body.get("id") in (None, ""):
         raise InvalidTranscriptError("id", "is missing: give the key from the answer's header X-Tandem-Completion")
     key = as_text(body["id"], "id")

@@ -69,7 +69,7 @@ class FeedbackRoutes:
         """Add the routes, and what /openapi.json says of them."""
         add = app.add_api_route
         add(FEEDBACK_PATH, self._post, methods=["POST"], status_code=202, openapi_extra=schema.POST, tags=["feedback"])
-        path = FEEDBACK_PATH + "/{id}"
+        path = FEEDBACK_PATH + "/{id:path}"  # what has a slash in it is no id either, and is told so
         add(path, self._get, methods=["GET"], openapi_extra=schema.GET, tags=["feedback"])
 
     async def _post(self, request: Request) -> JSONResponse:

@@ -29,6 +29,7 @@ class FeedbackService:
         self.options = options
         self._keeper: Keeper | None = None
         self._producer: AsyncProducer | None = None
+        self._client: Any = None
 
     def attach(self, app: "FastAPI", state: Callable[[], ServerState | None]) -> None:
         """Add the middleware, outside of the one that names versions, and the routes."""
@@ -42,6 +43,7 @@ class FeedbackService:
         url = resolve_url(None)
         if self.options.record:
             client: Any = connect(url, redis.asyncio.Redis.from_url)
+            self._client = client
 
             async def save(completion: Completion) -> Kept:
                 return await save_async(client, completion, self.options.seconds, self.options.record_bytes)
@@ -50,3 +52,11 @@ class FeedbackService:
             self._keeper.start()
         if self.options.feedback:
             self._producer = AsyncProducer(url)
+
+    async def stop(self) -> None:
+        """End what `start` began. What is not in Redis yet is lost."""
+        if self._keeper is not None:
+            await self._keeper.stop()
+            await self._client.aclose()
+        if self._producer is not None:
+            await self._producer.close()
