@@ -4,8 +4,8 @@
 
 Starts a Redis and `tandem serve --record`. The two requests of a pair are alike but for "store": false, follow each
 other at once, in an order that changes; so both see the same machine. The difference is all that keeping takes of a
-request: the log-probabilities that the engine computes, the tap, and the task that writes to Redis. What the request
-that is not kept takes too, reading its body once, is measured by itself (`read_us`).
+request: the tap, the task that writes to Redis, and with --logprobs the log-probabilities that the engine computes.
+What the request that is not kept takes too, reading its body once, is measured by itself (`read_us`).
 """
 
 import http.client
@@ -81,10 +81,16 @@ def measure(server: ServerProcess, tokens: int, stream: bool, pairs: int) -> dic
 @click.option("--model", type=click.Path(path_type=Path), help="A model directory; by default a tiny Qwen3.5.")
 @click.option("--pairs", type=click.IntRange(10), default=300, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), multiple=True, default=[1, 32], show_default=True)
+@click.option("--logprobs", is_flag=True, help="With --record-logprobs.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the figures go, as JSON.")
 @click.argument("vllm_options", nargs=-1)
 def main(
-    model: Path | None, pairs: int, tokens: tuple[int, ...], out: Path | None, vllm_options: tuple[str, ...]
+    model: Path | None,
+    pairs: int,
+    tokens: tuple[int, ...],
+    logprobs: bool,
+    out: Path | None,
+    vllm_options: tuple[str, ...],
 ) -> None:
     out = outputs.file(out) if out else None
     rows = []
@@ -92,7 +98,14 @@ def main(
         if model is None:
             model = Path(folder) / "tiny"
             make_tiny(model)
-        extra = ["--record", "1", "--max-model-len", "2048", *vllm_options]
+        extra = [
+            "--record",
+            "1",
+            "--max-model-len",
+            "2048",
+            *(["--record-logprobs"] if logprobs else []),
+            *vllm_options,
+        ]
         with ServerProcess(model, Path(folder) / "run", extra=extra, env={"REDIS_URL": store.url}) as server:
             for count in tokens:
                 for stream in (False, True):

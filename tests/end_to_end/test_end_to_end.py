@@ -14,7 +14,7 @@ import pytest
 from feedback_parts import feedback, state
 from patience import PATIENCE
 from rq.job import Job, JobStatus
-from server_options import FEEDBACK_OPTIONS, GPU, SERVER_OPTIONS
+from server_options import GPU, SERVER_OPTIONS
 from serving_parts import Background
 from stack_parts import LEARNING, Stack, transcripts
 from transformers import AutoTokenizer
@@ -33,7 +33,7 @@ def stack(
 ) -> Iterator[Stack]:
     # A server takes minutes to start on a GPU: there it is the session's, and this module's tests come last.
     server, store = map(request.getfixturevalue, ("server", "kept")) if GPU else (None, None)
-    options = [*SERVER_OPTIONS, *FEEDBACK_OPTIONS]
+    options = [*SERVER_OPTIONS, "--record", "1", "--feedback"]
     running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, options, server, store)
     yield running
     running.close()

@@ -10,4 +10,4 @@ if GPU:
     SERVER_OPTIONS += ["--language-model-only", "--gdn-prefill-backend", "triton", "--enable-prefix-caching"]
     SERVER_OPTIONS += ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", "2000000000"]
 FEEDBACK_KEY = "a key that is long enough".replace(" ", "-")
-FEEDBACK_OPTIONS = ["--record", "1", "--feedback"]
+FEEDBACK_OPTIONS = ["--record", "1", "--record-logprobs", "--feedback"]

@@ -18,7 +18,7 @@ import click
 from worker.serving.vllm_flags import LaunchError, parse_flags
 
 KEY_ENV, KEY_FILE_ENV = "TANDEM_FEEDBACK_KEY", "TANDEM_FEEDBACK_KEY_FILE"
-RECORD_ENV, BYTES_ENV = "TANDEM_RECORD_HOURS", "TANDEM_RECORD_BYTES"
+RECORD_ENV, BYTES_ENV, LOGPROBS_ENV = "TANDEM_RECORD_HOURS", "TANDEM_RECORD_BYTES", "TANDEM_RECORD_LOGPROBS"
 FEEDBACK_ENV, RATE_ENV = "TANDEM_FEEDBACK", "TANDEM_FEEDBACK_PER_MINUTE"
 DEFAULT_BYTES = 1 << 30
 DEFAULT_PER_MINUTE = 60
@@ -29,13 +29,15 @@ SHORTEST_KEY = 16
 @dataclass(frozen=True)
 class FeedbackOptions:
     """record: hours that completions are kept, 0: not at all. record_bytes: most bytes of all that are kept.
-    feedback: whether /v1/feedback answers. key: what its callers must show. per_minute: most calls by one user."""
+    feedback: whether /v1/feedback answers. key: what its callers must show. per_minute: most calls by one user.
+    logprobs: whether the engine computes log-probabilities for the records, also where the client asks for none."""
 
     record: float = 0.0
     record_bytes: int = DEFAULT_BYTES
     feedback: bool = False
     key: str = ""
     per_minute: int = DEFAULT_PER_MINUTE
+    logprobs: bool = False
 
     @property
     def any(self) -> bool:
@@ -52,6 +54,7 @@ class FeedbackOptions:
         return {
             RECORD_ENV: str(self.record),
             BYTES_ENV: str(self.record_bytes),
+            LOGPROBS_ENV: str(int(self.logprobs)),
             FEEDBACK_ENV: str(int(self.feedback)),
             RATE_ENV: str(self.per_minute),
         }
@@ -66,6 +69,7 @@ class FeedbackOptions:
             feedback,
             read_key(environment) if feedback else "",
             int(environment.get(RATE_ENV, DEFAULT_PER_MINUTE)),
+            environment.get(LOGPROBS_ENV, "0") == "1",
         )
 
     def notes(self, where: str) -> list[str]:
@@ -115,7 +119,7 @@ def check_feedback(options: FeedbackOptions, vllm_options: tuple[str, ...], envi
 
 
 def feedback_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --record, --record-bytes, --feedback, --feedback-key-file and --feedback-per-minute to a click command."""
+    """Add the options of --record and of --feedback to a click command."""
     for option in (
         click.option(
             "--feedback-per-minute",
@@ -134,6 +138,12 @@ def feedback_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Answer POST and GET /v1/feedback: ratings, corrections and comments on kept completions, and whole"
             " transcripts, are queued for training.",
+        ),
+        click.option(
+            "--record-logprobs",
+            is_flag=True,
+            help="Keep the log-probabilities of the sampled tokens too. The engine then computes them for every token,"
+            " which slows answers down.",
         ),
         click.option(
             "--record-bytes",
@@ -165,5 +175,6 @@ def options_of(values: dict[str, Any], environment: Mapping[str, str]) -> tuple[
     record, feedback = values.pop("record"), values.pop("feedback")
     given = {KEY_FILE_ENV: os.fspath(file.absolute())} if file else {}
     key = read_key({**environment, **given}) if feedback else ""
-    options = FeedbackOptions(record, values.pop("record_bytes"), feedback, key, values.pop("feedback_per_minute"))
+    most, rate, logprobs = (values.pop(name) for name in ("record_bytes", "feedback_per_minute", "record_logprobs"))
+    options = FeedbackOptions(record, most, feedback, key, rate, logprobs)
     return options, {**options.environment(), **given}

@@ -22,7 +22,7 @@ def test_both_are_off_by_default() -> None:
 
 
 def test_the_environment_hands_them_on_without_the_key() -> None:
-    given = FeedbackOptions(record=2.5, record_bytes=5_000_000, feedback=True, key=KEY, per_minute=7)
+    given = FeedbackOptions(record=2.5, record_bytes=5_000_000, feedback=True, key=KEY, per_minute=7, logprobs=True)
     environment = given.environment()
     assert KEY not in "".join(environment.values())
     assert FeedbackOptions.of({**environment, KEY_ENV: KEY}) == given and given.seconds == 9000

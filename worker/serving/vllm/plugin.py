@@ -116,8 +116,9 @@ class TandemEndpoints:
         if self._feedback is not None:
             from worker.serving.vllm.feedback.samples import CURRENT
 
-            record = self._feedback.options.record > 0
-            self._feedback.start(record and private_api.watch_samples(engine_client, CURRENT.get))
+            wanted = self._feedback.options
+            raw = wanted.record > 0 and private_api.watch_samples(engine_client, CURRENT.get, wanted.logprobs)
+            self._feedback.start(raw)
         progress = private_api.progress_of(engine_client)
         self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress)
         path = await self._control.start()

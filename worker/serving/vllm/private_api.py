@@ -103,13 +103,13 @@ def progress_of(engine_client: Any) -> Callable[[], dict[str, int]]:
     return progress
 
 
-def watch_samples(engine_client: Any, current: Callable[[], Any]) -> bool:
+def watch_samples(engine_client: Any, current: Callable[[], Any], logprobs: bool) -> bool:
     """Say what the engine samples for a request to `current()`, the request's `Samples` or None, as it is sampled.
 
     `EngineClient.generate` is public, and what it yields too; that chats, completions and responses all call it by its
-    client is not. Asks the engine for the sampled token's log-probability where the client asks for none: its answer
-    does not show it. Returns whether these are the model's own, before temperature and penalties. VllmChangedError
-    where vLLM's names are not as they were read.
+    client is not. logprobs: ask the engine for the sampled token's log-probability where the client asks for none; its
+    answer does not show it. Returns whether log-probabilities are the model's own, before temperature and penalties:
+    those of other modes are not asked for. VllmChangedError where vLLM's names are not as they were read.
     """
     generate = getattr(engine_client, "generate", None)
     delta = lookup("vllm.sampling_params", "RequestOutputKind").DELTA
@@ -128,7 +128,12 @@ def watch_samples(engine_client: Any, current: Callable[[], Any]) -> bool:
         samples = current()
         if samples is None or not samples.begin():
             return generate(prompt, sampling_params, *args, **named)
-        if raw and sampling_params.logprobs is None and not getattr(sampling_params, "logprob_token_ids", None):
+        if (
+            raw
+            and logprobs
+            and sampling_params.logprobs is None
+            and not getattr(sampling_params, "logprob_token_ids", None)
+        ):
             sampling_params = sampling_params.clone()  # the caller tells the client what its own has
             sampling_params.logprobs = 0
             sampling_params.flat_logprobs = sampling_params.prompt_logprobs is None  # the client's, as it knows them

@@ -17,8 +17,8 @@ LEAST = -9999.0
 class Samples:
     """Tokens and log-probabilities by choice.
 
-    logprobs: whether the engine's are those of the model itself. wanted: says, once the request's body has been read,
-    whether the request is kept.
+    logprobs: whether the engine's are those of the model itself; others are not taken. wanted: says, once the request's
+    body has been read, whether the request is kept.
     """
 
     def __init__(self, logprobs: bool, wanted: Callable[[], bool]) -> None:
