@@ -28,7 +28,7 @@ Its segments grow (`device_setup.growing_segments`): 0.01 was measured at 27B, 0
 BUCKET_BYTES = 1 << 30
 """Gradients that streaming holds back to apply together: `ApolloMini.streaming`'s default."""
 LOSS_BLOCK = 1 << 27
-"""Most logits at a time: worker.model.loss's BLOCK."""
+"""Most logits at a time: worker.model.head_blocks's BLOCK."""
 LOSS_BLOCKS = 3
 """In fp32, what stands of them: a block's logits and gradient, and those of the one before until replaced."""
 HIDDEN = 12

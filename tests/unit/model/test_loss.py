@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from worker.model import loss as module
+from worker.model import head_blocks as module
 from worker.model.loss import linear_cross_entropy
 
 TOKENS, WIDTH, WORDS = 13, 8, 300
@@ -30,7 +30,7 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_values_and_gradients_are_torch_s(blocks: int, dtype: torch.dtype, close: float) -> None:
     hidden, weight, targets, factors = inputs(dtype)
-    assert len(module._blocks(weight, TOKENS)) == blocks
+    assert len(list(module.blocks_of(weight, TOKENS))) == blocks
     loss, nll = linear_cross_entropy(hidden, weight, targets, factors)
     (3 * loss).backward()
     found = hidden.grad, weight.grad
