@@ -11,10 +11,12 @@ from typing import Any
 import redis.asyncio
 
 from . import exchange
+from .completions import load_exchange
 from .connection import connect, redis_errors, resolve_url, safe_url
 from .errors import QueueUnavailableError
 from .eviction import Eviction, EvictionLog
 from .jobs import Submission, submission
+from .opinions import Opinion, give
 from .outcomes import AsyncEnqueued, Outcome, Status
 from .transcript import Transcript, check_id
 
@@ -59,6 +61,14 @@ class AsyncProducer:
             error.queued = sent
             raise
         return exchange.merge(sent, refused)
+
+    async def rate(self, key: str, rating: float, *, user: str | None = None) -> AsyncEnqueued:
+        """See `Producer.rate`."""
+        return await self._say(key, Opinion.rating(rating, user))
+
+    async def correct(self, key: str, answer: str | dict[str, Any], *, user: str | None = None) -> AsyncEnqueued:
+        """See `Producer.correct`."""
+        return await self._say(key, Opinion.correction(answer, user))
 
     async def version(self) -> int:
         """See `Producer.version`."""
@@ -107,6 +117,13 @@ class AsyncProducer:
             async with self._redis.pipeline() as pipe:
                 chunk = await exchange.run_async(exchange.enqueue(pipe, items))
         return chunk.outcomes(self._enqueued)
+
+    async def _say(self, key: str, opinion: Opinion) -> AsyncEnqueued:
+        with redis_errors(self.where):
+            completion = await exchange.run_async(load_exchange(self._redis, key))
+            async with self._redis.pipeline() as pipe:
+                job_id, outcome = await exchange.run_async(give(pipe, completion, opinion))
+        return self._enqueued(job_id, outcome, None)
 
     def _enqueued(self, job_id: str, outcome: Outcome, version: int | None) -> AsyncEnqueued:
         return AsyncEnqueued(job_id, outcome, version, _producer=self)
