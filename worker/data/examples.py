@@ -141,7 +141,7 @@ class ExampleBuilder:
         if needs_teacher(transcript):
             start, turns, taught = work.beside_teacher(asked, start, turns)
             sequences = _joined(turns)
-            teachers = tuple(_sequence(turn.context + turn.continuation, _mask_of(turn)) for turn in taught)
+            teachers = tuple(sequence for turn in taught for sequence in _joined([turn]))
         tokens = sum(len(sequence.ids) for sequence in sequences)
         report: dict[str, Any] = {
             "turns": len(turns),
@@ -281,11 +281,6 @@ def _continues(later: Turn, earlier: Turn) -> bool:
         later.context[:end] == earlier.context
         and later.context[end : end + len(earlier.continuation)] == earlier.continuation
     )
-
-
-def _mask_of(turn: Turn) -> list[bool]:
-    """The mask of a sequence of that turn alone."""
-    return [False] * len(turn.context) + turn.trained
 
 
 def _joined(turns: list[Turn]) -> list[TokenSequence]:

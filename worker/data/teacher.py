@@ -4,7 +4,7 @@ The teacher is the same weights. It is asked with the comment (or the demonstrat
 the student reads without: where the two expect different next tokens, there is something to learn
 (`worker.trainer.losses.distillation`).
 
-Must not know: torch, tokens, the chat template.
+Must not know: torch, transformers.
 Invariant: nothing but the text of one user message changes, the last before the answer.
 """
 

@@ -23,8 +23,6 @@ from worker.model.soft_targets import Soft
 
 Keep = Callable[[Tensor, Tensor, int], None]
 """Takes the gradient of a block of logits [N, B], the hidden states [N, H], and the block's first row of the head."""
-LARGEST_LOG_RATIO = 80.0
-"""Of a teacher's and the student's probability of all other words: e^80 still is a number in fp32."""
 
 
 class HeadLoss(NamedTuple):
@@ -100,14 +98,14 @@ class _HeadLoss(torch.autograd.Function):
         log_p = torch.cat([top, others[:, None]], 1) - sums[soft.rows, None]  # [M, K + 1]
         divergence = (soft.log_q.exp() * (soft.log_q - log_p)).sum(1)
         moved = (soft.log_q.exp() - log_p.exp()).abs().sum(1) / 2
-        ctx.save_for_backward(hidden, weight, targets, factors, sums, log_p[:, -1])
+        ctx.save_for_backward(hidden, weight, targets, factors, sums, log_p)
         ctx.mark_non_differentiable(nll, divergence, moved)
         return (nll.index_copy(0, soft.rows, divergence) * factors).sum(), nll, divergence, moved
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Of a logit z_j with a teacher: p_j - q_j where the word is listed; else p_j - q_r p_j / p_r, where q_r and
-        p_r are the probabilities of all others together."""
+        """Of a logit z_j with a teacher: p_j - q_j where the word is listed; else r_j (p_r - q_r), where p_r and q_r
+        are the probabilities of all others together, and r_j is that of the word among them."""
         hidden, weight, targets, factors, sums = ctx.saved_tensors[:5]
         soft: Soft | None = ctx.soft
         to_hidden, to_weight = ctx.needs_input_grad[:2]
@@ -115,27 +113,28 @@ class _HeadLoss(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if to_weight and ctx.keep is None else None  # [V, H]
         scale = (factors * outer)[:, None]  # [N, 1]
         rows = torch.arange(len(targets), device=hidden.device)
-        plain = None
+        plain = pull = None
         if soft is not None:
-            ratio = (soft.log_q[:, -1] - ctx.saved_tensors[5]).clamp(max=LARGEST_LOG_RATIO).exp()  # q_r / p_r [M]
-            each, plain = scale[soft.rows], torch.ones_like(targets, dtype=torch.bool)
-            plain[soft.rows] = False
-            scale = scale.index_copy(0, soft.rows, each * (1 - ratio)[:, None])
+            log_p = ctx.saved_tensors[5]  # [M, K + 1]
+            pull = (log_p.exp() - soft.log_q.exp()) * scale[soft.rows]
+            plain = torch.ones_like(targets, dtype=torch.bool).index_fill_(0, soft.rows, False)
+            scale = scale.index_copy(0, soft.rows, pull[:, -1:])
+            sums = sums.index_add(0, soft.rows, log_p[:, -1])  # of all others alone
         for start, block in blocks_of(weight, len(targets)):
-            p = (hidden @ block.T).float().sub_(sums[:, None]).exp_()  # [N, B]
+            logits = (hidden @ block.T).float()  # [N, B]
             inside = (targets >= start) & (targets < start + len(block))
             column = (targets - start).clamp(0, len(block) - 1)
-            if soft is None:
+            if soft is None or pull is None or plain is None:
+                p = logits.sub_(sums[:, None]).exp_()
                 p[rows, column] -= inside.float()
                 d_logits = p.mul_(scale).to(hidden.dtype)  # [N, B]
             else:
-                p[rows, column] -= (inside & plain).float()
                 listed, at = soft.within(start, len(block))
-                own = torch.where(listed, p[at], 0.0)  # [M, K]
-                p.index_put_(at, -own, accumulate=True)
-                p.mul_(scale)
-                pull = torch.where(listed, own - soft.log_q[:, :-1].exp(), 0.0) * each
-                d_logits = p.index_put_(at, pull, accumulate=True).to(hidden.dtype)
+                logits.index_put_(at, torch.where(listed, -torch.inf, 0.0), accumulate=True)
+                p = logits.sub_(sums[:, None]).exp_()
+                p[rows, column] -= (inside & plain).float()
+                p.mul_(scale).index_put_(at, torch.where(listed, pull[:, :-1], 0.0), accumulate=True)
+                d_logits = p.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden += d_logits @ block
             if d_weight is not None:

@@ -201,10 +201,11 @@ class Trainer:
         or kept. Afterwards a step of the same shape takes nothing for the first time."""
         self.forget()
         self.begun, self._alone = self.room.way_of(examples), False
+        teachers = self._teachers(examples)
         with self._recording(), self._dropping():
             for batch in self._batches(examples):
                 self.sweep.factors.begin_pass()
-                self._forward(batch).loss.backward()  # type: ignore[no-untyped-call]
+                self._forward(batch, teachers=teachers).loss.backward()  # type: ignore[no-untyped-call]
         if self.begun == "factors":
             self.sweep.rehearse()
         self.forget()

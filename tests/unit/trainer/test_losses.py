@@ -192,6 +192,29 @@ def test_a_loss_that_vanishes_lets_the_step_vanish(tiny_model: Path, examples: d
     assert all(step < 20 * full * slope for step, slope in zip(steps, slopes, strict=True))
 
 
+def test_a_teacher_that_is_shown_nothing_more_moves_nothing(tiny_model: Path, examples: dict[Kind, Example]) -> None:
+    """As where a comment changes nothing: the optimizer must not make a full step of rounding errors."""
+    same = dataclasses.replace(examples["comment"], teachers=examples["comment"].sequences)
+    full = moved(fresh(tiny_model), [examples["demonstration"]])
+    assert moved(fresh(tiny_model), [same]) < 1e-4 * full
+    assert 0 < moved(fresh(tiny_model), [examples["comment"]]) < full
+
+
+def test_beside_a_teacher_the_student_comes_nearer(tiny_model: Path, examples: dict[Kind, Example]) -> None:
+    """Nearer to the teacher of before, that is: the same weights, told more."""
+    for kind in ("comment", "distilled"):
+        example, trainer = examples[kind], fresh(tiny_model)
+        with torch.no_grad():
+            then = next_words(trainer, example.teachers).exp()
+            far = [(next_words(trainer, example.sequences).exp() - then).abs().sum()]
+            for _ in range(3):
+                with torch.enable_grad():
+                    trainer.begin([example])
+                trainer.apply()
+                far.append((next_words(trainer, example.sequences).exp() - then).abs().sum())
+        assert far[-1] < far[0], kind
+
+
 def test_a_dislike_takes_from_its_answer_and_a_correction_prefers(
     tiny_model: Path, examples: dict[Kind, Example]
 ) -> None:
