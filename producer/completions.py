@@ -42,8 +42,10 @@ OVERHEAD = 200
 
 
 def new_key() -> str:
-    """A key that nobody can guess."""
-    return base64.urlsafe_b64encode(secrets.token_bytes(16)).rstrip(b"=").decode()
+    """A key that nobody can guess. It begins with no dash, so that a command line takes it for no option."""
+    while (key := base64.urlsafe_b64encode(secrets.token_bytes(16)).rstrip(b"=").decode()).startswith("-"):
+        pass
+    return key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -11,6 +11,7 @@ COMMANDS = {
     "serve": ("worker.cli.serve", "Serve MODEL with vLLM, ready to be trained in place."),
     "worker": ("worker.cli.worker", "Drain the queue and train the served weights."),
     "enqueue": ("producer.cli", "Queue the conversations of a file."),
+    "feedback": ("producer.cli_feedback", "Say of a recorded answer how it was, or what it should have been."),
     "version": ("producer.cli", "Print the version of the weights that is live."),
     "train": ("worker.cli.train", "Train on FILE.jsonl without a queue."),
     "tiny": ("worker.cli.tiny", "Write a tiny Qwen3.5 to try things with."),
