@@ -43,11 +43,13 @@ class AsyncProducer:
         rating: float | None = None,
         chosen: str | dict[str, Any] | None = None,
         rejected: str | dict[str, Any] | None = None,
+        comment: str | None = None,
+        method: str | None = None,
     ) -> AsyncEnqueued:
         """See `Producer.enqueue`."""
         given = {"id": id, "messages": messages, "train_on": train_on, "weight": weight, "meta": meta}
         given |= {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        given |= {"rating": rating, "chosen": chosen, "rejected": rejected}
+        given |= {"method": method, "rating": rating, "chosen": chosen, "rejected": rejected, "comment": comment}
         return (await self._send([submission(Transcript.from_dict(given))]))[0]
 
     async def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[AsyncEnqueued]:
