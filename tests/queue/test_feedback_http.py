@@ -82,8 +82,25 @@ def test_a_rating_replaces_the_last_and_a_correction_is_its_own(play: Any, redis
 
     liked, disliked, corrected, withdrawn = play(scene)
     assert liked["id"] == disliked["id"] != corrected["id"] and withdrawn["state"] == "withdrawn"
+    assert [one["id"] for one in corrected["also"]] == [liked["id"]] and "also" not in liked
     (transcript,) = queued(redis_url).values()
     assert transcript["rejected"]["content"] == ANSWER and transcript["messages"][-1]["content"] == "At six."
+
+
+def test_a_comment_beside_a_thumb_is_a_transcript_of_its_own(play: Any, redis_url: str) -> None:
+    async def scene(app: Running) -> Any:
+        return (await app.say({"id": await app.key(), "rating": -1, "comment": "Be polite."})).json()
+
+    said = play(scene)
+    found = queued(redis_url)
+    assert found[said["id"]]["comment"] == "Be polite." and found[said["also"][0]["id"]]["rating"] == -1
+
+
+def test_all_that_is_said_is_checked_before_anything_is_queued(play: Any, redis_url: str) -> None:
+    async def scene(app: Running) -> httpx.Response:
+        return await app.say({"id": await app.key(), "comment": "Be polite.", "rating": 5})
+
+    assert error(play(scene)) == (422, "rating") and queued(redis_url) == {}
 
 
 def test_a_whole_transcript_is_queued_once(play: Any, redis_url: str) -> None:
@@ -97,6 +114,16 @@ def test_a_whole_transcript_is_queued_once(play: Any, redis_url: str) -> None:
     assert first.json() == {"id": "chat-1", "state": "queued", "version": None} and list(queued(redis_url)) == [
         "chat-1"
     ]
+
+
+def test_a_transcripts_user_is_where_forget_looks(play: Any, redis_url: str) -> None:
+    async def scene(app: Running) -> httpx.Response:
+        return await app.say({"id": "c", "user": "u", "messages": [{"role": "assistant", "content": "At six."}]})
+
+    assert play(scene).status_code == 202
+    with Producer(redis_url) as producer:
+        job = producer.job("c")
+        assert job is not None and job.meta["user"] == "u"
 
 
 def test_what_is_trained_says_its_version(play: Any, redis_url: str) -> None:
@@ -154,6 +181,8 @@ WRONG = [
     ({"id": "KEY", "rating": 1, "user": 5}, 422, "user"),
     ({"id": "KEY", "rating": 1, "user": "u" * 2000}, 422, "user"),
     ({"id": "KEY", "correction": 5}, 422, "correction"),
+    ({"id": "KEY", "comment": 5}, 422, "comment"),
+    ({"id": "KEY", "comment": "\n"}, 422, "comment"),
     ({"id": "KEY", "correction": "  "}, 422, "correction"),
     ({"id": "KEY", "correction": ANSWER}, 422, "correction"),
     ({"id": "KEY", "correction": "At six.", "rating": 1}, 422, "rating"),

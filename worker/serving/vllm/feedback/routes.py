@@ -82,7 +82,8 @@ class FeedbackRoutes:
                 raise Refusal(429, f"too much feedback by this user: try again in {wait} s", "user", wait)
             async with asyncio.timeout(REDIS_SECONDS):
                 sent = await self._queue(producer, body, user)
-                return JSONResponse(await _state(producer, sent), 202)
+                first, *others = [await _state(producer, one) for one in sent]
+                return JSONResponse(first | ({"also": others} if others else {}), 202)
         except Refusal as refusal:
             return refusal.answer()
         except InvalidTranscriptError as error:
@@ -120,14 +121,14 @@ class FeedbackRoutes:
             raise Refusal(503, "the server is starting", retry=RETRY_SECONDS)
         return producer
 
-    async def _queue(self, producer: AsyncProducer, body: dict[str, Any], user: str | None) -> AsyncEnqueued:
+    async def _queue(self, producer: AsyncProducer, body: dict[str, Any], user: str | None) -> list[AsyncEnqueued]:
         if "messages" in body:
-            return await opinions.transcript(producer, body)
-        key, said = opinions.read(body)
+            return await opinions.hand_in(producer, body, user)
+        key, said = opinions.read(body, user)
         keeper = self._keeper()
         if keeper is not None and not await keeper.settled(key, REDIS_SECONDS / 2):
             raise Refusal(503, "the completion is not in Redis yet", retry=RETRY_SECONDS)
-        return await opinions.opinion(producer, key, said, user)
+        return await opinions.say(producer, key, said)
 
 
 def _digest(key: str) -> bytes:

@@ -11,7 +11,7 @@ _ID = {
 }
 OPINION: dict[str, Any] = {
     "title": "Opinion",
-    "description": "What a user said of a kept completion.",
+    "description": "What a user said of a kept completion: one or more of rating, correction and comment.",
     "type": "object",
     "required": ["id"],
     "additionalProperties": False,
@@ -25,7 +25,7 @@ OPINION: dict[str, Any] = {
             "description": "The answer that should have been given: its text, or a message by the assistant.",
             "anyOf": [{"type": "string"}, {"type": "object"}],
         },
-        "comment": {"type": "string", "description": "What the user said of the answer."},
+        "comment": {"type": "string", "description": "What should have been otherwise, such as: be shorter."},
         "user": {"type": "string", "description": "Who says it. A second rating by the same user replaces the first."},
     },
 }
@@ -44,6 +44,7 @@ EXAMPLES: dict[str, Any] = {
     "thumbs down": {"value": {"id": "pAl9b1mYQ0uVZ5m3GJ5n2A", "rating": -1, "user": "u-17"}},
     "thumbs up": {"value": {"id": "pAl9b1mYQ0uVZ5m3GJ5n2A", "rating": True}},
     "a better answer": {"value": {"id": "pAl9b1mYQ0uVZ5m3GJ5n2A", "correction": "It closes at 18:00."}},
+    "a comment": {"value": {"id": "pAl9b1mYQ0uVZ5m3GJ5n2A", "comment": "Say it in one sentence.", "user": "u-17"}},
     "a whole transcript": {
         "value": {
             "id": "chat-1042",
@@ -59,12 +60,17 @@ STATE: dict[str, Any] = {
     "type": "object",
     "properties": {
         "id": {"type": "string", "description": "Of the transcript; GET /v1/feedback/{id} says where it is."},
-        "state": {"type": "string", "examples": ["queued", "started", "finished", "failed"]},
+        "state": {"type": "string", "examples": ["queued", "started", "finished", "failed", "withdrawn"]},
         "version": {
             "description": "The version of the weights that contains it, once there is one.",
             "anyOf": [{"type": "integer"}, {"type": "null"}],
         },
         "reason": {"type": "string", "description": "Why it failed."},
+        "also": {
+            "type": "array",
+            "items": {"type": "object"},
+            "description": "Where several things were said: the same of the other transcripts.",
+        },
     },
 }
 _ERROR: dict[str, Any] = {
