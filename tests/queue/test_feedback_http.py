@@ -44,6 +44,11 @@ def queued(url: str) -> dict[str, dict[str, Any]]:
         return {job.id: job.args[0] for job in jobs}
 
 
+def refusals(client: redis.Redis) -> int:
+    """How often Redis said that it is full."""
+    return int(client.info("errorstats").get("errorstat_OOM", {}).get("count", 0))
+
+
 def error(answer: httpx.Response) -> tuple[int, str | None]:
     """(status, the field that is named) of an answer in OpenAI's shape of errors."""
     said = answer.json()["error"]
@@ -260,10 +265,15 @@ def test_without_redis_feedback_is_refused_and_answers_are_not(
             for body in ({"id": before, "rating": -1}, {"messages": [{"role": "assistant", "content": "secret"}]}):
                 refused = await app.say(body)
                 assert error(refused) == (503, None) and int(refused.headers["retry-after"]) > 0
-            after = await app.key()  # the answer came
             if how == "away":
+                after = await app.key()  # the answer came
                 own.start()
             with redis.Redis.from_url(own.url) as client:
+                if how == "full":
+                    full = refusals(client)
+                    after = await app.key()
+                    while refusals(client) == full:  # until the record was refused once
+                        await asyncio.sleep(0.01)
                 client.config_set("maxmemory", "1gb")
             again = await app.say({"id": after, "rating": -1})
             assert again.status_code == 202, "what waited is kept, and feedback waited for it"
