@@ -203,10 +203,11 @@ def test_without_a_user_it_is_the_word_of_who_asked(connection: redis.Redis, pro
 def test_two_answers_are_two_transcripts(connection: redis.Redis, producer: Producer) -> None:
     one, same = recorded(connection), recorded(connection)
     assert one.id == same.id, "a client can choose the completion's id"
-    assert producer.rate(one.key, 1, user="u").id != producer.rate(same.key, 1, user="u").id
+    ids = [producer.rate(which.key, 1, user="u").id.rpartition("-") for which in (one, same)]
+    assert ids[0][0] != ids[1][0] and ids[0][2] == ids[1][2] == "0", "who knows the one does not know the other"
 
 
-@pytest.mark.parametrize("key", ["", "chatcmpl-7", "*", "../x", "a" * 22, "a" * 21 + "\n", None, 7])
+@pytest.mark.parametrize("key", ["", "chatcmpl-7", "*", "../x", "a" * 22, "a" * 21 + "\n", "\ud800", None, 7])
 def test_an_unknown_key_is_refused_and_queues_nothing(connection: redis.Redis, producer: Producer, key: str) -> None:
     recorded(connection)
     says = (lambda: producer.rate(key, 1), lambda: producer.correct(key, "A."), lambda: producer.comment(key, "?"))
@@ -276,6 +277,16 @@ def test_lost_memory_of_what_was_said_trains_no_transcript_twice(
     connection.delete(keys.said(one.key), f"rq:job:{second.id}")
     third = producer.rate(one.key, -1, user="u1")
     assert third.outcome is Outcome.QUEUED and third.id not in (first.id, second.id)
+
+
+def test_a_waiting_transcript_counts_even_if_memory_says_that_none_does(
+    connection: redis.Redis, producer: Producer
+) -> None:
+    one = recorded(connection)
+    first = producer.rate(one.key, 1, user="u1")
+    connection.set(keys.said(one.key), Said(votes={user_digest("u1"): 1.0}, withdrawn=True).pack())
+    assert producer.rate(one.key, 0, user="u1").id == first.id and queued(connection) == []
+    assert not connection.exists(f"rq:job:{first.id}")
 
 
 def test_users_are_digests_and_nobody_is_named(connection: redis.Redis, producer: Producer) -> None:
