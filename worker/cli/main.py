@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("worker.cli.train", "Train on FILE.jsonl without a queue."),
     "tiny": ("worker.cli.tiny", "Write a tiny Qwen3.5 to try things with."),
     "rollback": ("worker.cli.rollback", "Go back to an older version, with transcripts left out if asked."),
+    "forget": ("worker.cli.forget", "Take a user's transcripts out of queue, records, journal and weights."),
     "pause": ("worker.cli.pause", "Pause training; the server goes on serving."),
     "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
