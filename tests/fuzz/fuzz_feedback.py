@@ -1,127 +1,163 @@
-"""What the fuzz tests throw at /v1/feedback: bodies, ids and headers, through the real application onto a real Redis.
+"""What the fuzz tests say of recorded answers: any key, any value, any user, over whatever lies in Redis.
 
-What is answered 202 is in the queue; every other answer has a status that says whose failure it is, and is never 500;
-and a record whose key was not given stays as it was, and shows in no answer.
+Two people's records lie there. Nothing that is said under another key reads, changes or rates them, and everything that
+is accepted is a transcript that a worker can read.
 """
 
-import asyncio
-import json
 from collections import Counter
-from contextlib import AsyncExitStack
 from typing import Any
-from urllib.parse import quote
 
-import httpx
-import pytest
+import msgpack
 import redis
-from feedback_app import Running, running
-from fuzz_bytes import plain
+from completion_parts import completion
+from fuzz_bytes import packed, plain
 from hypothesis import strategies as st
 
-from producer import keys
-from producer.completions import KEY_PATTERN
+from producer import InvalidTranscriptError, Producer, UnknownCompletionError, keys
+from producer.completions import save
+from producer.opinions import Source
+from producer.said import Said, user_digest
+from producer.transcript import ID_PATTERN
+from worker.consumer.jobs import open_queue
+from worker.consumer.transitions import fetch
 
-SECRET = "a text that is nobody else's"
-ALLOWED = {200, 202, 401, 404, 413, 422, 503}
-EVERY = 500
-"""Cases after which Redis is emptied and new records are made."""
+VICTIMS = ("V" * 22, "v" * 21 + "-")
+TARGET = "t" * 22
+"""The record that may be rated, and damaged."""
 
-ids = st.sampled_from(["KEY", "OTHER"] * 4 + ["chatcmpl-1", "", "a" * 22, "../" * 7 + "x", "\x00" * 22]) | plain
-users = st.sampled_from([None, "a", "b", "c"])
-texts = st.text(max_size=10)
-rating = st.sampled_from([-1, 1, True, False, 0, 1e-9, 0.5, -0.5, 1.5])
-correction = texts | st.fixed_dictionaries({"content": texts}, optional={"role": plain, "tool_calls": plain})
-sound = st.fixed_dictionaries({"id": ids, "user": users}, optional={"rating": rating, "correction": correction})
-odd = st.fixed_dictionaries(
-    {"id": ids}, optional={name: plain for name in ("rating", "correction", "comment", "user", "score")}
-)
-good = st.sampled_from([{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}])
-message = good | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "weight", "x"]), plain, max_size=4)
-sound_whole = st.fixed_dictionaries(
-    {"messages": st.lists(good, min_size=1, max_size=4)},
-    optional={"id": st.sampled_from(["a", "b", "KEY", "fb-a-0"]), "user": users, "rating": rating, "rejected": texts},
-)
-odd_whole = st.fixed_dictionaries(
-    {"messages": st.lists(message, max_size=4) | plain},
-    optional={name: plain for name in ("id", "user", "weight", "train_on", "tools", "meta", "rejected", "chosen")},
-)
-tokens = st.sampled_from(["KEY", "", "Bearer", "Bearer x", "basic x", "Bearer KEY\x00"])
-
-
-class FeedbackBodies:
-    """POST and GET /v1/feedback."""
-
-    name, size = "feedback over HTTP", 1
-    cases = st.one_of(
-        *(st.tuples(st.just("post"), one) for one in (sound, sound, odd, sound_whole, odd_whole, plain)),
-        st.tuples(st.just("raw"), st.binary(max_size=64) | plain.map(lambda value: repr(value).encode())),
-        st.tuples(st.just("get"), ids),
-        st.tuples(st.just("key"), tokens),
+near = st.sampled_from(VICTIMS).flatmap(
+    lambda key: st.sampled_from(
+        [key[:-1], key + "A", key.swapcase(), key.lower() + " ", f"completion:{key}", f"{key}\n", f"{key}:9", f"{key}*"]
     )
+)
+
+
+def mostly(sound: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Four in five are `sound`: otherwise next to nothing would come to be queued."""
+    return st.integers(0, 4).flatmap(lambda drawn: odd if drawn == 4 else sound)
+
+
+any_key = mostly(st.just(TARGET), near | st.sampled_from(["chatcmpl-7", "*", "", "../x", "index"]) | plain)
+users = mostly(st.sampled_from(["u1", "u2", "u3", None]), st.text(max_size=8) | plain)
+ratings = mostly(
+    st.sampled_from([1, -1, 0, 0.5, True, False, 1e-300, -0.0]), st.sampled_from([2, "1", None]) | st.floats() | plain
+)
+texts = mostly(
+    st.sampled_from(["Better.", "Best."]),
+    st.text(max_size=30) | st.sampled_from(["Goethe.", "x" * 9000, "<think>"]) | plain,
+)
+message = {"role": st.sampled_from(["assistant", "user"]) | plain, "content": texts, "tool_calls": plain, "x": plain}
+answers = mostly(texts, st.fixed_dictionaries({}, optional=message))
+words = st.one_of(
+    st.tuples(st.just("rate"), ratings), st.tuples(st.just("correct"), answers), st.tuples(st.just("comment"), texts)
+)
+
+
+class Opinions:
+    """Ratings, corrections and comments of any form under any key."""
+
+    name, size = "opinions", 1
+    cases = st.tuples(any_key, words, users)
 
     def __init__(self, url: str) -> None:
-        self._redis = redis.Redis.from_url(url)
-        self._loop = asyncio.new_event_loop()
-        self._stack = AsyncExitStack()
-        self._patch = pytest.MonkeyPatch()
-        self._app: Running = self._loop.run_until_complete(
-            self._stack.enter_async_context(running(url, self._patch, per_minute=10**9))
-        )
-        self._cases = 0
+        self.connection, self.producer = redis.Redis.from_url(url), Producer(url)
+        self.queue = open_queue(self.connection)
 
-    def close(self) -> None:
-        self._loop.run_until_complete(self._stack.aclose())
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
-        self._patch.undo()
-        self._redis.close()
-
-    def take(self, case: tuple[str, Any]) -> Counter[str]:
-        return self._loop.run_until_complete(self._take(*case))
-
-    async def _take(self, kind: str, value: Any) -> Counter[str]:
-        if self._cases % EVERY == 0:
-            await self._records()
-        self._cases += 1
-        answer = await self._send(kind, value)
-        assert answer.status_code in ALLOWED, (answer.status_code, answer.text)
-        if kind == "key":
-            assert answer.status_code == 401
-        assert SECRET not in answer.text and self._redis.get(keys.completion(self._hidden)) == self._sealed
-        said = answer.json()
-        if answer.status_code == 202 and said["state"] != "withdrawn":
-            where = await self._app.client.get(f"/v1/feedback/{said['id']}")
-            assert where.status_code == 200 and self._redis.lpos("rq:queue:feedback", said["id"]) is not None, "lost"
-        elif answer.status_code >= 400:
-            assert said["error"]["message"] and said["error"]["code"] == answer.status_code
-        return Counter([str(answer.status_code)])
-
-    async def _records(self) -> None:
-        """An empty Redis with three records: of the key that is used, of another, and of one that is never named."""
-        self._redis.flushall()
-        self._keys = {"KEY": await self._app.key(user="a"), "OTHER": await self._app.key(user="b")}
-        body = {"model": "m", "messages": [{"role": "user", "content": SECRET}]}
-        hidden = await self._app.client.post("/v1/chat/completions", json=body)
-        self._hidden = hidden.headers["x-tandem-completion"]
-        assert KEY_PATTERN.fullmatch(self._hidden)
-        while (sealed := self._redis.get(keys.completion(self._hidden))) is None:
-            await asyncio.sleep(0.001)
-        self._sealed = sealed
-
-    async def _send(self, kind: str, value: Any) -> httpx.Response:
-        client = self._app.client
-        if kind == "raw":
-            return await client.post("/v1/feedback", content=value)
-        if kind == "get":
-            shown = self._keys.get(value, str(value)) if isinstance(value, str) else str(value)
-            name = quote(shown.encode(errors="replace"), safe="") or "-"
-            return await client.get(f"/v1/feedback/{name}")
-        if kind == "key":
-            return await client.post("/v1/feedback", json={}, headers={"authorization": value.encode()})
-        if isinstance(value, dict) and isinstance(value.get("id"), str):
-            value = value | {"id": self._keys.get(value["id"], value["id"])}
+    def take(self, case: tuple[Any, tuple[str, Any], Any]) -> Counter[str]:
+        key, (method, value), user = case
+        self.prepare()
+        before = self.of_victims()
         try:
-            body = json.dumps(value, allow_nan=True).encode()
-        except (TypeError, ValueError, RecursionError):
-            body = repr(value).encode(errors="replace")
-        return await client.post("/v1/feedback", content=body)
+            sent = getattr(self.producer, method)(key, value, user=user)
+            outcome = str(sent.outcome)
+            assert key == TARGET and ID_PATTERN.fullmatch(sent.id)
+        except UnknownCompletionError:
+            outcome = "unknown"
+            assert key != TARGET
+        except InvalidTranscriptError as error:
+            outcome = "refused"
+            assert error.field and error.problem
+        assert self.of_victims() == before
+        self.check_queue()
+        return Counter([outcome])
+
+    def prepare(self) -> None:
+        """Three records, and what was said so far; afresh when others have emptied Redis, or when much lies there."""
+        if self.connection.llen(self.queue.key) > 12 or not self.connection.exists(keys.completion(TARGET)):
+            self.connection.flushall()
+            for at, key in enumerate((TARGET, *VICTIMS)):
+                save(self.connection, completion(key=key, user=f"owner{at}"), 36_000, 1 << 24)
+            for key in VICTIMS:
+                self.producer.rate(key, 1)
+
+    def of_victims(self) -> list[Any]:
+        index = self.connection.hgetall(keys.FEEDBACK_USERS)
+        ids = sorted(job_id for job_id, raw in index.items() if Source.unpack(raw).key in VICTIMS)
+        jobs = [self.connection.hgetall(b"rq:job:" + job_id) for job_id in ids]
+        names = [make(key) for key in VICTIMS for make in (keys.completion, keys.said)]
+        return [ids, jobs, self.connection.mget(names)]
+
+    def check_queue(self) -> None:
+        """Each queued id is there once, a transcript that can be read, and known to be somebody's."""
+        ids = [raw.decode() for raw in self.connection.lrange(self.queue.key, 0, -1)]
+        assert len(ids) == len(set(ids))
+        for job in fetch(self.queue, ids):
+            assert job is not None and job.transcript().kind in ("liked", "disliked", "correction", "comment")
+        assert set(ids) <= {raw.decode() for raw in self.connection.hkeys(keys.FEEDBACK_USERS)}
+
+
+def record_with(changes: dict[str, Any]) -> bytes:
+    whole = msgpack.unpackb(completion(key=TARGET).pack())
+    try:
+        return bytes(msgpack.packb(whole | changes, datetime=True))
+    except (OverflowError, ValueError):
+        return b""
+
+
+names = st.sampled_from(
+    ["messages", "answer", "tools", "user", "versions", "token_ids", "logprobs", "chat_template_kwargs", "format", "x"]
+)
+records = mostly(
+    st.sampled_from([{}, {"user": "u1"}, {"messages": completion().messages}]).map(record_with),
+    st.one_of(st.binary(max_size=60), packed, st.dictionaries(names, plain, max_size=3).map(record_with)),
+)
+digests = st.sampled_from(["", user_digest("u1"), user_digest("u2"), "x"])
+pasts = st.one_of(
+    st.binary(max_size=40),
+    packed,
+    st.builds(
+        lambda *parts: bytes(msgpack.packb([1, *parts])),
+        st.integers(-1, 3),
+        st.dictionaries(digests, st.floats(-1, 1), max_size=3),
+        st.booleans(),
+        st.dictionaries(digests.map("correction:{}".format), st.tuples(st.integers(-1, 3), st.text(max_size=4))),
+    ),
+    st.builds(lambda n: Said(n, {user_digest("u1"): 1.0}).pack(), st.integers(0, 5)),
+)
+
+
+class PlantedRecords(Opinions):
+    """What is said of a record that somebody planted in Redis, over a past that somebody planted, too."""
+
+    name, size = "planted records", 1
+    cases = st.tuples(records, pasts, words, st.sampled_from([None, "u1", "u2"]))
+
+    def take(self, case: tuple[bytes, bytes, tuple[str, Any], str | None]) -> Counter[str]:  # type: ignore[override]
+        record, past, (method, value), user = case
+        self.prepare()
+        before = self.of_victims()
+        if record:
+            self.connection.set(keys.completion(TARGET), record, px=36_000_000)
+        self.connection.set(keys.said(TARGET), past, px=36_000_000)
+        try:
+            outcome = str(getattr(self.producer, method)(TARGET, value, user=user).outcome)
+        except UnknownCompletionError as error:
+            outcome = "unreadable"
+            assert "cannot be read" in str(error)
+        except InvalidTranscriptError as error:
+            outcome = "refused"
+            assert error.field and error.problem
+        self.connection.set(keys.completion(TARGET), completion(key=TARGET).pack(), px=36_000_000)
+        assert self.of_victims() == before
+        self.check_queue()
+        return Counter([outcome])
