@@ -1,8 +1,9 @@
 """Charges a budget with what versions take from serving, as this trainer and the server measure it.
 
     standing still   from the acknowledged pause until the server goes on, where requests stood still with it
-    computing        what gradients (or a canary's scores) take beside running requests: on a GPU the time until they
-                     are there; on a CPU this process' CPU time over the cores, since waiting for a core takes nothing
+    computing        what gradients (or a canary's scores) take beside running requests: on a GPU half of the time
+                     until they are there, because the two processes take turns (`TURN`); on a CPU this process' CPU
+                     time over the cores, since waiting for a core takes nothing
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
 
 On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
@@ -18,6 +19,11 @@ from contextlib import contextmanager
 
 from worker.orchestrator.session import Session
 from worker.utils.serving_budget import ServingBudget
+
+
+TURN = 0.5
+"""Part of a GPU's time that goes to a process that computes while another does: turns of equal length. Measured: see
+"What a version takes from serving" in benchmarks/RESULTS.md."""
 
 
 class ServingCost:
@@ -61,7 +67,8 @@ class ServingCost:
             running = max(running, self.look())
         finally:
             if running:
-                self.budget.charge(self._clock() - started - (control.paused_s - paused))
+                part = TURN if self.session.trainer.device.type == "cuda" else 1.0
+                self.budget.charge(part * (self._clock() - started - (control.paused_s - paused)))
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
