@@ -43,11 +43,13 @@ class AsyncProducer:
         rating: float | None = None,
         chosen: str | dict[str, Any] | None = None,
         rejected: str | dict[str, Any] | None = None,
+        comment: str | None = None,
+        method: str | None = None,
     ) -> AsyncEnqueued:
         """See `Producer.enqueue`."""
         given = {"id": id, "messages": messages, "train_on": train_on, "weight": weight, "meta": meta}
         given |= {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        given |= {"rating": rating, "chosen": chosen, "rejected": rejected}
+        given |= {"method": method, "rating": rating, "chosen": chosen, "rejected": rejected, "comment": comment}
         return (await self._send([submission(Transcript.from_dict(given))]))[0]
 
     async def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[AsyncEnqueued]:
@@ -64,11 +66,23 @@ class AsyncProducer:
 
     async def rate(self, key: str, rating: float, *, user: str | None = None) -> AsyncEnqueued:
         """See `Producer.rate`."""
-        return await self._say(key, Opinion.rating(rating, user))
+        return await self.say(key, Opinion.rating(rating, user))
 
     async def correct(self, key: str, answer: str | dict[str, Any], *, user: str | None = None) -> AsyncEnqueued:
         """See `Producer.correct`."""
-        return await self._say(key, Opinion.correction(answer, user))
+        return await self.say(key, Opinion.correction(answer, user))
+
+    async def comment(self, key: str, text: str, *, user: str | None = None) -> AsyncEnqueued:
+        """See `Producer.comment`."""
+        return await self.say(key, Opinion.comment(text, user))
+
+    async def say(self, key: str, opinion: Opinion) -> AsyncEnqueued:
+        """See `Producer.say`."""
+        with redis_errors(self.where):
+            completion = await exchange.run_async(load_exchange(self._redis, key))
+            async with self._redis.pipeline() as pipe:
+                job_id, outcome = await exchange.run_async(give(pipe, completion, opinion))
+        return self._enqueued(job_id, outcome, None)
 
     async def version(self) -> int:
         """See `Producer.version`."""
@@ -117,13 +131,6 @@ class AsyncProducer:
             async with self._redis.pipeline() as pipe:
                 chunk = await exchange.run_async(exchange.enqueue(pipe, items))
         return chunk.outcomes(self._enqueued)
-
-    async def _say(self, key: str, opinion: Opinion) -> AsyncEnqueued:
-        with redis_errors(self.where):
-            completion = await exchange.run_async(load_exchange(self._redis, key))
-            async with self._redis.pipeline() as pipe:
-                job_id, outcome = await exchange.run_async(give(pipe, completion, opinion))
-        return self._enqueued(job_id, outcome, None)
 
     def _enqueued(self, job_id: str, outcome: Outcome, version: int | None) -> AsyncEnqueued:
         return AsyncEnqueued(job_id, outcome, version, _producer=self)

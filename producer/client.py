@@ -53,6 +53,8 @@ class Producer:
         rating: float | None = None,
         chosen: str | dict[str, Any] | None = None,
         rejected: str | dict[str, Any] | None = None,
+        comment: str | None = None,
+        method: str | None = None,
     ) -> Enqueued:
         """Queue one transcript. The arguments are those of `Transcript`.
 
@@ -62,7 +64,7 @@ class Producer:
         """
         given = {"id": id, "messages": messages, "train_on": train_on, "weight": weight, "meta": meta}
         given |= {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        given |= {"rating": rating, "chosen": chosen, "rejected": rejected}
+        given |= {"method": method, "rating": rating, "chosen": chosen, "rejected": rejected, "comment": comment}
         return self._send([submission(Transcript.from_dict(given))])[0]
 
     def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[Enqueued]:
@@ -90,12 +92,23 @@ class Producer:
         KNOWN (nothing changed), WITHDRAWN (they cancel out: nothing is queued, later ones count with them).
         Raises UnknownCompletionError, InvalidTranscriptError, QueueUnavailableError.
         """
-        return self._say(key, Opinion.rating(rating, user))
+        return self.say(key, Opinion.rating(rating, user))
 
     def correct(self, key: str, answer: str | dict[str, Any], *, user: str | None = None) -> Enqueued:
         """Give the answer that a recorded one should have been: the model learns to prefer it. Arguments and errors
         are those of `rate`; a user's next correction of the same answer replaces the last while that is queued."""
-        return self._say(key, Opinion.correction(answer, user))
+        return self.say(key, Opinion.correction(answer, user))
+
+    def comment(self, key: str, text: str, *, user: str | None = None) -> Enqueued:
+        """Say what should have been otherwise in a recorded answer ("be shorter"): the model learns to answer as if it
+        had been told so before. Arguments and errors are those of `rate`; replaced like a correction."""
+        return self.say(key, Opinion.comment(text, user))
+
+    def say(self, key: str, opinion: Opinion) -> Enqueued:
+        """What `rate`, `correct` and `comment` do."""
+        with redis_errors(self.where), self._redis.pipeline() as pipe:
+            completion = exchange.run(load_exchange(self._redis, key))
+            return self._enqueued(*exchange.run(give(pipe, completion, opinion)), None)
 
     def version(self) -> int:
         """The version of the weights that is live; 0 before the first update."""
@@ -154,11 +167,6 @@ class Producer:
             self._eviction_log.say(self.eviction(), self.where)
         with redis_errors(self.where), self._redis.pipeline() as pipe:
             return exchange.run(exchange.enqueue(pipe, items)).outcomes(self._enqueued)
-
-    def _say(self, key: str, opinion: Opinion) -> Enqueued:
-        with redis_errors(self.where), self._redis.pipeline() as pipe:
-            completion = exchange.run(load_exchange(self._redis, key))
-            return self._enqueued(*exchange.run(give(pipe, completion, opinion)), None)
 
     def _enqueued(self, job_id: str, outcome: Outcome, version: int | None) -> Enqueued:
         return Enqueued(job_id, outcome, version, _producer=self)

@@ -11,6 +11,7 @@ checked like one that is made, so whoever can write to Redis cannot crash a read
 import base64
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -42,8 +43,10 @@ OVERHEAD = 200
 
 
 def new_key() -> str:
-    """A key that nobody can guess."""
-    return base64.urlsafe_b64encode(secrets.token_bytes(16)).rstrip(b"=").decode()
+    """A key that nobody can guess. It begins with no dash, so that a command line takes it for no option."""
+    while (key := base64.urlsafe_b64encode(secrets.token_bytes(16)).rstrip(b"=").decode()).startswith("-"):
+        pass
+    return key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -171,6 +174,17 @@ return 0
 """
 
 
+# KEYS: as for _SAVE. ARGV: what is charged beside the value, key.
+_REMOVE = """
+local charge = redis.call('STRLEN', KEYS[1]) + tonumber(ARGV[1])
+local gone = redis.call('DEL', KEYS[1])
+if redis.call('ZREM', KEYS[2], ARGV[2] .. ':' .. string.format('%d', charge)) == 1 then
+  redis.call('DECRBY', KEYS[3], charge)
+end
+return gone
+"""
+
+
 def save_exchange(client: Any, completion: Completion, ttl: float, most: int) -> Exchange[Kept]:
     raw = completion.pack()
     charge = len(raw) + OVERHEAD
@@ -223,6 +237,20 @@ def load(client: Any, key: str) -> Completion:
 async def load_async(client: Any, key: str) -> Completion:
     """`load` with redis-py's asyncio client."""
     return await run_async(load_exchange(client, key))
+
+
+def remove(client: redis.Redis, key: str) -> bool:
+    """Delete the record of `key`; whether there was one. Not for a producer, who has no right to it."""
+    names = (keys.completion(key), keys.COMPLETIONS, keys.COMPLETION_BYTES)
+    return bool(client.eval(_REMOVE, len(names), *names, OVERHEAD, key))
+
+
+def recorded(client: redis.Redis) -> Iterator[str]:
+    """The keys of all records, of some perhaps twice; a few may have expired. Not for a producer."""
+    for member, _ in client.zscan_iter(keys.COMPLETIONS, count=1000):
+        key = member.decode(errors="replace").partition(":")[0]
+        if is_key(key):
+            yield key
 
 
 def _name(value: Any, where: str) -> str:

@@ -10,7 +10,6 @@ are watched from the moment they are read, and changed in one MULTI; so a job is
 No user's name is stored here, but a digest (said.py); no text is in an id.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -220,29 +219,36 @@ def _write(pipe: Any, completion: Completion, change: _Change) -> None:
     if change.drop:
         pipe.lrem(QUEUE_KEY, 0, change.job_id)
         pipe.delete(Job.key_for(change.job_id))
-        pipe.hdel(keys.FEEDBACK_USERS, change.job_id)
     if change.item is not None:
         if change.replaces:
             pipe.hset(change.item.job.key, mapping=change.item.fields)
         else:
             change.item.write(pipe)
-        packed = MsgpackSerializer.dumps([completion.key, change.users])
-        pipe.hset(keys.FEEDBACK_USERS, change.job_id, packed)
+    source = Source(completion.key, tuple(change.users), user_digest(completion.user))
+    if change.item is not None or change.users:  # ratings that cancel out are somebody's, too
+        pipe.hset(keys.FEEDBACK_USERS, change.job_id, source.pack())
+    else:
+        pipe.hdel(keys.FEEDBACK_USERS, change.job_id)
 
 
-def users_of(raw: bytes) -> tuple[str, list[str]]:
-    """(a record's key, digests of users), of an entry of `keys.FEEDBACK_USERS`; ("", []) for what is none."""
-    try:
-        key, users = MsgpackSerializer.loads(raw)
-        fits = isinstance(key, str) and isinstance(users, list) and all(isinstance(user, str) for user in users)
-    except (ValueError, TypeError):
-        fits = False
-    return (key, users) if fits else ("", [])
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a transcript of feedback came from. key: of the record; users: digests of who said it; asked: of who had
+    asked, "" where that is not known."""
 
+    key: str
+    users: tuple[str, ...]
+    asked: str
 
-def entries(pairs: Iterator[tuple[bytes, bytes]], user: str) -> Iterator[tuple[str, str]]:
-    """(transcript's id, record's key) of what `user`, a digest, said; pairs: those of `keys.FEEDBACK_USERS`."""
-    for job_id, raw in pairs:
-        key, users = users_of(raw)
-        if user in users:
-            yield job_id.decode(errors="replace"), key
+    def pack(self) -> bytes:
+        return MsgpackSerializer.dumps([self.key, self.users, self.asked])
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> "Source":
+        """An entry of `keys.FEEDBACK_USERS`; one of nobody for what is none."""
+        try:
+            key, users, asked = MsgpackSerializer.loads(raw)
+            fits = all(isinstance(text, str) for text in (key, *users, asked))
+        except (ValueError, TypeError):
+            fits = False
+        return cls(key, tuple(users), asked) if fits else cls("", (), "")

@@ -73,6 +73,13 @@ class Said:
         _make_room(self.texts, f"{kind}:{user}", kind)
         self.texts[f"{kind}:{user}"] = (count, last)
 
+    def forget(self, user: str) -> bool:
+        """Take a user out; whether there was anything of theirs."""
+        texts = [name for name in self.texts if name.partition(":")[2] == user]
+        for name in texts:
+            del self.texts[name]
+        return self.votes.pop(user, None) is not None or bool(texts)
+
     def pack(self) -> bytes:
         return MsgpackSerializer.dumps([FORMAT, self.round, self.votes, self.withdrawn, self.texts])
 

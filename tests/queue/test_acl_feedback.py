@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -39,6 +40,12 @@ def everything(url: str, key: str) -> None:
 
 def test_the_documented_rights_are_enough(app_url: str, connection: redis.Redis) -> None:
     everything(app_url, recorded(connection).key)
+
+
+def test_the_documentation_has_these_rights() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "feedback.md").read_text()
+    begin = text.index("    +getrange")
+    assert " ".join(text[begin : text.index("\n\n", begin)].split()) == ACL
 
 
 @pytest.mark.parametrize("rule", RULES)

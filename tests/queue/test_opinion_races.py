@@ -12,7 +12,7 @@ from opinion_parts import Remembering, queued, recorded
 
 from producer import Outcome, Producer, keys
 from producer.completions import Completion
-from producer.opinions import Opinion, give, users_of
+from producer.opinions import Opinion, Source, give
 from producer.outcomes import Sent
 from worker.consumer.jobs import open_queue
 from worker.consumer.transitions import fetch, take
@@ -98,7 +98,7 @@ def trained_by_answer(connection: redis.Redis, weights: Remembering) -> dict[str
     totals: dict[str, float] = {}
     jobs = dict(zip(weights.trained, fetch(open_queue(connection), weights.trained), strict=True))
     for job_id, said in weights.given:
-        key, _ = users_of(connection.hget(keys.FEEDBACK_USERS, job_id))
+        key = Source.unpack(connection.hget(keys.FEEDBACK_USERS, job_id)).key
         totals[key] = totals.get(key, 0.0) + said.rating * jobs[job_id].meta["users"]
     return totals
 

@@ -17,6 +17,7 @@ FIELDS += ["chat_template_kwargs"]
 def test_a_key_is_random_and_safe_in_a_url() -> None:
     made = {new_key() for _ in range(1000)}
     assert len(made) == 1000 and all(KEY_PATTERN.fullmatch(key) for key in made)
+    assert not any(key.startswith("-") for key in made), "a command line would take it for an option"
     assert not any(is_key(key) for key in ("", "chatcmpl-7", "a" * 21, "a" * 23, "a" * 21 + "\n", "a" * 21 + "*", None))
 
 
