@@ -5,9 +5,9 @@
     compiled.candidates, compiled.threads
 
 The autotuner compiles a candidate when it is about to time it, one at a time: most of a cold warm-up. Here the first
-timing of a kernel compiles all its candidates. Private parts of Triton, checked on 3.6 and read on 3.9: `Autotuner._bench`, `.nargs`,
-`.prune_configs`, and `AsyncCompileMode`. Where they are not there, a line in the log says so, and kernels are compiled
-one after the other.
+timing of a kernel compiles all its candidates. Private parts of Triton, checked on 3.6 and read on 3.9:
+`Autotuner._bench`, `.nargs`, `.prune_configs`, and `AsyncCompileMode`. Where they are not there, a line in the log says
+so, and kernels are compiled one after the other.
 
 Must not know: the server.
 Invariants: nothing is launched by compiling, and the autotuner chooses by its own timings, as without this. Outside of
