@@ -18,7 +18,7 @@ from torch import Tensor
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.launch_tables import Kind, kind_of
 from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
-from worker.apollo.state_layout import Layout, StateArea
+from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, Layout, StateArea
 
 T = TypeVar("T")
 
@@ -58,7 +58,10 @@ class ApolloMini(torch.optim.Optimizer):
         rounding: str = "stochastic",
         projection: Projection | None = None,
         state: Tensor | None = None,
+        matrices: str = APOLLO,
     ) -> None:
+        if matrices not in MATRIX_ALGORITHMS:
+            raise ValueError(f'matrices take "apollo" or "factored", not {matrices!r}')
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f'rounding is "stochastic" or "nearest", not {rounding!r}')
         if projection_gap < 1 or not 0 <= seed < 1 << 64:
@@ -75,7 +78,8 @@ class ApolloMini(torch.optim.Optimizer):
         self._slots: list[Slot] = []
         super().__init__(params, defaults)
         self.projection_gap = projection_gap
-        self._slots = make_slots(self.param_groups)
+        self._matrices = matrices
+        self._slots = make_slots(self.param_groups, self._matrices)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
         device = self._device()
         layout = Layout.of([s.parameter.shape for s in self._slots], [s.algorithm for s in self._slots])
@@ -315,7 +319,7 @@ class ApolloMini(torch.optim.Optimizer):
         run = state_dict["run"]
         self.projection_gap = run["projection_gap"]
         self._options = Options(run["seed"], run["stochastic"], self._options.projection)
-        self._slots = make_slots(self.param_groups)
+        self._slots = make_slots(self.param_groups, self._matrices)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
         self._backend = self._make_backend(self.area.memory.device)
         self._steps = int(self.area.step_count)
