@@ -83,7 +83,7 @@ class Tables:
     sides: int
 
 
-def kind_of(slot: Slot, tiling: Tiling = Tiling()) -> Kind:  # noqa: B008  (frozen)
+def kind_of(slot: Slot, tiling: Tiling = Tiling()) -> Kind:
     weight = slot.matrix(slot.parameter, "the weight")
     numbers = (slot.cols, weight.stride(0), slot.place.full_cols, slot.place.col, weight.data_ptr() // 2)
     aligned = all(n % UNIT == 0 for n in numbers)

@@ -1,10 +1,13 @@
 """What the kernels share: typed pointers, sums that one thread holds, the moments and the step's size."""
 
 # mypy: disable-error-code=no-untyped-def
+import torch
 import triton
 import triton.language as tl
 
 from worker.apollo.kernels.columns import BETA1, BETA2, EPS, RATE
+
+TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The factored rule (factored.py, mirrored): means of G^2 over rows and columns, and what X is multiplied with.
 
     sum_strip    pass 1 where a program sees whole rows: sums of G^2 by row and by column, and S, in one read
-    sum_tile     pass 1 of wider matrices: sums of a tile by row and by column; `square_update` reads G again for ||X||^2
+    sum_tile     pass 1 of wider ones: sums of a tile by row and by column; `square_update` reads G again for ||X||^2
     collapse     adds up the partial sums            follow    the running means; a and b
     matrix_size  the one number of a matrix          (the write is write.apply)
 
@@ -228,14 +228,15 @@ def follow(
             tl.store(kept, c, k < cols)
             b = column_factor(c, corrected, eps)
             tl.store(side + rows + k, b, k < cols)
-            weighted = tl.load(side + rows + cols + k, (k < cols) & (tl.load(parameter + STRIP) != 0), other=0)
+            known = tl.where(tl.load(parameter + STRIP) != 0, cols, 0)  # how many S there are
+            weighted = tl.load(side + rows + cols + k, k < known, other=0)
             tl.store(partial_norms + 2 * chunk, 0.0)
             tl.store(partial_norms + 2 * chunk + 1, tl.sum(b * b * weighted, 0))
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["first"])
 def square_update(
-    parameters, bindings, tiles, first, count, sides, statistics, partial_squares,
+    parameters, bindings, tiles, first, sides, partial_squares,
     G_TYPE: tl.constexpr, ALIGNED: tl.constexpr, TR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """||X||^2 of one of `sum_tile`'s tiles."""
