@@ -234,7 +234,8 @@ def show(result: dict) -> None:
     print(
         f"\n{result['model']}: {result['parameters'] / 1e9:.3f}B parameters in {result['tensors']} tensors; copy "
         f"{result['copy_tb_s']:.2f} TB/s; floor at {FLOOR_BYTES} B {result['floor_ms']:.2f} ms; state "
-        f"{result['state_bytes'] / 1e6:.1f} MB, factored {result['factored_state_bytes'] / 1e6:.1f} MB (AdamW fp32: {result['adamw_fp32_state_bytes'] / 1e9:.1f} GB)"
+        f"{result['state_bytes'] / 1e6:.1f} MB, factored {result['factored_state_bytes'] / 1e6:.1f} MB "
+        f"(AdamW fp32: {result['adamw_fp32_state_bytes'] / 1e9:.1f} GB)"
     )
     print(f"{'':20}{'ms':>9}{'spread':>9}{'x floor':>9}{'B/param':>9}{'of copy':>9}{'x ours':>8}")
     for row in result["rows"]:
