@@ -1,6 +1,6 @@
 """The factored rule on a CPU: what one pass over a gradient finds, and what is left to be written.
 
-Must not know: how weights are written. Invariant: nothing changes the state but `keep`.
+Invariant: nothing changes the state but `keep`.
 """
 
 import math

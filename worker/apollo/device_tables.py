@@ -1,8 +1,7 @@
 """What the CUDA implementation keeps on the device, and keeps up to date: tables, hyper-parameters, projections, and
 where weights and gradients lie.
 
-Must not know: kernels' launches. Invariant: what has not changed is not sent again, and nothing here waits for the
-device.
+Invariant: what has not changed is not sent again, and nothing here waits for the device.
 """
 
 from collections.abc import Sequence

@@ -79,6 +79,14 @@ def state_bytes(
     return Layout.of(shapes, algorithms, matrices).total
 
 
+def matrices_of(header: Tensor, shapes: Sequence[Sequence[int]]) -> str | None:
+    """What matrices take ("apollo", "factored") by the first HEADER_BYTES of a state area over parameters of these
+    shapes in this order, all by their shapes: None for an area that is fresh, or of others."""
+    digest = header[:HEADER_BYTES].clone().view(torch.int64)[_DIGEST].contiguous().view(torch.uint8)
+    found = bytes(digest.tolist())
+    return next((name for name in MATRIX_ALGORITHMS if Layout.of(shapes, matrices=name).digest == found), None)
+
+
 def steps_taken(header: Tensor) -> int:
     """The step count in the first HEADER_BYTES of a state area: a uint8 tensor on the CPU."""
     return int(header[:HEADER_BYTES].clone().view(torch.int64)[_STEP])
