@@ -1,7 +1,8 @@
 """Who learns in learning.py: a setting by its name, and how its model and its optimizer are made.
 
 Must not know: data. Invariants: weights, state and arithmetic are fp32 for all but "adamw-bf16", whose weights are
-rounded to bf16 after every step, and "factored-bf16"; every contender is given the same gradients' mean over trained tokens.
+rounded to bf16 after every step, and "factored-bf16"; every contender is given the same gradients' mean over trained
+tokens.
 """
 
 from collections.abc import Callable, Iterable

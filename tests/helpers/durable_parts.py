@@ -59,7 +59,7 @@ class Site:
 
     def start_server(self) -> Any:
         if self.real:
-            self.server = RealServer(self.model, self.run_dir, self.folder / "server.log")
+            self.server = RealServer(self.model, self.run_dir, self.folder / "server.log", self.optimizer)
             return self.server
         environment = {"STAND_IN_REQUESTS": str(self.requests), "TANDEM_OPTIMIZER": self.optimizer}
         folders = (str(self.model), str(self.run_dir))

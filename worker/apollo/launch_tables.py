@@ -100,7 +100,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Counts:
+class Counts:
     """Of one parameter: tiles of both passes, chunks between them, vectors of partial sums (R, or sums by column), and
     how many numbers these take with those by row."""
 
@@ -111,24 +111,24 @@ class _Counts:
     scratch: int = 0
 
 
-def _counts(slot: Slot, kind: Kind, tiling: Tiling) -> _Counts:
+def counts_of(slot: Slot, kind: Kind, tiling: Tiling) -> Counts:
     if kind.shape == SMALL:
         tiles = _ceil(slot.rows * slot.cols, tiling.small)
-        return _Counts(tiles, tiles)
+        return Counts(tiles, tiles)
     height, _, width = tiling.out
     out = _ceil(slot.rows, height) * _ceil(slot.cols, width)
     if kind.shape == FACTORED:
         chunks = _ceil(slot.rows, tiling.side) + _ceil(slot.cols, tiling.side)
         if kind.width:
             parts = _ceil(slot.rows, tiling.strip[0])
-            return _Counts(parts, out, chunks, parts, _padded(2 * parts * slot.cols))
+            return Counts(parts, out, chunks, parts, _padded(2 * parts * slot.cols))
         parts, across = _ceil(slot.rows, tiling.wide[0]), _ceil(slot.cols, tiling.wide[2])
-        return _Counts(parts * across, out, chunks, parts, _padded(parts * slot.cols) + _padded(across * slot.rows))
+        return Counts(parts * across, out, chunks, parts, _padded(parts * slot.cols) + _padded(across * slot.rows))
     chunks = _ceil(max(slot.rows, slot.cols), tiling.chunk)
     if kind.shape == TALL:
-        return _Counts(_ceil(slot.rows, tiling.tall[0]), out, chunks, 1, _padded(slot.rows))
+        return Counts(_ceil(slot.rows, tiling.tall[0]), out, chunks, 1, _padded(slot.rows))
     parts = _ceil(slot.rows, tiling.wide[0])
-    return _Counts(parts * _ceil(slot.cols, tiling.wide[2]), out, chunks, parts, _padded(parts * slot.cols))
+    return Counts(parts * _ceil(slot.cols, tiling.wide[2]), out, chunks, parts, _padded(parts * slot.cols))
 
 
 def _padded(count: int) -> int:
@@ -136,7 +136,7 @@ def _padded(count: int) -> int:
     return 4 * _ceil(count, 4)
 
 
-def _scratch(kinds: Sequence[Kind], counts: Sequence[_Counts], window: int) -> tuple[list[int], list[int], int]:
+def scratch_of(kinds: Sequence[Kind], counts: Sequence[Counts], window: int) -> tuple[list[int], list[int], int]:
     """Where each parameter's partial sums begin, its window, and how many there are at a time. Those of the factored
     rule lie behind all others, in one place that every window fills again."""
     begin = sum(one.scratch for kind, one in zip(kinds, counts, strict=True) if kind.shape != FACTORED)
@@ -174,8 +174,8 @@ def build(slots: Sequence[Slot], groups: Sequence[int], area: StateArea, tiling:
 
     order = sorted(slots, key=place)
     by_position = [kinds[slot.index] for slot in order]
-    counts = [_counts(slot, kind, tiling) for slot, kind in zip(order, by_position, strict=True)]
-    offsets, windows, scratch = _scratch(by_position, counts, tiling.window)
+    counts = [counts_of(slot, kind, tiling) for slot, kind in zip(order, by_position, strict=True)]
+    offsets, windows, scratch = scratch_of(by_position, counts, tiling.window)
     by_position = [replace(kind, window=window) for kind, window in zip(by_position, windows, strict=True)]
     tiles, tile_starts = _pairs([c.tiles for c in counts])
     out_tiles, out_starts = _pairs([c.out for c in counts])

@@ -29,7 +29,7 @@ def scratch_bytes(config: TextConfig, optimizer: str) -> float:
         return SCRATCH * config.count()
     largest = max(math.prod(shape) for shape in config.parameters().values())
     window = max(WINDOW_BYTES, 8 * largest / STRIP)
-    return SCRATCH * config.count() + min(window, 8 * config.count() / STRIP)
+    return SCRATCH * config.count() + min(window, 1.1 * 8 * config.count() / STRIP)
 
 
 def _lengths(shape: tuple[int, ...], optimizer: str) -> tuple[int, int]:
