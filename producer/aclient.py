@@ -11,10 +11,12 @@ from typing import Any
 import redis.asyncio
 
 from . import exchange
+from .completions import load_exchange
 from .connection import connect, redis_errors, resolve_url, safe_url
 from .errors import QueueUnavailableError
 from .eviction import Eviction, EvictionLog
 from .jobs import Submission, submission
+from .opinions import Opinion, give
 from .outcomes import AsyncEnqueued, Outcome, Status
 from .transcript import Transcript, check_id
 
@@ -41,11 +43,13 @@ class AsyncProducer:
         rating: float | None = None,
         chosen: str | dict[str, Any] | None = None,
         rejected: str | dict[str, Any] | None = None,
+        comment: str | None = None,
+        method: str | None = None,
     ) -> AsyncEnqueued:
         """See `Producer.enqueue`."""
         given = {"id": id, "messages": messages, "train_on": train_on, "weight": weight, "meta": meta}
         given |= {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        given |= {"rating": rating, "chosen": chosen, "rejected": rejected}
+        given |= {"method": method, "rating": rating, "chosen": chosen, "rejected": rejected, "comment": comment}
         return (await self._send([submission(Transcript.from_dict(given))]))[0]
 
     async def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[AsyncEnqueued]:
@@ -59,6 +63,26 @@ class AsyncProducer:
             error.queued = sent
             raise
         return exchange.merge(sent, refused)
+
+    async def rate(self, key: str, rating: float, *, user: str | None = None) -> AsyncEnqueued:
+        """See `Producer.rate`."""
+        return await self.say(key, Opinion.rating(rating, user))
+
+    async def correct(self, key: str, answer: str | dict[str, Any], *, user: str | None = None) -> AsyncEnqueued:
+        """See `Producer.correct`."""
+        return await self.say(key, Opinion.correction(answer, user))
+
+    async def comment(self, key: str, text: str, *, user: str | None = None) -> AsyncEnqueued:
+        """See `Producer.comment`."""
+        return await self.say(key, Opinion.comment(text, user))
+
+    async def say(self, key: str, opinion: Opinion) -> AsyncEnqueued:
+        """See `Producer.say`."""
+        with redis_errors(self.where):
+            completion = await exchange.run_async(load_exchange(self._redis, key))
+            async with self._redis.pipeline() as pipe:
+                job_id, outcome = await exchange.run_async(give(pipe, completion, opinion))
+        return self._enqueued(job_id, outcome, None)
 
     async def version(self) -> int:
         """See `Producer.version`."""

@@ -4,7 +4,8 @@ Must not know: the worker, torch, vLLM. For an event loop use `AsyncProducer`, t
 Invariants: nothing invalid is queued; an id is queued once (exchange.py); errors are `TandemError`, without passwords.
 Safe to share between threads, and across a fork.
 
-The Redis user of a producer needs `producer.jobs.ACL` and nothing more.
+The Redis user of a producer needs `producer.jobs.ACL` and nothing more; to rate and correct recorded answers also
+`producer.opinions.ACL`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,10 +16,12 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
 from . import exchange
+from .completions import load_exchange
 from .connection import connect, redis_errors, resolve_url, safe_url
 from .errors import QueueUnavailableError
 from .eviction import Eviction, EvictionLog
 from .jobs import Submission, submission
+from .opinions import Opinion, give
 from .outcomes import Enqueued, Outcome, Status
 from .serializer import MsgpackSerializer
 from .transcript import Transcript, check_id
@@ -50,6 +53,8 @@ class Producer:
         rating: float | None = None,
         chosen: str | dict[str, Any] | None = None,
         rejected: str | dict[str, Any] | None = None,
+        comment: str | None = None,
+        method: str | None = None,
     ) -> Enqueued:
         """Queue one transcript. The arguments are those of `Transcript`.
 
@@ -59,7 +64,7 @@ class Producer:
         """
         given = {"id": id, "messages": messages, "train_on": train_on, "weight": weight, "meta": meta}
         given |= {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-        given |= {"rating": rating, "chosen": chosen, "rejected": rejected}
+        given |= {"method": method, "rating": rating, "chosen": chosen, "rejected": rejected, "comment": comment}
         return self._send([submission(Transcript.from_dict(given))])[0]
 
     def enqueue_many(self, transcripts: Iterable[Transcript | dict[str, Any]]) -> list[Enqueued]:
@@ -77,6 +82,33 @@ class Producer:
             error.queued = sent
             raise
         return exchange.merge(sent, refused)
+
+    def rate(self, key: str, rating: float, *, user: str | None = None) -> Enqueued:
+        """Say how much a recorded answer was liked: true, false, or a number from -1 to 1; 0 takes a rating back.
+
+        key: of the record, as the server sent it with the answer. user: who says it; without it, who asked.
+        A user's next rating replaces the last while that is queued, and is a new transcript once it was trained.
+        While they are queued, ratings of several users are one transcript with their mean. Outcomes: QUEUED, REPLACED,
+        KNOWN (nothing changed), WITHDRAWN (they cancel out: nothing is queued, later ones count with them).
+        Raises UnknownCompletionError, InvalidTranscriptError, QueueUnavailableError.
+        """
+        return self.say(key, Opinion.rating(rating, user))
+
+    def correct(self, key: str, answer: str | dict[str, Any], *, user: str | None = None) -> Enqueued:
+        """Give the answer that a recorded one should have been: the model learns to prefer it. Arguments and errors
+        are those of `rate`; a user's next correction of the same answer replaces the last while that is queued."""
+        return self.say(key, Opinion.correction(answer, user))
+
+    def comment(self, key: str, text: str, *, user: str | None = None) -> Enqueued:
+        """Say what should have been otherwise in a recorded answer ("be shorter"): the model learns to answer as if it
+        had been told so before. Arguments and errors are those of `rate`; replaced like a correction."""
+        return self.say(key, Opinion.comment(text, user))
+
+    def say(self, key: str, opinion: Opinion) -> Enqueued:
+        """What `rate`, `correct` and `comment` do."""
+        with redis_errors(self.where), self._redis.pipeline() as pipe:
+            completion = exchange.run(load_exchange(self._redis, key))
+            return self._enqueued(*exchange.run(give(pipe, completion, opinion)), None)
 
     def version(self) -> int:
         """The version of the weights that is live; 0 before the first update."""

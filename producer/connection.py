@@ -158,7 +158,10 @@ def _sentence(where: str, error: redis.exceptions.RedisError) -> str:
     if isinstance(error, known.AuthenticationError):
         return f"Redis at {where} refused the user or password; check REDIS_URL ({said})"
     if isinstance(error, known.NoPermissionError):
-        return f"Redis at {where}: {said}; give the user the rules in producer.jobs.ACL"
+        return (
+            f"Redis at {where}: {said}; give the user the rules in producer.jobs.ACL (for feedback on recorded answers,"
+            " those in producer.opinions.ACL too)"
+        )
     if isinstance(error, known.BusyLoadingError):
         return f"Redis at {where} is still loading its data; try again when it has ({said})"
     if "Too many connections" in said:  # of the pool; redis-py 5 has no class for it

@@ -38,6 +38,10 @@ class UnknownTranscriptError(TandemError, LookupError):
     """Neither the queue nor the ledger knows this id."""
 
 
+class UnknownCompletionError(TandemError, LookupError):
+    """No completion is recorded under this key: never, no more, or not in a form that can be read."""
+
+
 class TranscriptFailedError(TandemError):
     """The worker refused the transcript, or somebody cancelled it: it is in no version."""
 

@@ -1,9 +1,11 @@
-"""What users said of an answer: a rating of it, or the answer that they wrote instead.
+"""What users said of an answer: a rating of it, the answer that they wrote instead, or a comment.
 
     demonstration   messages                                an answer to imitate
+    distilled       messages, method "distill"              the same, gently: see `worker.trainer.losses.distillation`
     liked           messages, rating > 0                    an answer to imitate, as much as it was liked
     disliked        messages, rating < 0                    an answer to give no more
     correction      messages, chosen, rejected              an answer to prefer to another
+    comment         messages, comment                       an answer to give as if the comment had been said before it
 
 Must not know: Redis, RQ.
 Invariants: validation raises `InvalidTranscriptError` only, which quotes no text; normalising is idempotent.
@@ -17,8 +19,14 @@ from .messages import normalise, says_something
 from .plain import PlainCopy, kind
 from .reasoning import unfit
 
-Kind = Literal["demonstration", "liked", "disliked", "correction"]
+Kind = Literal["demonstration", "distilled", "liked", "disliked", "correction", "comment"]
 """What a transcript says of the turns it trains."""
+
+Method = Literal["imitate", "distill"]
+"""How a demonstration is learnt: by its likelihood, or from the model itself, once it has been shown it."""
+
+MAX_COMMENT = 8192
+"""Characters of a comment."""
 
 
 def as_rating(value: Any) -> float | None:
@@ -77,8 +85,56 @@ def pair(
     return messages, answer
 
 
-def kind_of(rating: float | None, rejected: Any) -> Kind:
+def as_comment(value: Any) -> str | None:
+    """What a user said of the answer, without the space around it. Raises InvalidTranscriptError."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidTranscriptError("comment", f"must be the text that was said of the answer, not {kind(value)}")
+    text = str.__str__(value).strip()
+    if not text:
+        raise InvalidTranscriptError("comment", "is empty; leave it out if nothing was said")
+    if len(text) > MAX_COMMENT:
+        problem = f"has {len(text)} characters, the limit is {MAX_COMMENT}: shorten it"
+        raise InvalidTranscriptError("comment", problem)
+    return text
+
+
+def as_method(value: Any) -> Method:
+    """How a demonstration is learnt. Raises InvalidTranscriptError."""
+    if value is None or value == "imitate":
+        return "imitate"
+    if value != "distill":
+        raise InvalidTranscriptError("method", 'must be "imitate" (the default) or "distill"')
+    return "distill"
+
+
+def check_alone(*, rating: Any, rejected: Any, comment: Any, method: Method) -> None:
+    """A transcript says one thing of its answer. Raises InvalidTranscriptError."""
+    if rejected is not None and rating is not None:
+        raise InvalidTranscriptError("rating", "comes beside rejected, which says already which answer is better")
+    if comment is not None and (rating is not None or rejected is not None):
+        other = "rating" if rating is not None else "rejected"
+        raise InvalidTranscriptError("comment", f"comes beside {other}: send two transcripts, one for each")
+    if method == "distill" and not (rating is None and rejected is None and comment is None):
+        problem = '"distill" is for demonstrations: leave it out beside rating, rejected or comment'
+        raise InvalidTranscriptError("method", problem)
+
+
+def check_asked(messages: list[dict[str, Any]], turns: list[int], field: str) -> None:
+    """There is a question before each of these answers, beside which a teacher is told more: see
+    `worker.data.teacher`. Raises InvalidTranscriptError."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    if turns[0] < first:
+        raise InvalidTranscriptError(field, "needs a user message before the answer: the model is shown it beside that")
+
+
+def kind_of(rating: float | None, rejected: Any, comment: str | None = None, method: Method = "imitate") -> Kind:
     """The kind, by the fields."""
     if rejected is not None:
         return "correction"
+    if comment is not None:
+        return "comment"
+    if method == "distill":
+        return "distilled"
     return "demonstration" if rating is None else "liked" if rating > 0 else "disliked"

@@ -24,6 +24,16 @@ EVENTS = "weights:events"
 STATE = "weights:state"
 """Hash: lineage and what the worker last said of itself."""
 
+COMPLETIONS = "completions:index"
+"""Sorted set: which completions are recorded, by when they expire (completions.py). A producer cannot read it."""
+
+COMPLETION_BYTES = "completions:bytes"
+"""Integer: what all recorded completions take."""
+
+FEEDBACK_USERS = "feedback:users"
+"""Hash: id of a transcript that feedback made -> of which answer it is and whose opinion, as digests (opinions.py). It
+is never trimmed, as the ledger: `tandem forget` finds by it what was trained on somebody's word."""
+
 WORKER_LOCK = "weights:worker"
 """String with a time to live: the one worker that may train this queue."""
 
@@ -43,3 +53,13 @@ JOB_TIMEOUT = 3600
 def manifest(version: int) -> str:
     """Hash: what went into `version` (jobs, tokens, loss, at, ...)."""
     return f"weights:manifest:{version}"
+
+
+def completion(key: str) -> str:
+    """String: the completion recorded under `key`, msgpack, with a time to live."""
+    return f"completion:{key}"
+
+
+def said(key: str) -> str:
+    """String: what users said so far of the completion recorded under `key`, msgpack (said.py). It expires with it."""
+    return f"feedback:said:{key}"

@@ -28,6 +28,11 @@ class Outcome(StrEnum):
     """Its id is in a version already. It is not queued again."""
     REFUSED = "refused"
     """It is not a valid transcript; `field` and `problem` say why."""
+    REPLACED = "replaced"
+    """Feedback on this answer was queued before, and is queued in its new form instead: by the same user, or ratings of
+    several users as one."""
+    WITHDRAWN = "withdrawn"
+    """Ratings of this answer cancel out, or were taken back: nothing of them is queued. Later ones count with them."""
 
 
 class State(StrEnum):
@@ -101,6 +106,8 @@ class Sent:
     def _must_be_queued(self) -> None:
         if self.refused:
             raise TranscriptFailedError(f"the transcript was refused: {self.field}: {self.problem}")
+        if self.outcome is Outcome.WITHDRAWN:
+            raise TranscriptFailedError("the ratings of this answer cancel out: nothing is queued to wait for")
 
 
 @dataclass(frozen=True, slots=True)

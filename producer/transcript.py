@@ -10,7 +10,7 @@ import re
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from .feedback import Kind, as_rating, kind_of, pair
+from .feedback import Kind, Method, as_comment, as_method, as_rating, check_alone, check_asked, kind_of, pair
 from .formats import foreign
 from .messages import MAX_MESSAGES, ROLES, normalise, says_something
 from .plain import MAX_DEPTH, InvalidTranscript, PlainCopy, as_map, as_name, kind, listed, path
@@ -73,11 +73,14 @@ class Transcript:
     messages: OpenAI chat messages. Normalised: `content` is always a string, `reasoning` is called `reasoning_content`,
         a tool call's `arguments` are an object, fields that say nothing are gone.
     train_on: "all" assistant turns, the "last" one, or a list of indices into `messages`. What was said of an answer
-        (`rating`, `rejected`) is about the last one, unless a list names others.
+        (`rating`, `rejected`, `comment`) is about the last one, unless a list names others.
     weight: finite, in (0, 1]: the factor on this transcript's loss.
     rating: from -1 to 1 and not 0, true or false: how much the answer was liked. Below 0 it is unlearnt.
     chosen, rejected: the answer to give, and the one that it is to be preferred to; each is a text or a message.
         `chosen` becomes the last of `messages`.
+    comment: what the user said of the last answer, such as "be shorter": the answer is learnt that the model gives
+        once it has been told so.
+    method: "imitate" a demonstration (by likelihood), or "distill" it, which changes less else.
     tools: function definitions for the chat template, or None.
     chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": false}.
     meta: the application's own data; it travels with the job and is not trained on.
@@ -92,6 +95,8 @@ class Transcript:
     meta: dict[str, Any] = field(default_factory=dict)
     rating: float | None = None
     rejected: dict[str, Any] | None = None
+    comment: str | None = None
+    method: Method = "imitate"
     chosen: InitVar[Any] = None
 
     def __post_init__(self, chosen: Any) -> None:
@@ -100,21 +105,30 @@ class Transcript:
         copy = PlainCopy(2 * MAX_BYTES)
         messages, left_out = normalise(copy(self.messages, "messages"), copy)
         messages, rejected = pair(messages, chosen, self.rejected, copy)
-        rating = as_rating(self.rating)
-        if rejected is not None and rating is not None:
-            raise InvalidTranscript("rating", "comes beside rejected, which says already which answer is better")
+        rating, comment, method = (
+            as_rating(self.rating),
+            as_comment(copy(self.comment, "comment")),
+            as_method(self.method),
+        )
+        check_alone(rating=rating, rejected=rejected, comment=comment, method=method)
+        said = rating is not None or rejected is not None or comment is not None
         kept: dict[str, Any] = {
             "id": None if self.id is None else check_id(self.id),
             "messages": messages,
-            "train_on": _train_on(_about(self.train_on, messages, rating, rejected), messages, left_out),
+            "train_on": _train_on(_about(self.train_on, messages, rejected, said=said), messages, left_out),
             "weight": _weight(self.weight),
             "tools": _tools(copy(self.tools, "tools")),
             "chat_template_kwargs": _template_kwargs(copy(self.chat_template_kwargs, "chat_template_kwargs")),
             "meta": as_map(PlainCopy(MAX_META_BYTES)(self.meta, "meta"), "meta"),
             "rating": rating,
             "rejected": rejected,
+            "comment": comment,
+            "method": method,
         }
-        for index in trained_turns(messages, kept["train_on"]):
+        turns = trained_turns(messages, kept["train_on"])
+        if comment is not None or method == "distill":
+            check_asked(messages, turns, "method" if comment is None else "comment")
+        for index in turns:
             if problem := unfit(messages[index]["content"]):
                 raise InvalidTranscript(f"messages[{index}].content", problem)
         final = PlainCopy(MAX_BYTES)
@@ -126,7 +140,7 @@ class Transcript:
     @property
     def kind(self) -> Kind:
         """What it says of the turns it trains."""
-        return kind_of(self.rating, self.rejected)
+        return kind_of(self.rating, self.rejected, self.comment, self.method)
 
     @classmethod
     def from_dict(cls, value: Any) -> "Transcript":
@@ -155,7 +169,9 @@ class Transcript:
             plain["weight"] = self.weight
         if self.rating is not None:
             plain["rating"] = self.rating
-        for name in ("rejected", "tools", "chat_template_kwargs", *(["meta"] if meta else [])):
+        if self.method != "imitate":
+            plain["method"] = self.method
+        for name in ("rejected", "comment", "tools", "chat_template_kwargs", *(["meta"] if meta else [])):
             if getattr(self, name):
                 plain[name] = getattr(self, name)
         return plain
@@ -203,9 +219,9 @@ def _template_kwargs(kwargs: Any) -> dict[str, Any]:
     return named
 
 
-def _about(train_on: Any, messages: list[dict[str, Any]], rating: float | None, rejected: Any) -> Any:
-    """`train_on` of what was said of an answer: a rating or a correction is about the last one, not about all."""
-    if rating is None and rejected is None:
+def _about(train_on: Any, messages: list[dict[str, Any]], rejected: Any, *, said: bool) -> Any:
+    """`train_on` of what was said of an answer: that is about the last one, not about all. said: something was."""
+    if not said:
         return train_on
     if rejected is not None and train_on not in ("all", "last", [len(messages) - 1], (len(messages) - 1,)):
         raise InvalidTranscript("train_on", "names other turns than the one that chosen and rejected answer")

@@ -108,7 +108,16 @@ def conversation(index: int) -> dict[str, Any]:
 def transcript(index: int) -> dict[str, Any]:
     """`conversation(index)`; half of them were rated or corrected."""
     dice = random.Random(f"feedback/{index}")
-    said = ({}, {}, {}, {"rating": 1}, {"rating": -1}, {"rejected": _message(dice, "assistant")})
+    said = (
+        {},
+        {},
+        {},
+        {"rating": 1},
+        {"rating": -1},
+        {"rejected": _message(dice, "assistant")},
+        {"comment": "shorter"},
+        {"method": "distill"},
+    )
     return conversation(index) | dice.choice(said)
 
 

@@ -1,4 +1,4 @@
-"""Ratings and corrections through the queue: trained once, said in the manifest, journaled, recovered and dropped."""
+"""All kinds of feedback through the queue: trained once, said in the manifest, journaled, recovered and dropped."""
 
 import json
 from collections.abc import Iterator
@@ -24,6 +24,8 @@ SAID: list[dict[str, Any]] = [
     {"rejected": "I have no idea."},
     {"rating": -0.5},
     {},
+    {"comment": "Say it in fewer words."},
+    {"method": "distill"},
 ]
 
 
@@ -36,22 +38,23 @@ def test_every_kind_is_trained_once_recovered_and_dropped(site: Site, tmp_path: 
     for item in sent:
         site.producer.enqueue(**item)
     site.work(*QUIET)
-    assert site.agree() == 3 and sorted(site.trained()) == [item["id"] for item in sent]
-    kinds = [json.loads(site.manifest(version)["kinds"]) for version in (1, 2, 3)]
+    assert site.agree() == 4 and sorted(site.trained()) == [item["id"] for item in sent]
+    kinds = [json.loads(site.manifest(version)["kinds"]) for version in (1, 2, 3, 4)]
     assert [{kind: of["jobs"] for kind, of in one.items()} for one in kinds] == [
         {"demonstration": 1, "disliked": 1}, {"liked": 1, "correction": 1}, {"disliked": 1, "demonstration": 1},
+        {"comment": 1, "distilled": 1},
     ]  # fmt: skip
     assert all(of["loss"] > 0 for one in kinds for of in one.values())
-    losses = [json.loads(site.manifest(version)["losses"]) for version in (1, 2, 3)]
-    assert [len(of) for of in losses] == [1, 1, 1], "the outlier guard learns from what is imitated"
-    assert all("gradient_norm" not in site.manifest(version) for version in (1, 2, 3)), "and so does that of norms"
+    losses = [json.loads(site.manifest(version)["losses"]) for version in (1, 2, 3, 4)]
+    assert [len(of) for of in losses] == [1, 1, 1, 0], "the outlier guard learns from what is imitated"
+    assert all("gradient_norm" not in site.manifest(version) for version in (1, 2, 3, 4)), "and so does that of norms"
 
     before = site.everything()
-    assert before == run_batches(tiny_model, tmp_path / "same", [sent[:2], sent[2:4], sent[4:]])
+    assert before == run_batches(tiny_model, tmp_path / "same", [sent[:2], sent[2:4], sent[4:6], sent[6:]])
     site.recover()
-    assert site.agree() == 3 and site.everything() == before, "recovery"
+    assert site.agree() == 4 and site.everything() == before, "recovery"
     site.recover(from_journal=True)
     assert site.everything() == before, "recovery, from the journal alone"
-    site.tandem("rollback", "3", "--drop", "f-1", "--drop", "f-3")
-    kept = [[sent[0]], [sent[2]], sent[4:]]
+    site.tandem("rollback", "4", "--drop", "f-1", "--drop", "f-3")
+    kept = [[sent[0]], [sent[2]], sent[4:6], sent[6:]]
     assert site.everything() == run_batches(tiny_model, tmp_path / "without", kept)

@@ -54,6 +54,8 @@ almost = st.fixed_dictionaries(
         "rating": plain,
         "chosen": plain,
         "rejected": plain,
+        "comment": plain | st.just("shorter"),
+        "method": plain | st.just("distill"),
         "train_on": plain,
         "tools": plain,
         "chat_template_kwargs": plain,

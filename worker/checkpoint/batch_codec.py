@@ -36,7 +36,8 @@ class Ready:
 
     @property
     def tokens(self) -> int:
-        return self.example.tokens
+        """What it costs: all that the model reads of it, as student and as teacher."""
+        return self.example.tokens + self.example.teacher_tokens
 
 
 def rename(ready: Ready, id: str) -> Ready:
@@ -62,12 +63,9 @@ def pack_batch(ready: Iterable[Ready]) -> list[dict[str, Any]]:
             "id": item.id,
             "transcript": item.transcript,
             "weight": item.example.weight,
-            "sequences": [
-                [np.asarray(s.ids, "<u4").tobytes(), np.packbits(np.asarray(s.mask, bool)).tobytes()]
-                + [True] * s.rejected
-                for s in item.example.sequences
-            ],
+            "sequences": [_plain(sequence) for sequence in item.example.sequences],
             **({"kind": item.example.kind} if item.example.kind != "demonstration" else {}),
+            **({"teachers": [_plain(one) for one in item.example.teachers]} if item.example.teachers else {}),
         }
         for item in ready
     ]
@@ -86,10 +84,16 @@ def unpack_batch(record: UpdateRecord, dropped: frozenset[str]) -> list[Example]
             item["weight"],
             {},
             item.get("kind", "demonstration"),
+            tuple(_sequence(*s) for s in item.get("teachers", [])),
         )
         for item in record.batch
         if item["id"].removeprefix(PREFIX) not in dropped
     ]
+
+
+def _plain(sequence: TokenSequence) -> list[Any]:
+    ids, mask = np.asarray(sequence.ids, "<u4"), np.asarray(sequence.mask, bool)
+    return [ids.tobytes(), np.packbits(mask).tobytes()] + [True] * sequence.rejected
 
 
 def _sequence(ids: bytes, mask: bytes, rejected: bool = False) -> TokenSequence:

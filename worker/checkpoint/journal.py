@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -134,20 +135,26 @@ class Journal:
         return gone
 
     def expire(self, covered: int, before: float) -> int:
-        """Remove transcripts and tokens of versions up to `covered` that are older than `before`; returns how many.
+        """Remove transcripts and tokens of versions up to `covered` that are older than `before`; returns how many."""
+        old = [entry for entry in self.entries.values() if _may_expire(entry)]
+        due = {(e.path, e.offset) for e in old if e.version <= covered and e.time < before}
+        return self.rewrite(lambda path, at, record: record | {"batch": None} if (path, at) in due else record)
 
-        Only closed files are rewritten, each whole under a temporary name.
+    def rewrite(self, change: Callable[[Path, int, dict[str, Any]], dict[str, Any]]) -> int:
+        """Put what `change` makes of a record (of a file, at an offset) in its place; returns how many it changed.
+
+        Only closed files are rewritten, each whole under a temporary name; a record that is not to change must come
+        back as the very same object. Raises `JournalError`.
         """
         count = 0
         try:
             for path in self._files()[:-1]:
-                old = [entry for entry in self.entries.values() if entry.path == path and _may_expire(entry)]
-                offsets = {entry.offset for entry in old if entry.version <= covered and entry.time < before}
-                if offsets:
-                    found = record_file.scan(path, last=False).records
-                    kept = [record | {"batch": None} if at in offsets else record for at, record in found]
+                found = record_file.scan(path, last=False).records
+                kept = [change(path, at, record) for at, record in found]
+                changed = sum(new is not record for new, (_, record) in zip(kept, found, strict=True))
+                if changed:
                     state_dir.replace(path, b"".join(record_file.pack(record) for record in kept))
-                    count += len(offsets)
+                    count += changed
         except OSError as error:
             raise self._refusal(error) from None
         finally:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 FILE_FORMAT = 1
 """Of a file: how its records lie in it. In the first record of each."""
-UPDATE_FORMAT = 3
+UPDATE_FORMAT = 4
 """Of an update's record: by which rules its batch is trained again (`worker.trainer.weighting`). A record that does not
 say has format 1."""
 

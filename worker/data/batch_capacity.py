@@ -51,9 +51,11 @@ class BatchCapacity:
         return "factors" if tokens <= self.by_factors else "streaming"
 
     def needs(self, examples: Sequence[Example]) -> int:
-        """Tokens that one row has to hold: all of them, or those of the longest sequence."""
+        """Tokens that one row has to hold: all that are trained, or those of the longest sequence. What a teacher reads
+        keeps no graph, and may take rows of its own."""
         lengths = [len(sequence.ids) for example in examples for sequence in example.sequences]
-        return sum(lengths) if self.whole else max(lengths, default=0)
+        taught = [len(sequence.ids) for example in examples for sequence in example.teachers]
+        return max([sum(lengths) if self.whole else max(lengths, default=0), *taught])
 
     def holds(self, examples: Sequence[Example]) -> bool:
         """Whether a trainer takes `examples` as one micro-batch."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from producer.feedback import Kind
 from producer.transcript import Transcript, trained_turns
 from worker.data.chat_turns import ExampleError, Turn, TurnRenderer, strings
+from worker.data.teacher import needs_teacher, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,18 +55,28 @@ class TokenSequence:
 class Example:
     """What one transcript trains. `report` is plain: counts, how much was dropped, the expansion. Its `turns` are
     trained; `dropped_turns` were asked for too, but lie before what `max_tokens` or the bounds allow. `kind` says by
-    which loss (`worker.trainer.losses`)."""
+    which loss (`worker.trainer.losses`).
+
+    teachers: where that compares with a teacher (`worker.data.teacher`), what the teacher reads: the same trained
+    tokens in the same order, after other contexts.
+    """
 
     id: str
     sequences: tuple[TokenSequence, ...]
     weight: float
     report: dict[str, Any]
     kind: Kind = "demonstration"
+    teachers: tuple[TokenSequence, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens over all sequences, contexts included."""
         return sum(len(sequence.ids) for sequence in self.sequences)
+
+    @property
+    def teacher_tokens(self) -> int:
+        """Tokens over all that the teacher reads."""
+        return sum(len(sequence.ids) for sequence in self.teachers)
 
     @property
     def trained_tokens(self) -> int:
@@ -126,6 +137,11 @@ class ExampleBuilder:
             if later > start:
                 start, turns = later, work.latest(asked, later)
             sequences = [*_joined(turns), *(replace(one, rejected=True) for one in _joined(rejected))]
+        teachers: tuple[TokenSequence, ...] = ()
+        if needs_teacher(transcript):
+            start, turns, taught = work.beside_teacher(asked, start, turns)
+            sequences = _joined(turns)
+            teachers = tuple(sequence for turn in taught for sequence in _joined([turn]))
         tokens = sum(len(sequence.ids) for sequence in sequences)
         report: dict[str, Any] = {
             "turns": len(turns),
@@ -138,8 +154,10 @@ class ExampleBuilder:
         }
         if transcript.kind != "demonstration":
             report["kind"] = transcript.kind
+        if teachers:
+            report["teacher_tokens"] = sum(len(sequence.ids) for sequence in teachers)
         weight = transcript.weight * abs(transcript.rating or 1.0) or sys.float_info.min
-        return Example(id, tuple(sequences), weight, report, transcript.kind)
+        return Example(id, tuple(sequences), weight, report, transcript.kind, teachers)
 
     def turn(self, transcript: Transcript, messages: list[dict[str, Any]], where: str) -> Turn:
         """The turn that is the last of `messages`; `where`: its name in errors. Raises TooLongError."""
@@ -156,14 +174,20 @@ class _Work:
     """One conversation of a transcript while its example is built: what may still be rendered for it, and what was
     found.
 
-    `last`: what errors call its last turn. `head`: how many system messages it opens with; they stay when older
-    messages are dropped.
+    `last`: what errors call its last turn. `shown`: as a teacher is shown it. `head`: how many system messages it opens
+    with; they stay when older messages are dropped.
     """
 
     def __init__(
-        self, builder: ExampleBuilder, messages: list[dict[str, Any]], transcript: Transcript, last: str | None = None
+        self,
+        builder: ExampleBuilder,
+        messages: list[dict[str, Any]],
+        transcript: Transcript,
+        last: str | None = None,
+        *,
+        shown: bool = False,
     ) -> None:
-        self.builder, self.messages, self.transcript = builder, messages, transcript
+        self.builder, self.messages, self.transcript, self.shown = builder, messages, transcript, shown
         self.last = last or f"messages[{len(messages) - 1}]"
         self.head = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
         self.left = RENDERED
@@ -179,6 +203,21 @@ class _Work:
             if self.builder.overlong == "reject":
                 raise
             return self.truncated(asked, error, start)
+
+    def beside_teacher(self, asked: list[int], start: int, turns: list[Turn]) -> tuple[int, list[Turn], list[Turn]]:
+        """Where the conversation begins, what is trained of it, and the same turns as the teacher reads them: so many
+        that both fit. The answers have the student's tokens, whatever the template makes of them in another context."""
+        work = _Work(self.builder, self.messages, self.transcript, self.last, shown=True)
+        later, taught = work.found(asked, start)
+        if later > start:
+            start, turns = later, self.latest(asked, later)
+        count = min(len(turns), len(taught))
+        turns, taught = turns[-count:], taught[-count:]
+        taught = [replace(other, continuation=own.continuation, trained=own.trained)
+                  for own, other in zip(turns, taught, strict=True)]  # fmt: skip
+        if any(len(turn) > self.builder.max_tokens for turn in taught):
+            raise TooLongError(f"{self.last} does not fit beside what its teacher is shown: shorten it")
+        return start, turns, taught
 
     def latest(self, asked: list[int], start: int) -> list[Turn]:
         """The latest of the turns `asked` for that the bounds allow, in order, seen after the first `head` messages
@@ -229,6 +268,9 @@ class _Work:
         self.left -= self._before[self.head] + self._before[index + 1] - self._before[start] + self._tools
         messages = self.messages[: self.head] + self.messages[start : index + 1]
         where = self.last if index == len(self.messages) - 1 else f"messages[{index}]"
+        if self.shown:
+            messages = shown(self.transcript, messages)
+            where += f", with its {'comment' if self.transcript.comment else 'demonstration'},"
         return self.builder.turn(self.transcript, messages, where)
 
 

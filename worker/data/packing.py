@@ -37,6 +37,8 @@ class Batch:
     """int64 [N]: index of the token's example among those given."""
     rejected: torch.Tensor
     """bool [N]: whether the token is of an answer that another is to be preferred to."""
+    order: torch.Tensor
+    """int64 [N]: the token's place among all trained tokens of its example."""
     lengths: torch.Tensor
     """int64 [S]: tokens of each sequence. Of rows: S = B, 0 for a row of padding. Packed: in order, the padding cut
     into sequences of its own, so that they add up to T."""
@@ -51,17 +53,17 @@ def make_batches(examples: Sequence[Example], *, pad_id: int, widths: Sequence[i
     widths = sorted(set(widths))
     if not widths or widths[0] < 1 or budget < widths[-1]:
         raise BatchError(f"the budget of {budget} tokens must hold a row of each width {tuple(widths)}")
-    by_width: dict[int, list[tuple[int, TokenSequence]]] = {width: [] for width in widths}
-    for index, sequence in _sequences(examples):
-        by_width[_least(widths, len(sequence.ids))].append((index, sequence))
+    by_width: dict[int, list[tuple[int, int, TokenSequence]]] = {width: [] for width in widths}
+    for index, first, sequence in _sequences(examples):
+        by_width[_least(widths, len(sequence.ids))].append((index, first, sequence))
     batches = []
     for width, rows in by_width.items():
         most = 1 << ((budget // width).bit_length() - 1)  # the largest power of two that fits
         for start in range(0, len(rows), most):
             some = rows[start : start + most]
             height = 1 << (len(some) - 1).bit_length()  # the next power of two
-            places = [(row * width, index, sequence) for row, (index, sequence) in enumerate(some)]
-            lengths = [len(sequence.ids) for _, sequence in some] + [0] * (height - len(some))
+            places = [(row * width, *which) for row, which in enumerate(some)]
+            lengths = [len(sequence.ids) for _, _, sequence in some] + [0] * (height - len(some))
             batches.append(_batch(places, (height, width), pad_id, lengths, packed=False))
     return batches
 
@@ -72,18 +74,18 @@ def pack(examples: Sequence[Example], *, pad_id: int, sizes: Sequence[int]) -> l
     Raises BatchError for a sequence that is longer than all of them.
     """
     sizes = sorted(set(sizes))
-    rows: list[list[tuple[int, int, TokenSequence]]] = []
+    rows: list[list[Place]] = []
     used = sizes[-1]
-    for index, sequence in _sequences(examples):
+    for index, first, sequence in _sequences(examples):
         _least(sizes, len(sequence.ids))
         if used + len(sequence.ids) > sizes[-1]:
             rows.append([])
             used = 0
-        rows[-1].append((used, index, sequence))
+        rows[-1].append((used, index, first, sequence))
         used += len(sequence.ids)
     batches = []
     for places in rows:
-        lengths = [len(sequence.ids) for _, _, sequence in places]
+        lengths = [len(sequence.ids) for _, _, _, sequence in places]
         size = _least(sizes, sum(lengths))
         padding = size - sum(lengths)
         lengths += [PIECE] * (padding // PIECE) + [padding % PIECE] * (padding % PIECE > 0)
@@ -91,10 +93,17 @@ def pack(examples: Sequence[Example], *, pad_id: int, sizes: Sequence[int]) -> l
     return batches
 
 
-def _sequences(examples: Sequence[Example]) -> Iterator[tuple[int, TokenSequence]]:
+Place = tuple[int, int, int, TokenSequence]
+"""Position of a sequence's first token in the flat batch, index of its example, place of its first trained token among
+the example's, and the sequence."""
+
+
+def _sequences(examples: Sequence[Example]) -> Iterator[tuple[int, int, TokenSequence]]:
     for index, example in enumerate(examples):
+        first = 0
         for sequence in example.sequences:
-            yield index, sequence
+            yield index, first, sequence
+            first += sum(sequence.mask)
 
 
 def _least(sizes: Sequence[int], length: int) -> int:
@@ -109,21 +118,22 @@ def _least(sizes: Sequence[int], length: int) -> int:
 
 
 def _batch(
-    places: Sequence[tuple[int, int, TokenSequence]],
+    places: Sequence[Place],
     shape: tuple[int, int],
     pad_id: int,
     lengths: Sequence[int],
     *,
     packed: bool,
 ) -> Batch:
-    """places: (position of the first token in the flat batch, index of the example, sequence), ascending."""
+    """places: in the order of their positions."""
     flat = torch.full((shape[0] * shape[1],), pad_id, dtype=torch.int64)  # [B * T]
-    trained, owners, sides = [], [], []
-    for start, index, sequence in places:
+    trained, owners, sides, orders = [], [], [], []
+    for start, index, first, sequence in places:
         flat[start : start + len(sequence.ids)] = torch.tensor(sequence.ids)
         positions = start + torch.tensor(sequence.mask).nonzero()[:, 0]
         trained.append(positions)
         owners.append(torch.full_like(positions, index))
+        orders.append(first + torch.arange(len(positions)))
         sides.append(torch.full_like(positions, sequence.rejected, dtype=torch.bool))
     at = torch.cat(trained)  # [N]
     owner = torch.cat(owners)  # [N]
@@ -133,6 +143,7 @@ def _batch(
         targets=flat[at],
         examples=owner,
         rejected=torch.cat(sides),  # [N]
+        order=torch.cat(orders),  # [N]
         lengths=torch.tensor(lengths, dtype=torch.int64),
         packed=packed,
     )

@@ -29,9 +29,12 @@ Its segments grow (`device_setup.growing_segments`): 0.01 was measured at 27B, 0
 BUCKET_BYTES = 1 << 30
 """Gradients that streaming holds back to apply together: `ApolloMini.streaming`'s default."""
 LOSS_BLOCK = 1 << 27
-"""Most logits at a time: worker.model.loss's BLOCK."""
+"""Most logits at a time: worker.model.head_blocks's BLOCK."""
 LOSS_BLOCKS = 3
 """In fp32, what stands of them: a block's logits and gradient, and those of the one before until replaced."""
+TEACHER = 65 * 40
+"""Bytes a token of a teacher's next words, K + 1 of them (`worker.model.soft_targets`), and of what the loss makes of
+them: which they are and where (8 each), whether in this block (1), expected, found, and their parts of gradients."""
 HIDDEN = 12
 """Bytes for each element of the last hidden states while the loss and its gradient are computed."""
 LEAST_ROW = 512
@@ -222,6 +225,7 @@ def _loss(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) ->
     # before and after the last norm, the gathered rows and their gradient in bf16, and its sum over blocks in fp32
     hidden = HIDDEN * config.hidden * tokens
     rows = [*_held(config, tokens, kept), ("logits", logits), ("hidden states and their gradient", hidden)]
+    rows.append(("a teacher's next words", TEACHER * tokens))
     if way == "factors":
         return _buffer(config, tables), [*rows, (FACTORS, _table_factors(config, tables) * tokens)]
     return (_table_bytes(config) if tables else 0), rows

@@ -1,86 +1,145 @@
-"""Output head and cross entropy in one, without the logits ever standing in memory as a whole.
+"""Output head and loss in one, without the logits ever standing in memory as a whole.
 
 For 8,192 tokens and 248,320 words the logits are 4 GB in bf16 and 8 GB in fp32, and their gradient is as much again.
 Here the vocabulary is gone through in blocks: once for every token's log-sum-exp, and once more in backward for the
 gradients, which are therefore rounded to the weights' dtype once, however many blocks there are.
 
+Two losses, for different tokens of one pass: the cross entropy with the token that came, and the divergence from a
+teacher's distribution (`worker.model.soft_targets`).
+
 Must not know: examples, the optimizer.
 Invariants: the loss of each token is that of `cross_entropy(head(hidden).float())` up to the order of sums; nothing of
-size [N, V] outlives a block; no gradient is computed that nobody asked for.
+size [N, V] outlives a block; no gradient is computed that nobody asked for; without a teacher not a bit is other.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 27
-"""Elements of one block of logits: 512 MiB in fp32, of which two stand at a time, and half of it in bf16."""
-
+from worker.model.head_blocks import blocks_of
+from worker.model.soft_targets import Soft
 
 Keep = Callable[[Tensor, Tensor, int], None]
 """Takes the gradient of a block of logits [N, B], the hidden states [N, H], and the block's first row of the head."""
 
 
+class HeadLoss(NamedTuple):
+    """What the head makes of N tokens, M of them with a teacher."""
+
+    loss: Tensor
+    """sum_i factors[i] * (nll[i], or the divergence of a token with a teacher): fp32 scalar, the only part that is
+    differentiable."""
+    nll: Tensor
+    """fp32 [N]: of the token that came."""
+    divergence: Tensor
+    """fp32 [M]: KL(teacher | student) over the teacher's most likely words and all others as one, in nats."""
+    moved: Tensor
+    """fp32 [M]: the probability that lies elsewhere with the teacher, half the sum of |q - p|, from 0 to 1."""
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, keep: Keep | None = None
 ) -> tuple[Tensor, Tensor]:
-    """sum_i factors[i] * nll[i] (fp32 scalar, differentiable), and nll (fp32 [N], not).
+    """`head_loss` without a teacher: the loss and the nll."""
+    return head_loss(hidden, weight, targets, factors, keep)[:2]
 
-    hidden: [N, H]; weight: the head's [V, H], of the same dtype; targets: int64 [N]; factors: fp32 [N].
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, keep: Keep | None = None, soft: Soft | None = None
+) -> HeadLoss:
+    """hidden: [N, H]; weight: the head's [V, H], of the same dtype; targets: int64 [N]; factors: fp32 [N].
+
     keep: in backward it gets, block by block, what the head's gradient is the product of; the head then gets none.
+    soft: which of the tokens have a teacher, and what it expects there.
     """
-    loss, nll = _LinearCrossEntropy.apply(hidden, weight, targets, factors, keep)
-    return loss, nll
+    return HeadLoss(*_HeadLoss.apply(hidden, weight, targets, factors, keep, soft))
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, keep: Keep | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        factors: Tensor,
+        keep: Keep | None,
+        soft: Soft | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = torch.arange(len(targets), device=hidden.device)  # [N]
         sums = torch.full((len(targets),), -torch.inf, device=hidden.device)  # log-sum-exp so far [N]
         own = torch.zeros_like(sums)  # the target's logit [N]
-        for start, block in _blocks(weight, len(targets)):
+        top = None if soft is None else torch.zeros_like(soft.log_q[:, :-1])  # the listed words' logits [M, K]
+        for start, block in blocks_of(weight, len(targets)):
             logits = (hidden @ block.T).float()  # [N, B]
-            sums = torch.logaddexp(sums, logits.logsumexp(1))
             inside = (targets >= start) & (targets < start + len(block))  # [N]
             column = (targets - start).clamp(0, len(block) - 1)
+            if soft is None or top is None:
+                sums = torch.logaddexp(sums, logits.logsumexp(1))
+                own = torch.where(inside, logits[rows, column], own)
+                continue
             own = torch.where(inside, logits[rows, column], own)
+            listed, at = soft.within(start, len(block))  # bool, and where in the block: [M, K]
+            top = torch.where(listed, logits[at], top)
+            logits.index_put_(at, torch.where(listed, -torch.inf, 0.0), accumulate=True)  # what is left: all others
+            sums = torch.logaddexp(sums, logits.logsumexp(1))
+        ctx.keep, ctx.soft = keep, soft
+        if soft is None or top is None:
+            nll = sums - own
+            ctx.save_for_backward(hidden, weight, targets, factors, sums)
+            none = nll.new_zeros(0)
+            ctx.mark_non_differentiable(nll, none)
+            return (nll * factors).sum(), nll, none, none
+        others = sums[soft.rows]  # [M]
+        sums = sums.index_copy(0, soft.rows, torch.logaddexp(others, top.logsumexp(1)))
         nll = sums - own
-        ctx.save_for_backward(hidden, weight, targets, factors, sums)
-        ctx.keep = keep
-        ctx.mark_non_differentiable(nll)
-        return (nll * factors).sum(), nll
+        log_p = torch.cat([top, others[:, None]], 1) - sums[soft.rows, None]  # [M, K + 1]
+        divergence = (soft.log_q.exp() * (soft.log_q - log_p)).sum(1)
+        moved = (soft.log_q.exp() - log_p.exp()).abs().sum(1) / 2
+        ctx.save_for_backward(hidden, weight, targets, factors, sums, log_p)
+        ctx.mark_non_differentiable(nll, divergence, moved)
+        return (nll.index_copy(0, soft.rows, divergence) * factors).sum(), nll, divergence, moved
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
-        hidden, weight, targets, factors, sums = ctx.saved_tensors
+    def backward(ctx: Any, outer: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Of a logit z_j with a teacher: p_j - q_j where the word is listed; else r_j (p_r - q_r), where p_r and q_r
+        are the probabilities of all others together, and r_j is that of the word among them."""
+        hidden, weight, targets, factors, sums = ctx.saved_tensors[:5]
+        soft: Soft | None = ctx.soft
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if to_hidden else None  # [N, H]
         d_weight = torch.empty_like(weight) if to_weight and ctx.keep is None else None  # [V, H]
         scale = (factors * outer)[:, None]  # [N, 1]
         rows = torch.arange(len(targets), device=hidden.device)
-        for start, block in _blocks(weight, len(targets)):
-            p = (hidden @ block.T).float().sub_(sums[:, None]).exp_()  # [N, B]
+        plain = pull = None
+        if soft is not None:
+            log_p = ctx.saved_tensors[5]  # [M, K + 1]
+            pull = (log_p.exp() - soft.log_q.exp()) * scale[soft.rows]
+            plain = torch.ones_like(targets, dtype=torch.bool).index_fill_(0, soft.rows, False)
+            scale = scale.index_copy(0, soft.rows, pull[:, -1:])
+            sums = sums.index_add(0, soft.rows, log_p[:, -1])  # of all others alone
+        for start, block in blocks_of(weight, len(targets)):
+            logits = (hidden @ block.T).float()  # [N, B]
             inside = (targets >= start) & (targets < start + len(block))
             column = (targets - start).clamp(0, len(block) - 1)
-            p[rows, column] -= inside.float()
-            d_logits = p.mul_(scale).to(hidden.dtype)  # [N, B]
+            if soft is None or pull is None or plain is None:
+                p = logits.sub_(sums[:, None]).exp_()
+                p[rows, column] -= inside.float()
+                d_logits = p.mul_(scale).to(hidden.dtype)  # [N, B]
+            else:
+                listed, at = soft.within(start, len(block))
+                logits.index_put_(at, torch.where(listed, -torch.inf, 0.0), accumulate=True)
+                p = logits.sub_(sums[:, None]).exp_()
+                p[rows, column] -= (inside & plain).float()
+                p.mul_(scale).index_put_(at, torch.where(listed, pull[:, :-1], 0.0), accumulate=True)
+                d_logits = p.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden += d_logits @ block
             if d_weight is not None:
                 torch.mm(d_logits.T, hidden, out=d_weight[start : start + len(block)])
             elif ctx.keep is not None:
                 ctx.keep(d_logits, hidden, start)
-        return (d_hidden.to(hidden.dtype) if d_hidden is not None else None), d_weight, None, None, None
-
-
-def _blocks(weight: Tensor, tokens: int) -> list[tuple[int, Tensor]]:
-    """(first row, rows) of the head, so that `tokens` logits for each row are no more than BLOCK elements."""
-    height = max(1, min(len(weight), BLOCK // max(tokens, 1)))
-    if 128 <= height < len(weight):
-        height -= height % 128  # whole tiles
-    return [(start, weight[start : start + height]) for start in range(0, len(weight), height)]
+        to = d_hidden.to(hidden.dtype) if d_hidden is not None else None
+        return to, d_weight, None, None, None, None

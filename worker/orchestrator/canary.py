@@ -47,7 +47,7 @@ def load(file: Path, builder: ExampleBuilder) -> list[Example]:
     for line, transcript in read_transcripts(str(file)):
         if isinstance(transcript, Exception):
             raise CanaryError(f"--canary {file}, line {line}: {transcript}") from transcript
-        if transcript.kind in ("disliked", "correction"):
+        if transcript.kind in ("disliked", "correction", "comment"):
             raise CanaryError(f"--canary {file}, line {line}: is {transcript.kind}; a canary set holds answers to keep")
         try:
             examples.append(builder.build(transcript, f"canary-{line}"))

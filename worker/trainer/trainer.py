@@ -25,13 +25,15 @@ from worker.data.packing import Batch, BatchError, make_batches, pack
 from worker.memory.planner import Way
 from worker.model.gradient_factors import factors_of
 from worker.model.inputs import model_inputs
-from worker.model.loss import linear_cross_entropy
+from worker.model.loss import HeadLoss, head_loss
 from worker.trainer.captured_row import CapturedRow
 from worker.trainer.captured_rows import rows_of
 from worker.trainer.factor_sweep import FactorSweep
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.gradients import Gradients, Limit
-from worker.trainer.losses import BY_KIND, Answers, Term, imitates
+from worker.trainer.losses import BY_KIND, Term, imitates
+from worker.trainer.teachers import NO_TEACHERS, Teachers
+from worker.trainer.token_sums import TokenSums
 from worker.trainer.weighting import Rule, Weighting, weighted_mean
 from worker.utils.fault_injection import point
 
@@ -104,13 +106,14 @@ class Trainer:
         self.begun, self.replayed = self.room.way_of(examples), False
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
-            terms, bad = self._terms(kept)
+            teachers = self._teachers(kept)
+            terms, bad = self._terms(kept, teachers)
             if not bad:
                 weighting = rule(kept, terms)
-                sums, bad = self._accumulate(kept, weighting, most)
+                sums, bad = self._accumulate(kept, weighting, most, teachers)
             if not bad:
                 self._step_scale = weighting.step_scale
-                ids, nll = [one.id for one in kept], _means(kept, sums)
+                ids, nll = [one.id for one in kept], sums.means()
                 every = zip(kept, nll, terms, strict=True)
                 losses = [mean if imitates(one.kind) else term.loss for one, mean, term in every]
                 return Gradients(
@@ -198,64 +201,72 @@ class Trainer:
         or kept. Afterwards a step of the same shape takes nothing for the first time."""
         self.forget()
         self.begun, self._alone = self.room.way_of(examples), False
+        teachers = self._teachers(examples)
         with self._recording(), self._dropping():
             for batch in self._batches(examples):
                 self.sweep.factors.begin_pass()
-                self._forward(batch)[0].backward()  # type: ignore[no-untyped-call]
+                self._forward(batch, teachers=teachers).loss.backward()  # type: ignore[no-untyped-call]
         if self.begun == "factors":
             self.sweep.rehearse()
         self.forget()
 
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         """Mean NLL per trained token by example id, without gradients; of a correction, of the chosen answer's."""
-        return {one.id: value for one, value in zip(examples, _means(examples, self._sums(examples)), strict=True)}
+        return dict(zip((one.id for one in examples), self._sums(examples).means(), strict=True))
 
     @torch.no_grad()
-    def _sums(self, examples: Sequence[Example]) -> torch.Tensor:
-        """NLL of each example's trained tokens, and of its rejected answer's: fp64 [examples, 2], on the host."""
-        sums = torch.zeros(len(examples), 2, dtype=torch.float64)
+    def _sums(self, examples: Sequence[Example], teachers: Teachers = NO_TEACHERS) -> TokenSums:
+        sums = TokenSums(examples)
         for batch in self._batches(examples):
-            self._add(sums, batch, self._forward(batch)[1])
+            sums.add(batch, self._forward(batch, teachers=teachers), teachers)
         return sums
+
+    @torch.no_grad()
+    def _teachers(self, examples: Sequence[Example]) -> Teachers:
+        """What the teachers of `examples` expect under the present weights: where there are any, one more forward pass
+        without gradients. A replay repeats it bit for bit."""
+        teachers = Teachers(examples)
+        for batch in self._batches(teachers.reading) if teachers.reading else []:
+            teachers.add(batch, self._hidden(batch), self.head.weight)
+        return teachers
 
     @torch.no_grad()
     def token_nll(self, example: Example) -> torch.Tensor:
         """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
-        return torch.cat([self._forward(batch)[1].cpu() for batch in self._batches([example])])
+        return torch.cat([self._forward(batch).nll.cpu() for batch in self._batches([example])])
 
-    def _terms(self, examples: Sequence[Example]) -> tuple[list[Term], dict[str, float]]:
+    def _terms(self, examples: Sequence[Example], teachers: Teachers) -> tuple[list[Term], dict[str, float]]:
         """Loss and slopes of each, and which cannot be trained, with its loss. Where a slope depends on the weights,
         all are scored first, a forward pass without gradients; a replay repeats it bit for bit."""
         if all(imitates(example.kind) for example in examples):
             return [Term(math.nan) for _ in examples], {}
-        sums = self._sums(examples)
-        bad = {one.id: math.nan for one, pair in zip(examples, sums, strict=True) if not torch.isfinite(pair).all()}
+        sums = self._sums(examples, teachers)
+        bad = {one.id: math.nan for one, fine in zip(examples, sums.fine().tolist(), strict=True) if not fine}
         terms = []
-        for example, (asked, other) in zip(examples, sums.tolist(), strict=True):
-            tokens, others = example.sides
-            answers = Answers(tokens, -asked / tokens, others, -other / max(others, 1))
+        for example, answers in zip(examples, sums.answers(), strict=True):
             terms.append(BY_KIND[example.kind](answers) if example.id not in bad else Term(math.nan))
         return terms, bad
 
     def _accumulate(
-        self, examples: Sequence[Example], weighting: Weighting, most: float
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Forward, and in burst backward, over every batch: the NLL sums [examples, 2]. Stops before backward of one by
+        self, examples: Sequence[Example], weighting: Weighting, most: float, teachers: Teachers
+    ) -> tuple[TokenSums, dict[str, float]]:
+        """Forward, and in burst backward, over every batch: the sums. Stops before backward of one by
         which a loss is not finite or over `most`, in nats per trained token (what is not computed yet could only add to
         it): then the second of the pair says whose, with its loss. Only what is imitated can be over it."""
         bounds = torch.tensor(
             [one.trained_tokens * most if imitates(one.kind) else math.inf for one in examples], dtype=torch.float64
         )
-        sums = torch.zeros(len(examples), 2, dtype=torch.float64)
+        sums = TokenSums(examples)
         batches = self._batches(examples)
         self._alone = len(batches) == 1
         with self._recording():
             for batch in batches:
-                loss, nll = self._forward(batch, weighting.factors)
-                self._add(sums, batch, nll)
-                fine = torch.isfinite(sums).all(1) & (sums[:, 0] <= bounds)
+                found = self._forward(batch, weighting.factors, teachers)
+                loss = found.loss
+                sums.add(batch, found, teachers)
+                fine = sums.fine() & (sums.nll[:, 0] <= bounds)
                 if not fine.all():
-                    means = _means(examples, sums)
+                    means = sums.means()
                     return sums, {examples[i].id: means[i] for i in (~fine).nonzero()[:, 0].tolist()}
                 if self.begun == "streaming":
                     self._loss = loss if self._loss is None else self._loss + loss
@@ -299,23 +310,29 @@ class Trainer:
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
 
-    def _forward(self, batch: Batch, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the loss (fp32 scalar), and the negative log-likelihood of each trained token [N].
+    def _forward(self, batch: Batch, factors: torch.Tensor | None = None, teachers: Teachers = NO_TEACHERS) -> HeadLoss:
+        """The batch's share of the loss, and what it is made of, by trained token.
 
         factors: fp32 [examples, 2], what each token is multiplied with in the loss; by default their plain sum.
         """
         each = torch.ones(len(batch.examples)) if factors is None else factors[batch.examples, batch.rejected.long()]
         # A copy to the device waits for what was launched before it: all of them come before the model.
-        before, targets, each = (some.to(self.device) for some in (batch.before, batch.targets, each))  # [N]
+        targets, each = (some.to(self.device) for some in (batch.targets, each))  # [N]
+        soft = teachers.of(batch)
+        picked = self._hidden(batch)  # [N, H]
+        keep = self.sweep.factors.head_keeper(self.head.weight)
+        return head_loss(picked, self.head.weight, targets, each, keep, soft)
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states before each trained token: [N, H]."""
+        before = batch.before.to(self.device)  # [N]
         inputs, row = model_inputs(batch, self.device), self._captured(batch)
         if row is not None:
             self.replayed = True
             hidden = row.run(self.body.embed_tokens(inputs["input_ids"]), inputs["position_ids"], inputs["packing"])
         else:
             hidden = self.body(**inputs, use_cache=False).last_hidden_state  # [B, T, H]
-        picked = hidden.flatten(0, 1).index_select(0, before)  # [N, H]
-        keep = self.sweep.factors.head_keeper(self.head.weight)
-        return linear_cross_entropy(picked, self.head.weight, targets, each, keep)
+        return hidden.flatten(0, 1).index_select(0, before)
 
     def capture(self, tokens: int) -> bool:
         """Have `begin` replay rows of `tokens` tokens, whose kernels have run before: see `CapturedRows.capture`."""
@@ -331,14 +348,3 @@ class Trainer:
         if not self._alone or self.begun == "streaming" or not torch.is_grad_enabled():
             return None
         return self.rows.of(batch, by_factors=self.begun == "factors")
-
-    @staticmethod
-    def _add(sums: torch.Tensor, batch: Batch, nll: torch.Tensor) -> None:
-        """Add each token's nll [N] to its answer's place in `sums`, fp64 [examples, 2] on the host."""
-        sums.view(-1).index_add_(0, 2 * batch.examples + batch.rejected, nll.detach().cpu().double())
-
-
-def _means(examples: Sequence[Example], sums: torch.Tensor) -> list[float]:
-    """Mean NLL of each example's trained tokens, but those of a rejected answer, from sums [examples, 2]."""
-    sums = sums[:, 0] + 0 * sums[:, 1]  # NaN where either is not finite
-    return [total / one.sides[0] for one, total in zip(examples, sums.tolist(), strict=True)]

@@ -219,3 +219,21 @@ def test_what_a_leak_would_look_like(model: Any) -> None:
     packed = torch.tensor([first.ids + second.ids])
     _, logits = nll_and_logits(model, packed, torch.zeros_like(packed, dtype=torch.bool))
     assert (logits[0, -9:] - alone[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_trained_token_knows_its_place_in_its_example(packed: bool) -> None:
+    """However widths and rows order the sequences."""
+    examples = [example("a", [40, 5, 12]), example("b", [7]), example("c", [70, 3, 9])]
+    batches = (
+        pack(examples, pad_id=0, sizes=[80]) if packed else make_batches(examples, pad_id=0, widths=WIDTHS, budget=80)
+    )
+    found: dict[int, dict[int, int]] = {0: {}, 1: {}, 2: {}}
+    for batch in batches:
+        for owner, order, target in zip(
+            *(part.tolist() for part in (batch.examples, batch.order, batch.targets)), strict=True
+        ):
+            found[owner][order] = target
+    for owner, one in enumerate(examples):
+        trained = [t for s in one.sequences for t, m in zip(s.ids, s.mask, strict=True) if m]
+        assert [found[owner][i] for i in range(len(trained))] == trained and len(found[owner]) == len(trained)

@@ -35,7 +35,7 @@ from worker.memory.planner import (
     make_plan,
     weight_bytes,
 )
-from worker.model import loss
+from worker.model import head_blocks
 
 FOLDER = Path(__file__).parents[2] / "data" / "configs"
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")
@@ -260,7 +260,7 @@ def test_the_numbers_that_factors_take(size: str) -> None:
 
 
 def test_constants_are_those_of_the_parts_they_describe() -> None:
-    assert planner.LOSS_BLOCK == loss.BLOCK
+    assert planner.LOSS_BLOCK == head_blocks.BLOCK
     assert sizes_up_to(1)[0] == planner.LEAST_ROW
     bucket = inspect.signature(ApolloMini.streaming).parameters["bucket_bytes"].default
     assert bucket == planner.BUCKET_BYTES

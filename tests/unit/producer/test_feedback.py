@@ -94,6 +94,39 @@ def test_what_is_no_correction_is_refused_by_name(fields: dict[str, Any], says: 
     assert str(caught.value).startswith(says), str(caught.value)
 
 
+def test_a_comment_is_about_the_last_answer_and_distill_about_all() -> None:
+    turns = [QUESTION, HONEY, QUESTION, HONEY]
+    comment = made(messages=turns, comment="  Be shorter. ")
+    assert (comment.kind, comment.comment, comment.train_on) == ("comment", "Be shorter.", "last")
+    distilled = made(messages=turns, method="distill")
+    assert (distilled.kind, distilled.train_on) == ("distilled", "all")
+    assert made(messages=turns, method="imitate") == made(messages=turns) and made().kind == "demonstration"
+    for transcript in (comment, distilled):
+        assert Transcript.from_dict(transcript.to_dict()) == transcript
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"comment": 3}, "comment: must be the text that was said"),
+        ({"comment": "  "}, "comment: is empty"),
+        ({"comment": "x" * 8193}, "comment: has 8193 characters"),
+        ({"comment": "x", "rating": -1}, "comment: comes beside rating"),
+        ({"comment": "x", "rejected": "y"}, "comment: comes beside rejected"),
+        ({"comment": "x", "messages": [HONEY]}, "comment: needs a user message"),
+        ({"method": "distill", "messages": [HONEY]}, "method: needs a user message"),
+        ({"method": "rl"}, 'method: must be "imitate"'),
+        ({"method": ["distill"]}, 'method: must be "imitate"'),
+        ({"method": "distill", "comment": "x"}, 'method: "distill" is for demonstrations'),
+        ({"method": "distill", "rating": 1}, 'method: "distill" is for demonstrations'),
+    ],
+)
+def test_what_is_no_comment_and_no_method_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidTranscriptError) as caught:
+        made(**fields)
+    assert str(caught.value).startswith(says), str(caught.value)
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
@@ -101,9 +134,15 @@ ANYTHING = st.recursive(
 )
 
 
-@given(rating=ANYTHING, chosen=ANYTHING, rejected=ANYTHING, train_on=st.sampled_from(["all", "last", [1], [0]]))
-def test_anything_in_these_fields_is_kept_or_refused(rating: Any, chosen: Any, rejected: Any, train_on: Any) -> None:
-    fields = {"rating": rating, "chosen": chosen, "rejected": rejected, "train_on": train_on}
+@given(
+    rating=ANYTHING,
+    chosen=ANYTHING,
+    rejected=ANYTHING,
+    comment=ANYTHING,
+    method=ANYTHING | st.just("distill"),
+    train_on=st.sampled_from(["all", "last", [1], [0]]),
+)
+def test_anything_in_these_fields_is_kept_or_refused(**fields: Any) -> None:
     try:
         transcript = made(**{name: value for name, value in fields.items() if value is not None})
     except InvalidTranscriptError as error:

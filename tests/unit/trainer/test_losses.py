@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from worker.checkpoint import model_directory
 from worker.checkpoint.batch_codec import make_ready, pack_batch, unpack_batch
 from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
-from worker.data.examples import Example
+from worker.data.examples import Example, TokenSequence
 from worker.memory.planner import Way
+from worker.model.soft_targets import TOP
 from worker.trainer.factory import make_builder, make_trainer
-from worker.trainer.losses import BY_KIND, Answers, Kind, imitates
+from worker.trainer.losses import BY_KIND, Answers, Kind, has_teacher, imitates
 from worker.trainer.losses.preference import preference
 from worker.trainer.losses.unlearning import unlearning
 from worker.trainer.trainer import Trainer
@@ -41,6 +43,8 @@ FEEDBACK: dict[Kind, dict[str, Any]] = {
     "liked": {"messages": answered(GOOD), "rating": 0.5},
     "disliked": {"messages": answered(BAD), "rating": -1},
     "correction": {"messages": [QUESTION], "chosen": GOOD, "rejected": BAD},
+    "comment": {"messages": answered(BAD), "comment": "Say it in fewer words."},
+    "distilled": {"messages": answered(GOOD), "method": "distill"},
 }
 
 
@@ -57,7 +61,7 @@ def formula(kind: Kind, chosen: Tensor, rejected: Tensor) -> Tensor:
 LOG_P = st.lists(st.floats(-60, -1e-6), min_size=1, max_size=9)
 
 
-@given(kind=st.sampled_from(sorted(BY_KIND)), chosen=LOG_P, rejected=LOG_P)
+@given(kind=st.sampled_from(sorted(kind for kind in BY_KIND if not has_teacher(kind))), chosen=LOG_P, rejected=LOG_P)
 def test_losses_and_slopes_are_those_of_the_formulas(kind: Kind, chosen: list[float], rejected: list[float]) -> None:
     a, b = (torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in (chosen, rejected))
     others = len(b) if kind == "correction" else 0
@@ -110,6 +114,29 @@ def log_p(trainer: Trainer, example: Example) -> list[Tensor]:
     return [torch.cat(of) if of else torch.zeros(0, dtype=torch.float64) for of in found]
 
 
+def next_words(trainer: Trainer, sequences: Sequence[TokenSequence]) -> Tensor:
+    """log p of every word where a trained token comes, by transformers' own forward pass: [n, V] in fp64."""
+    found = []
+    for sequence in sequences:
+        logits = trainer.model(input_ids=torch.tensor([sequence.ids])).logits[0].double()
+        found.append(logits[:-1].log_softmax(1)[torch.tensor(sequence.mask[1:])])
+    return torch.cat(found)
+
+
+def lumped(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Of the words `ids` and of all others together."""
+    return torch.cat([log_p.gather(1, ids), log_p.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True)], 1)
+
+
+def divergence(trainer: Trainer, example: Example) -> tuple[Tensor, float]:
+    """n * loss of what has a teacher, and the sum over its tokens of the probability that is to move; in fp64."""
+    with torch.no_grad():
+        teacher = next_words(trainer, example.teachers)
+    ids = teacher.topk(TOP, 1).indices
+    q, p = lumped(teacher, ids), lumped(next_words(trainer, example.sequences), ids)
+    return (q.exp() * (q - p)).sum(), float((q.exp() - p.exp()).abs().sum().detach()) / 2
+
+
 @pytest.mark.parametrize("kinds", [*([kind] for kind in FEEDBACK), list(FEEDBACK)], ids=[*FEEDBACK, "mixed"])
 def test_the_gradient_is_autograd_s_of_the_formula(
     tiny_model: Path, examples: dict[Kind, Example], kinds: list[Kind]
@@ -121,6 +148,10 @@ def test_the_gradient_is_autograd_s_of_the_formula(
     trainer.forget()
     total, sizes = torch.zeros((), dtype=torch.float64), 0.0
     for kind in kinds:
+        if has_teacher(kind):
+            loss, size = divergence(trainer, examples[kind])
+            total, sizes = total + loss, sizes + size
+            continue
         chosen, rejected = log_p(trainer, examples[kind])
         leaves = [part.detach().requires_grad_() for part in (chosen, rejected)]
         formula(kind, *leaves).backward()
@@ -129,11 +160,12 @@ def test_the_gradient_is_autograd_s_of_the_formula(
         total = total + examples[kind].weight * formula(kind, chosen, rejected)
     (total / sizes).backward()
     flat = [torch.cat([of[name].flatten() for name in ours]).double() for of in (ours, gradients(trainer))]
+    assert float(flat[1].norm()) > 0
     assert float((flat[0] - flat[1]).norm()) < 1e-4 * float(flat[1].norm())
     trained = sum(examples[kind].trained_tokens for kind in kinds)
     assert found.step_scale == pytest.approx(sizes / trained, rel=1e-5)
     weights = sum(examples[kind].weight * examples[kind].trained_tokens for kind in kinds)
-    assert found.loss == pytest.approx(float(total.detach()) / weights, rel=1e-5)
+    assert found.loss == pytest.approx(float(total.detach()) / weights, rel=1e-5, abs=1e-7)
 
 
 def moved(trainer: Trainer, batch: list[Example]) -> float:
@@ -158,6 +190,29 @@ def test_a_loss_that_vanishes_lets_the_step_vanish(tiny_model: Path, examples: d
     assert slopes == sorted(slopes, reverse=True), "each step makes it less likely, and moves less"
     assert steps[0] == pytest.approx(10 * full * slopes[0], rel=0.2), "lr times the slope"
     assert all(step < 20 * full * slope for step, slope in zip(steps, slopes, strict=True))
+
+
+def test_a_teacher_that_is_shown_nothing_more_moves_nothing(tiny_model: Path, examples: dict[Kind, Example]) -> None:
+    """As where a comment changes nothing: the optimizer must not make a full step of rounding errors."""
+    same = dataclasses.replace(examples["comment"], teachers=examples["comment"].sequences)
+    full = moved(fresh(tiny_model), [examples["demonstration"]])
+    assert moved(fresh(tiny_model), [same]) < 1e-4 * full
+    assert 0 < moved(fresh(tiny_model), [examples["comment"]]) < full
+
+
+def test_beside_a_teacher_the_student_comes_nearer(tiny_model: Path, examples: dict[Kind, Example]) -> None:
+    """Nearer to the teacher of before, that is: the same weights, told more."""
+    for kind in ("comment", "distilled"):
+        example, trainer = examples[kind], fresh(tiny_model)
+        with torch.no_grad():
+            then = next_words(trainer, example.teachers).exp()
+            far = [(next_words(trainer, example.sequences).exp() - then).abs().sum()]
+            for _ in range(3):
+                with torch.enable_grad():
+                    trainer.begin([example])
+                trainer.apply()
+                far.append((next_words(trainer, example.sequences).exp() - then).abs().sum())
+        assert far[-1] < far[0], kind
 
 
 def test_a_dislike_takes_from_its_answer_and_a_correction_prefers(

@@ -17,6 +17,10 @@ class Answers(NamedTuple):
     log_p: float
     rejected_tokens: int = 0
     rejected_log_p: float = 0.0
+    divergence: float = 0.0
+    """From a teacher, in nats; a mean over the tokens, as is `moved`: the part of the probability that lies elsewhere
+    with it."""
+    moved: float = 0.0
 
     @property
     def all_tokens(self) -> int:
@@ -33,10 +37,13 @@ class Term(NamedTuple):
     """-d(n * loss) / d log p of each trained token; below 0 the token is made less likely."""
     rejected_slope: float = 0.0
     """The same, of each token of the rejected answer."""
+    share: float = 1.0
+    """How far the step goes, beside the slopes: with a teacher, the part of the probability that is to move."""
 
     def size(self, counts: tuple[int, int]) -> float:
-        """Sum of |slope| over the trained tokens, which are `counts` of the two answers: n for the likelihood."""
-        return counts[0] * abs(self.slope) + counts[1] * abs(self.rejected_slope)
+        """Sum of |slope| over the trained tokens, which are `counts` of the two answers, times `share`: n for the
+        likelihood."""
+        return (counts[0] * abs(self.slope) + counts[1] * abs(self.rejected_slope)) * self.share
 
 
 def sigmoid(x: float) -> float:
