@@ -55,6 +55,7 @@ def test_row_slices() -> None:
     golden.check_row_slices(DEVICE, **RULE)
 
 
+@device_only
 def test_zero_gradient_is_harmless() -> None:
     golden.check_zero_gradient_is_harmless(DEVICE, **RULE)
 

@@ -111,10 +111,10 @@ def test_the_factored_rule_s_partial_sums_are_planned(size: str) -> None:
     kinds = [launch_tables.kind_of(slot, tiling) for slot in slots]
     counts = [launch_tables.counts_of(slot, kind, tiling) for slot, kind in zip(slots, kinds, strict=True)]
     taken = 4 * launch_tables.scratch_of(kinds, counts, tiling.window)[2]
-    planned = scratch_bytes(config, "factored") - scratch_bytes(config, "apollo-mini")
+    planned = round(scratch_bytes(config, "factored") - scratch_bytes(config, "apollo-mini"))
     assert taken <= planned <= 2 * taken
     mini, factored = (planner.make_plan(config, 1024, way="burst", kept=0, optimizer=one) for one in OPTIMIZERS)
-    assert factored.total - mini.total >= 0.9 * planned and factored.state < mini.state
+    assert factored.total - mini.total >= planned - 2 * STEP and factored.state <= mini.state
 
 
 @pytest.mark.parametrize(("tokens", "measured"), [(1024, 3.3), (4096, 5.5), (8192, 8.6)])
