@@ -47,5 +47,5 @@ def power(base, t):
 @triton.jit
 def step_size(knob, t):
     """formulas.step_size: rate * sqrt(1 - b2^t) / (1 - b1^t), in float64."""
-    power1, power2 = power(tl.load(knob + BETA1), t), power(tl.load(knob + BETA2), t)
-    return tl.load(knob + RATE) * tl.sqrt(1 - power2) / (1 - power1)
+    powers = power(tl.load(knob + BETA1), t), power(tl.load(knob + BETA2), t)
+    return tl.load(knob + RATE) * tl.sqrt(1 - powers[1]) / (1 - powers[0])
