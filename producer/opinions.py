@@ -161,7 +161,7 @@ def _decide(pipe: Any, completion: Completion, opinion: Opinion, said: Said) -> 
 def _rate(pipe: Any, completion: Completion, opinion: Opinion, said: Said) -> Exchange[_Change]:
     name = ("rating", "")
     job_id = transcript_id(completion, *name, said.round)
-    waits = bool(said.votes) and not said.withdrawn and (yield from _in_queue(pipe, job_id))
+    waits = (said.withdrawn or bool(said.votes)) and (yield from _in_queue(pipe, job_id))
     if said.votes and not said.withdrawn and not waits:
         said.next_round()
     before = dict(said.votes)

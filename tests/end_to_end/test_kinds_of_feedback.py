@@ -58,3 +58,21 @@ def test_every_kind_is_trained_once_recovered_and_dropped(site: Site, tmp_path: 
     site.tandem("rollback", "4", "--drop", "f-1", "--drop", "f-3")
     kept = [[sent[0]], [sent[2]], sent[4:6], sent[6:]]
     assert site.everything() == run_batches(tiny_model, tmp_path / "without", kept)
+
+
+def test_a_flood_of_dislikes_is_stopped_with_a_reason_and_the_rest_goes_on(site: Site) -> None:
+    """The bound is tiny: what counts here is who is refused, and what the next worker knows."""
+    flood = [item | {"rating": -1} for item in transcripts("down", 6)]
+    guarded = [*QUIET, "--lr", "3e-2", "--dislikes-bound", "1e-6"]
+    for item in flood:
+        site.producer.enqueue(**item)
+    site.work(*guarded)
+    trained, raised = len(site.trained()), float(site.manifest(site.agree())["dislikes_raised"])
+    assert 0 < trained < 6 and raised > 1e-6
+    failed = {id for id in (item["id"] for item in flood) if id not in site.trained()}
+    reasons = [site.producer.status(id).reason for id in failed]
+    assert all(reason and "raised the loss of" in reason and "roll back" in reason for reason in reasons)
+    for item, said in zip(transcripts("then", 2), ({"rating": -1}, {}), strict=True):
+        site.producer.enqueue(**item | said)
+    site.work(*guarded)
+    assert site.trained()[trained:] == ["then-1"], "another worker knows it too"

@@ -27,6 +27,7 @@ class GuardSettings:
     canary_bound: float | None = None
     auto_rollback: bool = False
     rehearse: float = 0.0
+    dislikes_bound: float = 0.3
 
     def __post_init__(self) -> None:
         if (self.canary is None) != (self.canary_bound is None):
@@ -43,7 +44,16 @@ def guard_options(command: F) -> F:
             "--outliers",
             type=click.FloatRange(0),
             default=defaults.outliers,
-            help="Set aside transcripts with a loss or gradient this many robust deviations over recent ones; 0: none.",
+            help="Set aside transcripts and batches that are broken: a loss above that of a guess and this many robust"
+            " deviations over recent ones, or a gradient so far above them that its loss does not explain it; 0: none.",
+        ),
+        click.option(
+            "--dislikes-bound",
+            type=click.FloatRange(0),
+            default=defaults.dislikes_bound,
+            metavar="NATS",
+            help="Refuse disliked answers once they have raised the loss of a few reference conversations (the canary"
+            " set, if there is one) by this, in nats per token; 0: never.",
         ),
         click.option("--canary", type=click.Path(path_type=Path), help="File (JSONL) of held-out conversations."),
         click.option(

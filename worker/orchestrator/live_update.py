@@ -28,6 +28,7 @@ from worker.checkpoint.records import UpdateRecord
 from worker.config.protocol import JobResult, TornWeightsError, UnavailableError, Update
 from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.applying import apply_update
+from worker.orchestrator.dislikes import DislikeGuard
 from worker.orchestrator.serving_cost import ServingCost
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
@@ -65,6 +66,11 @@ class Computed:
         return [ready for ready in self.prepared if ready.id in self.gradients.nll]
 
     @property
+    def dislikes_share(self) -> float:
+        """The part of the step that disliked answers have."""
+        return sum(self.gradients.shares[ready.id] for ready in self.trained if ready.example.kind == "disliked")
+
+    @property
     def rejected(self) -> dict[str, str]:
         """Why each of the batch's other transcripts is not."""
         found = self.gradients.rejected
@@ -85,6 +91,7 @@ class LiveUpdate:
         *,
         base: int | None = None,
         guards: Guards | None = None,
+        dislikes: DislikeGuard | None = None,
         rehearsal: ReplayBuffer[Ready] | None = None,
         threads: TrainingThreads | None = None,
         confirm: Callable[[], None] = lambda: None,
@@ -92,6 +99,7 @@ class LiveUpdate:
         self.session = session
         self.base = base
         self.guards = guards
+        self.dislikes = dislikes
         self.rehearsal = rehearsal
         self.threads = threads
         self.confirm = confirm
@@ -105,6 +113,8 @@ class LiveUpdate:
         way = manager.history.ancestry(self.session.weights.header.version)
         if self.guards is not None:
             self.guards.relearn(entry.manifest for entry in way)
+        if self.dislikes is not None:
+            self.dislikes.relearn(entry.manifest for entry in way)
         if self.rehearsal is not None:
             dropped = frozenset(manager.history.dropped())
             records = (manager.journal.read(e.version) for e in way if e.kind == "update" and not e.expired)
@@ -138,7 +148,6 @@ class LiveUpdate:
         beside = self.cost.computing() if self.session.settings.hogwild else nullcontext()
         with deferred(), self.cost.standing_still(), beside:
             update.manifest |= apply_update(self.session, update)
-        update.manifest |= self.cost.measured()
         self._observe(computed, update)
         return update
 
@@ -146,7 +155,10 @@ class LiveUpdate:
         trainer, started = self.session.trainer, time.monotonic()
         version = self.session.weights.header.version + 1
         batch = [*prepared, *(self.rehearsal.pick(version, prepared) if self.rehearsal else [])]
-        gradients = trainer.begin([ready.example for ready in batch], self.guards)
+        examples = [ready.example for ready in batch]
+        refused = self.dislikes.refusals(version - 1, examples) if self.dislikes is not None else {}
+        gradients = trainer.begin([one for one in examples if one.id not in refused], self.guards)
+        gradients.rejected.update(refused)
         begun = time.monotonic()
         # By factors it is also what refuses a gradient that is not finite: under the pause that would be half-way.
         asked = self.guards is not None or trainer.begun == "factors"
@@ -163,7 +175,8 @@ class LiveUpdate:
             return computed.rejected
         reason = None
         if self.guards is not None and computed.norm is not None:
-            reason = self.guards.norm_refusal(computed.norm, computed.gradients.effective_tokens)
+            found = computed.gradients
+            reason = self.guards.norm_refusal(computed.norm, found.effective_tokens, found.loss)
         if reason is None:
             return None
         if len(computed.prepared) > 1:
@@ -212,6 +225,10 @@ class LiveUpdate:
         """The version is live. Raises `UnavailableError` when any of this fails: the next start commits the version."""
         assert update.version is not None
         try:
+            if self.dislikes is not None:
+                with self.cost.computing():
+                    update.manifest |= self.dislikes.after(update.version, computed.dislikes_share)
+            update.manifest |= self.cost.measured()
             if self.rehearsal is not None:
                 self.rehearsal.add(computed.trained)
             if self.guards is not None:

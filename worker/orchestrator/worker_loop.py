@@ -20,8 +20,10 @@ from worker.consumer.worker_lock import WorkerLock
 from worker.data.examples import Example
 from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.agreement import RedisBehindError, agree, confirm
-from worker.orchestrator.canary import Canary, CanaryStep
+from worker.orchestrator.canary import Canary, CanaryStep, load
+from worker.orchestrator.dislikes import DislikeGuard
 from worker.orchestrator.live_update import LiveUpdate
+from worker.orchestrator.reference_set import reference_examples
 from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, Report, sentence
 from worker.orchestrator.rollback import roll_back
 from worker.orchestrator.session import Session
@@ -56,7 +58,8 @@ class WorkerLoop:
         rehearsal = ReplayBuffer(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
         self.update = LiveUpdate(
             session,
-            guards=Guards(guards.outliers),
+            guards=Guards(guards.outliers, words=session.trainer.head.weight.shape[0]),
+            dislikes=_dislike_guard(guards, session),
             rehearsal=rehearsal,
             threads=threads,
             confirm=partial(confirm, connection, session),
@@ -134,6 +137,15 @@ class WorkerLoop:
             raise
         self.update.remember()
         return self.session.weights.header.version
+
+
+def _dislike_guard(settings: GuardSettings, session: Session) -> DislikeGuard | None:
+    """The one that the flags ask for: on the canary set, or where there is none, on conversations of ours."""
+    if not settings.dislikes_bound:
+        return None
+    builder = session.builder
+    examples = reference_examples(builder) if settings.canary is None else load(settings.canary, builder)
+    return DislikeGuard(examples, lambda some: session.trainer.score(some), settings.dislikes_bound)
 
 
 def _tell(report: Report) -> None:

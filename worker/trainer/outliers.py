@@ -1,11 +1,16 @@
-"""Outliers: what lies far above the recent losses or gradient norms is not trained but set aside, for a person to see.
+"""Guards by kind of feedback: what is broken is not trained but set aside, for a person to see; what is surprising is.
 
-    guards = Guards(k=8.0)
+    guards = Guards(k=8.0, words=len(vocabulary))
     guards.remember(manifests)                  # at start: earlier versions, oldest first
     trainer.begin(examples, guards)          # refuses above guards.loss_limit(), before backward
-    reason = guards.norm_refusal(norm, tokens)  # burst only: None, or why this batch must not be applied
+    reason = guards.norm_refusal(norm, tokens, loss)  # burst only: None, or why this batch must not be applied
     manifest |= guards.measures(nll, norm)      # before it is journaled
     guards.remember([manifest])                 # the version is live
+
+An answer to imitate is broken when its loss lies far above the recent ones and above that of a guess: a new fact may
+cost any number of nats below it, and that is what there is to learn. The gradient of a batch is broken when its norm
+lies far above the recent ones, and its loss does not explain it. A comment is broken when the model, shown it, would
+say something else at nearly every word.
 
 Must not know: torch, Redis.
 Invariants: nothing is refused before `minimum` values are known; what was refused never enters the history, so that a
@@ -20,12 +25,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from producer.errors import TandemError
+from producer.feedback import Kind
+from worker.trainer.losses import Answers, has_teacher
 
 LOSSES, NORM, TOKENS = "losses", "gradient_norm", "effective_tokens"
 """What a manifest keeps for the next start: each transcript's loss in nats a token, the L2 norm of the gradient of the
 weighted mean, and how many tokens of equal weight average as much noise away."""
 SPREAD = 0.05
 """The least spread, as a part of the median: a history of equal values must not refuse the first that differs."""
+MOST_MOVED = 0.9
+"""The most of the probability that a teacher may want elsewhere, as a mean over the answer."""
 
 
 class GradientOutlierError(TandemError):
@@ -56,14 +65,16 @@ class Guards:
     """Loss outliers one transcript at a time, gradient outliers one batch at a time.
 
     k: how many robust standard deviations above the median are too many; 0 refuses nothing. minimum: transcripts
-    (losses) and versions (norms, a quarter of it) that must be known first. window: transcripts remembered.
+    (losses) and versions (norms, a quarter of it) that must be known first. window: transcripts remembered. words: of
+    the vocabulary; log(words) nats a token is what guessing costs, and no answer below it is an outlier.
     """
 
-    def __init__(self, k: float = 8.0, *, minimum: int = 64, window: int = 1024) -> None:
+    def __init__(self, k: float = 8.0, *, minimum: int = 64, window: int = 1024, words: int = 1) -> None:
         if k < 0 or minimum < 4 or window < minimum:
             raise TandemError("outliers: k must be at least 0, minimum at least 4, window at least minimum")
         self.losses = History(k=k, minimum=minimum, window=window)
         self.norms = History(k=k, minimum=minimum // 4, window=window // 4)
+        self.k, self.guess = k, math.log(words)
         self.tokens: deque[float] = deque(maxlen=window // 4)
         """Effective tokens of the same versions as the norms."""
         self.refused = 0
@@ -85,7 +96,7 @@ class Guards:
 
     def loss_limit(self) -> float:
         """The highest mean loss, in nats per trained token, that a transcript may have to be trained."""
-        return self.losses.bound()
+        return max(self.guess, self.losses.bound())
 
     def loss_reason(self, loss: float) -> str:
         """Why a transcript above `loss_limit` was set aside."""
@@ -95,11 +106,26 @@ class Guards:
             f" {len(self.losses.values)} transcripts: set aside, requeue it to try again (--outliers 0 trains anything)"
         )
 
-    def norm_refusal(self, norm: float, tokens: float | None = None) -> str | None:
+    def refusal(self, kind: Kind, answers: Answers) -> str | None:
+        """Why a transcript whose loss depends on the weights is not trained; None if it is."""
+        if not self.k or not has_teacher(kind) or answers.moved <= MOST_MOVED:
+            return None
+        self.refused += 1
+        said = "comment" if kind == "comment" else "demonstration"
+        return (
+            f"shown the {said}, the model would say something else at nearly every word of the answer"
+            f" ({answers.moved:.2f} of the probability, the bound is {MOST_MOVED:g}): nothing can be learnt along it."
+            " Send the answer that you would have liked (chosen and rejected)"
+        )
+
+    def norm_refusal(self, norm: float, tokens: float | None = None, loss: float | None = None) -> str | None:
         """Why a batch with a gradient of L2 norm `norm`, over so many effective tokens, must not be applied; None if it
         may. A batch of fewer tokens than usual averages less noise away: it may have a norm larger by the square root.
+        A loss above the usual explains a norm larger by as much.
         """
         bound = self.norms.bound()
+        if loss is not None and self.losses.values and (usual := statistics.median(self.losses.values)) > 0:
+            bound *= max(1.0, loss / usual)
         if tokens and self.tokens:
             bound *= max(1.0, math.sqrt(statistics.median(self.tokens) / tokens))
         if norm <= bound:

@@ -107,7 +107,10 @@ class Trainer:
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
             teachers = self._teachers(kept)
-            terms, bad = self._terms(kept, teachers)
+            terms, bad, refused = self._terms(kept, teachers, limit)
+            if refused and not bad:
+                rejected |= refused
+                continue
             if not bad:
                 weighting = rule(kept, terms)
                 sums, bad = self._accumulate(kept, weighting, most, teachers)
@@ -115,6 +118,7 @@ class Trainer:
                 self._step_scale = weighting.step_scale
                 ids, nll = [one.id for one in kept], sums.means()
                 every = zip(kept, nll, terms, strict=True)
+                parts = [one.weight * term.size(one.sides) for one, term in zip(kept, terms, strict=True)]
                 losses = [mean if imitates(one.kind) else term.loss for one, mean, term in every]
                 return Gradients(
                     loss=weighting.loss(kept, losses),
@@ -124,6 +128,7 @@ class Trainer:
                     losses=dict(zip(ids, losses, strict=True)),
                     rejected=rejected,
                     step_scale=weighting.step_scale,
+                    shares={id: part / (sum(parts) or 1.0) for id, part in zip(ids, parts, strict=True)},
                     effective_tokens=weighting.effective_tokens,
                 )
             for id, loss in bad.items():
@@ -235,17 +240,22 @@ class Trainer:
         """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
         return torch.cat([self._forward(batch).nll.cpu() for batch in self._batches([example])])
 
-    def _terms(self, examples: Sequence[Example], teachers: Teachers) -> tuple[list[Term], dict[str, float]]:
-        """Loss and slopes of each, and which cannot be trained, with its loss. Where a slope depends on the weights,
-        all are scored first, a forward pass without gradients; a replay repeats it bit for bit."""
+    def _terms(
+        self, examples: Sequence[Example], teachers: Teachers, limit: Limit | None
+    ) -> tuple[list[Term], dict[str, float], dict[str, str]]:
+        """Loss and slopes of each; which cannot be trained, with its loss; and which `limit` refuses, with its reason.
+        Where a slope depends on the weights, all are scored first, a forward pass without gradients; a replay repeats
+        it bit for bit."""
         if all(imitates(example.kind) for example in examples):
-            return [Term(math.nan) for _ in examples], {}
+            return [Term(math.nan) for _ in examples], {}, {}
         sums = self._sums(examples, teachers)
         bad = {one.id: math.nan for one, fine in zip(examples, sums.fine().tolist(), strict=True) if not fine}
-        terms = []
+        terms, refused = [], {}
         for example, answers in zip(examples, sums.answers(), strict=True):
             terms.append(BY_KIND[example.kind](answers) if example.id not in bad else Term(math.nan))
-        return terms, bad
+            if limit is not None and not imitates(example.kind) and (reason := limit.refusal(example.kind, answers)):
+                refused[example.id] = reason
+        return terms, bad, refused
 
     def _accumulate(
         self, examples: Sequence[Example], weighting: Weighting, most: float, teachers: Teachers

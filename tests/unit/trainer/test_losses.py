@@ -258,6 +258,9 @@ def test_a_limit_on_losses_is_for_what_is_imitated(tiny_model: Path, examples: d
         def loss_reason(self, loss: float) -> str:
             return f"{loss:.3f} is too much"
 
+        def refusal(self, kind: Kind, answers: Answers) -> str | None:
+            return None
+
     found = fresh(tiny_model).begin(list(examples.values()), Low())
     assert set(found.nll) == set(found.losses) == {kind for kind in FEEDBACK if not imitates(kind)}
     assert set(found.rejected) == {kind for kind in FEEDBACK if imitates(kind)}

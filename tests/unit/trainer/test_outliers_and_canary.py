@@ -29,6 +29,7 @@ from worker.orchestrator.canary import Canary, CanaryError, CanaryStep
 from worker.orchestrator.reports import Report
 from worker.trainer.factory import make_trainer
 from worker.trainer.grad_norm import gradient_norm
+from worker.trainer.losses import Answers
 from worker.trainer.outliers import Guards, History
 from worker.trainer.trainer import Trainer
 from worker.versions import ledger, pause_switch
@@ -135,6 +136,53 @@ def test_a_small_batch_may_have_a_larger_gradient() -> None:
     assert guards.norm_refusal(9.6) is not None and guards.norm_refusal(9.6, 100) is not None
     assert guards.norm_refusal(9.6, 25) is None, "half the noise of four times the tokens"
     assert guards.norm_refusal(40.0, 25) is not None and guards.norm_refusal(9.6, 400) is not None
+
+
+def test_a_new_fact_after_easy_ones_is_learnt_and_what_is_worse_than_a_guess_is_not() -> None:
+    """Seen with an earlier rule: 6.6 nats a token after easy transcripts, where the limit was .83."""
+    dice = random.Random(4)
+    guards, blind = Guards(words=49152), Guards()
+    for _ in range(40):
+        manifest = Guards.measures({f"t{i}": dice.gauss(0.3, 0.05) for i in range(4)}, dice.gauss(1.0, 0.1), 100.0)
+        guards.remember([manifest])
+        blind.remember([manifest])
+    assert blind.loss_limit() < 1 and 6.6 < guards.loss_limit() == pytest.approx(math.log(49152))
+    assert guards.norm_refusal(12.0, 100, 6.6) is None, "its loss explains its gradient"
+    assert guards.norm_refusal(12.0, 100, 0.3) is not None, "nothing explains it"
+    assert guards.norm_refusal(60.0, 100, 6.6) is not None and guards.norm_refusal(12.0, 100) is not None
+    guards.remember([Guards.measures({f"h{i}": 9.0 + i % 3 for i in range(600)})])
+    assert guards.loss_limit() > 11, "where hard ones are usual, they are judged by those"
+
+
+def test_what_a_comment_turns_round_altogether_is_refused() -> None:
+    guards, far, near = (
+        Guards(),
+        Answers(9, -1.0, divergence=9.0, moved=0.95),
+        Answers(9, -1.0, divergence=1, moved=0.5),
+    )
+    for kind, said in (("comment", "shown the comment"), ("distilled", "shown the demonstration")):
+        assert said in str(guards.refusal(kind, far)) and guards.refusal(kind, near) is None  # type: ignore[arg-type]
+    assert guards.refusal("disliked", far) is None and Guards(0).refusal("comment", far) is None
+
+
+def test_what_the_guard_refuses_by_kind_is_left_out_and_the_rest_trained(room: tuple[Trainer, ExampleBuilder]) -> None:
+    trainer, builder = room
+
+    class NoComments(Guards):
+        def refusal(self, kind: Any, answers: Answers) -> str | None:
+            return f"{kind} of {answers.tokens} words" if kind == "comment" else None
+
+    asked = conversation(6).to_dict()
+    examples = [
+        builder.build(Transcript.from_dict(asked | fields), id)
+        for id, fields in (("c", {"comment": "one two"}), ("d", {"rating": -1}), ("e", {}))
+    ]
+    found = trainer.begin(examples, NoComments())
+    trainer.forget()
+    alone = trainer.begin(examples[1:])
+    trainer.forget()
+    assert found.rejected == {"c": f"comment of {examples[0].trained_tokens} words"}
+    assert found.nll == alone.nll and found.shares == alone.shares and sum(found.shares.values()) == pytest.approx(1)
 
 
 def test_norms_of_the_first_rule_are_forgotten() -> None:
