@@ -204,6 +204,7 @@ class LiveUpdate:
         manifest: dict[str, Any] = {
             "kind": "update",
             "way": "hogwild" if self.session.settings.hogwild else way,
+            "optimizer": self.session.h.rule,
             "base": version - 1 if self.base is None else self.base,
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "jobs": len(computed.new),

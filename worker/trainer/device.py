@@ -102,7 +102,7 @@ def choose_way(
     if settings.memory:  # of the whole process, whose context is there already
         said = max(0, int(settings.memory * 1e9) - (CONTEXT_BYTES - LIBRARIES_BYTES))
         may, way_out = (said, "a larger --memory") if said < free else (free, SERVER_MEMORY)
-    costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
+    costs: dict[str, Any] = {"embeddings": h.embeddings, "optimizer": h.rule, "context_bytes": LIBRARIES_BYTES}
     plan = choose(config, budget, may, settings.apply, way_out=way_out, **costs)
 
     mixed = settings.apply == "auto" and plan.way == "streaming"
