@@ -30,7 +30,7 @@ import serving_report
 from load import ClosedLoop
 from memory import ProcessWatch, tree
 from old_prefixes import PREFIX_HITS, check
-from record import OutOfTime, Part, Record, Until
+from record import OutOfTime, Part, Record, Until, printable
 from rig import CLOSING, Rig, Worker, metric, server_options
 from serving_loads import Load
 from shapes import SIZES, write_shape
@@ -49,6 +49,7 @@ COUNTERS = {
     "preempted": "vllm:num_preemptions_total",
     "prefix_hits": PREFIX_HITS,
     "prefix_queries": "vllm:prefix_cache_queries_total",
+    "prompt_tokens": "vllm:prompt_tokens_total",
 }
 """vLLM's own, over a measurement. Hits and queries in tokens."""
 PARTS = ("linger_s", "gradients_s", "wait_for_pause_s", "pause_s", "step_s", "serving_cost_s", "jobs")
@@ -246,7 +247,7 @@ def main(**o: Any) -> None:
     until = Until(max(1.0, o["limit"] - CLOSING))
     torch_setup.prepare()
     record = Record(o["out"] / "serving.json")
-    record.about |= {"gpu": torch.cuda.is_available(), "options": {key: str(value) for key, value in o.items()}}
+    record.about |= {"gpu": torch.cuda.is_available(), "options": {key: printable(str(o[key])) for key in o}}
     length = max(load.longest(round((1 + SPREAD) * o["max_tokens"])) for load in loads) + 64
     clients = max(load.clients for load in loads)
     options = server_options(length, None, ("--enable-prefix-caching", *o["server_option"]), clients)

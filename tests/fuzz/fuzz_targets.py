@@ -18,8 +18,8 @@ import redis
 import torch
 from drain_parts import Lines, Weights, start
 from fuzz_bytes import Evil, packed, plain
-from fuzz_feedback import Opinions, PlantedRecords
 from fuzz_http import FeedbackBodies
+from fuzz_opinions import Opinions, PlantedRecords
 from fuzz_sockets import Answers, ControlSocket, Sockets, WeightsSocket
 from hypothesis import strategies as st
 from rq.exceptions import DeserializationError
