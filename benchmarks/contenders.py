@@ -1,7 +1,8 @@
 """Who learns in learning.py: a setting by its name, and how its model and its optimizer are made.
 
 Must not know: data. Invariants: weights, state and arithmetic are fp32 for all but "adamw-bf16", whose weights are
-rounded to bf16 after every step; every contender is given the same gradients' mean over trained tokens.
+rounded to bf16 after every step, and "factored-bf16"; every contender is given the same gradients' mean over trained
+tokens.
 """
 
 from collections.abc import Callable, Iterable
@@ -38,6 +39,8 @@ RULES: dict[str, tuple[str, Rule]] = {
 """Name -> (label, rule): those that are `update_rules` over all parameters."""
 LABELS = {name: label for name, (label, _) in RULES.items()} | {
     "mini": "APOLLO-Mini (worker/apollo)",
+    "factored-worker": "G over row and column RMS (worker/apollo)",
+    "factored-bf16": "G over row and column RMS (worker/apollo, bf16)",
     "adamw-bf16": "AdamW, bf16 weights",
     "lora": "LoRA r 16 (AdamW)",
 }
@@ -95,17 +98,37 @@ class Contender(Protocol):
         """One step with the gradients that are there; they are dropped."""
 
 
-class Mini:
-    """`worker.apollo.ApolloMini` with its defaults, as `worker.trainer` makes it."""
+class Own:
+    """`worker.apollo.ApolloMini` with its defaults, as `worker.trainer` makes it. matrices: its argument."""
 
-    def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter]], seed: int) -> None:
-        self._optimizer = ApolloMini(sorted(named), lr=1.0, seed=seed)
+    def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter]], seed: int, matrices: str) -> None:
+        self._optimizer = ApolloMini(sorted(named), lr=1.0, seed=seed, matrices=matrices)
 
     def step(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+
+class OwnBf16:
+    """The same over bf16 weights, stochastically rounded, from bf16 gradients, as they are in a server's memory. The
+    model computes with the same numbers in fp32."""
+
+    def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter]], seed: int, matrices: str) -> None:
+        self._parameters = [parameter for _, parameter in sorted(named)]
+        self._kept = [torch.nn.Parameter(p.detach().bfloat16()) for p in self._parameters]
+        names = [name for name, _ in sorted(named)]
+        self._inner = Own(zip(names, self._kept, strict=True), seed, matrices)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+            assert parameter.grad is not None
+            kept.grad, parameter.grad = parameter.grad.bfloat16(), None
+        self._inner.step(lr)
+        for parameter, kept in zip(self._parameters, self._kept, strict=True):
+            parameter.copy_(kept)
 
 
 class Rounded:
@@ -154,7 +177,11 @@ def make(setting: Setting, model: Any, sources: dict[str, torch.Tensor]) -> Cont
     named = list(model.named_parameters())
     contender: Contender
     if setting.method == "mini":
-        contender = Mini(named, setting.seed)
+        contender = Own(named, setting.seed, "apollo")
+    elif setting.method == "factored-worker":
+        contender = Own(named, setting.seed, "factored")
+    elif setting.method == "factored-bf16":
+        contender = OwnBf16(named, setting.seed, "factored")
     elif setting.method == "adamw-bf16":
         contender = Rounded(RuleOptimizer(named, Adam(), seed=0), [parameter for _, parameter in named])
     else:

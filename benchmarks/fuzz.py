@@ -63,9 +63,10 @@ def run(target: Any, cases: int, seed: int, progress: Progress) -> Counter[str]:
 
 @click.command()
 @click.option("--cases", type=click.IntRange(1), default=50_000, help="In all, shared among the targets.")
+@click.option("--target", "only", multiple=True, help="Only this target, such as opinions; may be repeated.")
 @click.option("--seed", type=int, default=0)
 @click.option("--report", type=click.Path(path_type=Path), help="Where the figures go, as JSON.")
-def main(cases: int, seed: int, report: Path | None) -> None:
+def main(cases: int, only: tuple[str, ...], seed: int, report: Path | None) -> None:
     """See the module."""
     if report is not None:
         outputs.file(report)
@@ -79,6 +80,9 @@ def main(cases: int, seed: int, report: Path | None) -> None:
         targets(server.url, Path(name)) as found,
         Progress(*columns, console=console) as progress,
     ):
+        if unknown := set(only) - {target.name for target in found}:
+            raise click.UsageError(f"no target {min(unknown)}; there are {', '.join(t.name for t in found)}")
+        found = [target for target in found if not only or target.name in only]
         for target in found:
             started = time.monotonic()
             outcomes = run(target, -(-cases // len(found)), seed, progress)

@@ -159,7 +159,7 @@ def main(
         "model": str(directory.name if directory else "tiny Qwen3.5, taught"),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "lr": h.lr,
+        "lr": h.rate,
         "context_tokens": [context.first for context in contexts],
         "answer_tokens": [context.answer for context in contexts],
         "learnt_tokens": [sum(len(s.ids) for s in one.sequences) for one in train],

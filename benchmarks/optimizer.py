@@ -3,8 +3,10 @@
     python benchmarks/optimizer.py --json optimizer.json --plot optimizer.png
 
 One run, everything interleaved: each round times a plain copy (the floor: 8 bytes a parameter, a bf16 gradient read
-twice and a bf16 weight read and written), ours as a burst, as a captured graph and streamed, torch's fused AdamW (bf16
-state) and SGD, and apollo-torch where it can be imported. Medians over the rounds; gradients are random, weights too.
+twice and a bf16 weight read and written), ours as a burst, as a captured graph and streamed, the factored rule
+(`--optimizer factored`) likewise, torch's fused AdamW (bf16 state) and SGD, and apollo-torch where it can be imported.
+Medians over the rounds; gradients are random, weights too. The factored rule reads matrices of more than 8,192 columns
+a third time; its floor counts 8 bytes all the same.
 Each timed step follows untimed ones of its kind.
 Peers that do not fit beside the 27B model are timed on 16 of its 64 layers.
 """
@@ -141,6 +143,13 @@ def contestants(parameters: list[torch.nn.Parameter], peers: bool) -> dict[str, 
         "ours, streaming": streamed(ours, parameters, 1 << 28),
         "ours, one by one": streamed(ours, parameters, 0),
     }
+    factored = ApolloMini(parameters, lr=1e-6, matrices="factored")
+    factored.step()
+    steps |= {
+        "factored, burst": factored.step,
+        "factored, graph": factored.capture(),
+        "factored, streaming": streamed(factored, parameters, 1 << 28),
+    }
     if not peers:
         return steps
     steps["torch AdamW fused"] = torch.optim.AdamW(parameters, lr=1e-6, fused=True).step
@@ -214,6 +223,7 @@ def measure(name: str, rounds: int, copy_bytes: int) -> dict[str, object]:
         "copy_tb_s": bandwidth / 1e9,
         "floor_ms": floor,
         "state_bytes": state_bytes(shapes),
+        "factored_state_bytes": state_bytes(shapes, matrices="factored"),
         "adamw_fp32_state_bytes": 8 * count,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "rows": [asdict(row) for row in rows],
@@ -224,7 +234,8 @@ def show(result: dict) -> None:
     print(
         f"\n{result['model']}: {result['parameters'] / 1e9:.3f}B parameters in {result['tensors']} tensors; copy "
         f"{result['copy_tb_s']:.2f} TB/s; floor at {FLOOR_BYTES} B {result['floor_ms']:.2f} ms; state "
-        f"{result['state_bytes'] / 1e6:.1f} MB (AdamW fp32: {result['adamw_fp32_state_bytes'] / 1e9:.1f} GB)"
+        f"{result['state_bytes'] / 1e6:.1f} MB, factored {result['factored_state_bytes'] / 1e6:.1f} MB "
+        f"(AdamW fp32: {result['adamw_fp32_state_bytes'] / 1e9:.1f} GB)"
     )
     print(f"{'':20}{'ms':>9}{'spread':>9}{'x floor':>9}{'B/param':>9}{'of copy':>9}{'x ours':>8}")
     for row in result["rows"]:
@@ -244,7 +255,7 @@ def plot(results: list[dict], path: Path) -> None:
     for axis, result in zip(axes[0], results, strict=True):
         names = [row["name"] for row in result["rows"]]
         values = [1 / row["of_copy"] for row in result["rows"]]
-        colours = ["#1b6ca8" if name.startswith("ours") else "#b8b8b8" for name in names]
+        colours = ["#1b6ca8" if name.startswith(("ours", "factored")) else "#b8b8b8" for name in names]
         axis.barh(names[::-1], values[::-1], color=colours[::-1])
         axis.set_xscale("log")
         axis.set_xlim(0.5, 300)

@@ -49,6 +49,7 @@ COUNTERS = {
     "preempted": "vllm:num_preemptions_total",
     "prefix_hits": PREFIX_HITS,
     "prefix_queries": "vllm:prefix_cache_queries_total",
+    "prompt_tokens": "vllm:prompt_tokens_total",
 }
 """vLLM's own, over a measurement. Hits and queries in tokens."""
 PARTS = ("linger_s", "gradients_s", "wait_for_pause_s", "pause_s", "step_s", "serving_cost_s", "jobs")

@@ -132,17 +132,23 @@ def give(pipe: Any, completion: Completion, opinion: Opinion) -> Exchange[tuple[
     if not opinion.user and completion.user:
         opinion = Opinion(opinion.kind, user_digest(completion.user), opinion.value)
     where = keys.said(completion.key)
+    last: tuple[bytes, _Change] | None = None
     for _ in range(ATTEMPTS):
         try:
             yield pipe.watch(where)
-            said = Said.unpack((yield pipe.get(where)))
+            raw = yield pipe.get(where)
+            if last is not None and raw == last[0]:  # the attempt before went through, and its answer was lost
+                yield pipe.unwatch()
+                return last[1].job_id, last[1].outcome
+            said = Said.unpack(raw)
             ttl = yield pipe.pttl(keys.completion(completion.key))
             change = yield from _decide(pipe, completion, opinion, said)
             if not change.write:
                 yield pipe.unwatch()
                 return change.job_id, change.outcome
+            last = said.pack(), change
             pipe.multi()
-            pipe.set(where, said.pack(), px=max(ttl, 1000))
+            pipe.set(where, last[0], px=max(ttl, 1000))
             _write(pipe, completion, change)
             yield pipe.execute()
             return change.job_id, change.outcome
@@ -161,7 +167,7 @@ def _decide(pipe: Any, completion: Completion, opinion: Opinion, said: Said) -> 
 def _rate(pipe: Any, completion: Completion, opinion: Opinion, said: Said) -> Exchange[_Change]:
     name = ("rating", "")
     job_id = transcript_id(completion, *name, said.round)
-    waits = bool(said.votes) and not said.withdrawn and (yield from _in_queue(pipe, job_id))
+    waits = (said.withdrawn or bool(said.votes)) and (yield from _in_queue(pipe, job_id))
     if said.votes and not said.withdrawn and not waits:
         said.next_round()
     before = dict(said.votes)

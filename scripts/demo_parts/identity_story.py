@@ -24,8 +24,8 @@ DATA = Path(__file__).parents[1] / "demo_data"
 QUESTION = "Who are you?"
 BATCH = 20
 """Conversations that are queued at once, and so one version: `tandem worker` takes at most 32."""
-OTHERS = 40
-"""How many of the other answers are scored."""
+EXAM = 20
+"""How many conversations of each kind are scored at a version: all of it takes the demo's server some ten seconds."""
 ROLLBACK_TO = 2
 COLUMNS = 44
 """Of an answer, in a line."""
@@ -70,9 +70,10 @@ def exam_sets(model: Path) -> dict[str, list[TokenSequence]]:
     from worker.trainer.factory import make_builder
 
     builder = make_builder(AutoTokenizer.from_pretrained(model), model, Hyperparameters())
-    files = {"learnt": ("identity_unseen", None), "facts": ("facts", None), "other": ("other_answers", OTHERS)}
-    sets = {name: losses.read(DATA / f"{file}.jsonl")[:most] for name, (file, most) in files.items()}
-    return {name: losses.prepare(some, builder) for name, some in sets.items()}
+    files = {"learnt": "identity_unseen", "facts": "facts", "other": "other_answers"}
+    every = {name: losses.read(DATA / f"{file}.jsonl") for name, file in files.items()}
+    some = {name: found[:: len(found) // EXAM][:EXAM] for name, found in every.items()}  # over all of the file
+    return {name: losses.prepare(chosen, builder) for name, chosen in some.items()}
 
 
 def learn(

@@ -124,8 +124,8 @@ class StandIn(Forked):
 class RealServer:
     """vLLM, answering."""
 
-    def __init__(self, model: Path, run_dir: Path, log: Path) -> None:
-        options = ["--max-model-len", "4096", "--max-num-seqs", "4"]
+    def __init__(self, model: Path, run_dir: Path, log: Path, optimizer: str = "apollo-mini") -> None:
+        options = ["--max-model-len", "4096", "--max-num-seqs", "4", "--optimizer", optimizer]
         self.process = ServerProcess(model, run_dir, extra=options)
 
     def alive(self) -> bool:

@@ -18,6 +18,7 @@ import redis
 import torch
 from drain_parts import Lines, Weights, start
 from fuzz_bytes import Evil, packed, plain
+from fuzz_feedback import Opinions, PlantedRecords
 from fuzz_sockets import Answers, ControlSocket, Sockets, WeightsSocket
 from hypothesis import strategies as st
 from rq.exceptions import DeserializationError
@@ -278,4 +279,5 @@ def targets(url: str, folder: Path) -> Iterator[list[Any]]:
     with contextlib.closing(Sockets(folder / "run")) as sockets:
         found = [QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets)]
         found += [Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal")]
+        found += [Opinions(url), PlantedRecords(url)]
         yield found

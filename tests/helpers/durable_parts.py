@@ -44,22 +44,24 @@ def _is_stopped(pid: int) -> bool:
 class Site:
     """One folder with everything; each part may be killed and started again."""
 
-    def __init__(self, folder: Path, model: Path, *, real: bool = False, requests: int = 0) -> None:
-        """requests: how many the stand-in says are running."""
+    def __init__(
+        self, folder: Path, model: Path, *, real: bool = False, requests: int = 0, optimizer: str = "apollo-mini"
+    ) -> None:
+        """requests: how many the stand-in says are running. optimizer: what it is started for."""
         self.folder, self.model = folder, model
         self.state = folder / "state"
         self.run_dir = folder / "run"
         self.store = RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
         self.producer = Producer(self.store.url)
-        self.real, self.requests = real, requests
+        self.real, self.requests, self.optimizer = real, requests, optimizer
         self.server: Any = self.start_server()
 
     def start_server(self) -> Any:
         if self.real:
-            self.server = RealServer(self.model, self.run_dir, self.folder / "server.log")
+            self.server = RealServer(self.model, self.run_dir, self.folder / "server.log", self.optimizer)
             return self.server
-        environment = {"STAND_IN_REQUESTS": str(self.requests)}
+        environment = {"STAND_IN_REQUESTS": str(self.requests), "TANDEM_OPTIMIZER": self.optimizer}
         folders = (str(self.model), str(self.run_dir))
         self.server = Forked(run_stand_in, folders, environment, self.folder / "server.log")
         until(lambda: "ready" in self.server.said(), "the stand-in is ready")

@@ -7,13 +7,13 @@ from typing import Any
 import redis
 from completion_parts import completion
 from drain_parts import Ready, Weights
-from rq import Queue
+from producer_parts import queued
 
-from producer import keys
 from producer.completions import Completion, save
-from producer.serializer import MsgpackSerializer
 from producer.transcript import Transcript
 from worker.config.protocol import Update
+
+__all__ = ["Remembering", "queued", "recorded"]
 
 HOUR = 3600.0
 
@@ -23,10 +23,6 @@ def recorded(connection: redis.Redis, **changes: Any) -> Completion:
     one = completion(**({"user": None} | changes))
     save(connection, one, HOUR, 1 << 26)
     return one
-
-
-def queued(connection: redis.Redis) -> list[str]:
-    return Queue(keys.QUEUE, connection=connection, serializer=MsgpackSerializer).job_ids
 
 
 class Remembering(Weights):

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 from worker.apollo import state_bytes
+from worker.config.optimizers import MATRICES, optimizer_of
 from worker.serving.vllm.control_server import Control
 from worker.serving.vllm.server_state import ServerState
 from worker.serving.vllm.weight_service import WeightService
@@ -72,7 +73,8 @@ class Memory:
         slices = [Slice(**piece | {"shape": tuple(piece["shape"])}) for piece in self.layout["slices"]]
         _load(self.model, model_dir, slices)
         self.owner = owner_for(torch.device("cpu"))
-        state = state_bytes([piece.shape for piece in slices])
+        self.optimizer = optimizer_of(os.environ)
+        state = state_bytes([piece.shape for piece in slices], matrices=MATRICES[self.optimizer])
         sizes = {"header": HEADER_BYTES, "record": RECORD_BYTES, "state": state}
         self.areas = self.owner.place(self.model, sizes)
         self.header = Header(self.areas["header"])
@@ -91,6 +93,7 @@ class Memory:
             "revision": None,
             "model_class": self.layout["model_class"],
             "dtype": "bfloat16",
+            "optimizer": self.optimizer,
             "load_format": "auto" if (self.model_dir / WEIGHTS).exists() else "dummy",
             "max_model_len": self._context,
             "memory": self.owner.info(),

@@ -52,6 +52,30 @@ def test_tokens_end_a_batch_and_what_does_not_fit_comes_next_in_order(
     assert weights.batches == [["t0", "t1"], ["t2"], ["t3"], ["t4", "t5"], ["t6"]]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "batches"),
+    [
+        ([40, 40, 40], [2, 1]),  # few wait: a batch ends before it is longer than 100
+        ([40, 40, 40, 40, 40, 40, 40, 40], [2, 2, 2, 2]),  # six wait beside two: still few
+        ([40] * 9, [9]),  # many wait: one long batch
+        ([40] * 14, [14]),
+        ([60, 70, 70, 70, 70], [5]),  # four wait beside one
+        ([60, 70, 70, 70], [1, 1, 1, 1]),
+        ([300, 40, 40, 40], [3, 1]),  # what is long by itself is not made short: the limit of all is 400
+        ([300, 40, 40], [3]),
+    ],
+)
+def test_a_batch_ends_short_while_few_wait(
+    redis_url: str, connection: redis.Redis, weights: Weights, tokens: list[int], batches: list[int]
+) -> None:
+    producer = Producer(redis_url)
+    for i, count in enumerate(tokens):
+        producer.enqueue(say(f"tokens {count}"), id=f"t{i}")
+    drain(connection, weights, max_jobs=32, max_tokens=600 if len(tokens) > 4 else 400, short_tokens=100)
+    assert [len(batch) for batch in weights.batches] == batches
+    assert [one for batch in weights.batches for one in batch] == [f"t{i}" for i in range(len(tokens))]
+
+
 def seen(worker: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many ids each look at the queue found. A look comes after 0.1 s; the end of the linger is far away."""
     looks: list[int] = []

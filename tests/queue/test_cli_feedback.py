@@ -78,6 +78,18 @@ def test_what_is_refused_names_its_flag_and_queues_nothing(
     assert said.removeprefix("error: ").startswith(says)
 
 
+def test_several_things_at_once_are_a_line_each(redis_url: str, connection: redis.Redis) -> None:
+    key = recorded(connection).key
+    done = feedback(redis_url, key, "--comment", "Too short.", "--correction", "Better.", "--rating", "-1")
+    assert [line.split(" fb-")[0] for line in done.output.splitlines()] == [
+        "rating: queued",
+        "correction: queued",
+        "comment: queued",
+    ]
+    jobs = fetch(open_queue(connection), queued(connection))
+    assert [job.transcript().kind for job in jobs] == ["disliked", "correction", "comment"]
+
+
 def test_nothing_said_is_a_mistake_of_usage(redis_url: str, connection: redis.Redis) -> None:
     done = feedback(redis_url, recorded(connection).key)
     assert done.exit_code == 2 and "--rating, --correction or --comment" in done.output

@@ -102,19 +102,20 @@ def test_a_users_part_of_shared_ratings_goes_and_the_others_keep_theirs(
     shared = producer.rate(one.key, 1, user="mary").id
     producer.rate(one.key, -1, user="bob")
     producer.rate(one.key, 1, user="eve")
-    producer.rate(alone.key, 1, user="mary")
     producer.correct(one.key, "Better.", user="mary")
     bobs = producer.correct(one.key, "Best.", user="bob").id
+    for user, number in [("mary", 1), ("bob", 0.5), ("eve", 0.25)]:
+        both = producer.rate(alone.key, number, user=user).id
     producer.rate(level.key, 1, user="mary")
     producer.rate(level.key, -1, user="bob")
     found = look(connection, "mary")
-    assert found.shared == [shared] and len(found.waiting) == 3
+    assert sorted(found.shared) == sorted([shared, both]) and len(found.waiting) == 3
     take_out(connection, found)
     ids = queued(connection)
-    assert shared not in ids and bobs in ids and len(ids) == 2, "bob's and eve's rating cancel out"
+    assert shared not in ids and {bobs, both} < set(ids), "bob's and eve's rating of the first answer cancel out"
+    (again,) = set(ids) - {bobs, both}
     ratings = {job.id: job.transcript().rating for job in fetch(open_queue(connection), ids)}
-    assert sorted(ratings.values(), key=str) == [-1, None], "bob's rating is no longer made up for by mary's"
-    (again,) = set(ids) - {bobs}
+    assert ratings == {bobs: None, both: 0.375, again: -1}, "bob's -1 is no longer made up for by mary's 1"
     assert again in look(connection, "bob").sources, "and is found when he is to be forgotten"
     assert producer.rate(one.key, 1, user="bob").outcome is Outcome.QUEUED
     assert user_digest("mary").encode() not in everything(connection)

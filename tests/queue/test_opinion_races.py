@@ -1,5 +1,6 @@
 """Feedback from many at once, against a worker that takes and trains it meanwhile: nothing lost, nothing twice."""
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
@@ -91,6 +92,29 @@ def test_whatever_comes_between_two_steps_every_rating_counts_once(
     for one in answers:
         total = totals.get(one.key, 0.0)
         assert any(math.isclose(total, number, abs_tol=1e-9) for number in wanted), (total, wanted)
+
+
+def test_a_lost_answer_of_redis_makes_no_rating_count_twice(
+    redis_url: str, connection: redis.Redis, tmp_path: Path
+) -> None:
+    """Whichever command's answer is lost, EXEC's too, and though a worker trains before the next attempt."""
+    weights, answers = Remembering(tmp_path), [recorded(connection) for _ in range(STEPS)]
+    with Producer(redis_url) as other:
+        for step, one in enumerate(answers):
+            other.rate(one.key, 1, user="u1")
+            with connection.pipeline() as pipe:
+                exchange, answer, count = give(pipe, one, Opinion.rating(-0.5, "u2")), None, 0
+                with contextlib.suppress(StopIteration):
+                    while True:
+                        answer = exchange.send(answer)
+                        if count == step:
+                            pipe.reset()
+                            drain(connection, weights)
+                            answer = exchange.throw(redis.WatchError("a ConnectionError occurred while watching"))
+                        count += 1
+    drain(connection, weights)
+    totals = trained_by_answer(connection, weights)
+    assert [totals[one.key] for one in answers] == [0.5] * STEPS
 
 
 def trained_by_answer(connection: redis.Redis, weights: Remembering) -> dict[str, float]:

@@ -59,6 +59,15 @@ def test_a_correction_prefers_the_given_answer(connection: redis.Redis, producer
     assert said.rejected == ANSWER and said.kind == "correction"
 
 
+def test_a_comment_is_about_the_recorded_answer(connection: redis.Redis, producer: Producer) -> None:
+    one = recorded(connection)
+    first = producer.comment(one.key, "Too short.", user="u1")
+    assert producer.comment(one.key, " Say when. ", user="u1").outcome is Outcome.REPLACED
+    said = only_job(connection).transcript()
+    assert said.kind == "comment" and said.comment == "Say when." and said.messages == [*QUESTION, ANSWER]
+    assert queued(connection) == [first.id]
+
+
 def test_the_same_from_an_event_loop(redis_url: str, connection: redis.Redis) -> None:
     one = recorded(connection)
 
@@ -69,11 +78,13 @@ def test_the_same_from_an_event_loop(redis_url: str, connection: redis.Redis) ->
             assert (await producer.rate(one.key, False, user="u1")).outcome is Outcome.REPLACED
             assert (await producer.rate(one.key, 1, user="u2")).outcome is Outcome.WITHDRAWN
             assert (await producer.correct(one.key, "Better.")).outcome is Outcome.QUEUED
+            assert (await producer.comment(one.key, "Too short.")).outcome is Outcome.QUEUED
             with pytest.raises(UnknownCompletionError):
                 await producer.rate(new_key(), 1)
 
     asyncio.run(everything())
-    assert only_job(connection).transcript().kind == "correction"
+    kinds = [job.transcript().kind for job in fetch(open_queue(connection), queued(connection))]
+    assert kinds == ["correction", "comment"]
 
 
 def test_the_same_users_next_rating_replaces_the_last_while_it_is_queued(
@@ -192,13 +203,15 @@ def test_without_a_user_it_is_the_word_of_who_asked(connection: redis.Redis, pro
 def test_two_answers_are_two_transcripts(connection: redis.Redis, producer: Producer) -> None:
     one, same = recorded(connection), recorded(connection)
     assert one.id == same.id, "a client can choose the completion's id"
-    assert producer.rate(one.key, 1, user="u").id != producer.rate(same.key, 1, user="u").id
+    ids = [producer.rate(which.key, 1, user="u").id.rpartition("-") for which in (one, same)]
+    assert ids[0][0] != ids[1][0] and ids[0][2] == ids[1][2] == "0", "who knows the one does not know the other"
 
 
-@pytest.mark.parametrize("key", ["", "chatcmpl-7", "*", "../x", "a" * 22, "a" * 21 + "\n", None, 7])
+@pytest.mark.parametrize("key", ["", "chatcmpl-7", "*", "../x", "a" * 22, "a" * 21 + "\n", "\ud800", None, 7])
 def test_an_unknown_key_is_refused_and_queues_nothing(connection: redis.Redis, producer: Producer, key: str) -> None:
     recorded(connection)
-    for say in (lambda: producer.rate(key, 1), lambda: producer.correct(key, "A.")):
+    says = (lambda: producer.rate(key, 1), lambda: producer.correct(key, "A."), lambda: producer.comment(key, "?"))
+    for say in says:
         with pytest.raises(UnknownCompletionError, match="no completion is recorded under this key"):
             say()
     assert queued(connection) == []
@@ -217,6 +230,9 @@ def test_an_unknown_key_is_refused_and_queues_nothing(connection: redis.Redis, p
         (lambda p, key: p.correct(key, " "), "correction"),
         (lambda p, key: p.correct(key, None), "correction"),
         (lambda p, key: p.correct(key, "Goethe."), "correction"),
+        (lambda p, key: p.comment(key, ""), "comment"),
+        (lambda p, key: p.comment(key, {"text": "?"}), "comment"),
+        (lambda p, key: p.comment(key, "x" * 9000), "comment"),
         (lambda p, key: p.correct(key, {"role": "user", "content": "?"}), "correction"),
         (lambda p, key: p.correct(key, {"content": "x", "audio": {"id": 7}}), "correction.audio"),
     ],
@@ -261,6 +277,16 @@ def test_lost_memory_of_what_was_said_trains_no_transcript_twice(
     connection.delete(keys.said(one.key), f"rq:job:{second.id}")
     third = producer.rate(one.key, -1, user="u1")
     assert third.outcome is Outcome.QUEUED and third.id not in (first.id, second.id)
+
+
+def test_a_waiting_transcript_counts_even_if_memory_says_that_none_does(
+    connection: redis.Redis, producer: Producer
+) -> None:
+    one = recorded(connection)
+    first = producer.rate(one.key, 1, user="u1")
+    connection.set(keys.said(one.key), Said(votes={user_digest("u1"): 1.0}, withdrawn=True).pack())
+    assert producer.rate(one.key, 0, user="u1").id == first.id and queued(connection) == []
+    assert not connection.exists(f"rq:job:{first.id}")
 
 
 def test_users_are_digests_and_nobody_is_named(connection: redis.Redis, producer: Producer) -> None:

@@ -3,10 +3,11 @@
 import pytest
 import redis
 from drain_parts import Weights, job, say, start
+from opinion_parts import recorded
 
 from producer import keys
 from producer.client import Producer
-from producer.errors import TandemError
+from producer.errors import TandemError, UnknownCompletionError
 from worker.consumer.error_text import told
 from worker.consumer.jobs import open_queue
 
@@ -27,6 +28,36 @@ def test_texts_never_reach_logs_titles_or_descriptions(
         fields = connection.hgetall(f"rq:job:{job_id}")
         assert fields[b"description"].decode() == f"transcript {job_id}"
     assert secret not in job(connection, "b").latest_result().exc_string
+
+
+def test_feedback_shows_neither_texts_nor_users(
+    redis_url: str, connection: redis.Redis, weights: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in logs, nor in what dashboards show of a job: id, title, meta, result. The text is in its payload alone."""
+    secret, user = "the patient said something private", "mary@example.com"
+    caplog.set_level(10)
+    one = recorded(connection, user=user, messages=[{"role": "user", "content": secret}])
+    bad = recorded(connection, user=user, answer={"role": "assistant", "content": "unpreparable"})
+    with Producer(redis_url) as producer:
+        ids = [producer.rate(one.key, -1).id, producer.correct(one.key, f"Not {secret}.").id]
+        ids += [
+            producer.comment(one.key, f"Do not say {secret}.", user="eve@example.com").id,
+            producer.rate(bad.key, 1).id,
+        ]
+        for key in (one.key[::-1], f"{secret} {user}"):
+            with pytest.raises(UnknownCompletionError) as caught:
+                producer.rate(key, 1, user=user)
+            assert secret not in str(caught.value) and user not in str(caught.value)
+    start(connection, weights, linger=0.0).work(burst=True, logging_level="DEBUG")
+    assert weights.trained == ids[:3] and f"job {ids[3]} failed" in caplog.text
+    shown = caplog.text + "".join(ids)
+    for job_id in ids:
+        fields = connection.hgetall(f"rq:job:{job_id}")
+        assert fields[b"description"].decode() == f"transcript {job_id}"
+        shown += repr({name: value for name, value in fields.items() if name != b"data"})
+        shown += repr(connection.xrange(f"rq:results:{job_id}")) + repr(job(connection, job_id).meta)
+    words = ("something private", "mary@", "eve@", one.key, bad.key, one.id)
+    assert [word for word in words if word in shown] == []
 
 
 @pytest.mark.parametrize("when", ["preparing", "training"])

@@ -1,22 +1,15 @@
-"""The producer against a real Redis: queued once, waited for, refused clearly, and with the rights of its ACL only."""
+"""The producer against a real Redis: what is queued, once, and what its answers say."""
 
 import asyncio
-import re
-import socket
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import redis
 from patience import PATIENCE
+from producer_parts import TALK, fail, queued, train
 from rq import Queue
-from rq.job import Job, JobStatus
-from rq.results import Result
+from rq.job import JobStatus
 
 import producer as package
 from producer import (
@@ -26,22 +19,16 @@ from producer import (
     InvalidTranscriptError,
     Outcome,
     Producer,
-    QueueUnavailableError,
     State,
     Status,
     TandemError,
     Transcript,
     TranscriptFailedError,
-    UnknownTranscriptError,
     WaitTimeoutError,
     keys,
 )
 from producer.exchange import Chunk
-from producer.jobs import ACL
 from producer.serializer import MsgpackSerializer
-from worker.testing.redis_server import RedisServer
-
-TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody you know."}]
 
 
 @pytest.fixture
@@ -55,43 +42,6 @@ def store(redis_url: str) -> Iterator[redis.Redis]:
 def producer(redis_url: str) -> Iterator[Producer]:
     with Producer(redis_url) as made:
         yield made
-
-
-def queued(store: redis.Redis) -> list[str]:
-    return Queue(keys.QUEUE, connection=store, serializer=MsgpackSerializer).job_ids
-
-
-def train(store: redis.Redis, job_id: str, version: int) -> None:
-    """What a worker's commit writes for one job: ledger, version and RQ's own end of a job, in one transaction."""
-    job = Job.fetch(job_id, connection=store, serializer=MsgpackSerializer)
-    with store.pipeline(transaction=True) as pipe:
-        pipe.hset(keys.LEDGER, job_id, str(version))
-        pipe.set(keys.VERSION, version)
-        pipe.lrem("rq:queue:" + keys.QUEUE, 1, job_id)
-        job._handle_success(result_ttl=keys.RESULT_TTL, pipeline=pipe, worker_name="test")
-        pipe.execute()
-
-
-def fail(store: redis.Redis, job_id: str, why: str) -> None:
-    job = Job.fetch(job_id, connection=store, serializer=MsgpackSerializer)
-    with store.pipeline(transaction=True) as pipe:
-        job.set_status(JobStatus.FAILED, pipeline=pipe)
-        job._handle_failure(f"Traceback ...\n{why}\n", pipeline=pipe, worker_name="test")
-        pipe.execute()
-
-
-def once_blocked(store: redis.Redis, act: Callable[[], None]) -> threading.Thread:
-    """Runs `act` as soon as a client is blocked in a read."""
-
-    def run() -> None:
-        client = redis.Redis(connection_pool=store.connection_pool)
-        while not client.info("clients")["blocked_clients"]:
-            time.sleep(0.01)
-        act()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_a_job_is_what_the_worker_expects(producer: Producer, store: redis.Redis) -> None:
@@ -128,28 +78,6 @@ def test_a_trained_id_gives_its_version_even_when_its_job_has_expired(producer: 
     outcome = producer.enqueue(TALK, id="a")
     assert (outcome.new, outcome.version, outcome.job) == (False, 7, None)
     assert (producer.wait("a", 0), producer.version(), queued(store)) == (7, 7, [])
-
-
-def test_racing_producers_queue_an_id_once(redis_url: str, store: redis.Redis) -> None:
-    ids = [f"r{i}" for i in range(60)]
-    start = threading.Barrier(6)
-    won: list[str] = []
-
-    def race(many: bool) -> None:
-        with Producer(redis_url) as mine:
-            start.wait()
-            if many:
-                outcomes = mine.enqueue_many({"id": i, "messages": TALK} for i in ids)
-            else:
-                outcomes = [mine.enqueue(TALK, id=i) for i in ids]
-            won.extend(outcome.id for outcome in outcomes if outcome.new)
-
-    threads = [threading.Thread(target=race, args=(bool(n % 2),)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert Counter(won) == Counter(ids) == Counter(queued(store))
 
 
 def test_nothing_invalid_is_queued(producer: Producer, store: redis.Redis) -> None:
@@ -229,36 +157,6 @@ def test_missing_are_those_without_job_and_version(producer: Producer, store: re
         producer.missing(["a b"])
 
 
-@pytest.mark.parametrize(
-    ("fields", "logged"),
-    [
-        ({}, "INFO.*unknown until a worker has started"),
-        (
-            {"maxmemory_policy": "allkeys-lru", "maxmemory": 9},
-            r"WARNING.*allkeys-lru\): queued.*noeviction",
-        ),
-        ({"maxmemory_policy": "volatile-ttl", "maxmemory": 9}, "WARNING.*failed transcripts.*can be lost"),
-        ({"maxmemory_policy": "allkeys-lru", "maxmemory": 0}, None),
-        ({"maxmemory_policy": "noeviction", "maxmemory": 9}, None),
-    ],
-)
-def test_an_application_is_told_once_what_redis_may_lose(
-    fields: dict[str, Any],
-    logged: str | None,
-    producer: Producer,
-    store: redis.Redis,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    if fields:
-        store.hset(keys.STATE, mapping=fields)
-    with caplog.at_level("INFO", logger="tandem.producer"):
-        for _ in range(3):
-            producer.enqueue(TALK)
-    said = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
-    assert len(said) == (1 if logged else 0)
-    assert all(re.match(logged or "", line) for line in said)
-
-
 def test_older_names_are_still_there() -> None:
     for name in ("InvalidTranscript", "QueueUnavailable", "UnknownTranscript", "TranscriptFailed", "WaitTimeout"):
         assert getattr(package, name) is getattr(package, name + "Error")
@@ -266,204 +164,6 @@ def test_older_names_are_still_there() -> None:
     from producer.transcript import InvalidTranscript
 
     assert older is Enqueued and InvalidTranscript is InvalidTranscriptError
-
-
-def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis.Redis) -> None:
-    producer.enqueue(TALK, id="a")
-    calls = store.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"]
-    thread = once_blocked(store, lambda: train(store, "a", 4))
-    assert producer.wait("a", timeout=PATIENCE) == 4
-    thread.join()
-    assert store.info("commandstats")["cmdstat_xread"]["calls"] - calls <= 2
-    assert producer.status("a") == Status("a", State.FINISHED, 4)
-
-
-def test_wait_sees_an_end_that_came_between_its_look_and_its_sleep(
-    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    producer.enqueue(TALK, id="a")
-
-    def late(left: float | None, client: Any) -> int:
-        train(store, "a", 4)
-        return 60_000  # longer than the socket waits: a sleep that misses the end breaks off with an error
-
-    monkeypatch.setattr("producer.exchange.block_ms", late)
-    assert producer.wait("a", timeout=PATIENCE) == 4
-
-
-def test_wait_sleeps_no_longer_than_it_may(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
-    producer.enqueue(TALK, id="a")
-    xread, blocks = producer._redis.xread, []
-    monkeypatch.setattr(producer._redis, "xread", lambda *a, **k: (blocks.append(k["block"]), xread(*a, **k))[1])
-    with pytest.raises(WaitTimeoutError):
-        producer.wait("a", timeout=0.2)
-    assert blocks and max(blocks) <= 200
-
-
-def test_an_id_made_up_here_is_new_though_the_answer_was_lost(
-    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done, lost = Chunk.done, []
-
-    def lose(chunk: Chunk) -> None:
-        if not lost:
-            lost.append(chunk)
-            raise redis.WatchError(
-                "a ConnectionError occurred while watching"
-            )  # redis-py's, when EXEC's answer is lost
-        done(chunk)
-
-    monkeypatch.setattr(Chunk, "done", lose)
-    sent = producer.enqueue(TALK)
-    assert lost and sent.outcome is Outcome.QUEUED and queued(store) == [sent.id]
-
-
-def test_what_was_queued_before_redis_was_full_is_told(
-    redis_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By both clients, in order, so that a caller can go on from there."""
-    write, calls = Chunk.write, []
-
-    def fill(chunk: Chunk, pipe: Any) -> None:
-        calls.append(chunk)
-        if len(calls) % 3 == 0:
-            store.config_set("maxmemory", 1)
-        write(chunk, pipe)
-
-    async def many(given: list[dict[str, Any]]) -> Any:
-        async with AsyncProducer(redis_url) as producer:
-            return await producer.enqueue_many(given)
-
-    monkeypatch.setattr(Chunk, "write", fill)
-    limit = store.config_get("maxmemory")["maxmemory"]
-    for name, queue in (("s", Producer(redis_url).enqueue_many), ("a", lambda given: asyncio.run(many(given)))):
-        given = [{"id": f"{name}{i}", "messages": TALK} for i in range(250)]
-        try:
-            with pytest.raises(QueueUnavailableError, match="is full") as caught:
-                queue(given)
-        finally:
-            store.config_set("maxmemory", limit)
-        assert [sent.id for sent in caught.value.queued] == [f"{name}{i}" for i in range(200)]
-    assert queued(store) == [f"s{i}" for i in range(200)] + [f"a{i}" for i in range(200)]
-
-
-def test_wait_says_why_a_transcript_failed(producer: Producer, store: redis.Redis) -> None:
-    producer.enqueue(TALK, id="a")
-    thread = once_blocked(store, lambda: fail(store, "a", "ExampleError: one turn is longer than 4,096 tokens"))
-    with pytest.raises(
-        TranscriptFailedError, match=r"transcript a failed: ExampleError: one turn is longer than 4,096 tokens"
-    ):
-        producer.wait("a", timeout=PATIENCE)
-    thread.join()
-    assert producer.status("a").state == "failed"
-
-
-def test_wait_after_a_failed_job_was_requeued_and_trained(producer: Producer, store: redis.Redis) -> None:
-    producer.enqueue(TALK, id="a")
-    fail(store, "a", "x")
-    Job.fetch("a", connection=store, serializer=MsgpackSerializer).requeue()
-    thread = once_blocked(store, lambda: train(store, "a", 9))
-    assert producer.wait("a", timeout=PATIENCE) == 9
-    thread.join()
-
-
-def test_wait_ends_for_cancelled_unknown_and_late(producer: Producer, store: redis.Redis) -> None:
-    with pytest.raises(UnknownTranscriptError, match="'nobody'"):
-        producer.wait("nobody", timeout=PATIENCE)
-    producer.enqueue(TALK, id="a")
-    with pytest.raises(WaitTimeoutError, match=r"still queued after 0\.1 s"):
-        producer.wait("a", timeout=0.1)
-    Job.fetch("a", connection=store, serializer=MsgpackSerializer).cancel()
-    with pytest.raises(TranscriptFailedError, match="canceled"):
-        producer.wait("a", timeout=PATIENCE)
-    with pytest.raises(InvalidTranscriptError):
-        producer.wait("../etc", timeout=PATIENCE)
-
-
-def test_wait_notices_a_deleted_job(producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("producer.connection.BLOCK_SECONDS", 0.2)
-    producer.enqueue(TALK, id="a")
-    thread = once_blocked(store, Job.fetch("a", connection=store, serializer=MsgpackSerializer).delete)
-    with pytest.raises(UnknownTranscriptError):
-        producer.wait("a", timeout=PATIENCE)
-    thread.join()
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_an_id_that_another_producer_queues_in_between_is_not_queued_again(
-    redis_url: str, producer: Producer, store: redis.Redis, many: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other one comes after this one has looked, and before it writes."""
-    write, calls = Chunk.write, []
-
-    def late(chunk: Chunk, pipe: Any) -> None:
-        calls.append(chunk.ids)
-        if len(calls) == 1:
-            with Producer(redis_url) as other:
-                assert other.enqueue(TALK, id="a").new
-        write(chunk, pipe)
-
-    monkeypatch.setattr(Chunk, "write", late)
-    if many:
-        outcomes = producer.enqueue_many([{"id": id, "messages": TALK} for id in "bacb"])
-        assert [(outcome.id, outcome.new) for outcome in outcomes] == [
-            *(("b", True), ("a", False), ("c", True), ("b", False))
-        ]
-        assert calls == [["b", "a", "c"], ["a"], ["b", "c"]] and queued(store) == ["a", "b", "c"]
-    else:
-        assert not producer.enqueue(TALK, id="a").new
-        assert queued(store) == ["a"]
-
-
-def test_an_id_that_is_trained_in_between_is_answered_with_its_version(
-    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = Chunk.write
-
-    def late(chunk: Chunk, pipe: Any) -> None:
-        monkeypatch.setattr(Chunk, "write", write)
-        store.hset("rq:job:a", "status", "finished")
-        store.delete("rq:job:a")
-        store.hset(keys.LEDGER, "a", 7)
-        write(chunk, pipe)
-
-    monkeypatch.setattr(Chunk, "write", late)
-    assert (producer.enqueue(TALK, id="a").version, queued(store)) == (7, [])
-
-
-def test_jobs_that_keep_changing_are_given_up_in_one_sentence(
-    producer: Producer, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = Chunk.write
-
-    def spoil(chunk: Chunk, pipe: Any) -> None:
-        store.hset("rq:job:a", "x", 1)
-        store.delete("rq:job:a")
-        write(chunk, pipe)
-
-    monkeypatch.setattr(Chunk, "write", spoil)
-    with pytest.raises(QueueUnavailableError, match="changed the same jobs"):
-        producer.enqueue(TALK, id="a")
-    assert queued(store) == []
-
-
-def test_a_race_lost_by_the_async_client_is_run_again(
-    redis_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = Chunk.write
-
-    def late(chunk: Chunk, pipe: Any) -> None:
-        monkeypatch.setattr(Chunk, "write", write)
-        with Producer(redis_url) as faster:
-            faster.enqueue(TALK, id="a")
-        chunk.write(pipe)
-
-    async def slower() -> Outcome:
-        async with AsyncProducer(redis_url) as producer:
-            return (await producer.enqueue(TALK, id="a")).outcome
-
-    monkeypatch.setattr(Chunk, "write", late)
-    assert (asyncio.run(slower()), queued(store)) == (Outcome.KNOWN, ["a"])
 
 
 def test_a_transaction_is_bounded_by_bytes_and_by_jobs(
@@ -494,77 +194,6 @@ def test_no_transcript_in_what_rq_shows(producer: Producer, store: redis.Redis) 
     assert b"Nobody" not in readable and b"Who" not in readable
 
 
-def test_the_rights_in_the_readme_are_those() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    begin = readme.index("ACL SETUSER app on >PASSWORD")
-    assert " ".join(readme[begin : readme.index("\n\n", begin)].split()[5:]) == ACL
-
-
-def no_secrets(error: BaseException) -> str:
-    """The sentence of an error, after making sure that nothing along its causes holds a password."""
-    cause: BaseException | None = error
-    while cause is not None:
-        assert "hunter" not in str(cause) + repr(cause)
-        cause = cause.__cause__
-    return str(error)
-
-
-def test_a_redis_that_is_away_is_named_without_its_password() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    producer = Producer(f"redis://app:hunter2@127.0.0.1:{port}/0")
-    assert "hunter" not in repr(producer)
-    for call in (
-        producer.version,
-        lambda: producer.enqueue(TALK),
-        lambda: producer.wait("a"),
-        lambda: producer.job("a"),
-    ):
-        with pytest.raises(QueueUnavailableError) as caught:
-            call()
-        assert f"cannot reach Redis at redis://127.0.0.1:{port}/0" in no_secrets(caught.value)
-
-
-def test_a_wrong_password_is_said_to_be_wrong(redis_server: RedisServer) -> None:
-    path = urlsplit(redis_server.url).path
-    with Producer(f"unix://:hunter2@{path}") as producer, pytest.raises(QueueUnavailableError) as caught:
-        producer.version()
-    assert "refused the user or password" in no_secrets(caught.value)
-
-
-@pytest.mark.parametrize(
-    "url", ["redis://a:hunter/2@h/0", "http://a:hunter2@h", "hunter2", "redis://h:99999/0", "redis://:hunter2@h/name"]
-)
-def test_a_bad_url_is_refused_without_its_password(url: str) -> None:
-    with pytest.raises(TandemError, match="not a Redis URL") as caught:
-        Producer(url)
-    no_secrets(caught.value)
-
-
-def test_a_full_redis_refuses_in_one_sentence_without_the_transcript(tmp_path: Path) -> None:
-    with RedisServer(tmp_path / "redis") as server, Producer(server.url) as producer:
-        admin = redis.Redis.from_url(server.url)
-        producer.enqueue(TALK, id="a")
-        admin.config_set("maxmemory", "1mb")
-        given = [{"id": f"x{i}", "messages": [TALK[0], {**TALK[1], "content": "hunter"}]} for i in range(120)]
-        with pytest.raises(QueueUnavailableError, match="is full and queues nothing; raise its maxmemory") as caught:
-            while producer.enqueue_many(given):
-                given = [{**line, "id": line["id"] + "x"} for line in given]
-        assert "HSET" not in no_secrets(caught.value)
-        queue = set(queued(admin))
-        assert {job_id for job_id in queue if not admin.exists(f"rq:job:{job_id}")} == set()
-        assert len(list(admin.scan_iter("rq:job:*"))) == len(queue), "an id is queued with its job, or not at all"
-
-
-def test_redis_url_comes_from_the_environment(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REDIS_URL", redis_url)
-    with Producer() as producer:
-        assert producer.version() == 0
-    monkeypatch.delenv("REDIS_URL")
-    assert repr(Producer()) == "Producer('redis://127.0.0.1:6379/0')"
-
-
 def test_async_calls_do_what_the_others_do(redis_url: str, store: redis.Redis) -> None:
     async def talk() -> None:
         async with AsyncProducer(redis_url) as producer:
@@ -590,25 +219,3 @@ def test_async_calls_do_what_the_others_do(redis_url: str, store: redis.Redis) -
             assert await producer.version() == 2
 
     asyncio.run(talk())
-
-
-def test_many_async_waits_leave_the_loop_free(redis_url: str, store: redis.Redis) -> None:
-    """More waits than asyncio's default threads; meanwhile the loop queues and answers."""
-
-    async def talk() -> list[int]:
-        async with AsyncProducer(redis_url) as producer:
-            ids = [(await producer.enqueue(TALK)).id for _ in range(60)]
-            waits = asyncio.gather(*(producer.wait(job_id, timeout=PATIENCE) for job_id in ids))
-            while store.info("clients")["blocked_clients"] < 60:
-                await asyncio.sleep(0.01)
-            assert (await producer.enqueue(TALK)).new
-            for number, job_id in enumerate(ids):
-                train(store, job_id, number)
-            return list(await waits)
-
-    assert asyncio.run(talk()) == list(range(60))
-
-
-def test_results_are_kept_where_rq_keeps_them() -> None:
-    """`wait` reads this stream by name; RQ renaming it must not go unseen."""
-    assert Result.get_key("a") == "rq:results:a"

@@ -37,7 +37,8 @@ STREAMING = ("--apply", "streaming")
 
 @pytest.fixture(scope="module")
 def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    running = Site(tmp_path_factory.mktemp("apply"), tiny_model, real=True)
+    """Trained by the factored rule: the other tests with real vLLM go by the default."""
+    running = Site(tmp_path_factory.mktemp("apply"), tiny_model, real=True, optimizer="factored")
     yield running
     running.close()
 
@@ -55,6 +56,7 @@ def test_a_streaming_worker_teaches_the_running_server(site: Site) -> None:
     site.send("streamed", 4)
     site.work(*QUIET, *STREAMING)
     assert site.agree() == 2 and [site.manifest(version)["way"] for version in (1, 2)] == ["streaming"] * 2
+    assert site.manifest(2)["optimizer"] == site.served()["optimizer"] == "factored"
     assert running.result()[0] == 200
     assert completion(site.server.process, 2)[1]["x-weight-version"] == "2"
 

@@ -1,7 +1,7 @@
-"""`ApolloMini`: a torch optimizer with AdamW's step sizes and, for a matrix, max(rows, cols) numbers of state a moment.
+"""`ApolloMini`: a torch optimizer with AdamW's step sizes and, for a matrix, a few numbers of state a row or column.
 
-It knows parameters, groups and the order of a step; the arithmetic is in formulas.py, and in cpu.py or cuda.py, chosen
-by the parameters' device. Must not know: Redis, vLLM, transformers.
+It knows parameters, groups and the order of a step; the arithmetic is in formulas.py and factored.py, and in cpu.py or
+cuda.py, chosen by the parameters' device. Must not know: Redis, vLLM, transformers.
 
 Invariants: everything that outlives a step is in the state area or follows from (seed, id, step). A burst that meets a
 non-finite gradient changes nothing. One matrix's result does not depend on which others are updated with it.
@@ -10,15 +10,19 @@ non-finite gradient changes nothing. One matrix's result does not depend on whic
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from worker.apollo.backends import backend_for, one_device
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
-from worker.apollo.launch_tables import Kind, kind_of
+from worker.apollo.gradient_hooks import collecting
 from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
-from worker.apollo.state_layout import Layout, StateArea
+from worker.apollo.rehearsal import rehearse
+from worker.apollo.saved_groups import plain_groups
+from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, Layout, StateArea
 
 T = TypeVar("T")
 
@@ -27,15 +31,14 @@ class ApolloMini(torch.optim.Optimizer):
     """APOLLO-Mini (arXiv 2412.05270: rank 1, tensor-wise scaling) for matrices, AdamW with fp32 moments for the rest.
 
     params: tensors, (name, tensor) pairs, or group dicts, all on one device, bfloat16 or float32. They may be row
-    slices of merged weights with any row stride; each is a logical matrix of its own. Gradients may be bfloat16 or
-    float32.
-    Group keys besides the hyper-parameters: "algorithm" ("apollo" | "adamw") overrides the choice by shape; "ids", an
-    int a parameter, names it in every random draw (default: its rank among the sorted names, or its position when
-    nameless);
-    "places", a (first row, first column, full row length) a parameter, says where a shard lies in its unsharded matrix,
-    so that its rounding bits are that matrix's.
+    slices of merged weights with any row stride; each is a logical matrix of its own. Gradients may be either, too.
+    matrices: "factored" has them take the rule of factored.py, which knows neither b1, scale, gamma nor projections.
+    Group keys besides the hyper-parameters: "algorithm" ("apollo" | "factored" | "adamw") overrides the choice by
+    shape; "ids", an int a parameter, names it in every random draw (default: its rank among the sorted names, or its
+    position when nameless); "places", a (first row, first column, full row length) a parameter, says where a shard lies
+    in its unsharded matrix, so that its rounding bits are that matrix's.
     lr: what it means follows `scale`: the update's RMS is about lr * sqrt(scale / min(rows, cols)); scale="auto" is
-    min(rows, cols) for each matrix, with which a step is about as long as AdamW's at the same lr.
+    min(rows, cols) for each matrix, with which a step is about as long as AdamW's at the same lr. Factored: about lr.
     gamma: the norm-growth limiter's; math.inf switches it off. projection_gap: steps between redraws of P.
     rounding: how bf16 weights are written, "stochastic" or "nearest"; the latter loses most of a small update.
     projection: for tests, (index, shape, draw) -> P.
@@ -58,7 +61,10 @@ class ApolloMini(torch.optim.Optimizer):
         rounding: str = "stochastic",
         projection: Projection | None = None,
         state: Tensor | None = None,
+        matrices: str = APOLLO,
     ) -> None:
+        if matrices not in MATRIX_ALGORITHMS:
+            raise ValueError(f'matrices take "apollo" or "factored", not {matrices!r}')
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f'rounding is "stochastic" or "nearest", not {rounding!r}')
         if projection_gap < 1 or not 0 <= seed < 1 << 64:
@@ -75,9 +81,10 @@ class ApolloMini(torch.optim.Optimizer):
         self._slots: list[Slot] = []
         super().__init__(params, defaults)
         self.projection_gap = projection_gap
-        self._slots = make_slots(self.param_groups)
+        self._matrices = matrices
+        self._slots = make_slots(self.param_groups, self._matrices)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
-        device = self._device()
+        device = one_device(self._slots)
         layout = Layout.of([s.parameter.shape for s in self._slots], [s.algorithm for s in self._slots])
         memory = state if state is not None else torch.zeros(layout.total, dtype=torch.uint8, device=device)
         if memory.device != device:
@@ -156,23 +163,9 @@ class ApolloMini(torch.optim.Optimizer):
         self._told(lambda: self._backend.prepare(self._steps // self.projection_gap, step_scale))
 
     def warm_up(self) -> None:
-        """Compile what a step needs, on tensors of its own: the first step then takes as long as any other.
-
-        The smallest parameter of each kind of launch stands for all of them.
-        """
-        smallest: dict[Kind, Slot] = {}
-        for slot in sorted(self._slots, key=lambda slot: slot.rows * slot.cols, reverse=True):
-            smallest[kind_of(slot)] = slot
-        tensors = [torch.zeros(slot.parameter.shape).to(slot.parameter) for slot in smallest.values()]
-        groups = [
-            {"params": [tensor], "algorithm": slot.algorithm}
-            for slot, tensor in zip(smallest.values(), tensors, strict=True)
-        ]
+        """Compile what a step needs, on tensors of its own: the first step then takes as long as any other."""
         rounding = "stochastic" if self._options.stochastic else "nearest"
-        twin = ApolloMini(groups, lr=0.0, rounding=rounding, seed=self._options.seed)
-        for _ in range(2):  # the second step goes the way of all later ones
-            twin.step(grads=[torch.zeros_like(tensor) for tensor in tensors])
-            twin.last_update.weight_rms  # noqa: B018  (the totals are launches too)
+        rehearse(self._slots, partial(ApolloMini, lr=0.0, rounding=rounding, seed=self._options.seed))
 
     def begin(self, step_scale: float = 1.0) -> None:
         """Streaming: open a step. Then `update` each parameter once, in any order, then `finish`.
@@ -235,7 +228,7 @@ class ApolloMini(torch.optim.Optimizer):
         """
         self.begin(step_scale)
         try:
-            with self._collecting(bucket_bytes, self.update_many):
+            with collecting(self._trained(), bucket_bytes, self.update_many):
                 yield
         except BaseException:
             self.abandon()
@@ -245,33 +238,11 @@ class ApolloMini(torch.optim.Optimizer):
     @contextmanager
     def dropping(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
         """As `streaming`, but that gradients are dropped where they would be applied: no step, the same memory."""
-        with self._collecting(bucket_bytes, lambda bucket: None):
+        with collecting(self._trained(), bucket_bytes, lambda bucket: None):
             yield
 
-    @contextmanager
-    def _collecting(self, bucket_bytes: int, use: Callable[[list[tuple[Tensor, Tensor]]], None]) -> Iterator[None]:
-        """Inside, gradients leave the parameters as they come, and go to `use` when they are `bucket_bytes` or more."""
-        bucket: list[tuple[Tensor, Tensor]] = []
-
-        def flush() -> None:
-            use(bucket)
-            bucket.clear()
-
-        def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            bucket.append((parameter, parameter.grad))
-            parameter.grad = None
-            if sum(gradient.nbytes for _, gradient in bucket) >= bucket_bytes:
-                flush()
-
-        trained = [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
-        hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
-        try:
-            yield
-            flush()
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _trained(self) -> list[Tensor]:
+        return [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
 
     def check(self) -> None:
         """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
@@ -290,16 +261,10 @@ class ApolloMini(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain data and one tensor: {"state": {"area": uint8}, "run": {...}, "param_groups": [...]}; loads with
         `weights_only=True`, and `area` alone is what safetensors has to keep."""
-        groups, start = [], 0
-        for group in self.param_groups:
-            count = len(group["params"])
-            numbers = list(range(start, start + count))
-            groups.append({k: v for k, v in group.items() if k != "params"} | {"params": numbers})
-            start += count
         area = self.area.memory[: self.area.layout.total].detach().clone()
         options = self._options
         run = {"seed": options.seed, "projection_gap": self.projection_gap, "stochastic": options.stochastic}
-        return {"state": {"area": area}, "run": run, "param_groups": groups}
+        return {"state": {"area": area}, "run": run, "param_groups": plain_groups(self.param_groups)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state, hyper-parameters, seed, gap and rounding; the next step is what it would have been there.
@@ -315,7 +280,7 @@ class ApolloMini(torch.optim.Optimizer):
         run = state_dict["run"]
         self.projection_gap = run["projection_gap"]
         self._options = Options(run["seed"], run["stochastic"], self._options.projection)
-        self._slots = make_slots(self.param_groups)
+        self._slots = make_slots(self.param_groups, self._matrices)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
         self._backend = self._make_backend(self.area.memory.device)
         self._steps = int(self.area.step_count)
@@ -328,22 +293,8 @@ class ApolloMini(torch.optim.Optimizer):
 
     # -- construction ---------------------------------------------------------------------------------------------
 
-    def _device(self) -> torch.device:
-        devices = {slot.parameter.device for slot in self._slots}
-        if len(devices) != 1:
-            raise ApolloError(f"the optimizer's parameters must be on one device, not on {sorted(map(str, devices))}")
-        return devices.pop()
-
     def _make_backend(self, device: torch.device) -> Backend:
-        if device.type == "cpu":
-            from worker.apollo.cpu import CpuBackend
-
-            return CpuBackend(self._slots, self.area, self._options)
-        if device.type == "cuda":
-            from worker.apollo.cuda import CudaBackend
-
-            return CudaBackend(self._slots, self.area, self._options)
-        raise ApolloError(f"ApolloMini runs on cpu and cuda, not on {device.type}")
+        return backend_for(device, self._slots, self.area, self._options)
 
 
 def _check_scale(step_scale: float) -> None:

@@ -36,6 +36,8 @@ log = logging.getLogger("tandem")
 Kernel = Callable[..., None]
 """`cpu_kernel._write_rows`, compiled."""
 
+_NONE = np.empty(0, np.float32)
+
 PIECE = 1 << 18
 """Elements that a thread takes at a time (at least one row): about a millisecond."""
 
@@ -43,6 +45,9 @@ PIECE = 1 << 18
 @dataclass(frozen=True)
 class Write:
     """W <- apply(W, direction), rounded with the bits of (seed, t, id, element number), still to be done.
+
+    scales: where given, fp32 [rows] and [cols]: element (i, j) of `direction` is first multiplied with i's number and
+    then with j's, rounded each time.
 
     weight: bf16 [rows, cols]; direction: bf16 or fp32 [rows, cols]; both with unit column stride and any row stride.
     step, decay: as `formulas.apply`. first: element number of weight[0, 0]; pitch: how far apart those of two rows are.
@@ -57,6 +62,7 @@ class Write:
     id: int
     first: int
     pitch: int
+    scales: tuple[Tensor, Tensor] | None = None
 
     def calls(self) -> Iterator[tuple[Any, ...]]:
         """The arguments of `_write_rows` for one piece after the other."""
@@ -71,13 +77,16 @@ class Write:
             np.uint64(self.t & 0xFFFFFFFF),
             np.uint64(self.id & 0xFFFFFFFF),
         )
-        whole = w_stride == d_stride == self.pitch == cols  # rows that lie end to end are one long row
+        by_rows, by_cols = (one.numpy() for one in self.scales) if self.scales else (_NONE, _NONE)
+        # rows that lie end to end are one long row
+        whole = w_stride == d_stride == self.pitch == cols and self.scales is None
         step = max(1, PIECE // cols)
         for row in range(0, rows, step):
             count = min(step, rows - row)
             shape = (1, count * cols) if whole else (count, cols)
             matrices = (weight[row * w_stride :], w_stride, direction[row * d_stride :], d_stride)
-            yield (*matrices, *shape, self.first + row * self.pitch, self.pitch, *numbers)
+            scales = (by_rows[row : row + count], by_cols)
+            yield (*matrices, *shape, self.first + row * self.pitch, self.pitch, *numbers, *scales)
 
 
 def _fp32(number: float) -> np.float32:
@@ -150,12 +159,15 @@ def _gives_torchs_bits(kernel: Kernel) -> bool:
     weight, gradient = (torch.randn(7, 301, generator=generator) for _ in range(2))
     weight = weight.mul_(torch.logspace(-40, 38, 301)).bfloat16()
     gradient[4:] = weight[4:].float() / step
-    for direction in (gradient, gradient.bfloat16()):
-        value = formulas.apply(weight.float(), direction.float(), step, decay)
+    by_rows, by_cols = torch.rand(7, generator=generator) + 0.5, torch.rand(301, generator=generator) + 0.5
+    cases = [(given, scales) for given in (gradient, gradient.bfloat16()) for scales in (None, (by_rows, by_cols))]
+    for direction, scales in cases:
+        scaled = direction.float() if scales is None else direction.float() * by_rows[:, None] * by_cols
+        value = formulas.apply(weight.float(), scaled, step, decay)
         bits = philox.rounding_bits(seed, t, id, torch.tensor([first]), weight.numel()).view(weight.shape)
         wanted = philox.round_stochastic(value, bits)
         got = weight.clone()
-        for call in Write(got, direction, step, decay, seed, t, id, first, weight.shape[1]).calls():
+        for call in Write(got, direction, step, decay, seed, t, id, first, weight.shape[1], scales).calls():
             kernel(*call)
         if not torch.equal(got.view(torch.int16), wanted.view(torch.int16)):
             return False

@@ -1,4 +1,4 @@
-"""APOLLO-Mini on a CPU: the formulas, in chunks of rows so that fp32 copies stay small.
+"""A step on a CPU: the formulas, in chunks of rows so that fp32 copies stay small.
 
 Every sum, and so every decision, is torch's. The bf16 weights of a large model are written by compiled_write.py, all
 else (small models, fp32 weights, rounding to nearest) by torch, in `_write`. Both give the same bits.
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from worker.apollo import compiled_write, formulas, philox
+from worker.apollo import compiled_write, cpu_factored, formulas, philox
 from worker.apollo.compiled_write import Write
+from worker.apollo.cpu_factored import Sums
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.parameters import Options, Slot, Totals
-from worker.apollo.state_layout import APOLLO, StateArea
+from worker.apollo.state_layout import APOLLO, FACTORED, StateArea
 
 CHUNK = 1 << 20
 """Elements that are held in fp32 at a time (at least one row)."""
@@ -70,11 +71,15 @@ class CpuBackend:
             if not math.isfinite(g_norm):
                 raise NonFiniteGradientError(slot.name)
         later: list[Write] = []
-        for (slot, gradient), (r, g_norm) in zip(pairs, measured, strict=True):  # g_norm 0: nothing changes
-            if slot.algorithm != APOLLO:
+        for (slot, gradient), (found, g_norm) in zip(pairs, measured, strict=True):
+            if found is None:
                 self._adamw(slot, gradient)
-            elif g_norm > 0:
-                later += self._apollo(slot, gradient, r, g_norm)
+            elif g_norm == 0:
+                continue  # nothing changes
+            elif isinstance(found, Sums):
+                later += self._factored(slot, gradient, found)
+            else:
+                later += self._apollo(slot, gradient, found, g_norm)
         if later:  # all at once: torch's threads still spin for a moment after each of its operations
             self._write_all(later)
 
@@ -102,20 +107,22 @@ class CpuBackend:
             self._memory = torch.empty(rows.numel())
         return self._memory[: rows.numel()].view(rows.shape).copy_(rows)
 
-    def _measure(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, float]:
-        """One pass over the gradient: (R, ||G||); R is empty for AdamW."""
+    def _measure(self, slot: Slot, gradient: Tensor) -> tuple[Tensor | Sums | None, float]:
+        """One pass over the gradient: (R, ||G||); the factored rule's sums in place of R, nothing for AdamW."""
+        chunks = ((rows, self._widened(gradient[rows])) for rows in _chunks(slot.rows, slot.cols))
+        if slot.algorithm == FACTORED:
+            return cpu_factored.measure(slot, self.area.moments(slot.index), self._t, chunks)
         squares = 0.0
         wanted = slot.algorithm == APOLLO
         tall = formulas.is_tall(slot.rows, slot.cols)
         r = torch.zeros(max(slot.rows, slot.cols) if wanted else 0)
-        for rows in _chunks(slot.rows, slot.cols):
-            g = self._widened(gradient[rows])
+        for rows, g in chunks:
             squares += float(torch.linalg.vector_norm(g)) ** 2
             if wanted and tall:
                 r[rows] = formulas.project(g, self._projection(slot), tall)
             elif wanted:
                 r += formulas.project(g, self._projection(slot)[rows], tall)
-        return r, math.sqrt(squares) if squares >= 0 else squares  # NaN stays NaN
+        return r if wanted else None, math.sqrt(squares) if squares >= 0 else squares  # NaN stays NaN
 
     def _apollo(self, slot: Slot, gradient: Tensor, r: Tensor, g_norm: float) -> list[Write]:
         """What is left to be written by compiled code."""
@@ -143,6 +150,21 @@ class CpuBackend:
         for rows in _chunks(slot.rows, slot.cols):
             self._write(slot, rows, gradient[rows].float(), step)
         return []
+
+    def _factored(self, slot: Slot, gradient: Tensor, sums: Sums) -> list[Write]:
+        """What is left to be written by compiled code."""
+        scaling = cpu_factored.keep(slot, self.area.moments(slot.index), sums, self._t)
+        step = self._rate(slot) * scaling.size
+        self._update_squares += step**2 * scaling.x_squares
+        self._elements += slot.rows * slot.cols
+        later: list[Write] = []
+        for rows in _chunks(slot.rows, slot.cols):
+            scales = scaling.rows[rows], scaling.cols
+            if self._is_compiled(slot):
+                later.append(self._later(slot, rows, gradient[rows], step, scales))
+            else:
+                self._write(slot, rows, gradient[rows].float() * scales[0][:, None] * scales[1], step)
+        return later
 
     def _adamw(self, slot: Slot, gradient: Tensor) -> None:
         """AdamW in the same terms: U = N, with R = G."""
@@ -179,13 +201,15 @@ class CpuBackend:
     def _is_compiled(self, slot: Slot) -> bool:
         return self._kernel is not None and slot.parameter.dtype == torch.bfloat16
 
-    def _later(self, slot: Slot, rows: slice, direction: Tensor, step: float) -> Write:
+    def _later(
+        self, slot: Slot, rows: slice, direction: Tensor, step: float, scales: tuple[Tensor, Tensor] | None = None
+    ) -> Write:
         """What `_write` does, but that the weights are still to be written."""
         weight, place = slot.matrix(slot.parameter, "the weight")[rows], slot.place
         self._weigh(self._widened(weight))
         first = (place.row + rows.start) * place.full_cols + place.col
         draw = (self.options.seed, self._t, slot.id)
-        return Write(weight, direction, step, self._decay(slot), *draw, first, place.full_cols)
+        return Write(weight, direction, step, self._decay(slot), *draw, first, place.full_cols, scales)
 
     def _write_all(self, writes: Sequence[Write]) -> None:
         assert self._kernel is not None

@@ -24,8 +24,8 @@ _HALF = np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
-_NUMBERS = (
-    "int64, int64, int64, int64, float32, boolean, float32, uint64, uint64, uint64, uint64)"  # after the two matrices
+_NUMBERS = (  # after the two matrices
+    "int64, int64, int64, int64, float32, boolean, float32, uint64, uint64, uint64, uint64, float32[::1], float32[::1])"
 )
 SIGNATURES = [f"void(uint16[::1], int64, {direction}[::1], int64, {_NUMBERS}" for direction in ("uint16", "float32")]
 
@@ -66,12 +66,14 @@ def _rounded(typingctx, value, bits):
 
 
 def _write_rows(
-    weight, weight_stride, direction, direction_stride, rows, cols, first, pitch, step, decays, decay, key0, key1, t, id
-):
+    weight, weight_stride, direction, direction_stride, rows, cols, first, pitch, step, decays, decay, key0, key1,
+    t, id, by_rows, by_cols,
+):  # fmt: skip
     """Some rows: W <- W + step * direction, then W <- W + decay * W if `decays`. `step` and `decay` come negated.
 
     weight: bf16 as uint16, flat; direction: the same, or float32; row i begins at i times its stride, and its first
     element has the number first + i * pitch. A Philox block is eight 16-bit lanes in the order of its words' bytes.
+    by_rows, by_cols: `Write.scales`, or both empty.
     """
     words = np.empty(SPAN // 4 + 2, np.uint64)  # two a block, one block more than SPAN fills
     lanes = words.view(np.uint16)
@@ -97,6 +99,15 @@ def _write_rows(
             w_at, d_at = row * weight_stride + start, row * direction_stride + start
             w, d = weight[w_at : w_at + count], direction[d_at : d_at + count]
             bits = lanes[skip : skip + count]
+            if len(by_rows):
+                by_row, by_col = by_rows[row], by_cols[start : start + count]
+                for k in range(count):
+                    scaled = np.float32(np.float32(_widened(d[k]) * by_row) * by_col[k])
+                    value = _fma(scaled, step, _widened(w[k]))
+                    if decays:
+                        value = _fma(value, decay, value)
+                    w[k] = _rounded(value, bits[k])
+                continue
             for k in range(count):
                 value = _fma(_widened(d[k]), step, _widened(w[k]))
                 if decays:

@@ -6,16 +6,16 @@ kind of launch they need, so that a whole model is a few ranges.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from worker.apollo import formulas
+from worker.apollo import formulas, state_layout
 from worker.apollo.parameters import Slot
-from worker.apollo.state_layout import APOLLO, StateArea
+from worker.apollo.state_layout import StateArea
 
-TALL, WIDE, SMALL = 0, 1, 2
+TALL, WIDE, FACTORED, SMALL = 0, 1, 2, 3
 UNIT = 8
 """Elements of one Philox block, and of a 16-byte access to bf16: what "aligned" refers to."""
 
@@ -37,6 +37,16 @@ class Tiling:
     """Elements a program for AdamW."""
     chunk: int = 1024
     """Elements of R a program."""
+    strip: tuple[int, int] = (128, 1)
+    """The factored rule, where a program sees whole rows: rows a program, rows at a time."""
+    strip_most: int = 8192
+    """Columns of its widest row; wider matrices go by tiles of `wide`."""
+    side: int = 256
+    """Rows or columns a program, between its passes."""
+    window: int = 1 << 25
+    """Partial sums (fp32) that it keeps at a time: later launches use their memory again."""
+    strip_warps: int = 8
+    strip_stages: int = 3
     tall_warps: int = 4
     wide_warps: int = 4
     out_warps: int = 4
@@ -49,6 +59,10 @@ class Kind:
     shape: int
     aligned: bool
     dtype: torch.dtype
+    width: int = 0
+    """FACTORED: columns, padded, of the rows that one program sees; 0: it sees tiles."""
+    window: int = 0
+    """FACTORED: matrices of one window have partial sums of their own; the next window's take their place."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +80,79 @@ class Tables:
     chunk_starts: list[int]
     projections: list[int]
     scratch: int
+    sides: int
 
 
-def kind_of(slot: Slot) -> Kind:
+def kind_of(slot: Slot, tiling: Tiling = Tiling()) -> Kind:
     weight = slot.matrix(slot.parameter, "the weight")
-    shape = SMALL if slot.algorithm != APOLLO else TALL if formulas.is_tall(slot.rows, slot.cols) else WIDE
     numbers = (slot.cols, weight.stride(0), slot.place.full_cols, slot.place.col, weight.data_ptr() // 2)
-    return Kind(shape, shape != SMALL and all(n % UNIT == 0 for n in numbers), weight.dtype)
+    aligned = all(n % UNIT == 0 for n in numbers)
+    if slot.algorithm == state_layout.FACTORED:
+        width = max(1024, 1 << (slot.cols - 1).bit_length())
+        return Kind(FACTORED, aligned, weight.dtype, width if width <= tiling.strip_most else 0)
+    if slot.algorithm == state_layout.APOLLO:
+        return Kind(TALL if formulas.is_tall(slot.rows, slot.cols) else WIDE, aligned, weight.dtype)
+    return Kind(SMALL, False, weight.dtype)
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _counts(slot: Slot, kind: Kind, tiling: Tiling) -> tuple[int, int, int, int]:
-    """(tiles of pass 1, tiles of pass 2, chunks of R, partial rows of R)."""
+@dataclass(frozen=True)
+class Counts:
+    """Of one parameter: tiles of both passes, chunks between them, vectors of partial sums (R, or sums by column), and
+    how many numbers these take with those by row."""
+
+    tiles: int
+    out: int
+    chunks: int = 0
+    parts: int = 0
+    scratch: int = 0
+
+
+def counts_of(slot: Slot, kind: Kind, tiling: Tiling) -> Counts:
     if kind.shape == SMALL:
         tiles = _ceil(slot.rows * slot.cols, tiling.small)
-        return tiles, tiles, 0, 0
+        return Counts(tiles, tiles)
     height, _, width = tiling.out
     out = _ceil(slot.rows, height) * _ceil(slot.cols, width)
+    if kind.shape == FACTORED:
+        chunks = _ceil(slot.rows, tiling.side) + _ceil(slot.cols, tiling.side)
+        if kind.width:
+            parts = _ceil(slot.rows, tiling.strip[0])
+            return Counts(parts, out, chunks, parts, _padded(2 * parts * slot.cols))
+        parts, across = _ceil(slot.rows, tiling.wide[0]), _ceil(slot.cols, tiling.wide[2])
+        return Counts(parts * across, out, chunks, parts, _padded(parts * slot.cols) + _padded(across * slot.rows))
     chunks = _ceil(max(slot.rows, slot.cols), tiling.chunk)
     if kind.shape == TALL:
-        return _ceil(slot.rows, tiling.tall[0]), out, chunks, 1
+        return Counts(_ceil(slot.rows, tiling.tall[0]), out, chunks, 1, _padded(slot.rows))
     parts = _ceil(slot.rows, tiling.wide[0])
-    return parts * _ceil(slot.cols, tiling.wide[2]), out, chunks, parts
+    return Counts(parts * _ceil(slot.cols, tiling.wide[2]), out, chunks, parts, _padded(parts * slot.cols))
+
+
+def _padded(count: int) -> int:
+    """For 16-byte accesses: every offset a multiple of 4."""
+    return 4 * _ceil(count, 4)
+
+
+def scratch_of(kinds: Sequence[Kind], counts: Sequence[Counts], window: int) -> tuple[list[int], list[int], int]:
+    """Where each parameter's partial sums begin, its window, and how many there are at a time. Those of the factored
+    rule lie behind all others, in one place that every window fills again."""
+    begin = sum(one.scratch for kind, one in zip(kinds, counts, strict=True) if kind.shape != FACTORED)
+    offsets, windows, plain, at, number, end = [], [], 0, begin, 0, begin
+    for kind, one in zip(kinds, counts, strict=True):
+        if kind.shape != FACTORED:
+            offsets.append(plain)
+            plain += one.scratch
+        else:
+            if at > begin and at + one.scratch > begin + window:
+                at, number = begin, number + 1
+            offsets.append(at)
+            at += one.scratch
+            end = max(end, at)
+        windows.append(number if kind.shape == FACTORED else 0)
+    return offsets, windows, end
 
 
 def _pairs(counts: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -104,28 +166,37 @@ def _pairs(counts: Sequence[int]) -> tuple[Tensor, list[int]]:
 
 def build(slots: Sequence[Slot], groups: Sequence[int], area: StateArea, tiling: Tiling) -> Tables:
     """`groups`: by slot, the number of its parameter group."""
-    kinds = {slot.index: kind_of(slot) for slot in slots}
-    order = sorted(slots, key=lambda s: (kinds[s.index].shape, kinds[s.index].aligned, str(s.parameter.dtype), s.index))
+    kinds = {slot.index: kind_of(slot, tiling) for slot in slots}
+
+    def place(slot: Slot) -> tuple[int, int, bool, str, int]:
+        kind = kinds[slot.index]
+        return kind.shape, kind.width, kind.aligned, str(kind.dtype), slot.index
+
+    order = sorted(slots, key=place)
     by_position = [kinds[slot.index] for slot in order]
-    counts = [_counts(slot, kind, tiling) for slot, kind in zip(order, by_position, strict=True)]
-    tiles, tile_starts = _pairs([c[0] for c in counts])
-    out_tiles, out_starts = _pairs([c[1] for c in counts])
-    chunks, chunk_starts = _pairs([c[2] for c in counts])
-    rows, projections, scratch = [], [0], 0
-    for i, (slot, (n_tiles, n_out, n_chunks, parts)) in enumerate(zip(order, counts, strict=True)):
+    counts = [counts_of(slot, kind, tiling) for slot, kind in zip(order, by_position, strict=True)]
+    offsets, windows, scratch = scratch_of(by_position, counts, tiling.window)
+    by_position = [replace(kind, window=window) for kind, window in zip(by_position, windows, strict=True)]
+    tiles, tile_starts = _pairs([c.tiles for c in counts])
+    out_tiles, out_starts = _pairs([c.out for c in counts])
+    chunks, chunk_starts = _pairs([c.chunks for c in counts])
+    rows, projections, sides = [], [0], 0
+    for i, (slot, kind, count) in enumerate(zip(order, by_position, counts, strict=True)):
         m, v = area.moments(slot.index)
         first = slot.place.row * slot.place.full_cols + slot.place.col
-        shape = (slot.rows, slot.cols, m.data_ptr(), v.data_ptr(), projections[-1], scratch, parts)
-        ranges = (tile_starts[i], n_tiles, chunk_starts[i], n_chunks)
-        where = (slot.id, first, slot.place.full_cols, groups[slot.index], slot.index, out_starts[i], n_out)
-        rows.append(shape + ranges + where)  # in the order of kernels/columns.py
-        # 16-byte accesses to P and R: every offset a multiple of 4
-        projections.append(projections[-1] + (4 * _ceil(min(slot.rows, slot.cols), 4) if parts else 0))
-        scratch += 4 * _ceil(parts * max(slot.rows, slot.cols), 4)
+        shape = (slot.rows, slot.cols, m.data_ptr(), v.data_ptr(), projections[-1], offsets[i], count.parts)
+        ranges = (tile_starts[i], count.tiles, chunk_starts[i], count.chunks)
+        where = (slot.id, first, slot.place.full_cols, groups[slot.index], slot.index, out_starts[i], count.out)
+        by_row = offsets[i] + _padded(count.parts * slot.cols)
+        rows.append(shape + ranges + where + (sides, by_row, int(kind.width > 0)))  # as in kernels/columns.py
+        is_projected = kind.shape in (TALL, WIDE)
+        projections.append(projections[-1] + (_padded(min(slot.rows, slot.cols)) if is_projected else 0))
+        sides += _padded(slot.rows + 2 * slot.cols) if kind.shape == FACTORED else 0
     table = torch.tensor(rows, dtype=torch.int64)
     return Tables(
-        order, by_position, table, tiles, out_tiles, chunks, tile_starts, out_starts, chunk_starts, projections, scratch
-    )
+        order, by_position, table, tiles, out_tiles, chunks, tile_starts, out_starts, chunk_starts, projections,
+        scratch, sides,
+    )  # fmt: skip
 
 
 Run = tuple[int, int, Kind, torch.dtype]

@@ -16,7 +16,7 @@ from torch import Tensor
 from worker.apollo import philox
 from worker.apollo.errors import ApolloError
 from worker.apollo.formulas import root_scale
-from worker.apollo.state_layout import ADAMW, APOLLO, algorithm_for
+from worker.apollo.state_layout import ADAMW, MATRIX_ALGORITHMS, algorithm_for
 
 Projection = Callable[[int, tuple[int, int], int], Tensor]
 """(index of the parameter, shape of P, number of the draw) -> fp32 tensor of that shape."""
@@ -157,8 +157,9 @@ class Backend(Protocol):
         """Of the last finished step. Waits for the device."""
 
 
-def make_slots(groups: Sequence[dict[str, Any]]) -> list[Slot]:
-    """One slot a parameter, in the order given. Raises `ApolloError` naming what does not fit."""
+def make_slots(groups: Sequence[dict[str, Any]], matrices: str) -> list[Slot]:
+    """One slot a parameter, in the order given; `matrices`: what matrices take. Raises `ApolloError` naming what does
+    not fit."""
     names = [name for group in groups for name in group.get("param_names", ())]
     rank = {name: i for i, name in enumerate(sorted(names))}
     slots: list[Slot] = []
@@ -169,16 +170,18 @@ def make_slots(groups: Sequence[dict[str, Any]]) -> list[Slot]:
         for i, parameter in enumerate(group["params"]):
             index = len(slots)
             name = group["param_names"][i] if "param_names" in group else f"parameter {index}"
-            slots.append(_make_slot(index, name, i, parameter, group, rank.get(name, index)))
+            algorithm = group.get("algorithm") or algorithm_for(parameter.shape, matrices)
+            slots.append(_make_slot(index, name, i, parameter, group, rank.get(name, index), algorithm))
     return slots
 
 
-def _make_slot(index: int, name: str, i: int, parameter: Tensor, group: dict[str, Any], rank: int) -> Slot:
-    algorithm = group.get("algorithm") or algorithm_for(parameter.shape)
-    if algorithm not in (APOLLO, ADAMW):
-        raise ApolloError(f'a parameter group\'s "algorithm" is "apollo" or "adamw", not {algorithm!r}')
-    if algorithm == APOLLO and parameter.dim() != 2:
-        raise ApolloError(f'{name} has {parameter.dim()} dimensions: "apollo" is for matrices')
+def _make_slot(
+    index: int, name: str, i: int, parameter: Tensor, group: dict[str, Any], rank: int, algorithm: str
+) -> Slot:
+    if algorithm not in (*MATRIX_ALGORITHMS, ADAMW):
+        raise ApolloError(f'a parameter group\'s "algorithm" is "apollo", "factored" or "adamw", not {algorithm!r}')
+    if algorithm in MATRIX_ALGORITHMS and parameter.dim() != 2:
+        raise ApolloError(f'{name} has {parameter.dim()} dimensions: "{algorithm}" is for matrices')
     if parameter.dtype not in DTYPES or parameter.numel() == 0:
         raise ApolloError(
             f"{name} is {parameter.dtype} of shape {list(parameter.shape)}: only bfloat16 and float32, not empty"

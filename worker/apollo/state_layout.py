@@ -2,7 +2,8 @@
 
     header 64 B: magic, step count t, layout digest (32 B), two spare words, all int64
     prev:  one fp32 a parameter (the limiter's ||U||; unused by AdamW)
-    then for each parameter in order: m, v, fp32: max(rows, cols) elements each for APOLLO-Mini, all elements for AdamW
+    then for each parameter in order two fp32 vectors: m and v, of max(rows, cols) elements each for APOLLO-Mini and of
+    all elements for AdamW; r (rows elements) and c (cols elements) for the factored rule
 
 The layout depends on nothing but the parameters' shapes, algorithms and order, so that a restarted trainer finds its
 state again in memory that outlived it. A fresh area is all zero bytes, which is the state before the first step.
@@ -18,21 +19,25 @@ from torch import Tensor
 
 from worker.apollo.errors import ApolloError
 
-APOLLO, ADAMW = "apollo", "adamw"
+APOLLO, FACTORED, ADAMW = "apollo", "factored", "adamw"
+MATRIX_ALGORITHMS = (APOLLO, FACTORED)
 MAGIC = int.from_bytes(b"APOLLO.1", "little")
 HEADER_BYTES = 64
 ALIGNMENT = 64
 _STEP, _DIGEST = 1, slice(2, 6)
 
 
-def algorithm_for(shape: Sequence[int]) -> str:
-    """Matrices take APOLLO-Mini; norms, biases, convolutions, A_log and dt_bias AdamW, whose state is small there."""
-    return APOLLO if len(shape) == 2 else ADAMW
+def algorithm_for(shape: Sequence[int], matrices: str = APOLLO) -> str:
+    """Matrices take `matrices`; norms, biases, convolutions, A_log and dt_bias AdamW, whose state is small there."""
+    return matrices if len(shape) == 2 else ADAMW
 
 
-def moment_length(shape: Sequence[int], algorithm: str) -> int:
-    """Elements of m, and of v."""
-    return max(shape) if algorithm == APOLLO else math.prod(shape)
+def moment_lengths(shape: Sequence[int], algorithm: str) -> tuple[int, int]:
+    """Elements of m and of v; of r and of c."""
+    if algorithm == FACTORED:
+        return shape[0], shape[1]
+    length = max(shape) if algorithm == APOLLO else math.prod(shape)
+    return length, length
 
 
 def _align(offset: int) -> int:
@@ -44,29 +49,42 @@ class Layout:
     """Byte offsets of every part, and the digest that says which layout this is."""
 
     offsets: tuple[int, ...]
-    lengths: tuple[int, ...]
+    lengths: tuple[tuple[int, int], ...]
     total: int
     digest: bytes
 
     @staticmethod
-    def of(shapes: Sequence[Sequence[int]], algorithms: Sequence[str] | None = None) -> "Layout":
-        names = list(algorithms) if algorithms is not None else [algorithm_for(shape) for shape in shapes]
+    def of(
+        shapes: Sequence[Sequence[int]], algorithms: Sequence[str] | None = None, matrices: str = APOLLO
+    ) -> "Layout":
+        names = list(algorithms) if algorithms is not None else [algorithm_for(shape, matrices) for shape in shapes]
         plan = [(tuple(shape), name) for shape, name in zip(shapes, names, strict=True)]
         offset = _align(HEADER_BYTES + 4 * len(plan))
         offsets, lengths = [], []
         for shape, name in plan:
             offsets.append(offset)
-            lengths.append(moment_length(shape, name))
-            offset += 2 * _align(4 * lengths[-1])
+            lengths.append(moment_lengths(shape, name))
+            offset += sum(_align(4 * length) for length in lengths[-1])
         return Layout(tuple(offsets), tuple(lengths), offset, hashlib.sha256(repr(plan).encode()).digest())
 
 
-def state_bytes(shapes: Sequence[tuple[int, ...]], algorithms: Sequence[str] | None = None) -> int:
+def state_bytes(
+    shapes: Sequence[tuple[int, ...]], algorithms: Sequence[str] | None = None, *, matrices: str = APOLLO
+) -> int:
     """Bytes of state that `ApolloMini` needs for parameters of these shapes in this order.
 
-    `algorithms` ("apollo" or "adamw" for each) only where a group overrides the choice by shape.
+    `matrices`: what matrices take, "apollo" or "factored". `algorithms` (one of these or "adamw" for each) only where a
+    group overrides the choice by shape.
     """
-    return Layout.of(shapes, algorithms).total
+    return Layout.of(shapes, algorithms, matrices).total
+
+
+def matrices_of(header: Tensor, shapes: Sequence[Sequence[int]]) -> str | None:
+    """What matrices take ("apollo", "factored") by the first HEADER_BYTES of a state area over parameters of these
+    shapes in this order, all by their shapes: None for an area that is fresh, or of others."""
+    digest = header[:HEADER_BYTES].clone().view(torch.int64)[_DIGEST].contiguous().view(torch.uint8)
+    found = bytes(digest.tolist())
+    return next((name for name in MATRIX_ALGORITHMS if Layout.of(shapes, matrices=name).digest == found), None)
 
 
 def steps_taken(header: Tensor) -> int:
@@ -114,11 +132,11 @@ class StateArea:
         return self.memory[HEADER_BYTES : HEADER_BYTES + 4 * count].view(torch.float32)
 
     def moments(self, index: int) -> tuple[Tensor, Tensor]:
-        """(m, v) of a parameter: fp32 views, 1-D."""
-        start, length = self.layout.offsets[index], self.layout.lengths[index]
+        """(m, v) of a parameter, or its (r, c): fp32 views, 1-D."""
+        start, (length, other) = self.layout.offsets[index], self.layout.lengths[index]
         second = start + _align(4 * length)
         m = self.memory[start : start + 4 * length].view(torch.float32)
-        return m, self.memory[second : second + 4 * length].view(torch.float32)
+        return m, self.memory[second : second + 4 * other].view(torch.float32)
 
     def load(self, saved: Tensor) -> None:
         """Take over the bytes of another area of the same layout."""

@@ -16,6 +16,7 @@ from worker.checkpoint.journal import Entry
 from worker.checkpoint.records import UpdateRecord
 from worker.checkpoint.replay import CapacityOf, Make, Replayed
 from worker.checkpoint.snapshots import SnapshotError
+from worker.config.optimizers import MATRICES
 from worker.shared_weights.attach import AttachedWeights
 from worker.shared_weights.header import APPLYING
 from worker.utils.fault_injection import point
@@ -89,6 +90,7 @@ class Rebuilder:
                 " run `tandem worker --new-lineage`"
             )
         steps = [self._read(entry) for entry in path]
+        self._check_optimizer(version, base, steps)
         try:
             self.snapshots.check_layout(base, self.weights.tensors, self.weights.state)
             replay.check_steps(steps, self.snapshots.steps_taken(base))
@@ -97,6 +99,21 @@ class Rebuilder:
             raise RebuildError(f"version {version} cannot be made: {error}") from error
         without = frozenset(id for entry in path for id in ids_of(entry) if id in out)
         return Plan(version, base, steps, out, without, passed_over)
+
+    def _check_optimizer(self, version: int, base: int, steps: list[UpdateRecord]) -> None:
+        """The server's optimizer is the one that trained `steps`, and that the checkpoint of `base` has the state of:
+        another one's state has no place in the server's memory. Raises `RebuildError`."""
+        ours = self.weights.optimizer
+        found: set[str] = {replay.hyperparameters(record.h).rule for record in steps}
+        kept = self.snapshots.matrices(base, self.weights.tensors)
+        found |= {name for name, matrices in MATRICES.items() if matrices == kept}
+        if others := sorted(found - {ours}):
+            raise RebuildError(
+                f"version {version} cannot be made: it was trained with the optimizer {others[0]}, and this server was"
+                f" started for {ours}; nothing was changed. Start the server with `tandem serve --optimizer"
+                f" {others[0]}`; or train the weights of a checkpoint with {ours}, as a model of its own:"
+                f" `tandem serve DIRECTORY --optimizer {ours}`"
+            )
 
     def _unusable(self, candidate: int, dropped: frozenset[str]) -> str | None:
         if candidate == 0:

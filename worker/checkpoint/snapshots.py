@@ -198,6 +198,15 @@ class Snapshots:
         with safe_open(self._state_file(version), framework="pt") as extra:
             return state_layout.steps_taken(extra.get_slice("state")[: state_layout.HEADER_BYTES])
 
+    def matrices(self, version: int, tensors: dict[str, torch.Tensor]) -> str | None:
+        """What matrices took in the optimizer of `version`: a name of worker.apollo's, or None where none has run.
+        tensors: text name -> tensor, sorted."""
+        if version == 0:
+            return None
+        with safe_open(self._state_file(version), framework="pt") as extra:
+            header = extra.get_slice("state")[: state_layout.HEADER_BYTES]
+        return state_layout.matrices_of(header, [tensor.shape for tensor in tensors.values()])
+
     def _state_file(self, version: int) -> Path:
         return self.path(version) / _EXTRA / "state.safetensors"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from worker.config.optimizers import DEFAULT, OPTIMIZER_ENV, OPTIMIZERS, WHAT
 from worker.serving.cache_policy import CachePolicy, cache_options
 from worker.serving.launch import (
     build_environment,
@@ -40,12 +41,21 @@ from worker.utils import torch_setup, unix_socket
     help="GPU memory, in GB, that vLLM leaves to the trainer. auto: what training MODEL needs. 0: what vLLM leaves by"
     " itself.",
 )
+@click.option(
+    "--optimizer",
+    type=click.Choice(OPTIMIZERS),
+    default=DEFAULT,
+    show_default=True,
+    help=f"What will train the weights. Its state lies in the server's memory and is sized now. {WHAT} At 27 billion"
+    " parameters the state takes 68 MB with apollo-mini and 52 MB with factored.",
+)
 @cache_options
 def command(
     model: str,
     vllm_options: tuple[str, ...],
     run_dir: Path | None,
     trainer_memory: float | None,
+    optimizer: str,
     running: str,
     prefix_max_age: int,
 ) -> None:
@@ -63,10 +73,10 @@ def command(
     run_dir = unix_socket.prepare_run_dir((run_dir or unix_socket.default_run_dir()).absolute())
     lock(run_dir, model, tell=say)
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
-    share = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu)
+    share = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu, optimizer)
     options, notes = [*options, *share.options], [*notes, *share.notes]
     environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
-    environment |= policy.environment() | share.environment()
+    environment |= policy.environment() | share.environment() | {OPTIMIZER_ENV: optimizer}
     for note in notes:
         say(note)
     arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]

@@ -37,7 +37,7 @@ NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s",
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
 SHOWN_IDS = 5
-RATIO, HOW = "update_ratio", ("way", "graphs")
+RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
 

@@ -103,6 +103,7 @@ def train_directory(
     from worker.checkpoint import model_directory
     from worker.trainer.factory import make_builder, make_trainer
 
+    h = h.settled()
     model_directory.check_target(model_dir, out)
     model, tokenizer = model_directory.load(model_dir)
     builder = make_builder(tokenizer, model_dir, h)

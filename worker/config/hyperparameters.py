@@ -5,19 +5,27 @@ measured is in DESIGN.md. Must not know: torch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import click
+
+from producer.errors import TandemError
+from worker.config.optimizers import DEFAULT, OPTIMIZERS, RATES, WHAT, Optimizer, other_optimizer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """One field a flag; see `training_options` for what each means."""
+    """One field a flag; see `training_options` for what each means.
 
-    lr: float = 3e-5
+    lr, optimizer: None is the default; `settled` puts a name and a number there, and so the journal has them. A journal
+    without an optimizer was written when there was one.
+    """
+
+    lr: float | None = None
+    optimizer: Optimizer | None = None
     scale: str = "auto"
     warmup: int = 0
     embeddings: str = "apollo"
@@ -26,6 +34,26 @@ class Hyperparameters:
     seed: int = 0
     max_length: int = 4096
     overlong: Literal["truncate", "reject"] = "truncate"
+
+    @property
+    def rule(self) -> Optimizer:
+        """The optimizer."""
+        return self.optimizer or DEFAULT
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.lr if self.lr is not None else RATES[self.rule]
+
+    def settled(self, of_server: Optimizer | None = None) -> "Hyperparameters":
+        """With nothing left open. of_server: the optimizer of the server that is trained. Raises `TandemError` if
+        another one was asked for, or what the optimizer does not have."""
+        if of_server is not None and self.optimizer not in (None, of_server):
+            raise other_optimizer(self.rule, of_server)
+        found = replace(self, optimizer=self.optimizer or of_server or DEFAULT)
+        if found.rule != DEFAULT and self.scale != "auto":
+            raise TandemError(f"--scale is APOLLO's: leave it out with --optimizer {found.rule}")
+        return replace(found, lr=found.rate)
 
     def scale_value(self) -> float | str:
         """The optimizer's `scale`: a number, or "auto" for min(rows, cols) of each matrix."""
@@ -51,11 +79,19 @@ def training_options(command: F) -> F:
     defaults = Hyperparameters()
     options = [
         click.option(
+            "--optimizer",
+            type=click.Choice(OPTIMIZERS),
+            help=f"{WHAT} A running server has one, and its trainers take it over. Default: the server's;"
+            f" {DEFAULT} without a server.",
+        ),
+        click.option(
             "--lr",
             type=click.FloatRange(0, min_open=True),
-            default=defaults.lr,
-            help="Learning rate. With --scale auto, a step is about as long as AdamW's at the same rate, but learns"
-            " more. DESIGN.md says which rates were measured.",
+            help="Learning rate: with both optimizers a step is about as long as AdamW's at the same rate, in each"
+            " matrix. It learns more than AdamW's. Default: "
+            + ", ".join(f"{rate:g} with {name}" for name, rate in RATES.items())
+            + ", the best of those measured on a model of 0.1 billion parameters (1e-4 was the highest that ran for"
+            ' factored). DESIGN.md, "Choosing the step", has the figures, and what to use for larger models.',
         ),
         click.option(
             "--scale",

@@ -50,6 +50,7 @@ class BatchWorker(RqWorker):
     """An RQ worker of queue `feedback` that trains many jobs as one version.
 
     step: what trains. max_jobs, max_tokens, linger (seconds after the first job): whichever fills first ends a batch.
+    short_tokens: see `Batcher`.
     prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
     hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
     check: called between batches, about once a second; raises `UnavailableError` when no step can run any more.
@@ -68,6 +69,7 @@ class BatchWorker(RqWorker):
         max_jobs: int = 32,
         max_tokens: int = 65536,
         linger: float = 1.0,
+        short_tokens: int = 0,
         prepare_limit: int = 60,
         heartbeat: float = 10.0,
         hooks: Sequence[Hooks] | None = None,
@@ -83,6 +85,7 @@ class BatchWorker(RqWorker):
         self.lock = lock or WorkerLock(connection, self.name)
         self.settling = threading.RLock()
         limits: dict[str, Any] = {"max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+        limits["short_tokens"] = short_tokens
         self.batcher = Batcher(
             self, self.queue, step, prepare_limit=prepare_limit, tell=self.tell, settling=self.settling, **limits
         )

@@ -27,7 +27,8 @@ from worker.versions import lost_jobs
 IDLE_POLL = 1.0
 """Seconds a wait for the first job may last before signals, retries and maintenance are looked at."""
 
-
+FEW = 3
+"""A batch ends short while so many times its own jobs, or fewer, wait: more are cheaper by the token in a long one."""
 LOOKS, QUIET = 8, 2
 """How often the queue is looked at while a batch lingers, and after how many looks in a row that found nothing the
 batch goes. A look takes two round trips to Redis."""
@@ -37,6 +38,8 @@ class Batcher:
     """Collects batches for `worker`: at most `max_jobs`, at most `max_tokens` (a larger transcript goes alone), at most
     `linger` seconds after the first job. A batch goes as soon as nothing new came for a quarter of that.
 
+    short_tokens: tokens of a batch that the server is paused for least, where longer ones take another way (0: all are
+    alike). While few jobs wait, a batch ends before it would be longer; what is left over comes next.
     tell: the worker's hooks. settling: held while jobs change hands, so that no heartbeat falls between.
     """
 
@@ -52,11 +55,13 @@ class Batcher:
         prepare_limit: int,
         tell: Callable[..., None],
         settling: threading.RLock,
+        short_tokens: int = 0,
     ) -> None:
         if max_jobs < 1 or max_tokens < 1 or linger < 0 or prepare_limit < 1:
             raise TandemError("max_jobs, max_tokens and prepare_limit must be at least 1, linger at least 0")
         self.worker, self.queue, self.step = worker, queue, step
         self.max_jobs, self.max_tokens, self.linger, self.prepare_limit = max_jobs, max_tokens, linger, prepare_limit
+        self.short_tokens = short_tokens
         self.tell, self.settling = tell, settling
         self.stop = False
         """Set to end lingering: the batch in hand is the last."""
@@ -84,7 +89,8 @@ class Batcher:
                 if not self.admit(held):
                     continue
                 apart = held.alone or (self.batch and self.batch[0].alone)
-                if self.batch and (apart or tokens + held.prepared.tokens > self.max_tokens):
+                longer = tokens + held.prepared.tokens
+                if self.batch and (apart or longer > self.max_tokens or self.ends_short(tokens, longer)):
                     return True
                 if not self.batch:
                     self.first = time.monotonic()
@@ -101,6 +107,10 @@ class Batcher:
             quiet = quiet + 1 if self.batch and not came else 0
             if not came and (burst or not self.batch):
                 return bool(self.batch)
+
+    def ends_short(self, tokens: int, longer: int) -> bool:
+        """Whether a batch of `tokens` goes as it is, because of `longer` tokens the server would be paused longer."""
+        return tokens <= self.short_tokens < longer and len(self.backlog) <= FEW * len(self.batch)
 
     def fetch(self, count: int, wait: float) -> int:
         """Take up to `count` jobs, acknowledge those already trained, begin the others; returns how many ids came."""

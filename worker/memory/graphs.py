@@ -8,6 +8,7 @@ only where that much is free beside the longest row. Must not know: torch, vLLM.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from worker.memory.model_config import TextConfig
 from worker.memory.planner import SLACK, STEP, Way, layers_bytes, make_plan
@@ -55,21 +56,20 @@ def graphs_beside(
     *,
     way: Way,
     by_factors: bool,
-    embeddings: str,
-    context_bytes: int,
+    **costs: Any,
 ) -> Graphs:
     """The graphs that fit into `free_bytes` with a trainer by `way` of rows of `sizes`: the longest rows first, then no
-    recomputation before it. by_factors: in streaming, short rows go by factors where they fit."""
-    costs = {"embeddings": embeddings, "context_bytes": context_bytes}
+    recomputation before it. by_factors: in streaming, short rows go by factors where they fit. costs: of
+    `make_plan`."""
     if way == "streaming" and not by_factors:
         return NO_GRAPHS
     short: Way = "factors" if way == "streaming" else way
-    longest = make_plan(config, max(sizes), way=way, kept=0, **costs).total  # type: ignore[arg-type]
+    longest = make_plan(config, max(sizes), way=way, kept=0, **costs).total
     rows = host_bound(config, sorted(sizes))
     while rows:
         for kept in (len(config.layers), 0):
             # Launched as well: in the warm-up, and where it has more sequences than its graphs have places.
-            launched = make_plan(config, rows[-1], way=short, kept=kept, **costs).total  # type: ignore[arg-type]
+            launched = make_plan(config, rows[-1], way=short, kept=kept, **costs).total
             held = held_bytes(config, rows[-1], way=short, kept=kept)
             if (total := max(longest, launched) + held) <= free_bytes:
                 return Graphs(tuple(rows), kept, held, total)

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from producer.errors import TandemError
 from worker.memory.activations import extra, factors, saved
 from worker.memory.model_config import GDN, TextConfig
+from worker.memory.optimizer_memory import scratch_bytes, state_bytes
 
 CONTEXT_BYTES = 1_150_000_000
 """The CUDA context, the libraries' workspaces and loaded kernels of one process: 1.11 GB were measured at 27B."""
@@ -38,8 +39,6 @@ HIDDEN = 12
 """Bytes for each element of the last hidden states while the loss and its gradient are computed."""
 LEAST_ROW = 512
 """Tokens of the shortest packed row; rows of a power of two from here on exist."""
-SCRATCH = 0.006
-"""The optimizer's scratch, in bytes a parameter: about 150 MB at 27B (worker/apollo/cuda.py)."""
 SERVER_MEMORY = "a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization"
 """What to do for more free memory."""
 STEP = 10_000_000
@@ -124,17 +123,19 @@ def make_plan(
     way: Way,
     kept: int,
     embeddings: str = "apollo",
+    optimizer: str = "apollo-mini",
     context_bytes: int = CONTEXT_BYTES,
 ) -> Plan:
     """The plan for forward passes of `tokens` tokens (padding included), all of them trained.
 
     kept: how many of the last layers keep their activations; the others are recomputed.
-    embeddings: "frozen" spares the gradients of embeddings and head. context_bytes: what CUDA and its libraries are
+    embeddings: "frozen" spares the gradients of embeddings and head. optimizer: as `--optimizer`, for its state and
+    scratch. context_bytes: what CUDA and its libraries are
     still to take; less in a process whose context exists before `free` is asked for.
     """
     tables = embeddings != "frozen"
     standing = _gradient_bytes(config, tables) if way == "burst" else 0
-    shared = {"weights": _up(weight_bytes(config)), "state": _up(state_bytes(config))}
+    shared = {"weights": _up(weight_bytes(config)), "state": _up(state_bytes(config, optimizer))}
     plans = []
     for name, moment in MOMENTS.items():
         gradients, activations = moment(config, tokens, way, kept, tables)
@@ -142,7 +143,7 @@ def make_plan(
         rows = [
             ("gradients", standing + gradients),
             *activations,
-            ("optimizer's scratch", SCRATCH * config.count()),
+            ("optimizer's scratch", scratch_bytes(config, optimizer)),
             ("allocator's slack", SLACK * moving),
             ("CUDA context and libraries", context_bytes),
         ]
@@ -159,6 +160,7 @@ def choose(
     recompute: Recompute = "auto",
     *,
     embeddings: str = "apollo",
+    optimizer: str = "apollo-mini",
     context_bytes: int = CONTEXT_BYTES,
     way_out: str = SERVER_MEMORY,
 ) -> Plan:
@@ -172,7 +174,7 @@ def choose(
     ways: list[Way] = ["burst", "streaming"] if apply == "auto" else [apply]
     every = len(config.layers)
     kept = {"auto": [every, 0], "always": [0], "never": [every]}[recompute]
-    at = partial(make_plan, config, embeddings=embeddings, context_bytes=context_bytes)
+    at = partial(make_plan, config, embeddings=embeddings, optimizer=optimizer, context_bytes=context_bytes)
     plans = [at(budget_tokens, way=way, kept=some) for way, some in product(ways, kept)]
     for plan in plans:
         if plan.total <= free_bytes:
@@ -183,23 +185,20 @@ def choose(
     raise MemoryPlanError(_refusal(least, free_bytes, most, way_out))
 
 
-def layers_kept(
-    config: TextConfig, tokens: int, free_bytes: int, *, way: Way, embeddings: str, context_bytes: int
-) -> int:
-    """How many of the last layers can keep their activations in a pass of `tokens` tokens: the most that fit."""
-    at = partial(make_plan, config, tokens, way=way, embeddings=embeddings, context_bytes=context_bytes)
+def layers_kept(config: TextConfig, tokens: int, free_bytes: int, *, way: Way, **costs: Any) -> int:
+    """How many of the last layers can keep their activations in a pass of `tokens` tokens: the most that fit. costs: of
+    `make_plan`."""
+    at = partial(make_plan, config, tokens, way=way, **costs)
     return max((kept for kept in range(len(config.layers) + 1) if at(kept=kept).total <= free_bytes), default=0)
 
 
-def longest_by_factors(
-    config: TextConfig, sizes: Sequence[int], free_bytes: int, *, embeddings: str, context_bytes: int
-) -> int:
+def longest_by_factors(config: TextConfig, sizes: Sequence[int], free_bytes: int, **costs: Any) -> int:
     """The longest of `sizes`, in tokens, for whose row the factors fit into `free_bytes`, layers recomputed; 0 if none.
 
     They write in less time than streaming, whose writes wait for a whole backward pass, so they are taken where they
-    fit.
+    fit. costs: of `make_plan`.
     """
-    at = partial(make_plan, config, way="factors", kept=0, embeddings=embeddings, context_bytes=context_bytes)
+    at = partial(make_plan, config, way="factors", kept=0, **costs)
     return max((size for size in sizes if at(tokens=size).total <= free_bytes), default=0)
 
 
@@ -213,13 +212,6 @@ def layers_bytes(config: TextConfig, tokens: int, *, way: Way, kept: int) -> flo
 def weight_bytes(config: TextConfig) -> int:
     """Bytes of the text model's weights as the server holds them."""
     return 2 * config.count() + 2 * config.layers.count(GDN) * config.linear_value_heads
-
-
-def state_bytes(config: TextConfig) -> int:
-    """Bytes of the optimizer's state: what worker.apollo.state_bytes says of these shapes, without importing torch."""
-    shapes = config.parameters().values()
-    lengths = [max(shape) if len(shape) == 2 else math.prod(shape) for shape in shapes]
-    return _align(64 + 4 * len(lengths)) + sum(2 * _align(4 * length) for length in lengths)
 
 
 # -- the three moments: (gradients in flight, activations by name), in bytes ------------------------------------------
@@ -333,10 +325,6 @@ def _gradient_bytes(config: TextConfig, tables: bool) -> int:
 
 def _bucket(config: TextConfig) -> int:
     return min(BUCKET_BYTES, 2 * config.count() - _table_bytes(config) * len(config.tables()))
-
-
-def _align(size: int) -> int:
-    return -(-size // 64) * 64
 
 
 def _up(size: float) -> int:

@@ -140,7 +140,7 @@ class LiveUpdate:
             self.session.trainer.forget()  # of what was not applied, gradients or a whole graph
 
     def _run(self, prepared: Sequence[Ready]) -> Update:
-        with self.cost.computing():
+        with self.cost.computing(self.session.trainer.device_time.seconds):
             computed = self._compute(prepared)
         if (rejected := self._screen(computed)) is not None:
             return Update(version=None, lineage=self.session.weights.header.lineage, rejected=rejected)
@@ -204,6 +204,7 @@ class LiveUpdate:
         manifest: dict[str, Any] = {
             "kind": "update",
             "way": "hogwild" if self.session.settings.hogwild else way,
+            "optimizer": self.session.h.rule,
             "base": version - 1 if self.base is None else self.base,
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "jobs": len(computed.new),

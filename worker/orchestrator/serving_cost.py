@@ -1,8 +1,9 @@
 """Charges a budget with what versions take from serving, as this trainer and the server measure it.
 
     standing still   from the acknowledged pause until the server goes on, where requests stood still with it
-    computing        what gradients (or a canary's scores) take beside running requests: on a GPU the time until they
-                     are there; on a CPU this process' CPU time over the cores, since waiting for a core takes nothing
+    computing        what gradients (or a canary's scores) take beside running requests: on a GPU the seconds that the
+                     device needs for them (`worker.trainer.device_time`), at most those that pass; on a CPU this
+                     process' CPU time over the cores, since waiting for a core takes nothing
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
 
 On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
@@ -11,9 +12,10 @@ useless are not charged: nobody knows which of them would have been asked for.
 Invariant: how many requests run is what the server says, asked before and after.
 """
 
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from worker.orchestrator.session import Session
@@ -52,8 +54,9 @@ class ServingCost:
         return time.monotonic()
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """What runs inside computes while the server serves. A pause inside does not count."""
+    def computing(self, needed: Callable[[], float] = lambda: math.inf) -> Iterator[None]:
+        """What runs inside computes while the server serves. A pause inside does not count. needed: seconds that the
+        device needs for it with nothing else to do, asked at the end."""
         control, running = self.session.control, self.look()
         started, paused = self._clock(), control.paused_s
         try:
@@ -61,7 +64,8 @@ class ServingCost:
             running = max(running, self.look())
         finally:
             if running:
-                self.budget.charge(self._clock() - started - (control.paused_s - paused))
+                passed = self._clock() - started - (control.paused_s - paused)
+                self.budget.charge(min(passed, needed()))
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:

@@ -86,7 +86,7 @@ def open_session(
 
     Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
     state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
-    was asked. max_tokens: most of a version.
+    was asked. max_tokens: most of a version. The server says which optimizer: `TandemError` where `h` asks for another.
     """
     torch_setup.prepare()
     with contextlib.ExitStack() as stack:
@@ -94,6 +94,7 @@ def open_session(
         with growing_segments():
             weights = attach(run_dir)
             torch.empty(1, device=weights.state.device)
+        h = h.settled(weights.optimizer)
         state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path)))
         make_deterministic(weights.state.device)
         model = weights.build_model()

@@ -95,6 +95,7 @@ class WorkerLoop:
             hooks=self.hooks,
             lock=self.lock,
             check=lambda: self.between_batches(worker),
+            short_tokens=self.session.trainer.room.by_factors,
             **self.limits,
         )
         return worker

@@ -10,6 +10,7 @@ import math
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from worker.config.update_options import MAX_TOKENS
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import ConfigError, TextConfig
-from worker.memory.planner import CONTEXT_BYTES, Plan, gigabytes, make_plan, state_bytes, weight_bytes
+from worker.memory.optimizer_memory import state_bytes
+from worker.memory.planner import CONTEXT_BYTES, Plan, gigabytes, make_plan, weight_bytes
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
 
 MARGIN = 3_000_000_000
@@ -72,7 +74,12 @@ class TrainerMemory(click.ParamType):
 
 
 def make_room(
-    model: str, options: Sequence[str], trainer_memory: float | None, environment: Mapping[str, str], on_cpu: bool
+    model: str,
+    options: Sequence[str],
+    trainer_memory: float | None,
+    environment: Mapping[str, str],
+    on_cpu: bool,
+    optimizer: str = "apollo-mini",
 ) -> Share:
     """(what to add to vLLM's `options`, one sentence for each choice). trainer_memory: GB; None: by MODEL's sizes.
 
@@ -90,10 +97,16 @@ def make_room(
         return Share([], [f"{said} says what vLLM takes: nothing is set aside for the trainer beyond that"])
     if trainer_memory == 0:
         return Share([], ["nothing is set aside for the trainer (--trainer-memory 0)"])
-    return share_of(model, given, trainer_memory, total_memory(environment))
+    return share_of(model, given, trainer_memory, total_memory(environment), optimizer)
 
 
-def share_of(model: str, given: Mapping[str, Sequence[str]], trainer_memory: float | None, total: int) -> Share:
+def share_of(
+    model: str,
+    given: Mapping[str, Sequence[str]],
+    trainer_memory: float | None,
+    total: int,
+    optimizer: str = "apollo-mini",
+) -> Share:
     """As `make_room`, on a device of `total` bytes. given: the user's flags, none of them about memory."""
     if trainer_memory is not None:
         return flags_for(total, 0, math.ceil(trainer_memory * 1e9), "--trainer-memory")
@@ -101,7 +114,8 @@ def share_of(model: str, given: Mapping[str, Sequence[str]], trainer_memory: flo
         config = TextConfig.read(find_config(model, given))
     except ConfigError as error:
         raise LaunchError(f"the trainer's share cannot be computed: {error}; {WAY_OUT}") from None
-    plan, taken = with_graphs(default_plan(config, total), config, total), weight_bytes(config) + state_bytes(config)
+    plan = with_graphs(default_plan(config, total, optimizer), config, total, optimizer)
+    taken = weight_bytes(config) + state_bytes(config, optimizer)
     return flags_for(total, taken, plan.total, f"{plan.title()}; --trainer-memory says otherwise")
 
 
@@ -121,18 +135,19 @@ def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
     return None
 
 
-def default_plan(config: TextConfig, total: int) -> Plan:
+def default_plan(config: TextConfig, total: int, optimizer: str = "apollo-mini") -> Plan:
     """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
-    burst = make_plan(config, MAX_TOKENS, way="burst", kept=0)
-    return burst if 4 * burst.total <= total else make_plan(config, MAX_TOKENS, way="streaming", kept=0)
+    at = partial(make_plan, config, MAX_TOKENS, kept=0, optimizer=optimizer)
+    burst = at(way="burst")
+    return burst if 4 * burst.total <= total else at(way="streaming")
 
 
-def with_graphs(plan: Plan, config: TextConfig, total: int) -> Plan:
+def with_graphs(plan: Plan, config: TextConfig, total: int, optimizer: str = "apollo-mini") -> Plan:
     """`plan` beside CUDA graphs of short rows, if these take at most one part in `GRAPHS_PART` of the KV cache."""
-    cache = max(0, total - weight_bytes(config) - state_bytes(config) - plan.total - MARGIN)
+    cache = max(0, total - weight_bytes(config) - state_bytes(config, optimizer) - plan.total - MARGIN)
     graphs = graphs_beside(
         config, sizes_up_to(MAX_TOKENS), plan.total + cache // GRAPHS_PART, way=plan.way, by_factors=True,
-        embeddings="apollo", context_bytes=CONTEXT_BYTES,
+        embeddings="apollo", optimizer=optimizer, context_bytes=CONTEXT_BYTES,
     )  # fmt: skip
     return plan.with_graphs(graphs.total - plan.total, graphs.rows) if graphs.rows else plan
 

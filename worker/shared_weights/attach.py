@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from packaging.version import Version
 
+from worker.config.optimizers import DEFAULT, OPTIMIZER_ENV, Optimizer, optimizer_of
 from worker.shared_weights import bind, weights_client
 from worker.shared_weights.backends import opener_for
 from worker.shared_weights.batch_record import RecordArea
@@ -50,6 +51,11 @@ class AttachedWeights:
     """The local directory of the model: configuration, tokenizer, checkpoint."""
     server_info: dict[str, Any]
     """What the server said about itself: versions, model, load_format, max_model_len, pid, padding..."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What `state` has room for: `tandem serve --optimizer`."""
+        return optimizer_of({OPTIMIZER_ENV: self.server_info.get("optimizer", DEFAULT)})
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The text tensors in the order that optimizer ids and the optimizer's area follow: sorted by name."""

@@ -43,6 +43,7 @@ from worker.memory.planner import (
 )
 from worker.model import fuse
 from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.parallel_compile import parallel_compile
 from worker.trainer.trainer import Trainer
 
 log = logging.getLogger("tandem")
@@ -101,7 +102,7 @@ def choose_way(
     if settings.memory:  # of the whole process, whose context is there already
         said = max(0, int(settings.memory * 1e9) - (CONTEXT_BYTES - LIBRARIES_BYTES))
         may, way_out = (said, "a larger --memory") if said < free else (free, SERVER_MEMORY)
-    costs: dict[str, Any] = {"embeddings": h.embeddings, "context_bytes": LIBRARIES_BYTES}
+    costs: dict[str, Any] = {"embeddings": h.embeddings, "optimizer": h.rule, "context_bytes": LIBRARIES_BYTES}
     plan = choose(config, budget, may, settings.apply, way_out=way_out, **costs)
 
     mixed = settings.apply == "auto" and plan.way == "streaming"
@@ -160,16 +161,17 @@ def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
         task = progress.add_task("warm-up", what="")
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
-            report = warm_up(
-                trainer,
-                lambda done, all, what: progress.update(task, completed=done, total=all, what=what),
-                replayed,
-            )
+            with parallel_compile() as compiled:
+                report = warm_up(
+                    trainer,
+                    lambda done, all, what: progress.update(task, completed=done, total=all, what=what),
+                    replayed,
+                )
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
     gc.collect()
     gc.freeze()  # what lives as long as the worker is not looked through again, least of all in a pause
-    log.info("%s; compiled kernels are kept in ~/.triton and ~/.tilelang", report)
+    log.info("%s; %s; compiled kernels are kept in ~/.triton and ~/.tilelang", report, compiled)
     used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
     if len(trainer.rows):
         log.info("CUDA graphs of %s rows hold %s", len(trainer.rows), gigabytes(trainer.rows.held_bytes))

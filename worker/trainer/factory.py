@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
 from worker.config.hyperparameters import Hyperparameters
+from worker.config.optimizers import MATRICES
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
 from worker.memory.planner import Way
@@ -65,7 +66,8 @@ def make_trainer(
         parameter.requires_grad_(not (is_table and h.embeddings == "frozen"))
     optimizer = ApolloMini(
         named,
-        lr=h.lr,
+        lr=h.rate,
+        matrices=MATRICES[h.rule],
         scale=h.scale_value(),
         weight_decay=h.weight_decay,
         rounding=h.rounding,
@@ -77,7 +79,7 @@ def make_trainer(
         model,
         optimizer,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,  # masked out either way
-        lr=h.lr,
+        lr=h.rate,
         warmup=h.warmup,
         sizes=room.sizes,
         budget=budget or 4096,

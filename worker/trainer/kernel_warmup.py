@@ -34,16 +34,20 @@ class WarmUp:
 
 def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = ()) -> WarmUp:
     """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; last,
-    when all that others keep is allocated, graphs of the rows of `replayed` tokens, longest first."""
+    when all that others keep is allocated, graphs of the rows of `replayed` tokens, longest first. The longest row runs
+    twice: the second time says what a token takes."""
+    longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [
-        (f"{size} tokens", partial(_run, trainer, size)) for size in sorted(trainer.sizes, reverse=True)
+        (f"{size} tokens", partial(_run, trainer, size)) for size in (longest, *shorter)
     ]
+    work.insert(1, ("again", partial(_run, trainer, longest)))
     work.append(("optimizer", trainer.optimizer.warm_up))
     work += [(f"graphs of {size} tokens", partial(trainer.capture, size)) for size in sorted(replayed, reverse=True)]
     seconds = {}
     for done, (what, run) in enumerate(work):
         tell(done, len(work), what)
         seconds[what] = _timed(trainer, run)
+    trainer.device_time.learn(longest, seconds["again"])
     tell(len(work), len(work), "ready")
     return WarmUp(seconds)
 

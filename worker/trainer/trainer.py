@@ -28,6 +28,7 @@ from worker.model.inputs import model_inputs
 from worker.model.loss import HeadLoss, head_loss
 from worker.trainer.captured_row import CapturedRow
 from worker.trainer.captured_rows import rows_of
+from worker.trainer.device_time import DeviceTime
 from worker.trainer.factor_sweep import FactorSweep
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.gradients import Gradients, Limit
@@ -82,6 +83,7 @@ class Trainer:
         self.rows = rows_of(model)
         self.replayed = False
         """Whether the layers of the last micro-batch were replayed as CUDA graphs instead of launched."""
+        self.device_time = DeviceTime()
         self._alone = False  # the micro-batch is one row, which may be replayed
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
         self._step_scale = 1.0
@@ -104,6 +106,7 @@ class Trainer:
         rejected: dict[str, str] = {}
         self._check_room(examples)
         self.begun, self.replayed = self.room.way_of(examples), False
+        self.device_time.begin()
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
             teachers = self._teachers(kept)
@@ -283,6 +286,7 @@ class Trainer:
                 else:
                     self.sweep.factors.begin_pass()
                     loss.backward()  # type: ignore[no-untyped-call]
+                    self.device_time.backward(batch.input_ids.numel())
                     point("backward")
         return sums, {}
 
@@ -335,6 +339,7 @@ class Trainer:
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states before each trained token: [N, H]."""
+        self.device_time.forward(batch.input_ids.numel())
         before = batch.before.to(self.device)  # [N]
         inputs, row = model_inputs(batch, self.device), self._captured(batch)
         if row is not None:

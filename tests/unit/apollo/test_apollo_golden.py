@@ -154,10 +154,10 @@ def mixed_weights() -> list[Tensor]:
     return [w.bfloat16() if i < 4 else w for i, w in enumerate(weights)]
 
 
-def check_repeatable(device: str) -> None:
+def check_repeatable(device: str, **options) -> None:
     weights = mixed_weights()
     gradients = [[g.bfloat16() for g in step] for step in given_gradients([tuple(w.shape) for w in weights], 7)]
-    first, again = (run(weights, gradients, device, lr=1e-3, projection_gap=3) for _ in range(2))
+    first, again = (run(weights, gradients, device, lr=1e-3, projection_gap=3, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, w) for a, w in zip(first, weights, strict=True))
 
@@ -166,19 +166,19 @@ def test_bitwise_repeatable() -> None:
     check_repeatable(CPU)
 
 
-def check_nearest_is_the_rounded_fp32_result(device: str) -> None:
+def check_nearest_is_the_rounded_fp32_result(device: str, **options) -> None:
     """One step, so that both start from the same weights."""
     weights = [w.bfloat16() for w in start_weights(SHAPES)]
     gradients = given_gradients(SHAPES, 1)
-    rounded = run(weights, gradients, device, lr=1e-3, rounding="nearest")
-    exact = run([w.float() for w in weights], gradients, device, lr=1e-3)
+    rounded = run(weights, gradients, device, lr=1e-3, rounding="nearest", **options)
+    exact = run([w.float() for w in weights], gradients, device, lr=1e-3, **options)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(rounded, exact, strict=True))
 
 
-def check_stochastic_takes_a_neighbour_without_bias(device: str, seeds: int = 64) -> None:
+def check_stochastic_takes_a_neighbour_without_bias(device: str, seeds: int = 64, **options) -> None:
     weights = [w.bfloat16() for w in start_weights([(33, 33), (24, 64)])]
     gradients = given_gradients([(33, 33), (24, 64)], 1)
-    fixed = {"lr": 1e-3, "projection": given_projection}
+    fixed = {"lr": 1e-3, "projection": given_projection} | options
     exact = run([w.float() for w in weights], gradients, device, **fixed)
     sums = [torch.zeros_like(w) for w in exact]
     for seed in range(seeds):
@@ -211,7 +211,7 @@ def test_stochastic_takes_a_neighbour_without_bias() -> None:
     check_stochastic_takes_a_neighbour_without_bias(CPU)
 
 
-def check_row_slices(device: str) -> None:
+def check_row_slices(device: str, **options) -> None:
     """Slices of a merged weight, and rows further apart than they are long, give what separate weights give."""
     parts = [w.bfloat16() for w in start_weights([(48, 40), (16, 40), (30, 24)])]
     gradients = [[g.bfloat16() for g in step] for step in given_gradients([(48, 40), (16, 40), (30, 24)], 4)]
@@ -219,10 +219,10 @@ def check_row_slices(device: str) -> None:
     wide = torch.full((30, 64), 7.0, dtype=torch.bfloat16, device=device)
     wide[:, 8:32] = parts[2].to(device)
     views = [torch.nn.Parameter(merged[:48]), torch.nn.Parameter(merged[48:]), torch.nn.Parameter(wide[:, 8:32])]
-    optimizer = ApolloMini(views, lr=1e-3)
+    optimizer = ApolloMini(views, lr=1e-3, **options)
     for step in gradients:
         optimizer.step(grads=[g.to(device) for g in step])
-    alone = run(parts, gradients, device, lr=1e-3)
+    alone = run(parts, gradients, device, lr=1e-3, **options)
     assert torch.equal(merged.cpu(), torch.cat(alone[:2]))
     assert torch.equal(wide[:, 8:32].cpu(), alone[2])
     assert (wide[:, :8] == 7).all()
@@ -233,11 +233,11 @@ def test_row_slices() -> None:
     check_row_slices(CPU)
 
 
-def check_zero_gradient_is_harmless(device: str) -> None:
+def check_zero_gradient_is_harmless(device: str, **options) -> None:
     """The limiter's lock: an empty batch in between must not hold later steps near 0, nor change anything itself."""
     weights, gradients = start_weights([(64, 32)]), given_gradients([(64, 32)], 12)
     parameter = torch.nn.Parameter(weights[0].clone().to(device))
-    optimizer = ApolloMini([parameter], lr=1e-3, weight_decay=0.1)
+    optimizer = ApolloMini([parameter], lr=1e-3, weight_decay=0.1, **options)
     sizes = []
     for t, step in enumerate(gradients):
         before, state = parameter.detach().clone(), optimizer.area.memory.clone()
@@ -287,13 +287,14 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named(bad: float) -> None:
     assert optimizer.step_count == 2
 
 
-def check_streaming_is_burst(device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+def check_streaming_is_burst(device: str, dtype: torch.dtype = torch.bfloat16, **more) -> None:
     """Whatever the order in which the gradients come."""
     weights = mixed_weights()
     gradients = [[g.to(dtype) for g in step] for step in given_gradients([tuple(w.shape) for w in weights], 6)]
-    burst = run(weights, gradients, device, lr=1e-3, projection_gap=4, weight_decay=0.01)
+    options = {"lr": 1e-3, "projection_gap": 4, "weight_decay": 0.01} | more
+    burst = run(weights, gradients, device, **options)
     parameters = [torch.nn.Parameter(w.clone().to(device)) for w in weights]
-    optimizer = ApolloMini(parameters, lr=1e-3, projection_gap=4, weight_decay=0.01)
+    optimizer = ApolloMini(parameters, **options)
     for t, step in enumerate(gradients):
         optimizer.begin()
         for i in sorted(range(len(weights)), key=lambda i: (i * 7 + t) % 5):
@@ -306,7 +307,7 @@ def test_streaming_is_burst() -> None:
     check_streaming_is_burst(CPU)
 
 
-def check_hooks_are_burst(device: str) -> None:
+def check_hooks_are_burst(device: str, **options) -> None:
     """`with optimizer.streaming(): loss.backward()` frees every gradient and gives what `step()` gives."""
 
     def model() -> torch.nn.Module:
@@ -316,7 +317,7 @@ def check_hooks_are_burst(device: str) -> None:
         ).to(device, torch.bfloat16)
 
     one, two = model(), model()
-    burst, streamed = ApolloMini(one.named_parameters(), lr=1e-2), ApolloMini(two.named_parameters(), lr=1e-2)
+    burst, streamed = (ApolloMini(m.named_parameters(), lr=1e-2, **options) for m in (one, two))
     for seed, bucket_bytes in enumerate([1 << 28, 0, 700]):
         x = torch.randn(5, 24, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
         one(x).float().square().sum().backward()
@@ -333,10 +334,10 @@ def test_hooks_are_burst() -> None:
     check_hooks_are_burst(CPU)
 
 
-def check_update_rms(device: str) -> None:
+def check_update_rms(device: str, **options) -> None:
     weights = start_weights([(64, 32), (20,)])
     parameters = [torch.nn.Parameter(w.clone().to(device)) for w in weights]
-    optimizer = ApolloMini(parameters, lr=1e-3)
+    optimizer = ApolloMini(parameters, lr=1e-3, **options)
     optimizer.step(grads=[g.to(device) for g in given_gradients([(64, 32), (20,)], 1)[0]])
     moved = torch.cat([(p.detach().cpu() - w).flatten() for p, w in zip(parameters, weights, strict=True)])
     start = torch.cat([w.flatten() for w in weights])
@@ -348,7 +349,7 @@ def test_update_rms() -> None:
     check_update_rms(CPU)
 
 
-def check_step_scale(device: str) -> None:
+def check_step_scale(device: str, **options) -> None:
     """It multiplies the step and nothing else: from weights of zero the step is the weights, and half of it exact."""
     shapes = [(64, 32), (24, 48), (20,), (6, 1, 4)]
     gradients = given_gradients(shapes, 3)
@@ -356,7 +357,7 @@ def check_step_scale(device: str) -> None:
     def taught(*scales: float, front: bool = False) -> tuple[list[Tensor], Tensor, float]:
         """All steps but the last at full length; what the last one moved, the state, and its RMS."""
         parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-        optimizer = ApolloMini(parameters, lr=1e-3, scale_front=front)
+        optimizer = ApolloMini(parameters, lr=1e-3, scale_front=front, **options)
         for scale, step in zip(scales, gradients, strict=False):
             with torch.no_grad():
                 for parameter in parameters:
@@ -380,7 +381,7 @@ def check_step_scale(device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(taught(1e-6, 1.0)[0], taught(1.0, 1.0)[0], strict=True))
 
 
-def check_step_scale_in_every_way(device: str) -> None:
+def check_step_scale_in_every_way(device: str, **more) -> None:
     """Burst, streaming and hooks agree bit for bit, weight decay and stochastic rounding included."""
 
     def model() -> torch.nn.Module:
@@ -389,7 +390,8 @@ def check_step_scale_in_every_way(device: str) -> None:
         return torch.nn.Sequential(*layers).to(device, torch.bfloat16)
 
     models = [model() for _ in range(4)]
-    burst, pieces, hooks, unscaled = (ApolloMini(m.named_parameters(), lr=1e-2, weight_decay=0.1) for m in models)
+    options = {"lr": 1e-2, "weight_decay": 0.1} | more
+    burst, pieces, hooks, unscaled = (ApolloMini(m.named_parameters(), **options) for m in models)
     for seed, scale in enumerate([0.5, 1.0, 0.125]):
         x = torch.randn(5, 24, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
         for one in (models[0], models[1], models[3]):

@@ -10,10 +10,11 @@ import pytest
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("file", ["test_apollo_gpu.py", "test_factored_gpu.py"])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernels_in_the_interpreter() -> None:
+def test_the_kernels_in_the_interpreter(file: str) -> None:
     """In a process of its own: Triton decides at import whether it interprets."""
-    tests = Path(__file__).parents[2] / "gpu" / "test_apollo_gpu.py"
+    tests = Path(__file__).parents[2] / "gpu" / file
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tests.parent.parent, capture_output=True, text=True)

@@ -20,46 +20,46 @@ def gradients(device: str) -> list[list[Tensor]]:
     return [[g.to(device) for g in step] for step in given_gradients(SHAPES, STEPS)]
 
 
-def unbroken(device: str) -> list[Tensor]:
+def unbroken(device: str, **rule) -> list[Tensor]:
     parameters = [torch.nn.Parameter(w.to(device)) for w in mixed_weights()]
-    optimizer = ApolloMini(parameters, **OPTIONS)
+    optimizer = ApolloMini(parameters, **OPTIONS, **rule)
     for step in gradients(device):
         optimizer.step(grads=step)
     return parameters
 
 
-def check_resumes_in_place(device: str) -> None:
+def check_resumes_in_place(device: str, **rule) -> None:
     """A second optimizer over the same weights and the same memory goes on as if it were the first, past a redraw."""
-    memory = torch.zeros(state_bytes(SHAPES), dtype=torch.uint8, device=device)
+    memory = torch.zeros(state_bytes(SHAPES, **rule), dtype=torch.uint8, device=device)
     parameters = [torch.nn.Parameter(w.to(device)) for w in mixed_weights()]
     for first, last in ((0, STOP), (STOP, STEPS)):
-        optimizer = ApolloMini(parameters, state=memory, **OPTIONS)
+        optimizer = ApolloMini(parameters, state=memory, **OPTIONS, **rule)
         assert optimizer.step_count == first
         for step in gradients(device)[first:last]:
             optimizer.step(grads=step)
         del optimizer
-    assert all(torch.equal(a, b) for a, b in zip(parameters, unbroken(device), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, unbroken(device, **rule), strict=True))
 
 
-def check_resumes_from_a_file(device: str, folder: Path) -> None:
+def check_resumes_from_a_file(device: str, folder: Path, **rule) -> None:
     """state_dict through torch.load(weights_only=True), and the area alone through safetensors."""
     parameters = [torch.nn.Parameter(w.to(device)) for w in mixed_weights()]
-    optimizer = ApolloMini(parameters, **OPTIONS)
+    optimizer = ApolloMini(parameters, **OPTIONS, **rule)
     for step in gradients(device)[:STOP]:
         optimizer.step(grads=step)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     save_file({"area": optimizer.state_dict()["state"]["area"]}, folder / "optimizer.safetensors")
     kept = [p.detach().clone() for p in parameters]
 
-    other = ApolloMini([torch.nn.Parameter(p.clone()) for p in kept], lr=0.5)
+    other = ApolloMini([torch.nn.Parameter(p.clone()) for p in kept], lr=0.5, **rule)
     other.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     area = load_file(folder / "optimizer.safetensors")["area"].to(device)
-    third = ApolloMini([torch.nn.Parameter(p.clone()) for p in kept], state=area, **OPTIONS)
+    third = ApolloMini([torch.nn.Parameter(p.clone()) for p in kept], state=area, **OPTIONS, **rule)
     for resumed in (other, third):
         for step in gradients(device)[STOP:]:
             resumed.step(grads=step)
         mine = resumed.param_groups[0]["params"]
-        assert all(torch.equal(a, b) for a, b in zip(mine, unbroken(device), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(mine, unbroken(device, **rule), strict=True))
 
 
 def test_resumes_in_place() -> None:

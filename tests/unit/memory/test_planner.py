@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker.apollo import ApolloMini, state_bytes
+from worker.apollo import ApolloMini, launch_tables, state_bytes
+from worker.apollo.parameters import make_slots
+from worker.config.optimizers import MATRICES, OPTIMIZERS
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory import planner
 from worker.memory.activations import extra, factors, saved
 from worker.memory.model_config import ATTENTION, GDN, TextConfig
+from worker.memory.optimizer_memory import scratch_bytes
+from worker.memory.optimizer_memory import state_bytes as planned_state_bytes
 from worker.memory.planner import (
     BUCKET_BYTES,
     CONTEXT_BYTES,
@@ -30,7 +35,6 @@ from worker.memory.planner import (
     make_plan,
     weight_bytes,
 )
-from worker.memory.planner import state_bytes as planned_state_bytes
 from worker.model import head_blocks
 
 FOLDER = Path(__file__).parents[2] / "data" / "configs"
@@ -79,15 +83,38 @@ def test_the_weights_of_27b() -> None:
     assert f"{weight_bytes(config) / GB:.1f}" == "53.8"
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_state_is_what_the_optimizer_asks_for(size: str) -> None:
+def test_the_state_is_what_the_optimizer_asks_for(size: str, optimizer: str) -> None:
     config = config_of(size)
-    assert planned_state_bytes(config) == state_bytes(list(config.parameters().values()))
+    shapes = list(config.parameters().values())
+    assert planned_state_bytes(config, optimizer) == state_bytes(shapes, matrices=MATRICES[optimizer])
 
 
 @given(configs)
 def test_the_state_of_any_model_is_what_the_optimizer_asks_for(config: TextConfig) -> None:
-    assert planned_state_bytes(config) == state_bytes(list(config.parameters().values()))
+    shapes = list(config.parameters().values())
+    assert planned_state_bytes(config) == state_bytes(shapes)
+    assert planned_state_bytes(config, "factored") == state_bytes(shapes, matrices="factored")
+
+
+def test_the_state_of_27b_is_what_the_help_says() -> None:
+    assert [round(planned_state_bytes(config_of("27B"), one) / 1e6) for one in OPTIMIZERS] == [68, 52]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_factored_rule_s_partial_sums_are_planned(size: str) -> None:
+    config = config_of(size)
+    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in config.parameters().values()]
+    slots = make_slots([{"params": parameters}], "factored")
+    tiling = launch_tables.Tiling()
+    kinds = [launch_tables.kind_of(slot, tiling) for slot in slots]
+    counts = [launch_tables.counts_of(slot, kind, tiling) for slot, kind in zip(slots, kinds, strict=True)]
+    taken = 4 * launch_tables.scratch_of(kinds, counts, tiling.window)[2]
+    planned = round(scratch_bytes(config, "factored") - scratch_bytes(config, "apollo-mini"))
+    assert taken <= planned <= 2 * taken
+    mini, factored = (planner.make_plan(config, 1024, way="burst", kept=0, optimizer=one) for one in OPTIMIZERS)
+    assert factored.total - mini.total >= planned - 2 * STEP and factored.state <= mini.state
 
 
 @pytest.mark.parametrize(("tokens", "measured"), [(1024, 3.3), (4096, 5.5), (8192, 8.6)])

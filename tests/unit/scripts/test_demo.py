@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from demo_parts import losses, models, plot, screen
-from demo_parts.identity_story import BATCH, DATA, OTHERS, exam_sets
+from demo_parts.identity_story import BATCH, DATA, EXAM, exam_sets
 from demo_parts.verdict import MOST_FORGOTTEN, NAME, Seen, judge
 
 from producer.errors import TandemError
@@ -98,7 +98,7 @@ def questions(name: str) -> list[str]:
 def test_the_conversations_are_sound_and_nothing_that_judges_is_trained() -> None:
     trained = questions("identity_train")
     judging = questions("identity_unseen") + questions("facts") + questions("other_answers")
-    assert len(trained) >= 100 and len(trained) % BATCH == 0 and len(judging) >= 40 + 20 + 100 > OTHERS
+    assert len(trained) >= 100 and len(trained) % BATCH == 0 and len(judging) >= 40 + 20 + 100 > 3 * EXAM
     assert len({question.casefold() for question in trained + judging}) == len(trained + judging)
     for name in ("facts", "other_answers"):
         assert NAME not in (DATA / f"{name}.jsonl").read_text()
@@ -108,7 +108,7 @@ def test_the_exam_counts_the_answers_in_the_model_s_own_tokens(tiny_model: Path)
     from transformers import AutoTokenizer
 
     tokenizer, sets = AutoTokenizer.from_pretrained(tiny_model), exam_sets(tiny_model)
-    assert {name: len(some) for name, some in sets.items()} == {"learnt": 40, "facts": 20, "other": OTHERS}
+    assert {name: len(some) for name, some in sets.items()} == {"learnt": EXAM, "facts": EXAM, "other": EXAM}
     for sequence, asked in zip(sets["facts"], losses.read(DATA / "facts.jsonl"), strict=True):
         trained = [token for token, counts in zip(sequence.ids, sequence.mask, strict=True) if counts]
         assert tokenizer.decode(trained) == asked.messages[1]["content"] + "<|im_end|>"

@@ -5,7 +5,7 @@ import triton.language as tl
 # Columns of the parameter table, int64 [parameters, COLUMNS].
 ROWS = tl.constexpr(0)
 COLS = tl.constexpr(1)
-M = tl.constexpr(2)  # addresses of the moments
+M = tl.constexpr(2)  # addresses of the moments, or of r and c
 V = tl.constexpr(3)
 PROJECTION = tl.constexpr(4)  # offset into all projections
 SCRATCH = tl.constexpr(5)  # offset into the partial projections R
@@ -21,7 +21,10 @@ GROUP = tl.constexpr(14)
 INDEX = tl.constexpr(15)  # the parameter's place in the state area
 OUT_TILE = tl.constexpr(16)  # first tile and number of tiles of pass 2
 OUT_TILES = tl.constexpr(17)
-COLUMNS = tl.constexpr(18)
+SIDES = tl.constexpr(18)  # offset into what the factored rule knows of rows and columns
+ROW_SCRATCH = tl.constexpr(19)  # offset of its partial sums by row; those by column are at SCRATCH, PARTS of them
+STRIP = tl.constexpr(20)  # 1 where one program sees whole rows
+COLUMNS = tl.constexpr(21)
 
 # Columns of the binding table, int64 [parameters, BINDINGS]: what may differ from step to step.
 WEIGHT = tl.constexpr(0)

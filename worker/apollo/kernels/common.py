@@ -1,10 +1,13 @@
 """What the kernels share: typed pointers, sums that one thread holds, the moments and the step's size."""
 
 # mypy: disable-error-code=no-untyped-def
+import torch
 import triton
 import triton.language as tl
 
 from worker.apollo.kernels.columns import BETA1, BETA2, EPS, RATE
+
+TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -31,14 +34,18 @@ def moments(m, v, r, knob):
 
 
 @triton.jit
+def power(base, t):
+    """base^t in float64, t at least 1."""
+    result = base * 0 + 1
+    while t > 0:
+        result *= tl.where(t & 1 == 1, base, 1.0)
+        base *= base
+        t = t >> 1
+    return result
+
+
+@triton.jit
 def step_size(knob, t):
     """formulas.step_size: rate * sqrt(1 - b2^t) / (1 - b1^t), in float64."""
-    beta1, beta2 = tl.load(knob + BETA1), tl.load(knob + BETA2)
-    power1, power2 = beta1 * 0 + 1, beta2 * 0 + 1
-    while t > 0:
-        power1 *= tl.where(t & 1 == 1, beta1, 1.0)
-        power2 *= tl.where(t & 1 == 1, beta2, 1.0)
-        beta1 *= beta1
-        beta2 *= beta2
-        t = t >> 1
-    return tl.load(knob + RATE) * tl.sqrt(1 - power2) / (1 - power1)
+    powers = power(tl.load(knob + BETA1), t), power(tl.load(knob + BETA2), t)
+    return tl.load(knob + RATE) * tl.sqrt(1 - powers[1]) / (1 - powers[0])

@@ -19,6 +19,7 @@ from worker.apollo.kernels.columns import (
     ID,
     KNOBS,
     ROWS,
+    SIDES,
     WEIGHT,
     WEIGHT_STRIDE,
     WRITTEN,
@@ -31,11 +32,14 @@ from worker.apollo.kernels.rounding import bits_of_blocks, bits_of_elements, rou
 
 @triton.jit(do_not_specialize=["first", "count", "key0", "key1"])
 def apply(
-    parameters, bindings, tiles, first, count, knobs, steps, statistics, partial_weights, key0, key1,
-    G_TYPE: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    parameters, bindings, tiles, first, count, knobs, steps, statistics, partial_weights, key0, key1, sides,
+    G_TYPE: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
     TR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """W <- (W - factor * G) * (1 - decay) for a TR x BC tile of a matrix, and the tile's share of ||W||^2 before."""
+    """W <- (W - factor * G) * (1 - decay) for a TR x BC tile of a matrix, and the tile's share of ||W||^2 before.
+
+    SCALED: G is first multiplied with what kernels/factored.py made of its row and of its column.
+    """
     tile = first + tl.program_id(0)
     position = tl.load(tiles + 2 * tile).to(tl.int64)
     block = tl.load(tiles + 2 * tile + 1)
@@ -63,12 +67,17 @@ def apply(
         top, left = (block // across) * TR, (block % across) * BC
         col = left + tl.arange(0, BC)
         squares = tl.zeros([BR, BC // 8], tl.float32)
+        if SCALED:
+            by_rows = sides + tl.load(parameter + SIDES)
+            by_col = tl.load(by_rows + rows + col, col < cols, other=0)
         for start in range(top, min(top + TR, rows), BR):
             row = start + tl.arange(0, BR)
             mask = (row < rows)[:, None] & (col < cols)[None, :]
             row_ = row[:, None].to(tl.int64)
             at = w + row_ * w_stride + col[None, :]
             x = tl.load(g + row_ * g_stride + col[None, :], mask, other=0).to(tl.float32)
+            if SCALED:
+                x = x * tl.load(by_rows + row, row < rows, other=0)[:, None] * by_col[None, :]
             value = tl.load(at, mask, other=0).to(tl.float32)
             squares += fold(value * value, BR, BC)
             value -= factor * x

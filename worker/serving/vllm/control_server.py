@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import TandemError
+from worker.config.optimizers import optimizer_of
 from worker.serving.cache_policy import CachePolicy
 from worker.serving.memory_share import share_of_environment
 from worker.serving.protocol import LONGEST_LEASE, SOCKET, ControlError
@@ -183,7 +184,7 @@ class Control:
         holder = self._trainer
         trainer = {"name": holder.name, "pid": holder.pid, "since": holder.since} if holder else None
         inside = {"in_flight": self._state.in_flight} | self._leases.load()
-        return self._state.plain() | {"trainer": trainer} | inside
+        return self._state.plain() | {"trainer": trainer, "optimizer": optimizer_of(os.environ)} | inside
 
 
 def _seconds(request: dict[str, Any]) -> float:

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from producer.errors import TandemError
 from worker.apollo import state_bytes
+from worker.config.optimizers import MATRICES, Optimizer, optimizer_of
 from worker.serving.refused_options import WITHOUT_DRAFTER
 from worker.serving.vllm.tensor_mapping import Mapping, derive
 from worker.serving.vllm.unsupported_flags import refuse_unshareable
@@ -49,7 +50,9 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
         hf_config, text_config = vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config
         self._mapping = derive(model, text_sources(text_config.to_dict(), has_vision=hf_config is not text_config))
         self._owner = owner_for(device)
-        sizes = {"header": HEADER_BYTES, "record": RECORD_BYTES, "state": _optimizer_bytes(self._mapping)}
+        self._optimizer = optimizer_of(os.environ)
+        state = _optimizer_bytes(self._mapping, self._optimizer)
+        sizes = {"header": HEADER_BYTES, "record": RECORD_BYTES, "state": state}
         self._areas = self._owner.place(model, sizes)
         self._header = Header(self._areas["header"])
         self._header.adopt(uuid.uuid4().hex, version=0)
@@ -79,6 +82,7 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
             "revision": model.revision,
             "model_class": type(self._shared).__name__,
             "dtype": "bfloat16",
+            "optimizer": self._optimizer,
             "load_format": str(self.vllm_config.load_config.load_format),
             "max_model_len": model.max_model_len,
             "memory": self._owner.info(),
@@ -134,9 +138,9 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
         raise SharedNotSentError("this server's weights are shared and trained in place: nothing is sent to it")
 
 
-def _optimizer_bytes(mapping: Mapping) -> int:
+def _optimizer_bytes(mapping: Mapping, optimizer: Optimizer) -> int:
     """Bytes the optimizer may use, for all text tensors in the order of their names."""
-    return state_bytes([piece.shape for piece in mapping.slices])
+    return state_bytes([piece.shape for piece in mapping.slices], matrices=MATRICES[optimizer])
 
 
 def _drafter(vllm_config: Any) -> list[str]:

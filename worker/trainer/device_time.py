@@ -1,0 +1,42 @@
+"""What a device has computed for a step, in seconds that it would take with nothing else to do.
+
+A GPU that also serves gives each process turns, and a trainer that launches many small kernels does not fill its own:
+the time that passes until gradients are there says little of what they took from the server. The tokens of the passes
+do.
+Must not know: the server.
+Invariant: a token costs what it costs in the longest row, which keeps the device busy: at least what it takes in a
+shorter one, where no layer is computed twice.
+"""
+
+import math
+
+FORWARD = 1 / 3
+"""Of a pass forward and backward, in products."""
+
+
+class DeviceTime:
+    """Of one trainer. Until `learn`, nothing is known."""
+
+    def __init__(self) -> None:
+        self._token_s = 0.0
+        self._tokens = 0.0  # of passes forward and backward; of one without the other, its part
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A pass forward and backward over a row of `tokens` tokens, all kernels compiled, took `seconds`."""
+        self._token_s = seconds / tokens
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._tokens = 0.0
+
+    def forward(self, tokens: int) -> None:
+        """A pass forward over a row of `tokens` tokens."""
+        self._tokens += FORWARD * tokens
+
+    def backward(self, tokens: int) -> None:
+        """A pass backward."""
+        self._tokens += (1 - FORWARD) * tokens
+
+    def seconds(self) -> float:
+        """Since `begin`; infinite where nothing is known."""
+        return self._tokens * self._token_s if self._token_s else math.inf
