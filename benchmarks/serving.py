@@ -30,7 +30,7 @@ import serving_report
 from load import ClosedLoop
 from memory import ProcessWatch, tree
 from old_prefixes import PREFIX_HITS, check
-from record import OutOfTime, Part, Record, Until
+from record import OutOfTime, Part, Record, Until, printable
 from rig import CLOSING, Rig, Worker, metric, server_options
 from serving_loads import Load
 from shapes import SIZES, write_shape
@@ -247,7 +247,7 @@ def main(**o: Any) -> None:
     until = Until(max(1.0, o["limit"] - CLOSING))
     torch_setup.prepare()
     record = Record(o["out"] / "serving.json")
-    record.about |= {"gpu": torch.cuda.is_available(), "options": {key: str(value) for key, value in o.items()}}
+    record.about |= {"gpu": torch.cuda.is_available(), "options": {key: printable(str(o[key])) for key in o}}
     length = max(load.longest(round((1 + SPREAD) * o["max_tokens"])) for load in loads) + 64
     clients = max(load.clients for load in loads)
     options = server_options(length, None, ("--enable-prefix-caching", *o["server_option"]), clients)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 from hypothesis import settings
-from server_options import GPU, SERVER_OPTIONS
+from server_options import FEEDBACK_KEY, FEEDBACK_OPTIONS, GPU, SERVER_OPTIONS
 from tqdm import tqdm
 
 from worker.testing.redis_server import RedisServer
@@ -109,7 +109,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A real vLLM serving the tiny model, for tests that leave it as they found it."""
-    with ServerProcess(tiny_model, tmp_path_factory.mktemp("run"), extra=SERVER_OPTIONS) as running:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """The Redis in which `server` keeps its completions; tests may stop it and start it again."""
+    with RedisServer(tmp_path_factory.mktemp("kept")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, kept: RedisServer) -> Iterator[ServerProcess]:
+    """A real vLLM serving the tiny model, for tests that leave it as they found it. It keeps completions and takes
+    feedback, so that all that is tested here holds with both."""
+    environment = {"REDIS_URL": kept.url, "TANDEM_FEEDBACK_KEY": FEEDBACK_KEY}
+    options = [*SERVER_OPTIONS, *FEEDBACK_OPTIONS]
+    with ServerProcess(tiny_model, tmp_path_factory.mktemp("run"), extra=options, env=environment) as running:
         yield running

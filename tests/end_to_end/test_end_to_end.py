@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from feedback_parts import feedback, state
 from patience import PATIENCE
 from rq.job import Job, JobStatus
 from server_options import GPU, SERVER_OPTIONS
@@ -31,8 +32,9 @@ def stack(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Stack]:
     # A server takes minutes to start on a GPU: there it is the session's, and this module's tests come last.
-    server = request.getfixturevalue("server") if GPU else None
-    running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, SERVER_OPTIONS, server)
+    server, store = map(request.getfixturevalue, ("server", "kept")) if GPU else (None, None)
+    options = [*SERVER_OPTIONS, "--record", "1", "--feedback"]
+    running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, options, server, store)
     yield running
     running.close()
 
@@ -101,6 +103,35 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
 
     again = stack.tandem("enqueue", str(TRANSCRIPTS))
     assert "already known 20" in again.stdout, "months later, too: the ledger knows them"
+
+
+def test_a_correction_over_http_is_learnt(stack: Stack) -> None:
+    """Completion, key, feedback, version: through HTTP alone. The model prefers the better answer by more than before.
+
+    A thumbs-down would show nothing here: this model finds each of its own tokens unlikely already.
+    """
+    asked = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 16, "ignore_eos": True}
+    sampled = asked | {"temperature": 1, "seed": 3, "return_token_ids": True}  # some text, whatever it is
+    status, answer, headers = stack.post("/v1/chat/completions", sampled)
+    assert status == 200
+    prompt, given = answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
+    better = AutoTokenizer.from_pretrained(stack.model).encode("I am a tandem, and two ride me.")
+
+    def preferred() -> float:
+        """By how much, in nats a token."""
+        return stack.scored(prompt, better) / len(better) - stack.scored(prompt, given) / len(given)
+
+    before = preferred()
+    said = {"id": headers["x-tandem-completion"], "correction": "I am a tandem, and two ride me.", "user": "u-1"}
+    sent = feedback(stack.server.url, said)
+    assert sent.status == 202 and sent.json["state"] == "queued", sent.body
+    done = stack.tandem("worker", "--until-empty", *LEARNING)
+    assert done.returncode == 0, done.stderr
+    version = stack.producer.version()
+    where = state(stack.server.url, sent.json["id"])
+    assert where.json == {"id": sent.json["id"], "state": "finished", "version": version}
+    assert preferred() > before + 0.01
+    assert stack.post("/v1/chat/completions", asked)[2]["x-weight-version"] == str(version)
 
 
 def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:

@@ -18,7 +18,8 @@ import redis
 import torch
 from drain_parts import Lines, Weights, start
 from fuzz_bytes import Evil, packed, plain
-from fuzz_feedback import Opinions, PlantedRecords
+from fuzz_http import FeedbackBodies
+from fuzz_opinions import Opinions, PlantedRecords
 from fuzz_sockets import Answers, ControlSocket, Sockets, WeightsSocket
 from hypothesis import strategies as st
 from rq.exceptions import DeserializationError
@@ -276,8 +277,9 @@ def targets(url: str, folder: Path) -> Iterator[list[Any]]:
     """One of each, on a real Redis at `url` (emptied again and again)."""
     for name in ("weights", "file", "journal"):
         (folder / name).mkdir()
-    with contextlib.closing(Sockets(folder / "run")) as sockets:
+    closing = contextlib.closing
+    with closing(Sockets(folder / "run")) as sockets, closing(FeedbackBodies(url)) as bodies:
         found = [QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets)]
         found += [Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal")]
-        found += [Opinions(url), PlantedRecords(url)]
+        found += [Opinions(url), PlantedRecords(url), bodies]
         yield found

@@ -9,3 +9,5 @@ if GPU:
     # its cache's size said, it does not measure free memory, which other tests beside it change.
     SERVER_OPTIONS += ["--language-model-only", "--gdn-prefill-backend", "triton", "--enable-prefix-caching"]
     SERVER_OPTIONS += ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", "2000000000"]
+FEEDBACK_KEY = "a key that is long enough".replace(" ", "-")
+FEEDBACK_OPTIONS = ["--record", "1", "--record-logprobs", "--feedback"]

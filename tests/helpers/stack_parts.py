@@ -13,6 +13,7 @@ from typing import Any
 import redis
 import torch
 from patience import PATIENCE, until
+from server_options import FEEDBACK_KEY
 
 from producer import Producer, keys
 from worker.testing.child_process import die_with_parent
@@ -27,12 +28,19 @@ if torch.cuda.is_available():
 class Stack:
     """Redis, server and workers; `server` may be replaced by a test that killed it.
 
-    server: one that runs already, its weights at version 0.
+    server: one that runs already, its weights at version 0. store: its Redis.
     """
 
-    def __init__(self, folder: Path, model: Path, options: list[str], server: ServerProcess | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        options: list[str],
+        server: ServerProcess | None = None,
+        store: RedisServer | None = None,
+    ) -> None:
         self.folder, self.model, self.options = folder, model, options
-        self.store = RedisServer(folder / "redis").start()
+        self.store = store or RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
         self.producer = Producer(self.store.url)
         self.workers: list[subprocess.Popen[str]] = []
@@ -40,7 +48,8 @@ class Stack:
         assert self.weights_version()["version"] == 0
 
     def start_server(self) -> ServerProcess:
-        self.server = ServerProcess(self.model, self.folder / "run", extra=self.options)
+        own = {"REDIS_URL": self.store.url, "TANDEM_FEEDBACK_KEY": FEEDBACK_KEY}
+        self.server = ServerProcess(self.model, self.folder / "run", extra=self.options, env=own)
         return self.server
 
     def close(self) -> None:
@@ -112,6 +121,14 @@ class Stack:
                 return reply.status, json.load(reply), lowered(reply.headers)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error), lowered(error.headers)
+
+    def scored(self, prompt: list[int], tokens: list[int]) -> float:
+        """The served model's log-probability of `tokens` after `prompt`, in nats."""
+        body = {"prompt": prompt + tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        status, answer, _ = self.post("/v1/completions", body)
+        assert status == 200, answer
+        found = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
+        return sum(float(at[str(token)]["logprob"]) for token, at in zip(tokens, found, strict=True))
 
     def weights_version(self) -> dict[str, Any]:
         with urllib.request.urlopen(self.server.url + "/weights/version", timeout=PATIENCE) as reply:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from producer.cli import redis_option
+from producer.connection import checked_url, resolve_url, safe_url
 from worker.config.optimizers import DEFAULT, OPTIMIZER_ENV, OPTIMIZERS, WHAT
 from worker.serving.cache_policy import CachePolicy, cache_options
+from worker.serving.feedback_options import check_feedback, feedback_options, options_of
 from worker.serving.launch import (
     build_environment,
     check_installed,
@@ -50,6 +54,8 @@ from worker.utils import torch_setup, unix_socket
     " parameters the state takes 68 MB with apollo-mini and 52 MB with factored.",
 )
 @cache_options
+@feedback_options
+@redis_option
 def command(
     model: str,
     vllm_options: tuple[str, ...],
@@ -58,14 +64,21 @@ def command(
     optimizer: str,
     running: str,
     prefix_max_age: int,
+    redis_url: str | None,
+    **values: Any,
 ) -> None:
     """Serve MODEL (a directory or a hub name) with vLLM, its weights open to `tandem worker` and `tandem train`.
 
     Every other option goes to vLLM as it is: see `vllm serve --help`. Without --host, only 127.0.0.1 is bound.
+    Redis is needed for --record and --feedback alone.
     """
     if model.startswith("-"):
         raise LaunchError(f"MODEL comes first: tandem serve MODEL {model} ...")
     policy = CachePolicy(running, prefix_max_age)
+    feedback, variables = options_of(values, os.environ)
+    check_feedback(feedback, vllm_options, os.environ)
+    if feedback.any:
+        variables["REDIS_URL"] = checked_url(resolve_url(redis_url))
     torch_setup.check_versions("torch", "transformers", "vllm")
     on_cpu = is_cpu_build()
     check_installed()
@@ -76,7 +89,8 @@ def command(
     share = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu, optimizer)
     options, notes = [*options, *share.options], [*notes, *share.notes]
     environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
-    environment |= policy.environment() | share.environment() | {OPTIMIZER_ENV: optimizer}
+    environment |= policy.environment() | share.environment() | {OPTIMIZER_ENV: optimizer} | variables
+    notes += feedback.notes(safe_url(resolve_url(redis_url)))
     for note in notes:
         say(note)
     arguments = [sys.executable, "-P", "-m", *entry_module(on_cpu, model), *options]

@@ -158,6 +158,14 @@ def test_the_load_counts_every_token_and_every_failure(endpoint: tuple[str, list
     assert served.tokens == 5 * served.requests + 1 + 2, "those before the error, and before the break"
 
 
+def test_a_record_keeps_no_password_of_a_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = ["redis://:secret@127.0.0.1:6379/0", "unix://:secret@/run/redis.sock?db=0"]
+    monkeypatch.setattr("sys.argv", ["serving.py", "--url", "http://127.0.0.1:8000", *urls])
+    Record(tmp_path / "r.json").save()
+    text = (tmp_path / "r.json").read_text()
+    assert "secret" not in text and "http://127.0.0.1:8000 redis://127.0.0.1:6379/0 unix:///run/redis.sock" in text
+
+
 def test_a_part_that_fails_is_recorded_and_goes_no_further(tmp_path: Path) -> None:
     record = Record(tmp_path / "r.json")
 

@@ -4,8 +4,9 @@ X-Weight-Version is the version, or `first-last` where weights changed inside th
 it ended (hogwild), or where its prefix may have been cached up to --prefix-max-age versions ago. A stream's headers
 leave before its tokens exist: there the header has the version at the start, and a closing SSE comment,
 `: weight-version 3-4`, names the span. A request that arrives during a pause waits here, so that it is wholly the new
-version's. With torn weights every request but GET /weights/version and /metrics is answered 503 in OpenAI's error
-shape. So is a request that was inside when they tore, however late its answer comes.
+version's. With torn weights every request but GET /weights/version, /metrics and /v1/feedback is answered 503 in
+OpenAI's error shape. So is a request that was inside when they tore, however late its answer comes. Feedback waits for
+nothing: it needs no weights.
 
 A request's body is read here, whole, before the request waits, counts or reaches vLLM: a body that is sent slowly, or
 never to its end, holds up nobody.
@@ -18,7 +19,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from worker.serving.protocol import VERSION_HEADER, VERSION_PATH
+from worker.serving.protocol import FEEDBACK_PATH, VERSION_HEADER, VERSION_PATH
 from worker.serving.vllm.server_state import ServerState
 
 Message = MutableMapping[str, Any]
@@ -42,10 +43,13 @@ class WeightVersionMiddleware:
         state = self._state()
         if state is None or scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path == FEEDBACK_PATH or path.startswith(FEEDBACK_PATH + "/"):
+            return await self._app(scope, receive, send)
         # Completions are POSTs whatever their path; everything else needs no version and must not wait for a pause.
         if scope["type"] == "http" and scope["method"] == "POST":
             return await self._post(state, scope, receive, send)
-        if state.torn and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_WHEN_TORN:
+        if state.torn and path not in OPEN_WHEN_TORN:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": TRY_AGAIN_LATER, "reason": "weights are torn"})
             return await _refuse(send, state)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from worker.serving.vllm.feedback.service import FeedbackService
     from worker.serving.vllm.server_state import ServerState
 
 from worker.serving.protocol import SERVE_ENV, VERSION_PATH, WEIGHT_ENGINE
@@ -66,13 +67,15 @@ def rendering(args: Any) -> dict[str, Any]:
 
 
 class TandemEndpoints:
-    """`vllm.endpoint_plugins`: GET /weights/version, the versions in answers, and the control socket."""
+    """`vllm.endpoint_plugins`: GET /weights/version, the versions in answers, the control socket, and, where they are
+    asked for, completions that are kept and /v1/feedback."""
 
     name = "tandem"
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
         self._state: ServerState | None = None
+        self._feedback: FeedbackService | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """vLLM's phase A: the route and the middleware, before the engine's client is known.
@@ -82,10 +85,17 @@ class TandemEndpoints:
         """
         if not under_tandem_serve():
             return
+        from worker.serving.feedback_options import FeedbackOptions
         from worker.serving.vllm.middleware import WeightVersionMiddleware
 
         app.add_middleware(WeightVersionMiddleware, state=lambda: self._state)
         app.add_api_route(VERSION_PATH, self._version, methods=["GET"])
+        options = FeedbackOptions.of(os.environ)
+        if options.any:
+            from worker.serving.vllm.feedback.service import FeedbackService
+
+            self._feedback = FeedbackService(options)
+            self._feedback.attach(app, lambda: self._state)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """vLLM's phase B, before the first request: the engine runs and its worker serves the weights' header."""
@@ -103,6 +113,12 @@ class TandemEndpoints:
         policy = CachePolicy.of(os.environ)
         server = self._state = ServerState(header["lineage"], header["version"], policy.prefix_max_age)
         private_api.salt_requests(engine_client, server.prefixes.salt)
+        if self._feedback is not None:
+            from worker.serving.vllm.feedback.samples import CURRENT
+
+            wanted = self._feedback.options
+            raw = wanted.record > 0 and private_api.watch_samples(engine_client, CURRENT.get, wanted.logprobs)
+            self._feedback.start(raw)
         progress = private_api.progress_of(engine_client)
         self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress)
         path = await self._control.start()

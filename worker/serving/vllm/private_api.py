@@ -6,6 +6,7 @@ Invariant: a name that is not there is a `VllmChangedError` at the server's star
 silently.
 """
 
+import contextlib
 import importlib
 import inspect
 import itertools
@@ -100,6 +101,53 @@ def progress_of(engine_client: Any) -> Callable[[], dict[str, int]]:
         return {name: one.detokenizer.num_output_tokens() for name, one in oldest if one.detokenizer is not None}
 
     return progress
+
+
+def watch_samples(engine_client: Any, current: Callable[[], Any], logprobs: bool) -> bool:
+    """Say what the engine samples for a request to `current()`, the request's `Samples` or None, as it is sampled.
+
+    `EngineClient.generate` is public, and what it yields too; that chats, completions and responses all call it by its
+    client is not. logprobs: ask the engine for the sampled token's log-probability where the client asks for none; its
+    answer does not show it. Returns whether log-probabilities are the model's own, before temperature and penalties:
+    those of other modes are not asked for. VllmChangedError where vLLM's names are not as they were read.
+    """
+    generate = getattr(engine_client, "generate", None)
+    delta = lookup("vllm.sampling_params", "RequestOutputKind").DELTA
+    asked = getattr(lookup("vllm.sampling_params", "SamplingParams"), "__struct_fields__", ())
+    said = getattr(lookup("vllm.outputs", "CompletionOutput"), "__dataclass_fields__", {})
+    if (
+        generate is None
+        or list(inspect.signature(generate).parameters)[:3] != ["prompt", "sampling_params", "request_id"]
+        or not {"logprobs", "flat_logprobs", "output_kind"} <= set(asked)
+        or not {"index", "token_ids", "logprobs"} <= set(said)
+    ):
+        raise _changed("EngineClient.generate(prompt, sampling_params, request_id), or what it yields")
+    raw: bool = engine_client.model_config.logprobs_mode == "raw_logprobs"
+
+    def watched(prompt: Any, sampling_params: Any, *args: Any, **named: Any) -> Any:
+        samples = current()
+        if samples is None or not samples.begin():
+            return generate(prompt, sampling_params, *args, **named)
+        if (
+            raw
+            and logprobs
+            and sampling_params.logprobs is None
+            and not getattr(sampling_params, "logprob_token_ids", None)
+        ):
+            sampling_params = sampling_params.clone()  # the caller tells the client what its own has
+            sampling_params.logprobs = 0
+            sampling_params.flat_logprobs = sampling_params.prompt_logprobs is None  # the client's, as it knows them
+        return outputs(samples, sampling_params.output_kind == delta, generate(prompt, sampling_params, *args, **named))
+
+    async def outputs(samples: Any, more: bool, generator: Any) -> Any:
+        async with contextlib.aclosing(generator):
+            async for output in generator:
+                for one in output.outputs:
+                    samples.take(one.index, one.token_ids, one.logprobs, more=more)
+                yield output
+
+    engine_client.generate = watched
+    return raw
 
 
 def _changed(what: str) -> VllmChangedError:
