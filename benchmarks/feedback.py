@@ -104,7 +104,7 @@ def dislikes(folder: Path, count: int, jobs: int, bound: float, *, greedy: bool)
     asked = [replace(one.example(q, "x"), id=str(n)) for n, q in enumerate(questions)]
     held = [answered(e, a) for e, a in zip(asked[:20], draw(one.model, asked[:20], 40, seed=99), strict=True)]
     own = reference_examples(one.builder)
-    guard = DislikeGuard(own, one.trainer.score, bound or float("inf"))
+    guard = DislikeGuard(own, lambda: one.trainer, bound or float("inf"))
     before, version, reason, trained = _mean(one.trainer.score(held)), 0, "", 0
     batch: list[Example] = []
     reference, started = _mean(one.trainer.score(own)), time.monotonic()
@@ -121,7 +121,7 @@ def dislikes(folder: Path, count: int, jobs: int, bound: float, *, greedy: bool)
             guard.after(version, 1.0)
             if version & (version - 1) == 0 or version % 8 == 0:
                 rise = _mean(one.trainer.score(held)) - before
-                print(f"  {version:3} step {found.step_scale:.3f} raised {guard.raised:.3f} held {rise:+.3f}"
+                print(f"  {version:3} step {found.step_scale:.3f} account {guard.moved:.3f} held {rise:+.3f}"
                       f" {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
     rise, now = _mean(one.trainer.score(held)) - before, _mean(one.trainer.score(own)) - reference
     print(f"{count} dislikes in batches of {jobs}, bound {bound}: {trained} trained in {version} versions;"

@@ -67,11 +67,11 @@ def test_a_flood_of_dislikes_is_stopped_with_a_reason_and_the_rest_goes_on(site:
     for item in flood:
         site.producer.enqueue(**item)
     site.work(*guarded)
-    trained, raised = len(site.trained()), float(site.manifest(site.agree())["dislikes_raised"])
-    assert 0 < trained < 6 and raised > 1e-6
+    trained, moved = len(site.trained()), float(site.manifest(site.agree())["dislikes_moved"])
+    assert 0 < trained < 6 and moved > 1e-6
     failed = {id for id in (item["id"] for item in flood) if id not in site.trained()}
     reasons = [site.producer.status(id).reason for id in failed]
-    assert all(reason and "raised the loss of" in reason and "roll back" in reason for reason in reasons)
+    assert all(reason and "moved what the model expects" in reason and "roll back" in reason for reason in reasons)
     for item, said in zip(transcripts("then", 2), ({"rating": -1}, {}), strict=True):
         site.producer.enqueue(**item | said)
     site.work(*guarded)
