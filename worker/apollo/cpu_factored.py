@@ -36,8 +36,8 @@ class Scaling:
 def measure(
     slot: Slot, kept: tuple[Tensor, Tensor], t: int, chunks: Iterable[tuple[slice, Tensor]]
 ) -> tuple[Sums, float]:
-    """One pass over the gradient: (sums, ||G||). kept: r and c before. chunks: rows, and they in fp32, which are squared
-    in place."""
+    """One pass over the gradient: (sums, ||G||). kept: r and c before. chunks: rows, and these in fp32, squared
+    here in place."""
     beta2, eps = slot.group["betas"][1], slot.group["eps"]
     corrected = factored.correction(beta2, t)
     rows, sums = torch.zeros(slot.rows), torch.zeros(2, slot.cols)
