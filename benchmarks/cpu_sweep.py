@@ -51,11 +51,11 @@ def shapes() -> list[tuple[int, ...]]:
     return [(49152, hidden), *layer * 30, (hidden,)]
 
 
-def make_optimizer(compiled: bool) -> ApolloMini:
+def make_optimizer(compiled: bool, matrices: str) -> ApolloMini:
     cpu.COMPILED_FROM = 0 if compiled else 1 << 62
     generator = torch.Generator().manual_seed(0)
     weights = [(torch.randn(shape, generator=generator) * 0.02).bfloat16() for shape in shapes()]
-    return ApolloMini([torch.nn.Parameter(weight) for weight in weights], lr=1e-4)
+    return ApolloMini([torch.nn.Parameter(weight) for weight in weights], lr=1e-4, matrices=matrices)
 
 
 Took = tuple[float, float]
@@ -81,8 +81,8 @@ def start_seconds() -> dict[str, float]:
     return {"compiling": first, "reading": second}
 
 
-def measure(rounds: int) -> dict[str, object]:
-    optimizers = {"torch": make_optimizer(False), "compiled": make_optimizer(True)}
+def measure(rounds: int, matrices: str) -> dict[str, object]:
+    optimizers = {"torch": make_optimizer(False, matrices), "compiled": make_optimizer(True, matrices)}
     generator = torch.Generator().manual_seed(1)
     gradients = [(torch.randn(shape, generator=generator) * 1e-3).bfloat16() for shape in shapes()]
     count = sum(gradient.numel() for gradient in gradients)
@@ -122,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
+    parser.add_argument("--matrices", choices=["apollo", "factored"], default="apollo", help="what matrices take")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.json:
@@ -137,7 +138,7 @@ def main() -> None:
     results = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        results[f"{threads} threads"] = measure(options.rounds)
+        results[f"{threads} threads"] = measure(options.rounds, options.matrices)
     everything = {"about": about | {"load_after": os.getloadavg()[0]}, "start": start_seconds(), "results": results}
     text = json.dumps(everything, indent=1)
     print(text)

@@ -1,11 +1,15 @@
-"""What comments teach, and what a flood of dislikes does, on a real model, in one process with the worker's defaults.
+"""What comments and distillation teach, and what a flood of dislikes does, on a real model, in one process with the
+worker's defaults.
 
     python benchmarks/feedback.py comments MODEL
     python benchmarks/feedback.py dislikes MODEL --count 500 --jobs 16 [--bound 0]
+    python benchmarks/feedback.py tasks MODEL --versions 5 --jobs 20
 
 comments: each comment is said of the model's own greedy answer, and trained alone, one transcript a version. The same
-question is then asked without it. dislikes: the model's own answers to questions, drawn at temperature 1, are disliked,
-one batch after the other; held-out answers, its own to other questions, tell what was lost. The guard decides.
+question is then asked without it. dislikes: the model's own answers to questions, drawn at temperature 1 or (--greedy)
+its likeliest ones, are disliked, one batch after the other; held-out answers, its own to other questions, tell what was
+lost. The guard decides. tasks: three tasks in a row (benchmarks/learning_tasks.py), imitated and distilled, --versions
+each; after each, the loss of all three in other words, and of held-out answers of the model's own.
 
 Invariant: nothing that is scored is trained.
 """
@@ -21,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import learning_tasks
 import torch
 from own_answers import answered, draw
 
@@ -54,6 +59,7 @@ class Model:
     def __init__(self, folder: Path) -> None:
         self.model, self.tokenizer = model_directory.load(folder, torch.bfloat16)
         self.trainer = make_trainer(self.model, self.model.named_parameters(), self.tokenizer, H, state=None)
+        self.source: Any = None
         self.builder = make_builder(self.tokenizer, folder, H)
 
     def example(self, question: str, answer: str, **fields: Any) -> Example:
@@ -90,23 +96,22 @@ def comments(folder: Path, versions: Sequence[int]) -> None:
                       f" others {rise:+.3f} {said!r}", flush=True)  # fmt: skip
 
 
-def dislikes(folder: Path, count: int, jobs: int, bound: float) -> None:
+def dislikes(folder: Path, count: int, jobs: int, bound: float, *, greedy: bool) -> None:
     """Loss of held-out answers and the guard's account, by version."""
     one = Model(folder)
+    one.source, _ = model_directory.load(folder, torch.bfloat16)
     questions = [json.loads(line)["messages"][0]["content"] for line in (DATA / "other_answers.jsonl").open()]
     asked = [replace(one.example(q, "x"), id=str(n)) for n, q in enumerate(questions)]
     held = [answered(e, a) for e, a in zip(asked[:20], draw(one.model, asked[:20], 40, seed=99), strict=True)]
-    taught: list[Example] = []
-    for seed in range(-(-count // len(asked[20:]))):
-        for example, answer in zip(asked[20:], draw(one.model, asked[20:], 40, seed=seed), strict=True):
-            taught.append(replace(answered(example, answer), id=f"{seed}-{example.id}", kind="disliked"))
-    taught = taught[:count]
     own = reference_examples(one.builder)
-    guard = DislikeGuard(own, one.trainer.score, bound or float("inf"))
-    before, reference, version, reason, trained = _mean(one.trainer.score(held)), 0.0, 0, "", 0
+    guard = DislikeGuard(own, lambda: one.trainer, bound or float("inf"))
+    before, version, reason, trained = _mean(one.trainer.score(held)), 0, "", 0
+    batch: list[Example] = []
     reference, started = _mean(one.trainer.score(own)), time.monotonic()
     for start in range(0, count, jobs):
-        batch = taught[start : start + jobs]
+        if not reason:  # what is refused needs no text
+            batch = _disliked(one, asked[20:], start, jobs, greedy=greedy)
+        batch = [replace(example, id=str(start + n)) for n, example in enumerate(batch[: count - start])]
         refused = guard.refusals(version, batch)
         reason = next(iter(refused.values()), reason)
         if kept := [example for example in batch if example.id not in refused]:
@@ -116,13 +121,50 @@ def dislikes(folder: Path, count: int, jobs: int, bound: float) -> None:
             guard.after(version, 1.0)
             if version & (version - 1) == 0 or version % 8 == 0:
                 rise = _mean(one.trainer.score(held)) - before
-                print(f"  {version:3} step {found.step_scale:.3f} raised {guard.raised:.3f} held {rise:+.3f}"
+                print(f"  {version:3} step {found.step_scale:.3f} account {guard.moved:.3f} held {rise:+.3f}"
                       f" {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
     rise, now = _mean(one.trainer.score(held)) - before, _mean(one.trainer.score(own)) - reference
     print(f"{count} dislikes in batches of {jobs}, bound {bound}: {trained} trained in {version} versions;"
           f" reference {now:+.3f}, held out {rise:+.3f} nats a token (from {before:.3f})")  # fmt: skip
     print(f"the others were refused: {reason}" if reason else "none was refused")
     print(f"asked: {one.says('What is the capital of France?')!r} {one.says('How do I make tea?')!r}")
+
+
+def tasks(folder: Path, versions: int, jobs: int, scored: int) -> None:
+    """Loss of what was and what is learnt, by method."""
+    for method in ("imitate", "distill"):
+        one = Model(folder)
+
+        def build(transcript: Transcript, id: str, one: Model = one, method: str = method) -> Example:
+            return one.builder.build(Transcript.from_dict(transcript.to_dict() | {"method": method}), id)
+
+        data = learning_tasks.load(DATA, build, held=scored)
+        held = [answered(e, a) for e, a in zip(data.held, draw(one.model, data.held, 40, seed=99), strict=True)]
+
+        def line(
+            what: str,
+            method: str = method,
+            one: Model = one,
+            data: learning_tasks.Data = data,
+            held: list[Example] = held,
+        ) -> None:
+            losses = {task.name: _mean(one.trainer.score(task.unseen[:scored])) for task in data.tasks}
+            losses["held"] = _mean(one.trainer.score(held))
+            print(f"{method:8} {what:16}", *(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
+
+        line("before")
+        for task in data.tasks:
+            for version in range(versions):
+                one.trainer.begin([task.train[(version * jobs + n) % len(task.train)] for n in range(jobs)])
+                one.trainer.apply()
+            line(f"after {task.name}")
+
+
+def _disliked(one: Model, asked: Sequence[Example], start: int, count: int, *, greedy: bool) -> list[Example]:
+    """The source model's answers to `count` questions from number `start` on, round and round."""
+    some = [asked[(start + n) % len(asked)] for n in range(count)]
+    answers = draw(one.source, some, 40, seed=start, greedy=greedy)
+    return [replace(answered(e, a), kind="disliked") for e, a in zip(some, answers, strict=True)]
 
 
 def _french(text: str) -> float:
@@ -138,18 +180,22 @@ def _mean(losses: dict[str, float]) -> float:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["comments", "dislikes"])
+    parser.add_argument("what", choices=["comments", "dislikes", "tasks"])
     parser.add_argument("model", type=Path)
     parser.add_argument("--versions", type=int, nargs="+", default=[1, 2, 3, 5, 8])
     parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--scored", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=16)
+    parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--bound", type=float, default=0.3)
     given = parser.parse_args()
     torch_setup.prepare()
     if given.what == "comments":
         comments(given.model, given.versions)
+    elif given.what == "tasks":
+        tasks(given.model, given.versions[0], given.jobs, given.scored)
     else:
-        dislikes(given.model, given.count, given.jobs, given.bound)
+        dislikes(given.model, given.count, given.jobs, given.bound, greedy=given.greedy)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ from worker.data.examples import Example, TokenSequence
 
 
 @torch.no_grad()
-def draw(model: Any, examples: Sequence[Example], tokens: int, seed: int = 0) -> list[list[int]]:
-    """For each example the ids that the model says after its last prompt, up to `tokens`, its end token included."""
+def draw(
+    model: Any, examples: Sequence[Example], tokens: int, seed: int = 0, *, greedy: bool = False
+) -> list[list[int]]:
+    """For each example the ids that the model says after its last prompt, up to `tokens`, its end token included.
+    greedy: the likeliest word each time, instead of a draw."""
     prompts = [_prompt(example) for example in examples]
     longest = max(map(len, prompts))
     pad = model.generation_config.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     torch.manual_seed(seed)
+    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     said = model.generate(
-        input_ids=ids.to(model.device), attention_mask=there.to(model.device), max_new_tokens=tokens, do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0,
+        input_ids=ids.to(model.device), attention_mask=there.to(model.device), max_new_tokens=tokens, **how
     )[:, longest:].tolist()  # fmt: skip
     ends = model.generation_config.eos_token_id
     return [_until(answer, ends if isinstance(ends, list) else [ends]) for answer in said]

@@ -83,7 +83,7 @@ class Chunk:
 
     def trained(self, versions: list[Any]) -> None:
         """The ledger's answers for `ids`."""
-        known = {id: int(version) for id, version in zip(self.ids, versions, strict=True) if version is not None}
+        known = {id: as_version(version) for id, version in zip(self.ids, versions, strict=True) if version is not None}
         self._version |= known
         self._settle(known)
 
@@ -156,7 +156,7 @@ def status(client: Any, job_id: str) -> Exchange[tuple[Status, str]]:
     version, word, results, lost_at = yield pipe.execute()
     last = results[0][0].decode() if results else "0-0"
     if version is not None:
-        return Status(job_id, State.FINISHED, int(version)), last
+        return Status(job_id, State.FINISHED, as_version(version)), last
     if word is not None:
         state = State.of(word.decode(errors="replace"))
         reason = failure_reason(job_id, results[0]) if state is State.FAILED and results else None
@@ -204,7 +204,18 @@ def eviction(client: Any) -> Exchange[Eviction]:
 
 def version(client: Any) -> Exchange[int]:
     """The version of the weights that is live; 0 before the first update."""
-    return int((yield client.get(keys.VERSION)) or 0)
+    return as_version((yield client.get(keys.VERSION)) or b"0")
+
+
+def as_version(raw: bytes) -> int:
+    """A version as Redis has it. Raises QueueUnavailableError for what no worker wrote."""
+    try:
+        return int(raw)
+    except ValueError:
+        raise QueueUnavailableError(
+            "Redis has something that is no version among those of the worker: somebody else wrote there; look at"
+            f" {keys.VERSION} and {keys.LEDGER}"
+        ) from None
 
 
 def collect(

@@ -97,7 +97,10 @@ def results_key(job_id: str) -> str:
 
 def failure_reason(job_id: str, entry: tuple[bytes, dict[bytes, bytes]]) -> str | None:
     """The last line of what RQ kept of a failure. entry: the newest of the job's result stream."""
-    result = Result.restore(job_id, entry[0].decode(), entry[1], NOWHERE, serializer=MsgpackSerializer)
+    try:
+        result = Result.restore(job_id, entry[0].decode(), entry[1], NOWHERE, serializer=MsgpackSerializer)
+    except Exception:  # RQ checks nothing of what it reads: whatever is in Redis, a state is no crash
+        return "what Redis has of its failure cannot be read"
     lines = (result.exc_string or "").strip().splitlines()
     return lines[-1][:500] if lines else None
 

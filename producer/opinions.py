@@ -20,7 +20,7 @@ from . import keys
 from .completions import Completion
 from .errors import InvalidTranscriptError, QueueUnavailableError
 from .exchange import ATTEMPTS, Exchange
-from .feedback import as_rating
+from .feedback import as_comment, as_rating
 from .jobs import QUEUE_KEY, Submission, submission
 from .outcomes import Outcome
 from .plain import PlainCopy, as_text
@@ -68,6 +68,7 @@ class Opinion:
     def comment(cls, value: Any, user: str | None) -> "Opinion":
         if not as_text(value, "comment").strip():
             raise InvalidTranscriptError("comment", "is empty; say what should have been otherwise, or leave it out")
+        as_comment(value)  # its length: what is said beside it must not be queued before that is refused
         return cls("comment", _user(user), PlainCopy(MAX_BYTES)(value, "comment"))
 
 

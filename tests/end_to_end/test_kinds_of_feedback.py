@@ -61,18 +61,21 @@ def test_every_kind_is_trained_once_recovered_and_dropped(site: Site, tmp_path: 
 
 
 def test_a_flood_of_dislikes_is_stopped_with_a_reason_and_the_rest_goes_on(site: Site) -> None:
-    """The bound is tiny: what counts here is who is refused, and what the next worker knows."""
-    flood = [item | {"rating": -1} for item in transcripts("down", 6)]
-    guarded = [*QUIET, "--lr", "3e-2", "--dislikes-bound", "1e-6"]
-    for item in flood:
-        site.producer.enqueue(**item)
+    """The bound is small: what counts here is who is refused, and what the next worker knows."""
+    said = transcripts("f", 1)[0]["messages"]
+    guarded = [*QUIET, "--lr", "1e-2", "--dislikes-bound", "1e-4"]
+    for number in range(12):  # an answer that nobody expects has nothing to unlearn
+        site.producer.enqueue(said, id=f"up-{number}")
     site.work(*guarded)
-    trained, raised = len(site.trained()), float(site.manifest(site.agree())["dislikes_raised"])
-    assert 0 < trained < 6 and raised > 1e-6
-    failed = {id for id in (item["id"] for item in flood) if id not in site.trained()}
-    reasons = [site.producer.status(id).reason for id in failed]
-    assert all(reason and "raised the loss of" in reason and "roll back" in reason for reason in reasons)
-    for item, said in zip(transcripts("then", 2), ({"rating": -1}, {}), strict=True):
-        site.producer.enqueue(**item | said)
+    taught = len(site.trained())
+    for number in range(8):
+        site.producer.enqueue(said, id=f"down-{number}", rating=-1)
     site.work(*guarded)
-    assert site.trained()[trained:] == ["then-1"], "another worker knows it too"
+    flood = site.trained()[taught:]
+    assert 0 < len(flood) < 8 and float(site.manifest(site.agree())["dislikes_moved"]) > 1e-4
+    reasons = [site.producer.status(f"down-{number}").reason for number in range(8) if f"down-{number}" not in flood]
+    assert all(reason and "moved what the model expects" in reason and "roll back" in reason for reason in reasons)
+    site.producer.enqueue(said, id="down-8", rating=-1)
+    site.producer.enqueue(said, id="up-12")
+    site.work(*guarded)
+    assert site.trained()[taught + len(flood) :] == ["up-12"], "another worker knows it too"

@@ -88,10 +88,16 @@ def test_an_application_and_the_worker_each_have_their_own_rq(
     del seen["rq"], seen["redis"]
     assert seen == {
         "first": ["queued", {"rating": 5}, 1],
+        "said": [["queued", "replaced", "withdrawn", "queued"], 1],
         "many": ["known", "queued", "refused"],
         "failed": "transcript bad failed: TandemError: this transcript cannot be prepared",
         "again": 1,
         "version": 1,
-        "async": {"outcomes": ["queued", "known"], "version": 1, "state": "finished"},
+        "async": {
+            "said": ["queued", "known", "replaced", "withdrawn"],
+            "outcomes": ["queued", "known"],
+            "version": 1,
+            "state": "finished",
+        },
         "torch": False,
     }

@@ -99,9 +99,10 @@ class CpuBackend:
             self._projections[slot.index] = self.options.draw(slot, self._drawn)
         return self._projections[slot.index]
 
-    def _widened(self, rows: Tensor) -> Tensor:
-        """`rows` in fp32, bf16 ones in memory that the next call uses again: new pages cost more than the sums."""
-        if rows.dtype == torch.float32:
+    def _widened(self, rows: Tensor, own: bool = False) -> Tensor:
+        """`rows` in fp32, bf16 ones in memory that the next call uses again: new pages cost more than the sums. own:
+        fp32 ones, too, so that the caller may write to it."""
+        if rows.dtype == torch.float32 and not own:
             return rows
         if self._memory.numel() < rows.numel():
             self._memory = torch.empty(rows.numel())
@@ -109,7 +110,8 @@ class CpuBackend:
 
     def _measure(self, slot: Slot, gradient: Tensor) -> tuple[Tensor | Sums | None, float]:
         """One pass over the gradient: (R, ||G||); the factored rule's sums in place of R, nothing for AdamW."""
-        chunks = ((rows, self._widened(gradient[rows])) for rows in _chunks(slot.rows, slot.cols))
+        own = slot.algorithm == FACTORED
+        chunks = ((rows, self._widened(gradient[rows], own)) for rows in _chunks(slot.rows, slot.cols))
         if slot.algorithm == FACTORED:
             return cpu_factored.measure(slot, self.area.moments(slot.index), self._t, chunks)
         squares = 0.0

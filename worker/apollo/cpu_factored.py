@@ -36,16 +36,14 @@ class Scaling:
 def measure(
     slot: Slot, kept: tuple[Tensor, Tensor], t: int, chunks: Iterable[tuple[slice, Tensor]]
 ) -> tuple[Sums, float]:
-    """One pass over the gradient: (sums, ||G||). kept: r and c before. chunks: rows, and they in fp32."""
+    """One pass over the gradient: (sums, ||G||). kept: r and c before. chunks: rows, and these in fp32, squared
+    here in place."""
     beta2, eps = slot.group["betas"][1], slot.group["eps"]
     corrected = factored.correction(beta2, t)
     rows, sums = torch.zeros(slot.rows), torch.zeros(2, slot.cols)
-    squares_memory = torch.empty(0)
     total = 0.0
     for part, g in chunks:
-        if squares_memory.numel() < g.numel():
-            squares_memory = torch.empty(g.numel())
-        squares = torch.square(g, out=squares_memory[: g.numel()].view(g.shape))
+        squares = g.square_()
         in_rows = squares.sum(1)
         total += float(in_rows.double().sum())
         rows[part] = factored.follow(kept[0][part], in_rows.div_(slot.cols), beta2)

@@ -68,7 +68,7 @@ def command(
             click.echo(BEYOND)
             return
         name = f"forget-{socket.gethostname()}-{os.getpid()}"
-        with _lock(connection, name):
+        with _lock(connection, name) as lock:
             if not redis_only and (found.trained or found.dropped or found.held):
                 with open_session(
                     run_dir or default_run_dir(),
@@ -85,7 +85,8 @@ def command(
             else:
                 found = look(connection, user)
                 unlearnt = Unlearnt(still=sorted(found.trained))
-            take_out(connection, found, [*unlearnt.still, *found.held])
+            lock.renew()  # making a version again may take longer than the lock lasts
+            take_out(connection, found, [*unlearnt.still, *(found.held if redis_only else [])])
     _say(found, "gone")
     _say_unlearnt(unlearnt, redis_only)
     click.echo(BEYOND)
@@ -94,11 +95,11 @@ def command(
 
 
 @contextlib.contextmanager
-def _lock(connection: redis.Redis, name: str) -> Iterator[None]:
+def _lock(connection: redis.Redis, name: str) -> Iterator[WorkerLock]:
     lock = WorkerLock(connection, name)
     lock.acquire()
     try:
-        yield
+        yield lock
     finally:
         lock.release()
 

@@ -52,8 +52,8 @@ def guard_options(command: F) -> F:
             type=click.FloatRange(0),
             default=defaults.dislikes_bound,
             metavar="NATS",
-            help="Refuse disliked answers once they have raised the loss of a few reference conversations (the canary"
-            " set, if there is one) by this, in nats per token; 0: never.",
+            help="Refuse disliked answers once they have moved what the model expects in a few reference conversations"
+            " (the canary set, if there is one) by this, in nats (KL) per token; 0: never.",
         ),
         click.option("--canary", type=click.Path(path_type=Path), help="File (JSONL) of held-out conversations."),
         click.option(

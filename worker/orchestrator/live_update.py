@@ -35,6 +35,7 @@ from worker.shared_weights.header import CLEAN
 from worker.trainer.gradients import Gradients
 from worker.trainer.losses import imitates
 from worker.trainer.outliers import GradientOutlierError, Guards
+from worker.trainer.teachers import Teachers
 from worker.trainer.threads import TrainingThreads
 from worker.utils.serving_budget import ServingBudget
 from worker.utils.signals import deferred
@@ -91,7 +92,7 @@ class LiveUpdate:
         *,
         base: int | None = None,
         guards: Guards | None = None,
-        dislikes: DislikeGuard | None = None,
+        dislikes: DislikeGuard[Teachers] | None = None,
         rehearsal: ReplayBuffer[Ready] | None = None,
         threads: TrainingThreads | None = None,
         confirm: Callable[[], None] = lambda: None,

@@ -28,6 +28,7 @@ from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, Report, s
 from worker.orchestrator.rollback import roll_back
 from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
+from worker.trainer.teachers import Teachers
 from worker.trainer.threads import TrainingThreads
 from worker.versions import ledger, pause_switch, share_status
 
@@ -140,13 +141,13 @@ class WorkerLoop:
         return self.session.weights.header.version
 
 
-def _dislike_guard(settings: GuardSettings, session: Session) -> DislikeGuard | None:
+def _dislike_guard(settings: GuardSettings, session: Session) -> DislikeGuard[Teachers] | None:
     """The one that the flags ask for: on the canary set, or where there is none, on conversations of ours."""
     if not settings.dislikes_bound:
         return None
     builder = session.builder
     examples = reference_examples(builder) if settings.canary is None else load(settings.canary, builder)
-    return DislikeGuard(examples, lambda some: session.trainer.score(some), settings.dislikes_bound)
+    return DislikeGuard(examples, lambda: session.trainer, settings.dislikes_bound)
 
 
 def _tell(report: Report) -> None:

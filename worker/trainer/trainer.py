@@ -14,6 +14,7 @@ kind of feedback has, `worker.trainer.losses` says; how weights and slopes count
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -221,6 +222,15 @@ class Trainer:
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         """Mean NLL per trained token by example id, without gradients; of a correction, of the chosen answer's."""
         return dict(zip((one.id for one in examples), self._sums(examples).means(), strict=True))
+
+    def expectations(self, examples: Sequence[Example]) -> Teachers:
+        """What the present weights expect at each trained token of `examples`: for `drift`, whenever."""
+        return self._teachers([replace(one, kind="comment", teachers=one.sequences) for one in examples])
+
+    def drift(self, examples: Sequence[Example], then: Teachers) -> dict[str, float]:
+        """KL(then | now) by example id, in nats a trained token. then: what `expectations` found for the same."""
+        taught = self._sums(examples, then).taught[:, 0].tolist()
+        return {one.id: total / one.trained_tokens for one, total in zip(examples, taught, strict=True)}
 
     @torch.no_grad()
     def _sums(self, examples: Sequence[Example], teachers: Teachers = NO_TEACHERS) -> TokenSums:

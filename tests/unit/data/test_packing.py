@@ -1,5 +1,6 @@
 """Batched equals separate: on the rows, and on logits and gradients of a real small Qwen3.5."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.data.batch_capacity import sizes_up_to
+from worker.data.batch_capacity import BatchCapacity, sizes_up_to
 from worker.data.examples import Example, TokenSequence
 from worker.data.packing import Batch, BatchError, make_batches, pack
 
@@ -237,3 +238,13 @@ def test_every_trained_token_knows_its_place_in_its_example(packed: bool) -> Non
     for owner, one in enumerate(examples):
         trained = [t for s in one.sequences for t, m in zip(s.ids, s.mask, strict=True) if m]
         assert [found[owner][i] for i in range(len(trained))] == trained and len(found[owner]) == len(trained)
+
+
+def test_what_a_teacher_reads_needs_a_row_for_each_sequence_and_not_one_for_all() -> None:
+    one = example("a", [300, 100])
+    taught = replace(one, teachers=tuple(sequence for sequence in example("b", [450, 480, 490]).sequences))
+    for way, alone, beside in (("burst", 300, 490), ("streaming", 400, 490)):
+        room = BatchCapacity((512,), True, way, 0)  # type: ignore[arg-type]
+        assert room.needs([one]) == alone and room.needs([taught]) == beside and room.holds([taught])
+    longer = replace(one, teachers=example("b", [513]).sequences)
+    assert not room.holds([longer]) and room.needs([longer]) == 513

@@ -45,12 +45,13 @@ torch_setup.prepare()
 import vllm._custom_ops as ops
 
 # As vLLM calls the convolution in a prefill: first as it is, with a packed weight.
-def convolve(weight):
+def convolve(weight, tokens=24):
     torch.manual_seed(1)
+    rows = torch.randn(24, 320, dtype=torch.bfloat16)[:tokens, :256].contiguous()  # of one row, a view with its stride
     return ops.causal_conv1d_fwd_cpu(
-        x=torch.randn(24, 256, dtype=torch.bfloat16).t(), weight=weight, bias=None,
+        x=rows.t(), weight=weight, bias=None,
         conv_states=torch.zeros(2, 3, 256, dtype=torch.bfloat16).transpose(1, 2),
-        query_start_loc=torch.tensor([0, 24], dtype=torch.int32), cache_indices=torch.tensor([1], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, tokens]).int(), cache_indices=torch.tensor([1], dtype=torch.int32),
         has_initial_state=torch.tensor([False]), silu_activation=True, is_weight_packed=True,
     )
 
@@ -65,6 +66,7 @@ for _ in range(2):
 if has_kernel:
     assert packed.abs().max() > 0.1
     assert torch.equal(packed, convolve(weight))
+    assert torch.equal(convolve(weight, 1), packed[:, :1])  # a prompt of one token: the bare kernel refuses it
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 assert "tandem" in WeightTransferEngineFactory._registry

@@ -165,6 +165,8 @@ def test_a_chat_request_is_kept_as_it_was() -> None:
     "more",
     [
         {"store": False},
+        {"store": 0},
+        {"store": "false"},
         {"echo": True},
         {"continue_final_message": True, "add_generation_prompt": False},
         {"chat_template": "{{ x }}"},

@@ -215,6 +215,21 @@ def test_beside_a_teacher_the_student_comes_nearer(tiny_model: Path, examples: d
         assert far[-1] < far[0], kind
 
 
+def test_the_drift_is_the_divergence_from_what_was_expected(tiny_model: Path, examples: dict[Kind, Example]) -> None:
+    some, trainer = [examples["demonstration"], examples["disliked"]], fresh(tiny_model)
+    then = trainer.expectations(some)
+    assert list(trainer.drift(some, then).values()) == pytest.approx([0, 0], abs=1e-6)
+    with torch.no_grad():
+        before = [next_words(trainer, one.sequences) for one in some]
+    trainer.begin([examples["correction"]])
+    trainer.apply()
+    for one, q, found in zip(some, before, trainer.drift(some, then).values(), strict=True):
+        ids = q.topk(TOP, 1).indices
+        with torch.no_grad():
+            q, p = lumped(q, ids), lumped(next_words(trainer, one.sequences), ids)
+        assert 1e-6 < found == pytest.approx(float((q.exp() * (q - p)).sum(1).mean()), rel=1e-2)
+
+
 def test_a_dislike_takes_from_its_answer_and_a_correction_prefers(
     tiny_model: Path, examples: dict[Kind, Example]
 ) -> None:

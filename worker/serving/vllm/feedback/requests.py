@@ -43,14 +43,15 @@ class Asked:
 
 
 def read(api: Api, body: bytes) -> Asked | None:
-    """The request in `body`; None where it asks not to be kept ("store": false), or cannot be."""
+    """The request in `body`; None where it asks not to be kept ("store": false; 0, "false" and all else that is not
+    true count as that), or cannot be."""
     if len(body) > MAX_BODY:
         return None
     try:
         asked = parse_json(body.decode())
     except ValueError:
         return None
-    if not isinstance(asked, dict) or asked.get("store") is False:
+    if not isinstance(asked, dict) or not (asked.get("store") is None or asked["store"] is True):
         return None
     if any(asked.get(name) not in (None, False, "", []) for name in _UNLIKE_TRAINING):
         return None

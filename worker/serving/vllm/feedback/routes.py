@@ -10,6 +10,7 @@ known id is no error; no text, user or name of a transcript is logged; every fai
 import asyncio
 import hashlib
 import hmac
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ MAX_BODY = 2 * MAX_BYTES
 """Bytes. JSON may escape a text to twice its length and more; a transcript's own limit is half of this."""
 MAX_USER = 1024
 REDIS_SECONDS = 10.0
+TURNS = 32
+"""Calls that talk to Redis at a time: fewer than redis-py's connections (100), beyond which it refuses. Those that name
+the same answer go one after the other: as transactions they would only disturb each other."""
 RETRY_SECONDS = 5
 """What Retry-After says when Redis is away."""
 
@@ -64,6 +68,7 @@ class FeedbackRoutes:
         self._key = _digest(options.key)
         self._producer, self._keeper = producer, keeper
         self._rate = RateLimit(options.per_minute)
+        self._turns = [asyncio.Lock() for _ in range(TURNS)]
 
     def attach(self, app: FastAPI) -> None:
         """Add the routes, and what /openapi.json says of them."""
@@ -81,8 +86,7 @@ class FeedbackRoutes:
             if wait := self._rate.take(user):
                 raise Refusal(429, f"too much feedback by this user: try again in {wait} s", "user", wait)
             async with asyncio.timeout(REDIS_SECONDS):
-                sent = await self._queue(producer, body, user)
-                first, *others = [await _state(producer, one) for one in sent]
+                first, *others = await self._queue(producer, body, user)
                 return JSONResponse(first | ({"also": others} if others else {}), 202)
         except Refusal as refusal:
             return refusal.answer()
@@ -97,8 +101,8 @@ class FeedbackRoutes:
         """Where a transcript is, and the version of the weights that contains it."""
         try:
             producer = self._admit(request)
-            async with asyncio.timeout(REDIS_SECONDS):
-                status = await producer.status(check_id(id))
+            async with asyncio.timeout(REDIS_SECONDS), self._turn(check_id(id)):
+                status = await producer.status(id)
             if status.state is State.UNKNOWN:
                 raise Refusal(404, "no transcript has this id: it was never queued here, or was deleted", "id")
             answer = {"id": status.id, "state": str(status.state), "version": status.version}
@@ -121,14 +125,20 @@ class FeedbackRoutes:
             raise Refusal(503, "the server is starting", retry=RETRY_SECONDS)
         return producer
 
-    async def _queue(self, producer: AsyncProducer, body: dict[str, Any], user: str | None) -> list[AsyncEnqueued]:
+    def _turn(self, name: str) -> asyncio.Lock:
+        return self._turns[zlib.crc32(name.encode(errors="surrogatepass")) % TURNS]
+
+    async def _queue(self, producer: AsyncProducer, body: dict[str, Any], user: str | None) -> list[dict[str, Any]]:
+        """What became of each thing that is said."""
         if "messages" in body:
-            return await opinions.hand_in(producer, body, user)
+            async with self._turn(str(body.get("id"))):
+                return [await _state(producer, one) for one in await opinions.hand_in(producer, body, user)]
         key, said = opinions.read(body, user)
         keeper = self._keeper()
         if keeper is not None and not await keeper.settled(key, REDIS_SECONDS / 2):
             raise Refusal(503, "the completion is not in Redis yet", retry=RETRY_SECONDS)
-        return await opinions.say(producer, key, said)
+        async with self._turn(key):
+            return [await _state(producer, one) for one in await opinions.say(producer, key, said)]
 
 
 def _digest(key: str) -> bytes:

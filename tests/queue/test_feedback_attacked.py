@@ -1,0 +1,53 @@
+"""/v1/feedback when many come at once, and when somebody else wrote to its Redis: no call fails that need not."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from feedback_app import Running
+from test_feedback_http import error, play, queued  # noqa: F401  (play: a fixture)
+
+from producer import keys
+
+MORE_THAN_CONNECTIONS = 120
+"""redis-py's asyncio client opens 100 by default."""
+
+
+def test_many_users_rate_one_answer_at_the_same_moment(play: Any, redis_url: str) -> None:  # noqa: F811
+    async def scene(app: Running) -> list[httpx.Response]:
+        key = await app.key()
+        said = ({"id": key, "rating": 1 if i % 4 else -1, "user": f"u{i}"} for i in range(MORE_THAN_CONNECTIONS))
+        answers = await asyncio.gather(*(app.say(body) for body in said))
+        ids = [answer.json()["id"] for answer in answers]
+        return [*answers, *await asyncio.gather(*(app.client.get(f"/v1/feedback/{id}") for id in ids))]
+
+    answers = play(scene)
+    assert {answer.status_code for answer in answers} == {200, 202}, answers[0].text
+    (transcript,) = queued(redis_url).values()
+    assert transcript["rating"] == pytest.approx(0.5)
+
+
+def test_a_comment_that_is_too_long_leaves_the_correction_beside_it_unqueued(play: Any, redis_url: str) -> None:  # noqa: F811
+    async def scene(app: Running) -> httpx.Response:
+        return await app.say({"id": await app.key(), "correction": "At six.", "comment": "a" * 9000})
+
+    assert error(play(scene)) == (422, "comment") and queued(redis_url) == {}
+
+
+def test_what_somebody_else_wrote_to_redis_is_no_server_error(play: Any, redis_url: str) -> None:  # noqa: F811
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(keys.LEDGER, mapping={"word": "abc", "bytes": b"\xff", "long": "9" * 5000})
+        for name, entry in (("base64", {"type": "2", "exc_string": "!!"}), ("untyped", {"x": b"\xff"})):
+            client.hset(f"rq:job:{name}", "status", "failed")
+            client.xadd(f"rq:results:{name}", entry)
+
+    async def scene(app: Running) -> list[httpx.Response]:
+        whole = {"id": "word", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+        names = ("word", "bytes", "long", "base64", "untyped")
+        return [await app.say(whole), *[await app.client.get(f"/v1/feedback/{name}") for name in names]]
+
+    answers = play(scene)
+    assert [answer.status_code for answer in answers] == [503] * 4 + [200] * 2
+    assert all(answer.json()["state"] == "failed" and "cannot be read" in answer.text for answer in answers[4:])
