@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import sys
 import urllib.error
@@ -13,14 +14,16 @@ from typing import Any
 
 import redis
 
+from demo_parts.chat_page import allowing, chat_page
 from demo_parts.screen import say, show_answer, status
 from producer import Producer, keys
 from producer.errors import TandemError
 from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import RedisServer
-from worker.testing.server_process import ServerProcess
+from worker.testing.server_process import ServerProcess, free_port
 
 SERVED_NAME = "demo"
+FEEDBACK = ["--record", "24", "--feedback"]
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -35,13 +38,17 @@ class DemoStack:
     def __init__(self, folder: Path, model: Path, server_options: Sequence[str], waiting: str) -> None:
         """waiting: what is shown until the server answers."""
         self.folder, self.model = folder, model
-        self._options, self._waiting = ["--served-model-name", SERVED_NAME, *server_options], waiting
+        self._key, self._page_port = secrets.token_hex(32), free_port()
+        own = ["--served-model-name", SERVED_NAME, *FEEDBACK, *allowing(self._page_port)]
+        self._options, self._waiting = [*own, *server_options], waiting
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "DemoStack":
         with contextlib.ExitStack() as stack, status(self._waiting):
             self.store = stack.enter_context(RedisServer(self.folder / "redis"))
-            self.server = stack.enter_context(ServerProcess(self.model, self.folder / "run", extra=self._options))
+            own = {"REDIS_URL": self.store.url, "TANDEM_FEEDBACK_KEY": self._key}
+            server = ServerProcess(self.model, self.folder / "run", extra=self._options, env=own)
+            self.server = stack.enter_context(server)
             self.redis = stack.enter_context(contextlib.closing(redis.Redis.from_url(self.store.url)))
             self.producer = stack.enter_context(Producer(self.store.url))
             self._stack = stack.pop_all()
@@ -112,9 +119,10 @@ class DemoStack:
         return (answer["choices"][0]["message"]["content"] or "").strip(), version
 
     def prompt(self) -> None:
-        """Ask what you like until end of input, beside a dashboard."""
-        with self.child("dashboard"):
-            say("\nDashboard: http://127.0.0.1:9181   For another terminal:")
+        """Ask what you like until end of input, beside a dashboard and a chat page."""
+        with self.child("dashboard"), chat_page(self.server.url, self._key, self._page_port) as address:
+            say(f"\nChat, with thumbs: {address}")
+            say("Dashboard: http://127.0.0.1:9181   For another terminal:")
             for key in ("REDIS_URL", "TANDEM_RUN_DIR", "TANDEM_STATE_DIR"):
                 say(f"  export {key}='{self.environment[key]}'")
             say("Ask something (end with Ctrl-D):")

@@ -5,25 +5,28 @@ and over HTTP, as a user would.
 """
 
 import json
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser
 import pytest
+from demo_parts.chat_page import allowing, chat_page
 from feedback_parts import feedback, state
-from patience import PATIENCE
+from patience import PATIENCE, until
 from rq.job import Job, JobStatus
-from server_options import GPU, SERVER_OPTIONS
+from server_options import FEEDBACK_KEY, GPU, SERVER_OPTIONS
 from serving_parts import Background
-from stack_parts import LEARNING, Stack, transcripts
+from stack_parts import LEARNING, Stack, shared_and_private, transcripts
 from transformers import AutoTokenizer
 
 from producer import keys
 from producer.jsonl import read_transcripts
 from producer.serializer import MsgpackSerializer
 from worker.data.examples import ExampleBuilder
+from worker.testing.server_process import free_port
 
+PAGE_PORT = free_port()
 TRANSCRIPTS = Path(__file__).parents[1] / "data" / "transcripts.jsonl"
 
 
@@ -33,7 +36,7 @@ def stack(
 ) -> Iterator[Stack]:
     # A server takes minutes to start on a GPU: there it is the session's, and this module's tests come last.
     server, store = map(request.getfixturevalue, ("server", "kept")) if GPU else (None, None)
-    options = [*SERVER_OPTIONS, "--record", "1", "--feedback"]
+    options = [*SERVER_OPTIONS, "--record", "1", "--feedback", *allowing(PAGE_PORT)]
     running = Stack(tmp_path_factory.mktemp("stack"), tiny_model, options, server, store)
     yield running
     running.close()
@@ -60,21 +63,6 @@ def is_same(now: float, then: float) -> bool:
     """Of two served_nll: on a CPU to the last bit; a GPU's replay of several versions repeats batches and steps, not
     every bit (what was learnt is over 0.3)."""
     return now == then or (GPU and abs(now - then) < 0.05)
-
-
-def shared_and_private(pid: int, pattern: str) -> tuple[int, int]:
-    """(mapped, private) bytes of the memory areas of process `pid` whose file name matches, from smaps."""
-    mapped = private = 0
-    inside = False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = pattern in line
-        elif inside and (field := re.match(r"^(Rss|Private_Anonymous|Anonymous): +(\d+) kB", line)):
-            if field[1] == "Rss":
-                mapped += int(field[2]) * 1024
-            else:
-                private += int(field[2]) * 1024
-    return mapped, private
 
 
 def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack) -> None:
@@ -132,6 +120,30 @@ def test_a_correction_over_http_is_learnt(stack: Stack) -> None:
     assert where.json == {"id": sent.json["id"], "state": "finished", "version": version}
     assert preferred() > before + 0.01
     assert stack.post("/v1/chat/completions", asked)[2]["x-weight-version"] == str(version)
+
+
+@pytest.mark.skipif(browser.BINARY is None, reason="no Chromium here")
+def test_the_chat_page_teaches(stack: Stack, tmp_path: Path) -> None:
+    """Ask, thumbs down, and see the version rise; then a better answer and a comment."""
+    before = stack.producer.version()
+    worker = stack.worker()
+    with chat_page(stack.server.url, FEEDBACK_KEY, PAGE_PORT) as address, browser.page(address, tmp_path) as page:
+        until(lambda: page.text("#version") == str(before), "the page shows the version", pace=0.1)
+        page.write("#question", "Who are you?")
+        page.click("#send")
+        page.click(".down")
+        learnt = [f"learnt in version {before + number}" for number in (1, 2, 3)]
+        stack.wait_until(worker, lambda: page.text(".tools > .state") == learnt[0], "learn the thumb")
+        assert page.text("#version") == str(before + 1)
+        for number, (button, text) in enumerate([(".edit", "I am a tandem."), (".comment", "Be shorter.")], 1):
+            page.click(button)
+            page.write(".said", text)
+            page.click(".give")
+            stack.wait_until(worker, lambda number=number: page.text(".tools > .state") == learnt[number], "learn it")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 0, stack.said(worker)
+    kinds = [json.loads(stack.redis.hget(keys.manifest(before + number), "kinds")) for number in (1, 2, 3)]
+    assert [list(kind) for kind in kinds] == [["disliked"], ["correction"], ["comment"]]
 
 
 def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:

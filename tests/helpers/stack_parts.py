@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -152,3 +153,18 @@ def transcripts(prefix: str, count: int) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
+
+
+def shared_and_private(pid: int, pattern: str) -> tuple[int, int]:
+    """(mapped, private) bytes of the memory areas of process `pid` whose file name matches, from smaps."""
+    mapped = private = 0
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = pattern in line
+        elif inside and (field := re.match(r"^(Rss|Private_Anonymous|Anonymous): +(\d+) kB", line)):
+            if field[1] == "Rss":
+                mapped += int(field[2]) * 1024
+            else:
+                private += int(field[2]) * 1024
+    return mapped, private
