@@ -1,7 +1,7 @@
 """What users said of an answer: a rating of it, the answer that they wrote instead, or a comment.
 
     demonstration   messages                                an answer to imitate
-    distilled       messages, method "distill"              the same, gently: see `worker.trainer.losses.distillation`
+    distilled       messages, method "distill"              the same, from the model that has been shown it
     liked           messages, rating > 0                    an answer to imitate, as much as it was liked
     disliked        messages, rating < 0                    an answer to give no more
     correction      messages, chosen, rejected              an answer to prefer to another

@@ -80,7 +80,7 @@ class Transcript:
         `chosen` becomes the last of `messages`.
     comment: what the user said of the last answer, such as "be shorter": the answer is learnt that the model gives
         once it has been told so.
-    method: "imitate" a demonstration (by likelihood), or "distill" it, which changes less else.
+    method: "imitate" a demonstration (by likelihood), or "distill" it, from the model that has seen it.
     tools: function definitions for the chat template, or None.
     chat_template_kwargs: further arguments of the chat template, such as {"enable_thinking": false}.
     meta: the application's own data; it travels with the job and is not trained on.

@@ -20,7 +20,7 @@ COMMENT = "{question}\n\n{comment}"
 """In the user's own words, as if said at once: of eight wordings tried on a small model, what it followed most, and
 what moved its other answers least. No words of ours: they would be of one language. DESIGN.md has the figures."""
 DEMONSTRATION = "{question}\n\nThis is an example of a good answer:\n\n{answer}\n\nAnswer in your own words."
-"""After the prompt of arXiv 2601.19897, section 3."""
+"""In the manner of arXiv 2601.19897, whose teacher is asked to answer itself after an example. Only this was tried."""
 
 
 def needs_teacher(transcript: Transcript) -> bool:

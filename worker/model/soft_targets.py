@@ -17,8 +17,8 @@ from torch import Tensor
 from worker.model.head_blocks import blocks_of
 
 TOP = 64
-"""Words of a teacher that are told apart. arXiv 2601.20802 takes 100 and finds 20 to do; part of the journal's format,
-because a replay computes them again."""
+"""Words of a teacher that are told apart; TRL's default is 100. Part of the journal's format: a replay computes them
+again."""
 LEAST = 1e-7
 """The least probability of all others together: what fp32 can tell from 0 beside a sum of 1."""
 

@@ -9,11 +9,10 @@ words: the K that the teacher finds likeliest (`worker.model.soft_targets.TOP`),
     d KL / d logit_j = p_j - q_j,      of a lumped word p_j - p_j q_r / p_r
     step = 1/n sum_t 1/2 sum_k |q_k - p_k|
 
-As arXiv 2601.20802 (its equation 1; top-K with a lumped rest) and 2603.12273 for what users say in conversations;
+As arXiv 2601.20802 (top-K with a lumped rest) and 2603.12273 for what users say in conversations;
 2601.19897 for demonstrations. Those sample the answer from the student. Of a comment, the recorded answer is such a
-sample. A demonstration is not: what is learnt of it is what the teacher expects along its words. The papers' direction
-is KL(p | q), and Jensen-Shannon between the two; measured (DESIGN.md, "Losses by kind"), KL(q | p) learns in fewer
-versions what the student would never have said, such as a name.
+sample. A demonstration is not: what is learnt of it is what the teacher expects along its words. KL(p | q), and a mean
+of both, are used as well; KL(q | p) pulls towards what the student would never say (DESIGN.md, "Losses by kind").
 
 There is no |d loss / d log p| of one token here; what stands for it is the probability that the loss wants elsewhere,
 half the sum of |d loss / d logit| over the words: 0 where the teacher agrees, so that a comment that changes nothing
