@@ -72,7 +72,10 @@ def page(address: str, folder: Path) -> Iterator[Page]:
 
         until(tabs, "Chromium shows no page", pace=0.1)
         with connect(tabs()[0]["webSocketDebuggerUrl"], max_size=None) as socket:
-            yield Page(socket)
+            tab = Page(socket)
+            loaded = "location.href.startsWith('http') && document.readyState === 'complete'"
+            until(lambda: tab.run(loaded), "the page did not load", pace=0.1)
+            yield tab
     finally:
         process.terminate()
         process.wait()

@@ -147,6 +147,74 @@ def test_every_request_is_salted_where_vllm_hands_it_over_and_a_vllm_that_does_s
     run(SALTS, TANDEM_SERVE="1")
 
 
+SAMPLES = """
+import asyncio
+from types import SimpleNamespace as Made
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from worker.serving.vllm import private_api
+from worker.serving.vllm.feedback.samples import Samples
+
+asked, closed = [], []
+
+async def generate(prompt, sampling_params, request_id, *, priority=0):
+    asked.append(sampling_params)
+    try:
+        for token in (5, 6):
+            said = [{token: Made(logprob=-float(token))}] if sampling_params.logprobs is not None else None
+            yield Made(outputs=[Made(index=0, token_ids=[token], logprobs=said)])
+    finally:
+        closed.append(request_id)
+
+def engine(mode="raw_logprobs", generate=generate):
+    return Made(generate=generate, model_config=Made(logprobs_mode=mode))
+
+async def drain(one, params, number=9):
+    async for output in one.generate("p", params, request_id="r", priority=1):
+        number -= 1
+        if not number:
+            break
+
+def sampled(one, current, number=9):
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    asyncio.run(drain(one, params, number))
+    assert params.logprobs is None, "what the caller has, it tells the client"
+    return current.of(0)
+
+for logprobs, mode, expected in [
+    (True, "raw_logprobs", ([5, 6], [-5.0, -6.0])),
+    (False, "raw_logprobs", ([5, 6], None)),
+    (True, "processed_logprobs", ([5, 6], None)),
+]:
+    samples, one = Samples(mode == "raw_logprobs", lambda: True), engine(mode)
+    assert private_api.watch_samples(one, lambda: samples, logprobs) == (mode == "raw_logprobs")
+    assert sampled(one, samples) == expected, (logprobs, mode)
+    assert asked.pop().logprobs == (0 if expected[1] else None)
+
+unwanted, one = Samples(True, lambda: False), engine()
+private_api.watch_samples(one, lambda: unwanted, True)
+assert sampled(one, unwanted) == ([], None) and asked.pop().logprobs is None, "store: false"
+
+stopped, one = Samples(True, lambda: True), engine()
+private_api.watch_samples(one, lambda: stopped, True)
+assert sampled(one, stopped, 1) == ([5], [-5.0])
+closed.clear()
+
+async def moved(sampling_params, prompt): ...
+
+for other in (Made(model_config=None), engine(generate=moved)):
+    try:
+        private_api.watch_samples(other, lambda: None, True)
+    except private_api.VllmChangedError as error:
+        assert "EngineClient.generate" in str(error) and "use one of these" in str(error)
+    else:
+        raise AssertionError("nothing was said")
+"""
+
+
+def test_samples_are_watched_without_a_word_to_the_client_and_a_vllm_that_is_otherwise_is_refused() -> None:
+    run(SAMPLES, TANDEM_SERVE="1")
+
+
 def test_a_replacement_reaches_modules_that_imported_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     home, user, other = (types.ModuleType(f"vllm.{name}") for name in ("home", "user", "other"))
     home.name = user.name = json.dumps  # type: ignore[attr-defined]
