@@ -17,6 +17,9 @@ from .errors import QueueUnavailableError, RedisUrlError
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
+MOST_CONNECTIONS = 1 << 16
+"""Of one client, unless its URL says less. redis-py before 8 has no bound, later ones take 100 calls at a time."""
+
 BLOCK_SECONDS = 5.0
 """The longest single blocking read of `wait`. A job that is cancelled or deleted announces nothing; it is seen then."""
 
@@ -114,6 +117,7 @@ def _is_above_zero(value: str) -> bool:
 def connect(url: str, make: Callable[..., Any]) -> Any:
     """A client for `url`, made by `make` (a `from_url` of redis-py); nothing is sent yet. Raises `RedisUrlError`."""
     options = {"socket_timeout": 4 * BLOCK_SECONDS, "socket_connect_timeout": 5, "decode_responses": False}
+    options["max_connections"] = MOST_CONNECTIONS  # the URL's, where it has one
     url = checked_url(url)
     try:
         client = make(url, **options)

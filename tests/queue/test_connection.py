@@ -140,6 +140,15 @@ def test_tls(enqueue: Callable[[str], Any], kinds: Kinds, empty: redis.Redis, tm
         assert [sent.outcome for sent in found] == ["known", "known"]
 
 
+def test_more_calls_at_a_time_than_redis_py_has_connections_by_default(kinds: Kinds, empty: redis.Redis) -> None:
+    async def many() -> None:
+        async with AsyncProducer(f"redis://127.0.0.1:{kinds.primary}") as producer:
+            await asyncio.gather(*(producer.enqueue(TALK) for _ in range(120)))
+
+    asyncio.run(many())
+    assert empty.llen("rq:queue:feedback") == 120
+
+
 def test_all_connections_taken_is_not_a_redis_that_is_away(kinds: Kinds, empty: redis.Redis) -> None:
     with Producer(f"redis://127.0.0.1:{kinds.primary}?max_connections=1") as producer:
         producer.enqueue(TALK, id="a")

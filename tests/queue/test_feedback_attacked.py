@@ -11,19 +11,19 @@ from test_feedback_http import error, play, queued  # noqa: F401  (play: a fixtu
 
 from producer import keys
 
-MORE_THAN_CONNECTIONS = 120
-"""redis-py's asyncio client opens 100 by default."""
+USERS, CONNECTIONS = 120, 40
+"""Calls at a time, and the connections that the server may open for them."""
 
 
 def test_many_users_rate_one_answer_at_the_same_moment(play: Any, redis_url: str) -> None:  # noqa: F811
     async def scene(app: Running) -> list[httpx.Response]:
         key = await app.key()
-        said = ({"id": key, "rating": 1 if i % 4 else -1, "user": f"u{i}"} for i in range(MORE_THAN_CONNECTIONS))
+        said = ({"id": key, "rating": 1 if i % 4 else -1, "user": f"u{i}"} for i in range(USERS))
         answers = await asyncio.gather(*(app.say(body) for body in said))
         ids = [answer.json()["id"] for answer in answers]
         return [*answers, *await asyncio.gather(*(app.client.get(f"/v1/feedback/{id}") for id in ids))]
 
-    answers = play(scene)
+    answers = play(scene, url=f"{redis_url}{'&' if '?' in redis_url else '?'}max_connections={CONNECTIONS}")
     assert {answer.status_code for answer in answers} == {200, 202}, answers[0].text
     (transcript,) = queued(redis_url).values()
     assert transcript["rating"] == pytest.approx(0.5)

@@ -33,8 +33,8 @@ MAX_BODY = 2 * MAX_BYTES
 MAX_USER = 1024
 REDIS_SECONDS = 10.0
 TURNS = 32
-"""Calls that talk to Redis at a time: fewer than redis-py's connections (100), beyond which it refuses. Those that name
-the same answer go one after the other: as transactions they would only disturb each other."""
+"""Calls that talk to Redis at a time, each with a connection. Those that name the same answer take turns: as
+transactions they would only disturb each other."""
 RETRY_SECONDS = 5
 """What Retry-After says when Redis is away."""
 
