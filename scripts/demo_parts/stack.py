@@ -38,7 +38,7 @@ class DemoStack:
     def __init__(self, folder: Path, model: Path, server_options: Sequence[str], waiting: str) -> None:
         """waiting: what is shown until the server answers."""
         self.folder, self.model = folder, model
-        self._key, self._page_port = secrets.token_hex(32), free_port()
+        self.feedback_key, self._page_port = secrets.token_hex(32), free_port()
         own = ["--served-model-name", SERVED_NAME, *FEEDBACK, *allowing(self._page_port)]
         self._options, self._waiting = [*own, *server_options], waiting
         self._stack = contextlib.ExitStack()
@@ -46,7 +46,7 @@ class DemoStack:
     def __enter__(self) -> "DemoStack":
         with contextlib.ExitStack() as stack, status(self._waiting):
             self.store = stack.enter_context(RedisServer(self.folder / "redis"))
-            own = {"REDIS_URL": self.store.url, "TANDEM_FEEDBACK_KEY": self._key}
+            own = {"REDIS_URL": self.store.url, "TANDEM_FEEDBACK_KEY": self.feedback_key}
             server = ServerProcess(self.model, self.folder / "run", extra=self._options, env=own)
             self.server = stack.enter_context(server)
             self.redis = stack.enter_context(contextlib.closing(redis.Redis.from_url(self.store.url)))
@@ -120,7 +120,7 @@ class DemoStack:
 
     def prompt(self) -> None:
         """Ask what you like until end of input, beside a dashboard and a chat page."""
-        with self.child("dashboard"), chat_page(self.server.url, self._key, self._page_port) as address:
+        with self.child("dashboard"), chat_page(self.server.url, self.feedback_key, self._page_port) as address:
             say(f"\nChat, with thumbs: {address}")
             say("Dashboard: http://127.0.0.1:9181   For another terminal:")
             for key in ("REDIS_URL", "TANDEM_RUN_DIR", "TANDEM_STATE_DIR"):
