@@ -10,6 +10,11 @@ from feedback_app import Running
 from test_feedback_http import error, play, queued  # noqa: F401  (play: a fixture)
 
 from producer import keys
+from producer.completions import Completion, Kept, new_key
+from worker.serving.vllm.feedback import requests
+from worker.serving.vllm.feedback.keeper import Keeper
+from worker.serving.vllm.feedback.recorder import Seen
+from worker.serving.vllm.feedback.samples import Samples
 
 USERS, CONNECTIONS = 120, 40
 """Calls at a time, and the connections that the server may open for them."""
@@ -51,3 +56,29 @@ def test_what_somebody_else_wrote_to_redis_is_no_server_error(play: Any, redis_u
     answers = play(scene)
     assert [answer.status_code for answer in answers] == [503] * 4 + [200] * 2
     assert all(answer.json()["state"] == "failed" and "cannot be read" in answer.text for answer in answers[4:])
+
+
+def test_recording_outlives_an_error_that_nobody_foresaw(caplog: pytest.LogCaptureFixture) -> None:
+    asked = requests.read("chat", b'{"messages": [{"role": "user", "content": "private"}]}')
+    assert asked is not None
+    answer = b'{"id": "c", "choices": [{"index": 0, "message": {"content": "private"}}]}'
+    saved: list[str] = []
+
+    async def save(completion: Completion) -> Kept:
+        saved.append(completion.key)
+        if len(saved) == 1:
+            raise AttributeError("private")  # as a client's bug would
+        return Kept.KEPT
+
+    async def scene() -> list[bool]:
+        keeper = Keeper(save)
+        keeper.start()
+        keys = [new_key(), new_key()]
+        for key in keys:
+            keeper.keep(Seen(asked, [key], Samples(True, lambda: True), 0.0, False, "3", [answer]))
+        settled = [await keeper.settled(key, 30) for key in keys]
+        await keeper.stop()
+        return settled
+
+    assert asyncio.run(scene()) == [True, True] and len(saved) == 2
+    assert "AttributeError" in caplog.text and "private" not in caplog.text

@@ -141,6 +141,10 @@ class Keeper:
                         self._drop(1)
                         break
                     await asyncio.sleep(PAUSE)
+                except Exception as error:  # likewise, of ours or of redis-py: the task must outlive it
+                    logger.warning("tandem: a completion could not be saved (%s)", type(error).__name__)
+                    self._drop(1)
+                    break
 
     def _drop(self, count: int) -> None:
         self.dropped += count
