@@ -22,10 +22,10 @@ ANSWER = "At noon."
 
 
 class Running:
-    """client: of the application, with the key of feedback. state: the server's."""
+    """client: of the application, with the key of feedback. state: the server's. app: the application itself."""
 
-    def __init__(self, client: httpx.AsyncClient, state: ServerState) -> None:
-        self.client, self.state = client, state
+    def __init__(self, client: httpx.AsyncClient, state: ServerState, app: FastAPI) -> None:
+        self.client, self.state, self.app = client, state, app
 
     async def key(self, **more: Any) -> str:
         """Of a completion that is being kept."""
@@ -73,6 +73,6 @@ async def running(url: str, monkeypatch: Any, record: float = 1.0, per_minute: i
     transport = httpx.ASGITransport(app=app)  # what a handler raises, it raises here: no 500 goes by unseen
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://tandem", headers=headers) as client:
-            yield Running(client, state)
+            yield Running(client, state, app)
     finally:
         await service.stop()
