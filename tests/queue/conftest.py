@@ -7,6 +7,7 @@ import pytest
 import redis
 from drain_parts import Weights
 
+from producer import Producer
 from producer.eviction import Eviction
 from worker.versions.eviction_watch import publish
 
@@ -30,3 +31,10 @@ def store(redis_url: str) -> Iterator[redis.Redis]:
     publish(client, Eviction("noeviction", 0))
     yield client
     client.close()
+
+
+@pytest.fixture
+def producer(redis_url: str) -> Iterator[Producer]:
+    """Of an application, at an empty Redis."""
+    with Producer(redis_url) as made:
+        yield made

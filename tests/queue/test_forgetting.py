@@ -1,6 +1,5 @@
 """What Redis holds of a user is found, all of it and nobody else's, and is gone afterwards."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from producer.said import user_digest
 from worker.consumer.jobs import open_queue
 from worker.consumer.transitions import fetch, take
 from worker.orchestrator.forgetting import look, take_out
-
-
-@pytest.fixture
-def producer(redis_url: str) -> Iterator[Producer]:
-    with Producer(redis_url) as made:
-        yield made
 
 
 @pytest.fixture

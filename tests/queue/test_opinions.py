@@ -1,7 +1,6 @@
 """Ratings and corrections of recorded answers: what is queued, what replaces what, and what cancels out."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from producer.errors import TranscriptFailedError
 from producer.said import Said, user_digest
 from worker.consumer.jobs import FeedbackJob, open_queue
 from worker.consumer.transitions import fetch, take
-
-
-@pytest.fixture
-def producer(redis_url: str) -> Iterator[Producer]:
-    with Producer(redis_url) as made:
-        yield made
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Ratings in any order, by anybody, with training in between: the queue holds what a simple model says."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,12 +17,6 @@ from worker.consumer.transitions import fetch
 TRAIN = "train"
 users, answers = st.sampled_from(["u1", "u2", "u3"]), st.sampled_from(["here", "there"])
 steps = st.tuples(users, st.sampled_from([1.0, -1.0, 0.5, 0.0]), answers) | st.just(TRAIN)
-
-
-@pytest.fixture
-def producer(redis_url: str) -> Iterator[Producer]:
-    with Producer(redis_url) as made:
-        yield made
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)

@@ -33,15 +33,10 @@ from producer.serializer import MsgpackSerializer
 
 @pytest.fixture
 def store(redis_url: str) -> Iterator[redis.Redis]:
+    """Nothing is in it, not even what a worker publishes."""
     client = redis.Redis.from_url(redis_url)
     yield client
     client.close()
-
-
-@pytest.fixture
-def producer(redis_url: str) -> Iterator[Producer]:
-    with Producer(redis_url) as made:
-        yield made
 
 
 def test_a_job_is_what_the_worker_expects(producer: Producer, store: redis.Redis) -> None:

@@ -31,12 +31,6 @@ def store(redis_url: str) -> Iterator[redis.Redis]:
     client.close()
 
 
-@pytest.fixture
-def producer(redis_url: str) -> Iterator[Producer]:
-    with Producer(redis_url) as made:
-        yield made
-
-
 @pytest.mark.parametrize(
     ("fields", "logged"),
     [

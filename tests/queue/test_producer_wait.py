@@ -1,7 +1,6 @@
 """Waiting for a version: asleep in Redis, woken by the end of the job, told why there is none."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,19 +21,6 @@ from producer import (
     WaitTimeoutError,
 )
 from producer.serializer import MsgpackSerializer
-
-
-@pytest.fixture
-def store(redis_url: str) -> Iterator[redis.Redis]:
-    client = redis.Redis.from_url(redis_url)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def producer(redis_url: str) -> Iterator[Producer]:
-    with Producer(redis_url) as made:
-        yield made
 
 
 def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis.Redis) -> None:
