@@ -1,9 +1,7 @@
 """`tandem forget USER`: takes a user's transcripts out of queue, records, journal and weights."""
 
-import contextlib
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -68,7 +66,7 @@ def command(
             click.echo(BEYOND)
             return
         name = f"forget-{socket.gethostname()}-{os.getpid()}"
-        with _lock(connection, name) as lock:
+        with WorkerLock(connection, name) as lock:
             if not redis_only and (found.trained or found.dropped or found.held):
                 with open_session(
                     run_dir or default_run_dir(),
@@ -92,16 +90,6 @@ def command(
     click.echo(BEYOND)
     if unlearnt.still or unlearnt.checkpoints:
         raise click.exceptions.Exit(1)
-
-
-@contextlib.contextmanager
-def _lock(connection: redis.Redis, name: str) -> Iterator[WorkerLock]:
-    lock = WorkerLock(connection, name)
-    lock.acquire()
-    try:
-        yield lock
-    finally:
-        lock.release()
 
 
 def _say(found: Found, fate: str) -> None:

@@ -46,23 +46,19 @@ def command(
     """Bring the live server back to VERSION, as a new version. Stop the worker first, and start it again afterwards."""
     name = f"rollback-{socket.gethostname()}-{os.getpid()}"
     connection = connect(resolve_url(redis_url), redis.Redis.from_url)
-    with redis_errors(safe_url(resolve_url(redis_url))):
-        lock = WorkerLock(connection, name)
-        lock.acquire()
-        try:
-            known = ledger.state(connection)
-            where = run_dir or default_run_dir()
-            with open_session(
-                where,
-                name,
-                Hyperparameters(),
-                state_dir=state_dir,
-                known=known,
-                settings=ApplySettings(apply, memory=memory),
-                max_tokens=max_tokens,
-            ) as session:
-                agree(connection, session)
-                for report in roll_back(connection, session, version, drop, reason=reason, requeue=requeue):
-                    click.echo(sentence(report))
-        finally:
-            lock.release()
+    with (
+        redis_errors(safe_url(resolve_url(redis_url))),
+        WorkerLock(connection, name),
+        open_session(
+            run_dir or default_run_dir(),
+            name,
+            Hyperparameters(),
+            state_dir=state_dir,
+            known=ledger.state(connection),
+            settings=ApplySettings(apply, memory=memory),
+            max_tokens=max_tokens,
+        ) as session,
+    ):
+        agree(connection, session)
+        for report in roll_back(connection, session, version, drop, reason=reason, requeue=requeue):
+            click.echo(sentence(report))

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import redis
 
@@ -55,7 +55,8 @@ def is_dead(holder: dict[str, Any]) -> bool:
 
 
 class WorkerLock:
-    """`acquire()` before touching queue or weights, `renew()` well within `TTL` seconds, `release()` at the end."""
+    """`acquire()` before touching queue or weights, `renew()` well within `TTL` seconds, `release()` at the end; or all
+    of what needs it inside `with lock:`."""
 
     def __init__(self, connection: redis.Redis, name: str, key: str = keys.WORKER_LOCK, ttl: int = TTL) -> None:
         self.connection = connection
@@ -65,6 +66,13 @@ class WorkerLock:
         holder = {"name": name, "host": socket.gethostname(), "pid": pid, "machine": _machine(), "birth": _birth(pid)}
         self.value = json.dumps(holder | {"since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}).encode()
         self.held = False
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def acquire(self) -> str | None:
         """Take the lock; returns a sentence when it was taken from a dead worker. Raises `WorkerBusyError`."""
