@@ -12,7 +12,8 @@ from patience import PATIENCE
 from redis_kinds import Kinds, redis_kinds
 
 from producer import Eviction, Producer, State, TandemError, TranscriptFailedError, keys
-from worker.cli import status
+from worker.cli.status import line
+from worker.operations.status import gather
 from worker.versions import lost_jobs
 from worker.versions.eviction_watch import EvictionWatch, check_kind, publish
 
@@ -35,7 +36,7 @@ def evicting(connection: redis.Redis, policy: str = "allkeys-lru", limit: int = 
 
 
 def looked_at(redis_url: str, folder: Path) -> dict[str, Any]:
-    return status.gather(redis_url, folder)
+    return gather(redis_url, folder)
 
 
 def test_the_worker_publishes_the_policy_and_everybody_reads_it(
@@ -95,11 +96,11 @@ def _password(url: str) -> str:
 def test_status_says_the_policy_and_that_it_loses_jobs(redis_url: str, connection: redis.Redis, tmp_path: Path) -> None:
     evicting(connection)
     found = looked_at(redis_url, tmp_path)
-    assert " · eviction allkeys-lru · " in status.line(found)
+    assert " · eviction allkeys-lru · " in line(found)
     assert any("allkeys-lru" in problem and "queued transcripts" in problem for problem in found["problems"])
     evicting(connection, limit=0)
     found = looked_at(redis_url, tmp_path)
-    assert "eviction allkeys-lru (no memory limit)" in status.line(found)
+    assert "eviction allkeys-lru (no memory limit)" in line(found)
     assert not any("allkeys-lru" in problem for problem in found["problems"])
 
 
@@ -115,7 +116,7 @@ def test_status_reads_the_published_policy_where_it_may_not_ask(redis_url: str, 
     finally:
         connection.execute_command("ACL", "DELUSER", "w")
     assert found["eviction"]["policy"] == "volatile-lru" and "volatile-lru" in str(found["problems"])
-    assert "eviction unknown" in status.line(later)
+    assert "eviction unknown" in line(later)
 
 
 def test_an_evicted_job_is_reported_by_its_id(redis_url: str, connection: redis.Redis, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_an_evicted_job_is_reported_by_its_id(redis_url: str, connection: redis.
         producer.enqueue(GOOD, id=id)
     connection.delete("rq:job:b", f"rq:job:{long_id}")  # what an eviction does
     found = looked_at(redis_url, tmp_path)
-    assert found["lost"] == ["b", long_id] and "3 queued, 0 in hand, 0 failed, 2 lost" in status.line(found)
+    assert found["lost"] == ["b", long_id] and "3 queued, 0 in hand, 0 failed, 2 lost" in line(found)
     start(connection, Weights(tmp_path), hooks=[], linger=0).work(burst=True)
     assert producer.status("a").version == 1
     assert [producer.status(id).state for id in ("b", long_id)] == [State.LOST] * 2
@@ -161,7 +162,7 @@ def test_a_trained_id_is_not_lost_and_the_memory_is_bounded(
 def test_status_says_that_training_is_on_hold(redis_url: str, connection: redis.Redis, tmp_path: Path) -> None:
     connection.hset(keys.STATE, mapping={"hold": "the canary set's loss rose"})
     found = looked_at(redis_url, tmp_path)
-    assert "worker none (paused)" in status.line(found)
+    assert "worker none (paused)" in line(found)
     assert "training is paused: the canary set's loss rose; `tandem resume` ends it" in found["problems"]
 
 
@@ -184,7 +185,7 @@ def test_the_worker_refuses_other_kinds_of_servers_before_it_touches_anything(
     result = CliRunner().invoke(worker.command, ["--redis", url, "--run-dir", str(tmp_path / "no-server")])
     assert isinstance(result.exception, TandemError) and says in str(result.exception)
     found = looked_at(url, tmp_path)
-    assert "\n" not in status.line(found)
+    assert "\n" not in line(found)
     if kind == "replica":
         assert found["version"] == 0, "what only reads works"
     else:

@@ -15,10 +15,11 @@ from patience import until
 
 from producer import keys
 from producer.errors import TandemError
-from worker.cli import status
+from worker.cli.status import line
 from worker.cli.worker import command as worker_command
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings, apply_settings_of
+from worker.operations.status import gather
 from worker.orchestrator.serving_cost import ServingCost
 from worker.orchestrator.session import open_session
 from worker.utils.serving_budget import ServingBudget
@@ -124,7 +125,7 @@ def test_a_worker_rests_after_the_commit_until_what_it_took_is_paid_or_it_is_sto
     worker = site.start("worker", "--max-jobs", "2", *LEARNING, *QUIET, "--serving-share", "0.9999")
     until(lambda: site.redis.hget(keys.STATE, share_status.UNTIL) is not None, "the worker rests")
     assert site.producer.version() == 1 and len(site.ledger()) == 2
-    found = status.gather(site.store.url, site.run_dir)
+    found = gather(site.store.url, site.run_dir)
     manifest = site.manifest(1)
     cost = float(manifest["serving_cost_s"])
     assert float(manifest["sweep_s"]) < cost <= float(manifest["step_s"])
@@ -132,8 +133,8 @@ def test_a_worker_rests_after_the_commit_until_what_it_took_is_paid_or_it_is_sto
     assert found["worker"]["state"] == "resting" and found["worker"]["serving_share"] == 0.9999
     assert found["worker"]["rest_s"] > 0.4 * 10_000 * cost, "all but what has passed since"
     assert found["worker"]["serving_kept"] <= 1 - cost / 60 + 0.001
-    line = status.line(found)
-    assert "worker resting" in line and "% of the last minute, asked for 99.99 %" in line
+    said_of_it = line(found)
+    assert "worker resting" in said_of_it and "% of the last minute, asked for 99.99 %" in said_of_it
     os.kill(worker.pid, signal.SIGTERM)
     assert worker.ended() == 0, worker.said()
     assert site.producer.version() == 1 and time.time() < float(site.redis.hget(keys.STATE, share_status.UNTIL))

@@ -1,181 +1,18 @@
 """`tandem status`: one true line about queue, weights, worker and server, and the details below it.
 
 Must not know: torch, vLLM. Changes nothing it looks at.
-Invariants: what cannot be reached is said to be so, never guessed; nothing waits longer than a few seconds.
 """
 
 import json
 import os
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import redis
-from rq.registry import DeferredJobRegistry, FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry
-from rq.registry import StartedJobRegistry as Started
-from rq.worker import SimpleWorker
 
-from producer import keys
-from producer.connection import DEFAULT_URL, connect, redis_errors, resolve_url, safe_url
-from producer.errors import TandemError
-from producer.eviction import Eviction
-from worker.consumer.jobs import open_queue
-from worker.consumer.worker_lock import is_dead, parse_holder
+from producer.connection import DEFAULT_URL, resolve_url
+from worker.operations.status import ago_text, gather
 from worker.utils.unix_socket import default_run_dir
-from worker.versions import ledger, lost_jobs
-from worker.versions.eviction_watch import redis_info
-from worker.versions.pause_switch import REASON
-from worker.versions.share_status import SHARE, kept, seconds_left
-
-SECONDS = 5.0
-"""How long Redis may take to answer."""
-REGISTRIES = {"started": Started, "failed": FailedJobRegistry, "finished": FinishedJobRegistry}
-REGISTRIES |= {"scheduled": ScheduledJobRegistry, "deferred": DeferredJobRegistry}
-NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s", "step_s", "pause_s", "commit_s")
-LOST_HOURS = 24.0
-"""How long status tells of a transcript that the worker found without a job."""
-SHOWN_IDS = 5
-RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
-"""RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
-
-
-def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
-    """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems."""
-    status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
-    try:
-        with connect(redis_url, _impatient) as connection, redis_errors(safe_url(redis_url)):
-            connection.ping()
-            status["redis"]["reachable"] = True
-            status |= _from_redis(connection)
-    except (TandemError, ValueError) as error:
-        status["redis"] |= {"reachable": status["redis"]["reachable"] and not _away(error), "error": str(error)}
-    status["server"] = _server(run_dir)
-    status["problems"] = problems(status)
-    return status
-
-
-def _impatient(url: str, **options: Any) -> redis.Redis:
-    client: redis.Redis = redis.Redis.from_url(
-        url, **options | {"socket_timeout": SECONDS, "socket_connect_timeout": SECONDS}
-    )
-    return client
-
-
-def _away(error: Exception) -> bool:
-    return isinstance(error.__cause__, redis.ConnectionError | redis.TimeoutError)
-
-
-def _from_redis(connection: redis.Redis) -> dict[str, Any]:
-    queue = open_queue(connection)
-    known = ledger.state(connection)
-    raw: dict[bytes, bytes] = connection.hgetall(keys.STATE)  # type: ignore[assignment]
-    said = {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
-    counts = {"queued": queue.count}
-    for name, registry in REGISTRIES.items():
-        counts[name] = registry(queue=queue).get_job_count(cleanup=False)
-    update = {name: float(said[name]) for name in NUMBERS if name in said}
-    manifest = ledger.manifest(connection, known.version)
-    if RATIO in manifest:
-        update[RATIO] = float(manifest[RATIO])
-    how = {name: manifest[name] for name in HOW if name in manifest}
-    at = said.get("at") if known.version else None
-    asked = Eviction.of(redis_info(connection))
-    eviction = asked if asked.known else Eviction.of(said)
-    lost = lost_jobs.since(connection, LOST_HOURS) + lost_jobs.queued_without_job(connection)
-    return {
-        "queue": counts,
-        "version": known.version,
-        "lineage": known.lineage,
-        "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
-        "worker": _resting(_worker(connection, queue), said),
-        "eviction": {"policy": str(eviction), "problem": eviction.problem},
-        "lost": sorted(set(lost)),
-        "hold": said.get(REASON),
-    }
-
-
-def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
-    """`worker`, with the share that serving is to keep and has kept, and, where it rests, for how long."""
-    if worker["state"] in ("none", "dead") or (share := kept(said)) is None:
-        return worker
-    left = seconds_left(said)
-    resting = {"state": "resting", "rest_s": left} if left and worker["state"] != "busy" else {}
-    return worker | resting | {SHARE: _number(said.get(SHARE)), "serving_kept": share}
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text is not None else None
-    except ValueError:
-        return None
-
-
-def _worker(connection: redis.Redis, queue: Any) -> dict[str, Any]:
-    """state: none | dead | idle | busy | suspended | started, and who it is."""
-    value: Any = connection.get(keys.WORKER_LOCK)
-    if value is None:
-        return {"state": "none"}
-    holder = parse_holder(value)
-    who = {name: holder.get(name) for name in ("name", "pid", "host", "since")}
-    if is_dead(holder):
-        return {"state": "dead", **who}
-    for worker in SimpleWorker.all(queue=queue):
-        if worker.name == holder.get("name"):
-            beat = worker.last_heartbeat
-            silent = (datetime.now(UTC) - beat).total_seconds() if beat else None
-            return {"state": worker.get_state(), "silent_s": silent, **who}
-    return {"state": "starting", **who}
-
-
-def _server(run_dir: Path) -> dict[str, Any]:
-    """state: serving | paused | torn, or unreachable with the reason."""
-    from worker.serving.control_client import server_state
-
-    try:
-        return {"run_dir": str(run_dir), **server_state(run_dir)}
-    except (TandemError, OSError) as error:
-        return {"run_dir": str(run_dir), "state": "unreachable", "reason": str(error)}
-
-
-def _age(at: str | None) -> float | None:
-    try:
-        return time.time() - datetime.fromisoformat(at).timestamp() if at else None
-    except ValueError:
-        return None
-
-
-def problems(status: dict[str, Any]) -> list[str]:
-    """What keeps feedback from reaching the weights, in sentences; empty when all is well."""
-    found = []
-    if "error" in status["redis"]:
-        found.append(str(status["redis"]["error"]))
-    worker, server = status.get("worker"), status["server"]
-    if problem := (status.get("eviction") or {}).get("problem"):
-        found.append(problem)
-    if lost := status.get("lost"):
-        more = f" and {len(lost) - SHOWN_IDS:,} more (--json lists them)" if len(lost) > SHOWN_IDS else ""
-        found.append(
-            f"{len(lost):,} queued transcripts have no job in Redis: evicted, or deleted; queue them again:"
-            f" {', '.join(lost[:SHOWN_IDS])}{more}"
-        )
-    if status.get("hold"):
-        found.append(f"training is paused: {status['hold']}; `tandem resume` ends it")
-    if worker and worker["state"] == "none":
-        found.append("no worker is running: start `tandem worker`")
-    if worker and worker["state"] == "dead":
-        found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: start `tandem worker`, it takes over")
-    if server["state"] == "unreachable":
-        found.append(f"the server cannot be reached: {server['reason']}")
-    if server["state"] == "torn":
-        found.append(f"the server refuses to serve: {server.get('reason')}")
-    if worker and "version" in server and server["state"] != "paused" and worker["state"] != "busy":
-        if server.get("lineage") not in (None, status["lineage"]) and status["lineage"]:
-            found.append("the server has another lineage than Redis: `tandem worker` says what to do")
-        elif server["version"] != status["version"]:
-            found.append(f"the server is at version {server['version']}, Redis at {status['version']}")
-    return found
 
 
 def line(status: dict[str, Any]) -> str:
@@ -206,14 +43,6 @@ def line(status: dict[str, Any]) -> str:
     at = f" version {server['version']}" if "version" in server else ""
     parts.append(f"server {server['state']}{at}")
     return " · ".join(parts)
-
-
-def ago_text(seconds: float) -> str:
-    """3 s ago, 5 min ago, 2 h ago, 4 days ago."""
-    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{max(seconds, 0) / unit:.0f} {name} ago"
-    return f"{seconds / 86400:.0f} days ago"
 
 
 @click.command()

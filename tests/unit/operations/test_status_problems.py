@@ -1,0 +1,64 @@
+"""What the operator is told: a worker that works, died or starts, parts that disagree, ages."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from drain_parts import Weights, start
+
+from producer.client import Producer
+from worker.consumer.worker_lock import WorkerLock
+from worker.operations import status
+
+GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
+
+
+def test_a_worker_is_seen_while_it_works_and_when_it_died(redis_url: str, tmp_path: Path) -> None:
+    connection, weights = redis.Redis.from_url(redis_url), Weights(tmp_path)
+    Producer(redis_url).enqueue(GOOD, id="t0")
+    seen: list[dict[str, Any]] = []
+    trained = weights.run
+
+    def look(prepared):  # type: ignore[no-untyped-def]
+        seen.append(status.gather(redis_url, tmp_path)["worker"])
+        return trained(prepared)
+
+    weights.run = look  # type: ignore[method-assign]
+    start(connection, weights, hooks=[], name="the-worker").work(burst=True)
+    assert seen[0]["state"] == "busy" and seen[0]["name"] == "the-worker" and seen[0]["silent_s"] < 60
+    code = (
+        "import os, redis, sys; from worker.consumer.worker_lock import WorkerLock\n"
+        "WorkerLock(redis.Redis.from_url(sys.argv[1]), 'late').acquire(); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, redis_url], check=False)
+    found = status.gather(redis_url, tmp_path)
+    assert found["worker"]["state"] == "dead" and any("'late'" in problem for problem in found["problems"])
+    lock = WorkerLock(connection, "early")
+    lock.acquire()
+    assert status.gather(redis_url, tmp_path)["worker"]["state"] == "starting"
+    lock.release()
+
+
+def test_disagreement_between_server_and_redis_is_a_problem() -> None:
+    base = {
+        "redis": {"url": "x", "reachable": True},
+        "version": 4,
+        "lineage": "L",
+        "worker": {"state": "idle", "name": "w", "pid": 1},
+    }
+    serving = {"state": "serving", "version": 4, "lineage": "L"}
+    assert status.problems(base | {"server": serving}) == []
+    assert "at version 5, Redis at 4" in status.problems(base | {"server": serving | {"version": 5}})[0]
+    assert "another lineage" in status.problems(base | {"server": serving | {"lineage": "M", "version": 0}})[0]
+    assert "refuses to serve: half" in status.problems(base | {"server": {"state": "torn", "reason": "half"}})[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 s ago"), (3.2, "3 s ago"), (300, "5 min ago"), (7300, "2 h ago"), (1e6, "12 days ago")],
+)
+def test_ages_read_well(seconds: float, text: str) -> None:
+    assert status.ago_text(seconds) == text
