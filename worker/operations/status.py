@@ -41,7 +41,7 @@ def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
     """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems."""
     status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
     try:
-        with connect(redis_url, _impatient) as connection, redis_errors(safe_url(redis_url)):
+        with connect(redis_url, impatient) as connection, redis_errors(safe_url(redis_url)):
             connection.ping()
             status["redis"]["reachable"] = True
             status |= _from_redis(connection)
@@ -52,7 +52,7 @@ def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
     return status
 
 
-def _impatient(url: str, **options: Any) -> redis.Redis:
+def impatient(url: str, **options: Any) -> redis.Redis:
     client: redis.Redis = redis.Redis.from_url(
         url, **options | {"socket_timeout": SECONDS, "socket_connect_timeout": SECONDS}
     )
