@@ -21,7 +21,7 @@ COMMANDS = {
     "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
-    "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),
+    "dashboard": ("worker.cli.dashboard", "Serve the page: how learning goes, and rq-dashboard."),
 }
 SHARED_MODULES = {"producer.cli"}
 """Modules that hold several commands, each under its own name; elsewhere the object is called `command`."""
