@@ -13,6 +13,11 @@ from worker.utils.metrics_registry import Values
 
 CANARY = "canary"
 """Name of the set of --canary."""
+EVALUATED = {
+    "tandem_evaluation_loss": "loss",
+    "tandem_evaluation_exact_match_ratio": "exact_match",
+    "tandem_evaluation_win_ratio": "win_rate",
+}
 
 
 def values(status: dict[str, Any], header: int | None, disk: Mapping[str, float], now: float) -> Values:
@@ -53,6 +58,8 @@ def _from_redis(status: dict[str, Any]) -> dict[str, dict[tuple[str, ...], float
     found |= {name: {(): float(value)} for name, value in known.items() if value is not None}
     if status["canary_loss"] is not None:
         found["tandem_canary_loss"] = {(CANARY,): status["canary_loss"]}
+    for name, figure in EVALUATED.items():
+        found[name] = {(one["name"],): one[figure] for one in status["evaluations"] if one[figure] is not None}
     return found
 
 

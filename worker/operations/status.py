@@ -20,7 +20,7 @@ from producer.errors import TandemError
 from producer.eviction import Eviction
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
-from worker.versions import ledger, lost_jobs
+from worker.versions import evaluations, ledger, lost_jobs
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
 from worker.versions.share_status import SHARE, kept, seconds_left
@@ -98,6 +98,7 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
         "canary_loss": _number(said.get("canary_loss")),
+        "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
         "eviction": {"name": eviction.policy, "policy": str(eviction), "problem": eviction.problem},
         "lost": sorted(set(lost)),
         "hold": said.get(REASON),

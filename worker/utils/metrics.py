@@ -30,6 +30,7 @@ POLICIES = (
     *("volatile-lru", "volatile-lfu", "volatile-random", "volatile-ttl", "unknown"),
 )
 CODES = ("200", "202", "401", "404", "413", "422", "429", "500", "503")
+NATS = "nats a token"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper ends of a histogram's buckets: from a pause on a small model to a long batch on a CPU."""
 
@@ -75,7 +76,7 @@ LEARNING = (
         "gauge",
         "Mean loss before the update, of the last version that had this kind of feedback. Kinds have their own losses:"
         " compare each with itself only.",
-        "nats a token",
+        NATS,
         {"kind": KINDS},
     ),
     Metric("tandem_update_ratio", "gauge", "RMS of the last update over the RMS of the weights.", "ratio"),
@@ -83,8 +84,20 @@ LEARNING = (
         "tandem_canary_loss",
         "Loss of a canary set on the version it was scored on last, by the set's name, which the operator gave"
         " it; the one of --canary is `canary`.",
-        "nats a token",
+        NATS,
         set=(),
+    ),
+    _looked_up(
+        "tandem_evaluation_loss", "Loss of a set on the newest version it was evaluated on (tandem eval).", NATS, set=()
+    ),
+    _looked_up(
+        "tandem_evaluation_exact_match_ratio",
+        "The part of the set whose greedy answer is the reference.",
+        "ratio",
+        set=(),
+    ),
+    _looked_up(
+        "tandem_evaluation_win_ratio", "The part of the set's pairs whose chosen answer is likelier.", "ratio", set=()
     ),
     _looked_up("tandem_last_version_timestamp_seconds", "When the last version was made.", "seconds since 1970"),
     Metric("tandem_splits_total", "counter", "Batches that failed with no weight touched and were tried in halves."),
@@ -103,7 +116,9 @@ COST = (
     Metric("tandem_serving_cost_seconds_total", "counter", "What versions took from running requests.", "seconds"),
     _looked_up("tandem_serving_share_asked_ratio", "--serving-share: the part of the time that is serving's.", "ratio"),
     _looked_up("tandem_serving_share_kept_ratio", "The part of the last minute that updates left to serving.", "ratio"),
-    _of_server("tandem_pause_seconds", "histogram", "How long the server stood still, a pause.", "seconds"),
+    _of_server(
+        "tandem_pause_seconds", "histogram", "How long requests that came in a pause had to wait, at most.", "seconds"
+    ),
 )
 QUEUE = (
     _looked_up("tandem_queue_jobs", "Jobs of the queue by state; queued is its depth.", state=QUEUE_STATES),
