@@ -132,8 +132,8 @@ QUEUE = (
     _of_server(
         "tandem_completions_total",
         "counter",
-        "Completions that --record was to keep. skipped: not kept for what they hold, or since the space was used up;"
-        " dropped: Redis was away, full or too slow.",
+        "Completions that --record was to keep. skipped: one alone is more than all may take; dropped:"
+        " Redis was away, full or too slow.",
         outcome=("kept", "skipped", "dropped"),
     ),
     _of_server("tandem_feedback_requests_total", "counter", "Calls of /v1/feedback by HTTP status.", code=CODES),
