@@ -1,6 +1,6 @@
 """What Redis holds of one user, and taking it out: records of completions, opinions, jobs with their transcripts.
 
-A user is found by what applications put into a transcript's meta (`{"user": ...}`), by the `user` of recorded
+A user is found by what applications put into a transcript's meta (producer/users.py), by the `user` of recorded
 requests, and by the digests that feedback leaves (producer/opinions.py).
 
 Must not know: torch.
@@ -23,7 +23,7 @@ from rq.registry import (
     ScheduledJobRegistry,
 )
 
-from producer import completions, keys
+from producer import completions, keys, users
 from producer.completions import Completion
 from producer.errors import UnknownCompletionError
 from producer.exchange import run
@@ -133,18 +133,16 @@ def _by_meta(connection: redis.Redis, user: str, looked: Callable[[int], object]
                 pipe.hget(key, "meta")
             metas = pipe.execute(raise_on_error=False)
         for key, raw in zip(part, metas, strict=True):
-            if isinstance(raw, bytes) and _user_in(raw) == user:
+            if isinstance(raw, bytes) and user in _users_in(raw):
                 yield key.removeprefix(prefix).decode(errors="replace")
         looked(len(part))
 
 
-def _user_in(raw: bytes) -> str | None:
+def _users_in(raw: bytes) -> tuple[str, ...]:
     try:
-        meta = MsgpackSerializer.loads(raw)
+        return users.of(MsgpackSerializer.loads(raw))
     except ValueError:
-        return None
-    named = meta.get("user") if isinstance(meta, dict) else None
-    return str(named) if isinstance(named, str | int) else None
+        return ()
 
 
 def _records(connection: redis.Redis) -> Iterator[Completion]:
