@@ -114,7 +114,8 @@ def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(module, "QUIET", 0.0)
     monkeypatch.setenv(module.OFF, "off")
     with progress("work") as shown:
-        shown._thread.join(PATIENCE)  # it ends by itself: there is nothing to show
+        shown._thread.join(30)  # it ends by itself: there is nothing to show
+        assert not shown._thread.is_alive()
     assert capsys.readouterr() == ("", "")
 
 
