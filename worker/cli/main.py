@@ -47,6 +47,7 @@ class LazyGroup(click.Group):
                 "or run bash scripts/setup for the CPU"
             ) from None
         command: click.Command = getattr(module, cmd_name if module_name in SHARED_MODULES else "command")
+        command.name = cmd_name  # else it is its function's: "command"
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

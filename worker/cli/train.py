@@ -99,13 +99,17 @@ def train_directory(
 ) -> History:
     """Fine-tune the model in `model_dir` on `file` and write the result to the new directory `out`."""
     from worker.checkpoint import model_directory
+    from worker.model import settle_attention
     from worker.trainer.factory import make_builder, make_trainer
+    from worker.trainer.proof import prove_trainer
 
     h = h.settled()
     model_directory.check_target(model_dir, out)
     model, tokenizer = model_directory.load(model_dir)
     builder = make_builder(tokenizer, model_dir, h)
+    settle_attention(model)
     trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
+    prove_trainer(trainer, model, tokenizer, h.max_length)
 
     def step(examples: list[Example]) -> float:
         gradients = trainer.begin(examples)

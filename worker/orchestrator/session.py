@@ -6,7 +6,8 @@
 
 `tandem worker`, `tandem rollback` and `tandem train --attach` begin with one.
 Invariants: whoever has a session is the server's only trainer; its weights are whole (torn or restarted ones were
-brought back before); nothing is missing in it and nothing is put into it later.
+brought back before), and its trainer's loss is the model's own; nothing is missing in it and nothing is put into it
+later.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights, attach
 from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
 from worker.trainer.factory import make_builder, make_trainer
+from worker.trainer.proof import prove_trainer
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 from worker.versions import ledger
@@ -126,4 +128,6 @@ def open_session(
             log.info(sentence(report))
         trainer = make(h)
         warm(trainer, chosen.replayed)
+        most = min(trainer.room.longest, int(weights.server_info["max_model_len"]) - 1)
+        prove_trainer(trainer, weights.build_model(), tokenizer, most)
         yield Session(control, weights, manager, builder, trainer, h, settings)

@@ -1,7 +1,8 @@
 """transformers' text model on tensors that somebody else owns.
 
-Invariants: no parameter's data is copied or moved; nothing of the model is left on the meta device. Must not know:
-sockets, the server.
+Invariants: no parameter's data is copied or moved, nor written: what transformers computes for itself (rotary
+frequencies, the scale of embeddings) is made while all parameters are still on the meta device. Nothing of the model is
+left there. No dropout: the same weights give the same loss. Must not know: sockets, the server.
 """
 
 from __future__ import annotations
@@ -40,11 +41,21 @@ def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: A
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(parameter.shape)} in transformers, {tuple(tensors[name].shape)} in the server"
             raise AttachError(f"{name} is {shapes}: {_mismatch(model_path)}")
-    device = next(iter(tensors.values())).device
+    _compute_buffers(model, next(iter(tensors.values())).device)
     _bind(model, tensors)
-    _rebuild_rotary(model, device)
     _refuse_meta(model)
-    return model.train()
+    return without_dropout(model).train()
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, which drops nothing in training either."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):  # read by attention layers, which have no module for it
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
 
 
 def _bind(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -60,12 +71,28 @@ def _bind(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             module.register_parameter(key, bound[id(parameter)])
 
 
-def _rebuild_rotary(model: nn.Module, device: torch.device) -> None:
-    """Rotary embeddings hold computed buffers, which a model built on meta lacks."""
-    for module in list(model.modules()):
-        for key, child in list(module.named_children()):
-            if key.endswith("rotary_emb"):
-                setattr(module, key, type(child)(child.config).to(device))
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give every buffer that no checkpoint has its values, by the model's own `_init_weights`, on `device`.
+
+    It is asked twice, over buffers full of 0 and of 1: one that it leaves alone differs.
+    """
+    names = [name for name, _ in model.named_non_persistent_buffers()]
+    owners = {name.rpartition(".")[0] for name in names}
+    found: list[dict[str, torch.Tensor]] = []
+    for fill in (0, 1):
+        for name in names:
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._buffers[key] = torch.full_like(module._buffers[key], fill, device=device)
+        for owner in sorted(owners):
+            model._init_weights(model.get_submodule(owner))
+        found.append({name: model.get_buffer(name).clone() for name in names})
+    for name in names:
+        if not torch.equal(found[0][name], found[1][name]):
+            raise AttachError(
+                f"buffer {name} of transformers' model is not in the checkpoint, and transformers does not say what is"
+                " in it: this model cannot be trained here"
+            )
 
 
 def _refuse_meta(model: nn.Module) -> None:

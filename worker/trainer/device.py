@@ -5,7 +5,8 @@
     chosen = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
     warm(trainer, chosen.replayed)                                    # says how far it is; logs what it cost
 
-On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
+On a CPU there is nothing to plan, and transformers' own code runs as it is, with an attention that knows all that the
+model's layers ask for. Must not know: Redis, the header, versions.
 Invariants: what does not fit is refused here, with numbers, before anything is trained; with --memory torch's part of
 this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
 """
@@ -39,7 +40,7 @@ from worker.memory.planner import (
     longest_by_factors,
     make_plan,
 )
-from worker.model import fuse
+from worker.model import fuse, settle_attention
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.parallel_compile import parallel_compile
 from worker.trainer.trainer import Trainer
@@ -91,6 +92,7 @@ def choose_way(
     max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError, ConfigError.
     """
     if device.type == "cpu":
+        settle_attention(model)
         return Chosen("burst" if settings.apply == "auto" else settings.apply)
     config = TextConfig.read(model_path / "config.json")
     sizes = sizes_up_to(max(max_tokens, h.max_length))
