@@ -28,7 +28,7 @@ from producer.completions import Completion
 from producer.errors import UnknownCompletionError
 from producer.exchange import run
 from producer.jobs import results_key
-from producer.opinions import Opinion, Source, give
+from producer.opinions import Opinion, Source, give, remembered
 from producer.progress import progress
 from producer.said import Said, user_digest
 from producer.serializer import MsgpackSerializer
@@ -178,10 +178,9 @@ def _unsay(connection: redis.Redis, key: str, name: str) -> None:
     """Take the user out of what is remembered of an answer."""
 
     def change(pipe: Any) -> None:
-        raw = pipe.get(keys.said(key))
-        said = Said.unpack(raw)
+        said = Said.unpack(run(remembered(pipe, keys.said(key))))
         pipe.multi()
-        if raw is not None and said.forget(name):
+        if said.forget(name):
             pipe.set(keys.said(key), said.pack(), keepttl=True)
 
     connection.transaction(change, keys.said(key))
