@@ -2,7 +2,7 @@
 
 Real parts: Redis, `tandem worker`, its state directory, processes of a killed server, a full disk. The server is the
 stand-in with its real sockets and header (a real one: test_end_to_end.py). Old Redis and wrong clock: a man in the
-middle of a real Redis' connection. The device's memory is arithmetic alone (tests/unit/operations/test_doctor_checks.py):
+middle of a real Redis' connection. The device's memory is arithmetic alone (unit/operations/test_doctor_checks.py):
 nothing here has a GPU.
 """
 
