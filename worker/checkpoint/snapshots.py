@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from producer.errors import TandemError
+from producer.progress import BYTES, progress
 from worker.apollo import state_layout
 from worker.checkpoint import model_directory, record_file
 from worker.checkpoint.state_dir import free_bytes
@@ -114,13 +115,19 @@ class Snapshots:
         try:
             self._check_room(tensors, state)
             folder = Path(tempfile.mkdtemp(prefix=f".{version}.", dir=self.folder))
-            model_directory.write_layout(tensors, self.source, folder)
-            (folder / _EXTRA).mkdir(mode=0o700)
-            extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder)
-            save_file(extra, folder / _EXTRA / "state.safetensors")
-            plain = {"ledger": trained.ledger, "dropped": trained.dropped}
-            (folder / _EXTRA / "ledger.msgpack").write_bytes(msgpack.packb(plain))
-            files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(_files(folder))}
+            both = 2 * (model_directory.directory_bytes(self.source) + state.nbytes)  # written, then read
+            with progress(f"checkpoint of version {version}", both, BYTES) as shown:
+                model_directory.write_layout(tensors, self.source, folder, shown.advance)
+                (folder / _EXTRA).mkdir(mode=0o700)
+                extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder)
+                save_file(extra, folder / _EXTRA / "state.safetensors")
+                shown.advance(state.nbytes)
+                plain = {"ledger": trained.ledger, "dropped": trained.dropped}
+                (folder / _EXTRA / "ledger.msgpack").write_bytes(msgpack.packb(plain))
+                files = {}
+                for path in sorted(_files(folder)):
+                    files[str(path.relative_to(folder))] = _sha256(path)
+                    shown.advance(path.stat().st_size)
             meta = {"kind": "checkpoint", "format": FORMAT, "version": version, "lineage": lineage, "files": files}
             meta |= {"time": time.time(), "source": self.fingerprint}
             (folder / _EXTRA / "meta.msgpack").write_bytes(record_file.pack(meta))
@@ -140,8 +147,10 @@ class Snapshots:
     def check(self, version: int) -> Snapshot:
         """Read what a checkpoint says of itself and compare every file's digest. Raises `SnapshotError`."""
         found = self.describe(version)
-        for name, digest in found.files.items():
-            self._check_file(version, name, digest)
+        with progress(f"checking the checkpoint of version {version}", len(found.files), "files") as shown:
+            for name, digest in found.files.items():
+                self._check_file(version, name, digest)
+                shown.advance()
         return found
 
     def describe(self, version: int) -> Snapshot:
@@ -240,7 +249,7 @@ class Snapshots:
         return gone
 
     def _check_room(self, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
-        needed = sum(path.stat().st_size for path in self.source.iterdir() if path.is_file()) + state.nbytes
+        needed = model_directory.directory_bytes(self.source) + state.nbytes
         free = free_bytes(self.folder)
         if free < needed * 1.05:
             raise SnapshotError(
