@@ -5,6 +5,7 @@ unless told that it may.
 """
 
 import logging
+import shlex
 from pathlib import Path
 
 import click
@@ -27,6 +28,13 @@ from worker.web.site import Site
     help="Let whoever opens it pause, resume, roll back, and requeue and delete jobs. Without it everything is"
     " read-only, rq-dashboard's buttons too.",
 )
+@click.option(
+    "--rollback-options",
+    default="",
+    metavar="TEXT",
+    help="More options of `tandem rollback` where the page starts it. On a GPU: the worker's --apply, --memory and"
+    " --max-tokens.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
 def command(
@@ -35,13 +43,19 @@ def command(
     port: int,
     allow: tuple[str, ...],
     allow_actions: bool,
+    rollback_options: str,
     run_dir: Path | None,
     state_dir: Path | None,
 ) -> None:
     """Serve the page: how learning goes (/learning/), and rq-dashboard: queues, jobs, workers, results."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     redis_url = resolve_url(redis_url)
-    app = make_app(redis_url, allow, run_dir=run_dir, state_dir=state_dir, allow_actions=allow_actions)
+    try:
+        more = shlex.split(rollback_options)
+    except ValueError as error:
+        raise click.UsageError(f"--rollback-options: {error}") from None
+    places = {"run_dir": run_dir, "state_dir": state_dir}
+    app = make_app(redis_url, allow, allow_actions=allow_actions, rollback_options=more, **places)
     try:
         server = make_server(host, port, app, threaded=True)
     except (OSError, SystemExit) as error:

@@ -7,7 +7,7 @@ Invariants: rq-dashboard's Tandem-specific configuration is loaded before it rea
 
 import contextlib
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ def make_app(
     run_dir: Path | None = None,
     state_dir: Path | None = None,
     allow_actions: bool = False,
+    rollback_options: Sequence[str] = (),
 ) -> Flask:
     """The dashboard on the Redis at `redis_url` and the server of `run_dir`; names: further host names it answers to.
 
     state_dir: where checkpoints and their marks lie; None: asked of the server. allow_actions: whether its buttons
-    work. Raises `RedisUrlError`."""
+    work. rollback_options: more of `tandem rollback`, where the page starts it. Raises `RedisUrlError`."""
     redis_url = checked_url(redis_url)  # refused here: rq-dashboard's own error may quote it
     with connect(redis_url, redis.Redis.from_url) as client, contextlib.suppress(redis.RedisError):
         announce(open_queue(client))  # no worker may have done so yet, and producers have no right to
@@ -53,7 +54,8 @@ def make_app(
     # Ours before rq-dashboard's: its bar of links is wrapped in one that leads back.
     original = PrefixLoader({"original": PackageLoader("rq_dashboard")})
     app.jinja_loader = ChoiceLoader([FileSystemLoader(TEMPLATES), original])  # type: ignore[assignment]
-    site = Site(redis_url, run_dir or default_run_dir(), state_dir, allow_actions, connect(redis_url, impatient))
+    connection = connect(redis_url, impatient)
+    site = Site(redis_url, run_dir or default_run_dir(), state_dir, allow_actions, connection, rollback_options)
     app.extensions["tandem"] = site
     app.before_request(lambda: refuse_strangers({"localhost", socket.gethostname(), *names}))
     if not allow_actions:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -34,10 +34,13 @@ class Progress:
 
 
 class Rollbacks:
-    """Of one dashboard. run_dir, state_dir: as the dashboard was told; None: the child finds its own."""
+    """Of one dashboard. run_dir, state_dir: as the dashboard was told; None: the child finds its own. options: more
+    of the command, such as --apply and --memory, which on a GPU are to be the worker's."""
 
-    def __init__(self, redis_url: str, run_dir: Path, state_dir: Path | None = None) -> None:
-        self.redis_url, self.run_dir, self.state_dir = redis_url, run_dir, state_dir
+    def __init__(
+        self, redis_url: str, run_dir: Path, state_dir: Path | None = None, options: Sequence[str] = ()
+    ) -> None:
+        self.redis_url, self.run_dir, self.state_dir, self.options = redis_url, run_dir, state_dir, list(options)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
@@ -47,7 +50,7 @@ class Rollbacks:
         """After `tandem`."""
         found = ["rollback", str(target), "--reason", "from the dashboard", "--run-dir", str(self.run_dir)]
         found += ["--state-dir", str(self.state_dir)] if self.state_dir else []
-        return found + (["--requeue"] if requeue else [])
+        return found + self.options + (["--requeue"] if requeue else [])
 
     def command(self, target: int, requeue: bool = False) -> str:
         """The command to copy, for the shell of the machine where the server runs."""

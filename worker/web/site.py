@@ -5,6 +5,7 @@ Invariants: a page never fails because a part is away: what cannot be read is em
 has a bound in time and in size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ class Site:
     given_state_dir: Path | None
     allow_actions: bool
     connection: redis.Redis
+    rollback_options: Sequence[str] = ()
     tokens: Tokens = field(default_factory=Tokens)
 
     def __post_init__(self) -> None:
-        self.rollbacks = Rollbacks(self.redis_url, self.run_dir, self.given_state_dir)
+        self.rollbacks = Rollbacks(self.redis_url, self.run_dir, self.given_state_dir, self.rollback_options)
         self.where = safe_url(self.redis_url)
 
     def status(self) -> dict[str, Any]:

@@ -136,11 +136,11 @@ def test_only_an_older_version_can_be_gone_back_to(
 def test_the_command_runs_as_a_child_that_is_watched_and_keeps_the_password_off_its_line(
     redis_url: str, tmp_path: Path
 ) -> None:
-    rollbacks = Rollbacks(redis_url, tmp_path / "run dir", tmp_path / "state")
+    rollbacks = Rollbacks(redis_url, tmp_path / "run dir", tmp_path / "state", ["--max-tokens", "512"])
     password = redis_url.split("@")[0].split(":")[-1]
     assert rollbacks.progress() is None and rollbacks.start(2, requeue=True)
     command = f"tandem rollback 2 --reason 'from the dashboard' --run-dir '{tmp_path}/run dir'"
-    command += f" --state-dir {tmp_path}/state --requeue"
+    command += f" --state-dir {tmp_path}/state --max-tokens 512 --requeue"
     assert rollbacks.command(2, True) == command and password not in command
     if (first := rollbacks.progress()) is not None and first.code is None:
         assert not rollbacks.start(3, requeue=False), "one at a time"
