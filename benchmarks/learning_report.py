@@ -25,7 +25,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
     """learning.md, learning_means.json and learning.png in `folder`."""
     found = curves(report)
     text = "\n\n".join(part for part in (levels(found), table(report, found), in_turn(report)) if part)
-    (folder / "learning.md").write_text(text + "\n")
+    (folder / "learning.md").write_text(f"# Learnt and forgotten, every setting\n\n{text}\n")
     (folder / "learning_means.json").write_text(means(report, found))
     print(text)
     if found:

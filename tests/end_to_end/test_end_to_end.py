@@ -5,6 +5,7 @@ and over HTTP, as a user would.
 """
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import browser
 import pytest
 from demo_parts.chat_page import allowing, chat_page
 from feedback_parts import feedback, state
+from metrics_parts import PROMETHEUS, canary_options, check_values, observe
 from patience import PATIENCE, until
 from rq.job import Job, JobStatus
 from server_options import FEEDBACK_KEY, GPU, SERVER_OPTIONS
@@ -26,6 +28,7 @@ from producer.serializer import MsgpackSerializer
 from worker.data.examples import ExampleBuilder
 from worker.testing.server_process import free_port
 
+EXPRESSIONS = ["tandem_versions_total > 4", "tandem_version", "vllm:num_requests_running"]
 PAGE_PORT = free_port()
 TRANSCRIPTS = Path(__file__).parents[1] / "data" / "transcripts.jsonl"
 
@@ -65,13 +68,14 @@ def is_same(now: float, then: float) -> bool:
     return now == then or (GPU and abs(now - then) < 0.05)
 
 
-def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack) -> None:
+def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack, tmp_path: Path) -> None:
     server_pid, before = stack.server.pid, served_nll(stack)
     sent = stack.tandem("enqueue", str(TRANSCRIPTS))
     assert sent.returncode == 0 and "queued 20" in sent.stdout, sent.stderr
 
-    worker = stack.worker("--max-jobs", "4")
+    worker = stack.worker("--max-jobs", "4", "--metrics-port", "0", *canary_options(tmp_path))
     stack.wait_until(worker, lambda: len(stack.ledger()) == 20, "train all twenty")
+    stack.seen = observe(stack, worker, EXPRESSIONS, tmp_path)
     mapped, private = shared_and_private(worker.pid, "/memfd:")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(PATIENCE) == 0, stack.said(worker)
@@ -91,6 +95,15 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
 
     again = stack.tandem("enqueue", str(TRANSCRIPTS))
     assert "already known 20" in again.stdout, "months later, too: the ledger knows them"
+
+
+def test_every_metric_of_the_table_has_a_value(stack: Stack) -> None:
+    check_values(stack.seen)
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="no Prometheus here")
+def test_prometheus_scrapes_server_and_worker(stack: Stack) -> None:
+    assert not [asked for asked, found in stack.seen.asked.items() if not found], "panels without data"
 
 
 def test_a_correction_over_http_is_learnt(stack: Stack) -> None:
@@ -151,6 +164,9 @@ def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
     stack.wait_for(first, "worker ready")
     second = stack.tandem("worker", "--name", "the-second")
     assert second.returncode == 1 and "the-first" in second.stderr
+    looked = stack.tandem("doctor")
+    assert looked.returncode == 0 and "'the-first'" in looked.stdout, looked.stdout
+    assert re.search(r"^ok +flags ", looked.stdout, re.MULTILINE), "the flags that the server was started with"
     first.send_signal(signal.SIGKILL)  # at rest
     first.wait(PATIENCE)
     assert stack.complete("Are you there?")[0] == 200

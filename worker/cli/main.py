@@ -21,7 +21,8 @@ COMMANDS = {
     "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
-    "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),
+    "dashboard": ("worker.cli.dashboard", "Serve the page: how learning goes, and rq-dashboard."),
+    "doctor": ("worker.cli.doctor", "Check every part, and say what is wrong and how to mend it."),
 }
 SHARED_MODULES = {"producer.cli"}
 """Modules that hold several commands, each under its own name; elsewhere the object is called `command`."""
@@ -47,6 +48,7 @@ class LazyGroup(click.Group):
                 "or run bash scripts/setup for the CPU"
             ) from None
         command: click.Command = getattr(module, cmd_name if module_name in SHARED_MODULES else "command")
+        command.name = cmd_name  # else it is its function's: "command"
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -112,6 +112,7 @@ class Control:
             if connection is not None and connection is self._trainer:
                 async with self._turn:
                     self._trainer = None
+                    self._state.trainer(False)
                     logger.info("tandem: %s is gone", connection)
                     await self._leases.holder_gone(str(connection))
             writer.close()
@@ -146,6 +147,7 @@ class Control:
             raise ControlError(f"{self._trainer} is connected to this server already: {self._way_out()}")
         connection.name = name
         self._trainer = connection
+        self._state.trainer(True)
         logger.info("tandem: %s connected", connection)
         share = share_of_environment(os.environ)
         return self._plain() | {"rendering": self._rendering, "trainer_bytes": share}

@@ -19,7 +19,7 @@ from typing import Any
 
 from producer.errors import TandemError
 from worker.serving.protocol import ControlError
-from worker.utils import torch_setup
+from worker.utils import supported_versions
 
 CHECKED_ON = ("0.26.0", "0.32.0")
 GEMM_MODULE = "vllm.model_executor.layers.utils"
@@ -44,7 +44,7 @@ def lookup(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        version = torch_setup.distribution("vllm")[1]
+        version = supported_versions.distribution("vllm")[1]
         raise VllmChangedError(
             f"vLLM {version} has no {module}.{name} ({error}): Tandem's use of it was checked on vLLM "
             f"{', '.join(CHECKED_ON)}; use one of these"
@@ -202,7 +202,7 @@ def scorer_of(engine_client: Any) -> Callable[[list[int]], Awaitable[list[float]
 
 
 def _changed(what: str) -> VllmChangedError:
-    version = torch_setup.distribution("vllm")[1]
+    version = supported_versions.distribution("vllm")[1]
     return VllmChangedError(
         f"vLLM {version} does not have {what} as Tandem uses it: that was checked on vLLM {', '.join(CHECKED_ON)}; use "
         "one of these"
