@@ -16,7 +16,7 @@ import redis
 from producer.cli import redis_option
 from producer.connection import connect, resolve_url
 from producer.errors import TandemError
-from worker.checkpoint import record_file
+from worker.checkpoint import record_file, records
 from worker.checkpoint.state_dir import default_state_dir, replace
 from worker.shared_weights.weights_client import ask
 from worker.utils.unix_socket import default_run_dir
@@ -46,6 +46,7 @@ def versions_from_journal(folder: Path, count: int) -> list[dict[str, Any]]:
     files = sorted(folder.glob("*.journal"))
     for path in files:
         for _, record in record_file.scan(path, last=path == files[-1]).records:
+            records.check_format(record, path)
             version, kind = int(record.get("version", 0)), record["kind"]
             if kind == "void":
                 found.pop(version, None)
