@@ -122,7 +122,7 @@ class DemoStack:
         """Ask what you like until end of input, beside a dashboard and a chat page."""
         with self.child("dashboard"), chat_page(self.server.url, self.feedback_key, self._page_port) as address:
             say(f"\nChat, with thumbs: {address}")
-            say("Dashboard: http://127.0.0.1:9181   For another terminal:")
+            say("How learning goes: http://127.0.0.1:9181/learning/   For another terminal:")
             for key in ("REDIS_URL", "TANDEM_RUN_DIR", "TANDEM_STATE_DIR"):
                 say(f"  export {key}='{self.environment[key]}'")
             say("Ask something (end with Ctrl-D):")
