@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # server, trainer and tests share
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ["TANDEM_PROGRESS"] = "off"  # how far work is, is said after two seconds: on a busy machine, in any test
 tqdm.monitor_interval = 0  # its thread lives as long as the process: whichever test ran first would fail for it
 
 

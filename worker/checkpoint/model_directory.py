@@ -8,6 +8,7 @@ never written to; the target appears whole or not at all (written under a tempor
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from producer.errors import TandemError
+from producer.progress import BYTES, progress
 from worker.checkpoint.state_dir import sync
 from worker.utils import torch_setup
 
@@ -34,10 +36,15 @@ def check_target(source: Path, out: Path) -> None:
     if out.exists():
         raise TandemError(f"--out {out} exists already: name a new directory")
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(file.stat().st_size for file in source.iterdir() if file.is_file())
+    needed = directory_bytes(source)
     free = shutil.disk_usage(out.parent).free
     if free < needed * 1.05:
         raise TandemError(f"--out {out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free")
+
+
+def directory_bytes(source: Path) -> int:
+    """What the files of a model directory take."""
+    return sum(file.stat().st_size for file in source.iterdir() if file.is_file())
 
 
 def load(source: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
@@ -53,7 +60,8 @@ def save(model: Any, source: Path, out: Path) -> None:
     """Write `model`'s parameters in the layout of `source` to the new directory `out`."""
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        write_layout(dict(model.named_parameters()), source, folder)
+        with progress(f"writing {out.name}", directory_bytes(source), BYTES) as shown:
+            write_layout(dict(model.named_parameters()), source, folder, shown.advance)
         folder.chmod(0o755)
         publish(folder, out)
     except BaseException:
@@ -61,14 +69,20 @@ def save(model: Any, source: Path, out: Path) -> None:
         raise
 
 
-def write_layout(trained: dict[str, torch.Tensor], source: Path, folder: Path) -> None:
-    """Write every file of `source` into `folder`, with `trained` (text name -> tensor) in place of its old values."""
+def write_layout(
+    trained: dict[str, torch.Tensor], source: Path, folder: Path, wrote: Callable[[int], object] = lambda size: None
+) -> None:
+    """Write every file of `source` into `folder`, with `trained` (text name -> tensor) in place of its old values.
+
+    wrote: told the bytes of each file."""
     written: set[str] = set()
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
             written |= _rewrite(file, folder / file.name, trained)
         elif file.is_file():
             shutil.copyfile(file, folder / file.name)
+        if file.is_file():
+            wrote(file.stat().st_size)
     if missing := set(trained) - written:
         raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import torch
@@ -24,12 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from producer.errors import TandemError
+from producer.progress import BYTES, progress
 from worker.apollo import state_layout
-from worker.checkpoint import model_directory, record_file
+from worker.checkpoint import model_directory, record_file, records
 from worker.checkpoint.state_dir import free_bytes
 from worker.utils.fault_injection import point
 
-FORMAT = 1
 _EXTRA = "tandem"
 _SAMPLE = 64 * 1024
 """Bytes at the start and at the end of a file that `fingerprint` looks at."""
@@ -114,15 +115,21 @@ class Snapshots:
         try:
             self._check_room(tensors, state)
             folder = Path(tempfile.mkdtemp(prefix=f".{version}.", dir=self.folder))
-            model_directory.write_layout(tensors, self.source, folder)
-            (folder / _EXTRA).mkdir(mode=0o700)
-            extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder)
-            save_file(extra, folder / _EXTRA / "state.safetensors")
-            plain = {"ledger": trained.ledger, "dropped": trained.dropped}
-            (folder / _EXTRA / "ledger.msgpack").write_bytes(msgpack.packb(plain))
-            files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(_files(folder))}
-            meta = {"kind": "checkpoint", "format": FORMAT, "version": version, "lineage": lineage, "files": files}
-            meta |= {"time": time.time(), "source": self.fingerprint}
+            both = 2 * (model_directory.directory_bytes(self.source) + state.nbytes)  # written, then read
+            with progress(f"checkpoint of version {version}", both, BYTES) as shown:
+                model_directory.write_layout(tensors, self.source, folder, shown.advance)
+                (folder / _EXTRA).mkdir(mode=0o700)
+                extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder)
+                save_file(extra, folder / _EXTRA / "state.safetensors")
+                shown.advance(state.nbytes)
+                plain = {"ledger": trained.ledger, "dropped": trained.dropped}
+                (folder / _EXTRA / "ledger.msgpack").write_bytes(msgpack.packb(plain))
+                files = {}
+                for path in sorted(_files(folder)):
+                    files[str(path.relative_to(folder))] = _sha256(path)
+                    shown.advance(path.stat().st_size)
+            meta = {"kind": "checkpoint", "format": records.CHECKPOINT_FORMAT, "version": version, "lineage": lineage}
+            meta |= {"files": files, "time": time.time(), "source": self.fingerprint}
             (folder / _EXTRA / "meta.msgpack").write_bytes(record_file.pack(meta))
             point("checkpointing")
             model_directory.publish(folder, self.folder / str(version))
@@ -140,8 +147,10 @@ class Snapshots:
     def check(self, version: int) -> Snapshot:
         """Read what a checkpoint says of itself and compare every file's digest. Raises `SnapshotError`."""
         found = self.describe(version)
-        for name, digest in found.files.items():
-            self._check_file(version, name, digest)
+        with progress(f"checking the checkpoint of version {version}", len(found.files), "files") as shown:
+            for name, digest in found.files.items():
+                self._check_file(version, name, digest)
+                shown.advance()
         return found
 
     def describe(self, version: int) -> Snapshot:
@@ -149,7 +158,10 @@ class Snapshots:
         path = self.path(version) / _EXTRA / "meta.msgpack"
         try:
             meta = record_file.read(path, 0)
+            _check_format(meta, path)
             said = Snapshot(meta["version"], meta["lineage"], meta["time"], meta["source"], meta["files"])
+        except SnapshotError:
+            raise
         except (TandemError, KeyError, TypeError) as error:
             raise SnapshotError(f"checkpoint {path.parents[1]} is damaged: its meta.msgpack cannot be read") from error
         if said.source != self.fingerprint:
@@ -240,7 +252,7 @@ class Snapshots:
         return gone
 
     def _check_room(self, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
-        needed = sum(path.stat().st_size for path in self.source.iterdir() if path.is_file()) + state.nbytes
+        needed = model_directory.directory_bytes(self.source) + state.nbytes
         free = free_bytes(self.folder)
         if free < needed * 1.05:
             raise SnapshotError(
@@ -248,6 +260,13 @@ class Snapshots:
                 f" {free / 1e6:,.1f} MB are free; the older ones and the journal are untouched. Make room, or name"
                 " another --state-dir"
             )
+
+
+def _check_format(meta: dict[str, Any], path: Path) -> None:
+    try:
+        records.check_format(meta, path.parents[1])
+    except TandemError as error:
+        raise SnapshotError(str(error)) from None
 
 
 def fingerprint(source: Path) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
+from producer.progress import progress
 from producer.transcript import Transcript
 from worker.config.hyperparameters import Hyperparameters, training_options
 from worker.config.update_options import (
@@ -85,14 +85,12 @@ def epochs(examples: Sequence[T], *, count: int, batch: int, seed: int) -> Itera
 
 
 def run_steps(batches: Sequence[list[T]], step: Callable[[list[T]], float]) -> History:
-    """Call `step` on each batch under a progress bar; its answer is the batch's loss."""
+    """Call `step` on each batch; its answer is the batch's loss."""
     history = History()
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("training", total=len(batches), loss=float("nan"))
+    with progress("training", len(batches), "steps") as shown:
         for batch in batches:
             history.losses.append(step(batch))
-            progress.update(task, advance=1, loss=history.losses[-1])
+            shown.advance(note=f"loss {history.losses[-1]:.3f}")
     return history
 
 

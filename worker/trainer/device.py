@@ -3,7 +3,7 @@
     with growing_segments():                                          # around the first allocation
     keep_within(settings, device)                                     # to what --memory says
     chosen = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
-    warm(trainer, chosen.replayed)                                    # with a progress bar; logs what it cost
+    warm(trainer, chosen.replayed)                                    # says how far it is; logs what it cost
 
 On a CPU there is nothing to plan, and transformers' own code runs as it is, with an attention that knows all that the
 model's layers ask for. Must not know: Redis, the header, versions.
@@ -14,7 +14,6 @@ this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
 import gc
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from producer.progress import progress
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
@@ -153,22 +151,14 @@ def keep_within(settings: ApplySettings, device: torch.device) -> None:
 
 
 def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
-    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens, under a progress bar where somebody
-    looks."""
+    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens; says how far it is."""
     if trainer.device.type == "cpu":
         return
-    columns = (TextColumn("warm-up"), BarColumn(), TextColumn("{task.fields[what]}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("warm-up", what="")
+    with progress("warm-up", unit="shapes") as shown:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
             with parallel_compile() as compiled:
-                report = warm_up(
-                    trainer,
-                    lambda done, all, what: progress.update(task, completed=done, total=all, what=what),
-                    replayed,
-                )
+                report = warm_up(trainer, shown.at, replayed)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
     gc.collect()

@@ -4,6 +4,7 @@ Must not know: vLLM.
 Invariants: nothing is added that was not asked for; no connection is made before the first completion or feedback.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ from worker.serving.vllm.server_state import ServerState
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+
+RECOUNT = 10_000
+"""After so many records what all of them take is added up again, and at the first of a server."""
 
 
 class FeedbackService:
@@ -45,10 +50,11 @@ class FeedbackService:
         url = resolve_url(None)
         if self.options.record:
             client: Any = connect(url, redis.asyncio.Redis.from_url)
-            self._client = client
+            self._client, saved = client, itertools.count()
 
             async def save(completion: Completion) -> Kept:
-                return await save_async(client, completion, self.options.seconds, self.options.record_bytes)
+                limits = self.options.seconds, self.options.record_bytes
+                return await save_async(client, completion, *limits, recount=next(saved) % RECOUNT == 0)
 
             self._keeper = Keeper(save, logprobs, self._metrics.completion)
             self._keeper.start()
