@@ -125,7 +125,7 @@ class DemoStack:
         with self.child("dashboard"), chat_page(self.server.url, self.feedback_key, self._page_port) as address:
             say(f"\nChat, with thumbs: {address}")
             say(f"Metrics: {self.server.url}/metrics (server), http://127.0.0.1:{self.metrics[1]}/metrics (worker)")
-            say("Dashboard: http://127.0.0.1:9181   For another terminal:")
+            say("How learning goes: http://127.0.0.1:9181/learning/   For another terminal:")
             for key in ("REDIS_URL", "TANDEM_RUN_DIR", "TANDEM_STATE_DIR"):
                 say(f"  export {key}='{self.environment[key]}'")
             say("Ask something (end with Ctrl-D):")
