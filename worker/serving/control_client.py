@@ -152,9 +152,10 @@ class ServerControl:
         self.close()
 
 
-def server_state(run_dir: Path | str) -> dict[str, Any]:
-    """The state of the server of `run_dir`, as `ServerControl.state`, asked by somebody who is not the trainer."""
-    with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), CONNECT_SECONDS) as sock:
+def server_state(run_dir: Path | str, timeout: float = CONNECT_SECONDS) -> dict[str, Any]:
+    """The state of the server of `run_dir`, as `ServerControl.state`, asked by somebody who is not the trainer.
+    timeout: seconds."""
+    with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), timeout) as sock:
         unix_socket.send(sock, {"op": "state"})
         answer = unix_socket.receive(sock)
     if answer is None or "error" in answer:
