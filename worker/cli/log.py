@@ -15,7 +15,7 @@ import redis
 from producer.cli import redis_option
 from producer.connection import connect, resolve_url
 from producer.errors import TandemError
-from worker.checkpoint import record_file
+from worker.checkpoint import record_file, records
 from worker.checkpoint.state_dir import replace
 from worker.operations.checkpoints import checkpoints
 from worker.operations.checkpoints import state_dir as find_state_dir
@@ -47,6 +47,7 @@ def versions_from_journal(folder: Path, count: int) -> list[dict[str, Any]]:
     files = sorted(folder.glob("*.journal"))
     for path in files:
         for _, record in record_file.scan(path, last=path == files[-1]).records:
+            records.check_format(record, path)
             version, kind = int(record.get("version", 0)), record["kind"]
             if kind == "void":
                 found.pop(version, None)
