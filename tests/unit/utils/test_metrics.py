@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from producer.errors import TandemError
-from worker.utils.metrics import GROUPS, METRICS, Metric
 from worker.utils import metrics_http
+from worker.utils.metrics import GROUPS, METRICS, Metric
 from worker.utils.metrics_http import CLIENT_SECONDS, is_loopback, serve
 from worker.utils.metrics_registry import Counted, LookedUp
 
