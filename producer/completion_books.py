@@ -1,6 +1,6 @@
 """The books of recorded completions: which are kept until when, and what they take. Scripts: each is one step.
 
-Must not know: what a record holds.
+Must not know: the worker, RQ.
 Invariants: all records together stay below the bound; the sum of bytes is a shortcut that nobody has to believe: it is
 counted again from the index where it cannot be right, and when the caller asks.
 """

@@ -5,6 +5,7 @@ and over HTTP, as a user would.
 """
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,9 @@ def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
     stack.wait_for(first, "worker ready")
     second = stack.tandem("worker", "--name", "the-second")
     assert second.returncode == 1 and "the-first" in second.stderr
+    looked = stack.tandem("doctor")
+    assert looked.returncode == 0 and "'the-first'" in looked.stdout, looked.stdout
+    assert re.search(r"^ok +flags ", looked.stdout, re.MULTILINE), "the flags that the server was started with"
     first.send_signal(signal.SIGKILL)  # at rest
     first.wait(PATIENCE)
     assert stack.complete("Are you there?")[0] == 200

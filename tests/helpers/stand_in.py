@@ -30,7 +30,7 @@ from worker.shared_weights.backends import owner_for
 from worker.shared_weights.batch_record import RECORD_BYTES
 from worker.shared_weights.header import HEADER_BYTES, Header
 from worker.shared_weights.slices import Slice
-from worker.utils import torch_setup, unix_socket
+from worker.utils import supported_versions, unix_socket
 
 LAYOUT = Path(__file__).parents[1] / "data" / "tiny_layout.json"
 """The tiny model's parameters as vLLM merges them: {"model_class", "parameters", "slices", "padding", "frozen"}."""
@@ -81,7 +81,7 @@ class Memory:
         self.header.adopt(uuid.uuid4().hex, version=0)
         config = json.loads((model_dir / "config.json").read_text())
         self._context = config["max_position_embeddings"]
-        self._versions = torch_setup.check_versions("vllm", "torch", "transformers")
+        self._versions = supported_versions.check_versions("vllm", "torch", "transformers")
 
     def describe(self) -> dict[str, Any]:
         """As `TandemWeightEngine` answers "describe"."""

@@ -262,8 +262,7 @@ class Journal:
             self._check_segment(record, path)
 
     def _check_segment(self, record: Segment, path: Path) -> None:
-        if record.format != records.FILE_FORMAT:
-            raise JournalError(f"journal {path} has format {record.format}, this Tandem reads {records.FILE_FORMAT}")
+        records.check_format(record.plain(), path)
         if record.source != self.source:
             raise JournalError(
                 f"journal {path} is of another model than the one being served (its files differ): serve the model that"

@@ -10,10 +10,15 @@ Invariants: `parse(record.plain())` is the record; a field that an older Tandem 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
+
+from worker.checkpoint.record_file import JournalError
 
 FILE_FORMAT = 1
 """Of a file: how its records lie in it. In the first record of each."""
+CHECKPOINT_FORMAT = 1
+"""Of a checkpoint: which files it has, and what is in them. In its meta.msgpack."""
 UPDATE_FORMAT = 4
 """Of an update's record: by which rules its batch is trained again (`worker.trainer.weighting`). A record that does not
 say has format 1."""
@@ -137,6 +142,23 @@ def parse(plain: Mapping[str, Any]) -> Record:
     if isinstance(record, UpdateRecord | RollbackRecord | LineageRecord):
         _check_version(record)
     return record
+
+
+def check_format(plain: Mapping[str, Any], path: Path) -> None:
+    """Refuse the file `path`, whose first record is `plain`, where another Tandem wrote it in a format that this one
+    does not know. Raises `JournalError`; a checkpoint of the first days, which says no format, has format 1."""
+    known = {Segment.kind: ("journal", FILE_FORMAT), "checkpoint": ("checkpoint", CHECKPOINT_FORMAT)}
+    what, reads = known.get(str(plain.get("kind")), ("file", None))
+    if reads is None or plain.get("format", 1) != reads:
+        raise JournalError(refusal(f"{what} {path}", plain.get("format", "unknown"), reads))
+
+
+def refusal(what: str, found: Any, reads: Any) -> str:
+    """One sentence on `what`, which is of format `found` where this Tandem reads `reads`."""
+    return (
+        f"{what} has format {found!s:.20}, and this Tandem reads format {reads}: use the Tandem that wrote it, or name"
+        " another directory with --state-dir, in which training begins anew"
+    )
 
 
 def _check_version(record: VersionRecord) -> None:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import torch
@@ -26,11 +27,10 @@ from safetensors.torch import save_file
 from producer.errors import TandemError
 from producer.progress import BYTES, progress
 from worker.apollo import state_layout
-from worker.checkpoint import model_directory, record_file
+from worker.checkpoint import model_directory, record_file, records
 from worker.checkpoint.state_dir import free_bytes
 from worker.utils.fault_injection import point
 
-FORMAT = 1
 _EXTRA = "tandem"
 _SAMPLE = 64 * 1024
 """Bytes at the start and at the end of a file that `fingerprint` looks at."""
@@ -128,8 +128,8 @@ class Snapshots:
                 for path in sorted(_files(folder)):
                     files[str(path.relative_to(folder))] = _sha256(path)
                     shown.advance(path.stat().st_size)
-            meta = {"kind": "checkpoint", "format": FORMAT, "version": version, "lineage": lineage, "files": files}
-            meta |= {"time": time.time(), "source": self.fingerprint}
+            meta = {"kind": "checkpoint", "format": records.CHECKPOINT_FORMAT, "version": version, "lineage": lineage}
+            meta |= {"files": files, "time": time.time(), "source": self.fingerprint}
             (folder / _EXTRA / "meta.msgpack").write_bytes(record_file.pack(meta))
             point("checkpointing")
             model_directory.publish(folder, self.folder / str(version))
@@ -158,7 +158,10 @@ class Snapshots:
         path = self.path(version) / _EXTRA / "meta.msgpack"
         try:
             meta = record_file.read(path, 0)
+            _check_format(meta, path)
             said = Snapshot(meta["version"], meta["lineage"], meta["time"], meta["source"], meta["files"])
+        except SnapshotError:
+            raise
         except (TandemError, KeyError, TypeError) as error:
             raise SnapshotError(f"checkpoint {path.parents[1]} is damaged: its meta.msgpack cannot be read") from error
         if said.source != self.fingerprint:
@@ -257,6 +260,13 @@ class Snapshots:
                 f" {free / 1e6:,.1f} MB are free; the older ones and the journal are untouched. Make room, or name"
                 " another --state-dir"
             )
+
+
+def _check_format(meta: dict[str, Any], path: Path) -> None:
+    try:
+        records.check_format(meta, path.parents[1])
+    except TandemError as error:
+        raise SnapshotError(str(error)) from None
 
 
 def fingerprint(source: Path) -> str:

@@ -22,6 +22,7 @@ COMMANDS = {
     "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
+    "doctor": ("worker.cli.doctor", "Check every part, and say what is wrong and how to mend it."),
     "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),
 }
 SHARED_MODULES = {"producer.cli"}

@@ -143,7 +143,7 @@ def _server(run_dir: Path) -> dict[str, Any]:
     from worker.serving.control_client import server_state
 
     try:
-        return {"run_dir": str(run_dir), **server_state(run_dir)}
+        return {"run_dir": str(run_dir), **server_state(run_dir, SECONDS)}
     except (TandemError, OSError) as error:
         return {"run_dir": str(run_dir), "state": "unreachable", "reason": str(error)}
 

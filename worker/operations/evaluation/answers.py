@@ -54,6 +54,7 @@ def keep(state: Path, found: Evaluation, answers: Sequence[Answer]) -> Path:
     head = {"format": 1, "name": found.name, "version": found.version, "lineage": found.lineage, "digest": found.digest}
     lines = [head, *map(asdict, answers)]
     try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
         for one in (state / FOLDER, folder):
             one.mkdir(mode=0o700, exist_ok=True)
             one.chmod(0o700)

@@ -136,7 +136,7 @@ class Evaluator:
 
     def at(self, version: int, *, again: bool = False) -> Result:
         """At `version`: stored, or live, or offline. again: offline whatever is stored or live."""
-        remarks = []
+        remarks: list[str] = []
         if not again:
             if (result := self._stored(version, remarks)) is not None:
                 return result
@@ -152,6 +152,7 @@ class Evaluator:
                 self.state_dir,
                 self.model.directory,
                 self.model.tokenizer,
+                self.model.decode,
                 answers=self.answers,
                 tell=lambda done: shown.at(done, len(self.cases.cases)),
             )

@@ -49,11 +49,15 @@ def measure(
     state_dir: Path,
     model_dir: Path,
     tokenizer: Any,
+    decode: Callable[[Sequence[int]], str],
     *,
     answers: bool = True,
     tell: Callable[[int], object] = lambda done: None,
 ) -> Made:
-    """Every case at `version`, in order. Raises `OfflineError`, `RebuildError`, `JournalError` and `SnapshotError`."""
+    """Every case at `version`, in order. decode: tokens to text.
+
+    Raises `OfflineError`, `RebuildError`, `JournalError` and `SnapshotError`.
+    """
     torch_setup.prepare()
     with visit(state_dir, model_dir) as history:
         lineage = lineage_of(history, version)
@@ -68,7 +72,7 @@ def measure(
     found = []
     for case in cases:
         scores = trainer.score([_example(name, side) for name, side in _sides(case)])
-        answer, exact = _answer(model, tokenizer, case) if answers else (None, None)
+        answer, exact = _answer(model, decode, case) if answers else (None, None)
         margin = scores["rejected"] - scores["asked"] if case.rejected else None
         score = Score(scores["asked"] * case.tokens, case.tokens, exact, margin)
         found.append(Found(At(version, lineage), score, answer))
@@ -87,8 +91,8 @@ def lineage_of(history: History, version: int) -> str:
     if version == 0:
         first = min(entries, default=None)
         return entries[first].lineage if first is not None else "0" * 32
-    known = sorted({*entries, *snapshots.versions()})
-    span = f"it knows versions {known[0]} to {known[-1]}, and 0" if known else "it knows none but version 0"
+    known = sorted({0, *entries, *snapshots.versions()})
+    span = f"it knows versions up to {known[-1]}" if known[-1] else "it knows none but version 0, the model itself"
     raise OfflineError(f"the state directory does not know version {version}: {span}")
 
 
@@ -101,7 +105,7 @@ def _example(name: str, sequences: tuple[TokenSequence, ...]) -> Example:
 
 
 @torch.no_grad()
-def _answer(model: Any, tokenizer: Any, case: Case) -> tuple[tuple[int, ...], bool]:
+def _answer(model: Any, decode: Callable[[Sequence[int]], str], case: Case) -> tuple[tuple[int, ...], bool]:
     """The greedy answer, and whether it is the reference."""
     end = case.reference[-1]
     made = model.generate(
@@ -115,7 +119,7 @@ def _answer(model: Any, tokenizer: Any, case: Case) -> tuple[tuple[int, ...], bo
     tokens = tuple(made[0, len(case.context) :].tolist())
     ended = bool(tokens) and tokens[-1] == end
     answer = tokens[:-1] if ended else tokens
-    return answer, ended and same_answer(tokenizer.decode, answer, case.reference[:-1])
+    return answer, ended and same_answer(decode, answer, case.reference[:-1])
 
 
 def _check_memory(history: History, version: int, model_dir: Path) -> None:

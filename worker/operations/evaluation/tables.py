@@ -63,7 +63,7 @@ def comparison_lines(a: Evaluation, b: Evaluation, found: Comparison) -> Iterato
     same = a.conversations - found.better - found.worse
     yield f"  the loss fell in {found.better:,} conversations, rose in {found.worse:,}, and stayed in {same:,}"
     if a.where != b.where:
-        yield "  one was computed on a CPU, the other is the server's: that alone makes differences of a few thousandths"
+        yield "  one was computed on a CPU, the other is the server's: that alone makes a few thousandths of difference"
 
 
 def comparison_plain(a: Evaluation, b: Evaluation, found: Comparison) -> dict[str, Any]:

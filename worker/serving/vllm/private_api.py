@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from producer.errors import TandemError
-from worker.utils import torch_setup
+from worker.utils import supported_versions
 
 CHECKED_ON = ("0.26.0", "0.32.0")
 GEMM_MODULE = "vllm.model_executor.layers.utils"
@@ -36,7 +36,7 @@ def lookup(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        version = torch_setup.distribution("vllm")[1]
+        version = supported_versions.distribution("vllm")[1]
         raise VllmChangedError(
             f"vLLM {version} has no {module}.{name} ({error}): Tandem's use of it was checked on vLLM "
             f"{', '.join(CHECKED_ON)}; use one of these"
@@ -151,7 +151,7 @@ def watch_samples(engine_client: Any, current: Callable[[], Any], logprobs: bool
 
 
 def _changed(what: str) -> VllmChangedError:
-    version = torch_setup.distribution("vllm")[1]
+    version = supported_versions.distribution("vllm")[1]
     return VllmChangedError(
         f"vLLM {version} does not have {what} as Tandem uses it: that was checked on vLLM {', '.join(CHECKED_ON)}; use "
         "one of these"

@@ -28,7 +28,7 @@ from worker.shared_weights.batch_record import RECORD_BYTES
 from worker.shared_weights.header import HEADER_BYTES, Header
 from worker.shared_weights.tensor_names import text_sources
 from worker.utils import unix_socket
-from worker.utils.torch_setup import check_versions
+from worker.utils.supported_versions import check_versions
 
 
 class SharedNotSentError(TandemError):
