@@ -19,6 +19,8 @@ from worker.versions.evaluations import Score
 DRAWS = 2000
 SEED = 0
 LOW, HIGH = 2.5, 97.5
+NUMBERS = 2_000_000
+"""Draws of conversations that are in memory at once."""
 
 
 class ComparisonError(TandemError):
@@ -87,8 +89,10 @@ def _difference(before: Sequence[float], after: Sequence[float], weights: Sequen
     low = high = None
     if len(was) > 1:
         change = now - was
-        random = np.random.default_rng(SEED)
-        draws = (random.integers(len(was), size=len(was)) for _ in range(DRAWS))
-        drawn = [change[draw].sum() / size[draw].sum() for draw in draws]
+        random, drawn = np.random.default_rng(SEED), np.empty(DRAWS)
+        at_once = max(1, NUMBERS // len(was))
+        for start in range(0, DRAWS, at_once):
+            draw = random.integers(len(was), size=(len(drawn[start : start + at_once]), len(was)))
+            drawn[start : start + at_once] = change[draw].sum(1) / size[draw].sum(1)
         low, high = (float(bound) for bound in np.percentile(drawn, [LOW, HIGH]))
     return Difference(float(was.sum() / size.sum()), float(now.sum() / size.sum()), low, high, len(was))

@@ -221,9 +221,10 @@ class Evaluator:
         return Result(found, scores, [version] * len(scores), None, True, [])
 
     def _lineage(self, version: int) -> str | None:
-        """Of `version`, by its manifest; where that is gone, the live one's."""
+        """Of `version`, by its manifest; where that is gone, the live one's, as Redis or the server has it."""
         assert self.connection is not None
-        return ledger.manifest(self.connection, version).get("lineage") or ledger.state(self.connection).lineage
+        by_manifest = ledger.manifest(self.connection, version).get("lineage")
+        return by_manifest or ledger.state(self.connection).lineage or self.model.lineage
 
     def _is_live(self, version: int, remarks: list[str]) -> bool:
         assert self.server is not None
