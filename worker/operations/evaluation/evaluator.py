@@ -9,7 +9,7 @@ the worker is taken, and nothing of its is changed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Evaluator:
             if self.server is not None and self._is_live(version, remarks):
                 result = self.live()
                 if result.whole is not None and result.whole.version == version:
-                    return result
+                    return replace(result, remarks=[*remarks, *result.remarks])
                 remarks.append(f"version {version} was live, and another came while it was measured")
         with progress(f"evaluating version {version}", len(self.cases.cases), "conversations") as shown:
             made = offline.measure(
