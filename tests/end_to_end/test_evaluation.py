@@ -108,18 +108,17 @@ def test_a_file_that_changed_is_not_compared_with_its_former_figures(taught: Sit
 
 
 def test_a_worker_that_holds_its_locks_does_not_stop_it(taught: Site, tmp_path: Path) -> None:
-    """The state directory's lock and the queue's are the worker's; a torn tail and half a checkpoint are for it to
-    mend."""
+    """The state directory's lock and the queue's are the worker's; half a checkpoint is for it to remove, or to end."""
+    former, half = taught.state / "checkpoints" / ".8.half", taught.state / "checkpoints" / ".9.half"
+    former.mkdir()
     worker = taught.start("worker", "--max-length", "512", "--threads", "1", *QUIET)
     try:
-        lock = taught.state / "lock"
-        until(lambda: taught.redis.exists("weights:worker") and lock.read_text() == f"{worker.pid}\n", "both locks")
-        half = taught.state / "checkpoints" / ".9.half"
+        until(lambda: not former.exists() or not worker.alive(), "the worker has opened the state directory")
         half.mkdir()
-        found, _ = run(
-            taught, write(tmp_path / "beside.jsonl", transcripts("x", 2)), "--at", "1", "--no-store", "--no-answers"
-        )
+        file = write(tmp_path / "beside.jsonl", transcripts("x", 2))
+        found, _ = run(taught, file, "--at", "1", "--no-store", "--no-answers")
         assert found["version"] == 1 and worker.alive() and half.exists()
+        assert (taught.state / "lock").read_text() == f"{worker.pid}\n" and taught.redis.exists("weights:worker")
     finally:
         worker.kill()
     assert evaluations.find(taught.redis, "beside", 1, found["lineage"]) is None, "--no-store"

@@ -18,7 +18,8 @@ from worker.checkpoint.record_file import JournalError
 FILE_FORMAT = 1
 """Of a file: how its records lie in it. In the first record of each."""
 CHECKPOINT_FORMAT = 1
-"""Of a checkpoint: which files it has, and what is in them. In its meta.msgpack."""
+"""Of a checkpoint: which files it has, and what is in them. In its meta.msgpack, a record of kind `CHECKPOINT`."""
+CHECKPOINT = "checkpoint"
 UPDATE_FORMAT = 4
 """Of an update's record: by which rules its batch is trained again (`worker.trainer.weighting`). A record that does not
 say has format 1."""
@@ -145,19 +146,19 @@ def parse(plain: Mapping[str, Any]) -> Record:
 
 
 def check_format(plain: Mapping[str, Any], path: Path) -> None:
-    """Refuse the file `path`, whose first record is `plain`, where another Tandem wrote it in a format that this one
-    does not know. Raises `JournalError`; a checkpoint of the first days, which says no format, has format 1."""
-    known = {Segment.kind: ("journal", FILE_FORMAT), "checkpoint": ("checkpoint", CHECKPOINT_FORMAT)}
-    what, reads = known.get(str(plain.get("kind")), ("file", None))
-    if reads is None or plain.get("format", 1) != reads:
-        raise JournalError(refusal(f"{what} {path}", plain.get("format", "unknown"), reads))
+    """Refuse a record `plain` of `path` that a later Tandem wrote in a format that this one does not know.
 
-
-def refusal(what: str, found: Any, reads: Any) -> str:
-    """One sentence on `what`, which is of format `found` where this Tandem reads `reads`."""
-    return (
-        f"{what} has format {found!s:.20}, and this Tandem reads format {reads}: use the Tandem that wrote it, or name"
-        " another directory with --state-dir, in which training begins anew"
+    Raises `JournalError`. What says no format is of the first one.
+    """
+    known = {Segment.kind: FILE_FORMAT, CHECKPOINT: CHECKPOINT_FORMAT, UpdateRecord.kind: UPDATE_FORMAT}
+    newest = known.get(str(plain.get("kind")))
+    found = plain.get("format", 1)
+    if newest is None or (type(found) is int and 1 <= found <= newest):
+        return
+    upto = "format 1" if newest == 1 else f"formats 1 to {newest}"
+    raise JournalError(
+        f"{path} has format {found!s:.20}, and this Tandem reads {upto}: use the Tandem that wrote it, or name another"
+        " directory with --state-dir, in which the history begins anew"
     )
 
 

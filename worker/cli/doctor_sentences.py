@@ -124,6 +124,10 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
     Fact.FORMATS: ("{files} files of journal and checkpoints, in formats that this Tandem reads", ""),
     Fact.FORMATS_UNREAD: ("there is nothing in {path} that can be read", ""),
     Fact.FORMAT_REFUSED: (SAID, ""),
+    Fact.OTHER_MODEL: (
+        "{path} is of another model than {model}",
+        "serve the model that it began with, or name another directory with --state-dir",
+    ),
     Fact.ROOM: ("{free} free, {checkpoint} for the next checkpoint, {journal} for the journal's next file", ""),
     Fact.ROOM_SMALL: (
         "{free} free in {path}: a checkpoint takes {checkpoint}, the journal's next file {journal}",

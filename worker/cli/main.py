@@ -22,8 +22,8 @@ COMMANDS = {
     "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
+    "dashboard": ("worker.cli.dashboard", "Serve the page: how learning goes, and rq-dashboard."),
     "doctor": ("worker.cli.doctor", "Check every part, and say what is wrong and how to mend it."),
-    "dashboard": ("worker.cli.dashboard", "Run rq-dashboard on 127.0.0.1."),
 }
 SHARED_MODULES = {"producer.cli"}
 """Modules that hold several commands, each under its own name; elsewhere the object is called `command`."""

@@ -46,7 +46,7 @@ def gather(redis_url: str, run_dir: Path, searched: int = lost_jobs.KEPT) -> dic
     """
     status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
     try:
-        with connect(redis_url, _impatient) as connection, redis_errors(safe_url(redis_url)):
+        with connect(redis_url, impatient) as connection, redis_errors(safe_url(redis_url)):
             connection.ping()
             status["redis"]["reachable"] = True
             reachable, found = status["redis"], _from_redis(connection, searched)
@@ -58,7 +58,7 @@ def gather(redis_url: str, run_dir: Path, searched: int = lost_jobs.KEPT) -> dic
     return status
 
 
-def _impatient(url: str, **options: Any) -> redis.Redis:
+def impatient(url: str, **options: Any) -> redis.Redis:
     client: redis.Redis = redis.Redis.from_url(
         url, **options | {"socket_timeout": SECONDS, "socket_connect_timeout": SECONDS}
     )

@@ -82,5 +82,5 @@ def _redis(client: redis.Redis) -> Iterator[Finding]:
 def _state(given: Path | None, server: ServerView) -> Iterator[Finding]:
     folder = state_checks.state_dir_of(given, server)
     yield state_checks.check_state(folder)
-    yield state_checks.check_formats(folder)
+    yield state_checks.check_formats(folder, server.model)
     yield state_checks.check_room(folder, server.model)

@@ -78,6 +78,7 @@ class Fact(StrEnum):
     FORMATS = "formats"
     FORMATS_UNREAD = "formats_unread"
     FORMAT_REFUSED = "format_refused"
+    OTHER_MODEL = "other_model"
     ROOM = "room"
     ROOM_SMALL = "room_small"
     NO_ROOM = "no_room"

@@ -1,7 +1,7 @@
 """The worker's state directory: whether it can be used, in which formats its files are, and what room they have.
 
 Must not know: torch, vLLM, Redis. Invariants: only reads, and takes no lock, so that it works beside a worker; of a
-journal it reads the first record of each file.
+journal it reads the first record of each file, and the last file whole.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Any
 
 from producer.errors import TandemError
 from worker.checkpoint import record_file, records
+from worker.checkpoint.file_digests import fingerprint
 from worker.checkpoint.journal import SEGMENT_BYTES
 from worker.checkpoint.state_dir import default_state_dir, free_bytes
 from worker.operations.doctor.finding import Fact, Finding, fault, ok, unchecked, warning
@@ -57,18 +58,21 @@ def check_state(folder: Path | None) -> Finding:
     return ok(name, Fact.STATE, path=str(folder))
 
 
-def check_formats(folder: Path | None) -> Finding:
-    """Whether this Tandem reads the journal and the checkpoints in `folder`."""
+def check_formats(folder: Path | None, model: Path | None) -> Finding:
+    """Whether this Tandem reads the journal and the checkpoints in `folder`, and they are of `model`."""
     if folder is None or not os.access(folder, os.R_OK | os.X_OK):
         return unchecked("formats", Fact.STATE_UNKNOWN if folder is None else Fact.FORMATS_UNREAD, path=str(folder))
-    count = 0
+    files = set()
     try:
-        for path, plain in _first_records(folder):
-            count += 1
+        source = fingerprint(model) if model is not None and model.is_dir() else None
+        for path, plain in _telling_records(folder):
+            files.add(path)
             records.check_format(plain, path.parents[1] if path.name == META else path)
+            if None not in (source, said := plain.get("source")) and said != source:
+                return fault("formats", Fact.OTHER_MODEL, path=str(path), model=str(model))
     except (TandemError, OSError) as error:
         return fault("formats", Fact.FORMAT_REFUSED, said=str(error))
-    return ok("formats", Fact.FORMATS, files=count)
+    return ok("formats", Fact.FORMATS, files=len(files))
 
 
 def check_room(folder: Path | None, model: Path | None) -> Finding:
@@ -103,10 +107,16 @@ def _metas(folder: Path) -> list[Path]:
     return [path / "tandem" / META for path in checkpoints]
 
 
-def _first_records(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(file, its first record) of journal and checkpoints. Raises `JournalError`, OSError."""
-    for path in [*sorted((folder / "journal").glob("*.journal")), *_metas(folder)]:
+def _telling_records(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(file, record) of those that say a format: the first of each file, and all of the journal's last file.
+
+    Raises `JournalError`, OSError.
+    """
+    files = sorted((folder / "journal").glob("*.journal"))
+    for path in [*files, *_metas(folder)]:
         yield path, record_file.read(path, 0)
+    for _, record in record_file.scan(files[-1], last=True).records if files else ():
+        yield files[-1], record
 
 
 def _checkpoint_bytes(folder: Path, model: Path | None) -> int:
