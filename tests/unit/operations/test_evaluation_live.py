@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from worker.data.examples import TokenSequence
-from worker.operations.evaluation import live
 from worker.operations.evaluation.cases import Case
-from worker.operations.evaluation.live import At, Found, LiveError, Server
+from worker.operations.evaluation.found import SPARE, At, Found
+from worker.operations.evaluation.live import LiveError, Server
 
 END = 9
 LINEAGE = "a" * 32
@@ -121,7 +121,7 @@ def test_losses_margins_and_answers(fake: Fake) -> None:
     assert third.score.margin == 1.5 - 1.0 and third.score.won is True and told == [3]
     scoring, answering = fake.bodies
     assert scoring["cache_salt"] == answering["cache_salt"] and scoring["store"] is answering["store"] is False
-    assert answering["stop_token_ids"] == [END] and answering["max_tokens"] == min(2 * 3 + live.SPARE, 62)
+    assert answering["stop_token_ids"] == [END] and answering["max_tokens"] == min(2 * 3 + SPARE, 62)
 
 
 def test_without_answers_none_is_asked_for(fake: Fake) -> None:

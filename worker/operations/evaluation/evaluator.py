@@ -23,7 +23,8 @@ from worker.operations.evaluation import answers as kept_answers
 from worker.operations.evaluation import offline
 from worker.operations.evaluation.answers import Answer
 from worker.operations.evaluation.cases import CaseSet
-from worker.operations.evaluation.live import Found, LiveError, Server
+from worker.operations.evaluation.found import Found
+from worker.operations.evaluation.live import LiveError, Server
 from worker.serving.control_client import server_rendering
 from worker.shared_weights.spot_check import checkpoint_dir
 from worker.shared_weights.weights_client import ask

@@ -13,12 +13,12 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from producer.errors import TandemError
 from worker.data.examples import TokenSequence
 from worker.operations.evaluation.cases import Case, same_answer, trained
+from worker.operations.evaluation.found import SPARE, At, Found
 from worker.serving.protocol import TORN, VERSION_HEADER, VERSION_PATH
 from worker.versions.evaluations import Score
 
@@ -29,8 +29,6 @@ TRIES = 6
 ROUNDS = 3
 """How often those of older versions are asked again, so that all are of one."""
 ANSWER_SECONDS = 900.0
-SPARE = 32
-"""Tokens beside twice the reference's that an answer may have."""
 
 Ask = Callable[[str, dict[str, Any] | None], tuple[dict[str, Any], str]]
 """(path, body or None for a GET) -> (answer, what the header says of the version)."""
@@ -38,24 +36,6 @@ Ask = Callable[[str, dict[str, Any] | None], tuple[dict[str, Any], str]]
 
 class LiveError(TandemError):
     """The server cannot be asked, or does not stay at one version for long enough; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class At:
-    """Which weights."""
-
-    version: int
-    lineage: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one case came to. answer: the tokens that were generated, without the one that ends the turn; None if nobody
-    asked."""
-
-    at: At
-    score: Score
-    answer: tuple[int, ...] | None = None
 
 
 class _MovedError(Exception):

@@ -21,7 +21,7 @@ from worker.checkpoint.visit import make_version, private_weights, visit
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, TokenSequence
 from worker.operations.evaluation.cases import Case, same_answer, trained
-from worker.operations.evaluation.live import SPARE, At, Found
+from worker.operations.evaluation.found import SPARE, At, Found
 from worker.shared_weights.bind import build_model
 from worker.trainer.factory import make_trainer
 from worker.utils import torch_setup
