@@ -5,7 +5,6 @@ it. Invariants: a bad record is reported by its line and stops nothing; only the
 no Redis.
 """
 
-import contextlib
 import logging
 import os
 import stat
@@ -13,7 +12,6 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
-from typing import Any
 
 import click
 
@@ -24,6 +22,7 @@ from .eviction import log as eviction_log
 from .formats import READ
 from .formats.record import Pairs
 from .imports import AUTO, Import, Item
+from .progress import BYTES, Progress, progress
 from .transcript import Transcript
 
 redis_option = click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
@@ -112,8 +111,8 @@ def _enqueue(source: Import, file: BufferedReader, redis_url: str | None) -> tup
     eviction_log.setLevel(logging.ERROR)  # said below, in this command's own way
     with Producer(redis_url) as producer:
         safe = _say_eviction(producer)
-        with _progress(file) as bar:
-            for items in _read(source, bar, counts):
+        with progress("enqueue", _size(file), BYTES) as shown:
+            for items in _read(source, shown, counts):
                 queued += _send(producer, source.name, items, counts)
         return counts, 0 if safe else _report_lost(producer, source.name, queued)
 
@@ -122,33 +121,33 @@ def _dry_run(source: Import, file: BufferedReader) -> tuple[dict[str, int], Coun
     """What `_enqueue` would do, without a queue; ids are not compared. Returns the counts, and those of the kinds."""
     counts = {"would queue": 0, "rejected": 0}
     kinds: Counter[str] = Counter()
-    with _progress(file) as bar:
-        for items in _read(source, bar, counts):
+    with progress("enqueue", _size(file), BYTES) as shown:
+        for items in _read(source, shown, counts):
             kinds.update(transcript.kind for _, transcript in items)
     counts["would queue"] = kinds.total()
     return counts, kinds
 
 
-def _read(source: Import, bar: Any, counts: dict[str, int]) -> Iterator[list[tuple[int, Transcript]]]:
+def _read(source: Import, shown: Progress, counts: dict[str, int]) -> Iterator[list[tuple[int, Transcript]]]:
     """The transcripts of each block with their lines. Reports bad records, and says once which format was found."""
     said = source.format is not None
     for items, size in source.blocks():
         if source.format is not None and not said:
             said = True
             if source.format.name != "messages":
-                click.echo(f"{bar.clear}note: {source.name} holds {source.format.title}", err=True)
-        yield [item for item in items if _good(item, source, bar, counts)]  # type: ignore[misc]
-        bar.update(size)
+                shown.say(f"note: {source.name} holds {source.format.title}")
+        yield [item for item in items if _good(item, source, shown, counts)]  # type: ignore[misc]
+        shown.advance(size)
     counts["rejected"] += source.strays.total()
 
 
-def _good(item: Item, source: Import, bar: Any, counts: dict[str, int]) -> bool:
+def _good(item: Item, source: Import, shown: Progress, counts: dict[str, int]) -> bool:
     """Whether it is a transcript; reports and counts what is none."""
     number, read = item
     if isinstance(read, Transcript):
         return True
     counts["rejected"] += 1
-    click.echo(f"{bar.clear}error: {source.name}:{number}: {read}", err=True)
+    shown.say(f"error: {source.name}:{number}: {read}")
     return False
 
 
@@ -193,23 +192,10 @@ def _report_lost(producer: Producer, name: str, queued: Iterable[tuple[int, str]
     return len(missing)
 
 
-class _NoBar:
-    clear = ""
-
-    def update(self, size: int) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _progress(file: BufferedReader) -> Iterator[Any]:
-    """A bar on stderr if that is a terminal and the input's size is known."""
+def _size(file: BufferedReader) -> int | None:
+    """Bytes of the input; None for what is no file."""
     try:
         info = os.fstat(file.fileno())
     except OSError:  # not a file of the system's
-        info = None
-    if info is None or not stat.S_ISREG(info.st_mode) or not sys.stderr.isatty():
-        yield _NoBar()
-        return
-    with click.progressbar(length=info.st_size, label="enqueue", file=sys.stderr) as bar:
-        bar.clear = "\r\033[K"  # type: ignore[attr-defined] # makes room for a message; the next update redraws
-        yield bar
+        return None
+    return info.st_size if stat.S_ISREG(info.st_mode) else None

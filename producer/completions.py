@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 
-from . import keys
+from . import completion_books, keys
 from .errors import InvalidTranscriptError, UnknownCompletionError
 from .exchange import Exchange, run, run_async
 from .plain import PlainCopy, as_map, as_text, kind
@@ -145,54 +145,14 @@ class Kept(StrEnum):
     """It alone is more than all records together may take."""
 
 
-# ARGV: record, its charge in bytes, time to live in ms, bound in bytes, name of a record without its key, key.
-# KEYS: the record, the index (member "key:charge", score: when it expires), the sum of all charges.
-# First goes what has expired, then, where the new record would pass the bound, what would expire first.
-_SAVE = """
-local now = redis.call('TIME')
-now = now[1] * 1000 + math.floor(now[2] / 1000)
-local charge, ttl, most = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-if charge > most then return 2 end
-if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
-local sum = redis.call('EXISTS', KEYS[2]) == 1 and tonumber(redis.call('GET', KEYS[3]) or '0') or 0
-while true do
-  local first = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-  if #first == 0 then sum = 0 break end
-  if tonumber(first[2]) > now and sum + charge <= most then break end
-  local key, size = string.match(first[1], '^(.*):(%d+)$')
-  redis.call('ZREM', KEYS[2], first[1])
-  if key then
-    redis.call('DEL', ARGV[5] .. key)
-    sum = sum - tonumber(size)
-  end
-end
-redis.call('SET', KEYS[3], sum)
-redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ttl)
-redis.call('ZADD', KEYS[2], now + ttl, ARGV[6] .. ':' .. ARGV[2])
-redis.call('SET', KEYS[3], sum + charge)
-return 0
-"""
-
-
-# KEYS: as for _SAVE. ARGV: what is charged beside the value, key.
-_REMOVE = """
-local charge = redis.call('STRLEN', KEYS[1]) + tonumber(ARGV[1])
-local gone = redis.call('DEL', KEYS[1])
-if redis.call('ZREM', KEYS[2], ARGV[2] .. ':' .. string.format('%d', charge)) == 1 then
-  redis.call('DECRBY', KEYS[3], charge)
-end
-return gone
-"""
-
-
-def save_exchange(client: Any, completion: Completion, ttl: float, most: int) -> Exchange[Kept]:
+def save_exchange(client: Any, completion: Completion, ttl: float, most: int, recount: bool) -> Exchange[Kept]:
     raw = completion.pack()
     charge = len(raw) + OVERHEAD
     if len(raw) > MAX_RECORD:
         return Kept.TOO_LARGE
     names = (keys.completion(completion.key), keys.COMPLETIONS, keys.COMPLETION_BYTES)
-    values = (raw, charge, max(1, round(ttl * 1000)), most, keys.completion(""), completion.key)
-    answer = yield client.eval(_SAVE, len(names), *names, *values)
+    values = (raw, charge, max(1, round(ttl * 1000)), most, keys.completion(""), completion.key, int(recount))
+    answer = yield client.eval(completion_books.SAVE, len(names), *names, *values)
     return (Kept.KEPT, Kept.KNOWN, Kept.TOO_LARGE)[answer]
 
 
@@ -215,18 +175,19 @@ def load_exchange(client: Any, key: str) -> Exchange[Completion]:
         raise UnknownCompletionError(f"the completion recorded under this key cannot be read: {error}") from None
 
 
-def save(client: Any, completion: Completion, ttl: float, most: int) -> Kept:
+def save(client: Any, completion: Completion, ttl: float, most: int, *, recount: bool = False) -> Kept:
     """Keep `completion` for `ttl` seconds. client: redis-py's, with replies as bytes.
 
     most: bytes that all records together may take; those that expire first make room. Never overwrites a record.
+    recount: add up what they take, in place of believing the sum in Redis: 2 us a record, for which Redis stands still.
     Raises redis-py's errors.
     """
-    return run(save_exchange(client, completion, ttl, most))
+    return run(save_exchange(client, completion, ttl, most, recount))
 
 
-async def save_async(client: Any, completion: Completion, ttl: float, most: int) -> Kept:
+async def save_async(client: Any, completion: Completion, ttl: float, most: int, *, recount: bool = False) -> Kept:
     """`save` with redis-py's asyncio client."""
-    return await run_async(save_exchange(client, completion, ttl, most))
+    return await run_async(save_exchange(client, completion, ttl, most, recount))
 
 
 def load(client: Any, key: str) -> Completion:
@@ -242,7 +203,7 @@ async def load_async(client: Any, key: str) -> Completion:
 def remove(client: redis.Redis, key: str) -> bool:
     """Delete the record of `key`; whether there was one. Not for a producer, who has no right to it."""
     names = (keys.completion(key), keys.COMPLETIONS, keys.COMPLETION_BYTES)
-    return bool(client.eval(_REMOVE, len(names), *names, OVERHEAD, key))
+    return bool(client.eval(completion_books.REMOVE, len(names), *names, OVERHEAD, key))
 
 
 def recorded(client: redis.Redis) -> Iterator[str]:

@@ -146,7 +146,7 @@ class Import:
             with contextlib.suppress(LeaveOut):  # then it is checked as well as it can be
                 _valid(known, record.transcript())
         if fields.get("id") is None:
-            fields = fields | {"id": record_id(record.id, fields, unique=known.unique)}
+            fields = fields | {"id": record_id(record.id, fields, unique=known.unique, said_by=record.users)}
         return _valid(known, fields)
 
 

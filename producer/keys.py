@@ -34,6 +34,9 @@ FEEDBACK_USERS = "feedback:users"
 """Hash: id of a transcript that feedback made -> of which answer it is and whose opinion, as digests (opinions.py). It
 is never trimmed, as the ledger: `tandem forget` finds by it what was trained on somebody's word."""
 
+EVALUATIONS = "weights:evaluations"
+"""Sorted set: names of evaluated sets, by when they were last evaluated. Bounded (worker/versions/evaluations.py)."""
+
 WORKER_LOCK = "weights:worker"
 """String with a time to live: the one worker that may train this queue."""
 
@@ -53,6 +56,16 @@ JOB_TIMEOUT = 3600
 def manifest(version: int) -> str:
     """Hash: what went into `version` (jobs, tokens, loss, at, ...)."""
     return f"weights:manifest:{version}"
+
+
+def evaluation(name: str) -> str:
+    """Hash: what `tandem eval` found for the set `name`, "version:lineage" -> JSON of its figures. Never text."""
+    return f"weights:evaluation:{name}"
+
+
+def evaluation_scores(name: str) -> str:
+    """Hash: the same by conversation, for comparisons in pairs: "version:lineage" -> JSON."""
+    return f"weights:evaluation-scores:{name}"
 
 
 def completion(key: str) -> str:

@@ -24,7 +24,7 @@ from .feedback import as_comment, as_rating
 from .jobs import QUEUE_KEY, Submission, submission
 from .outcomes import Outcome
 from .plain import PlainCopy, as_text
-from .said import Said, digest, user_digest
+from .said import MAX_SIZE, Said, digest, user_digest
 from .serializer import MsgpackSerializer
 from .transcript import MAX_BYTES, Transcript
 
@@ -90,6 +90,12 @@ def transcript_id(completion: Completion, kind: str, user: str, count: int) -> s
 
 def transcript(completion: Completion, kind: str, value: Any, job_id: str, said_by: int) -> Transcript:
     """The transcript of feedback. said_by: of how many users. Raises InvalidTranscriptError."""
+    if kind == "correction" and completion.messages[-1].get("role") == "assistant":
+        raise InvalidTranscriptError(
+            "correction",
+            "is not learnt here: the recorded conversation ends with a message by the assistant, which the answer goes"
+            " on from. Rate the answer, or comment on it",
+        )
     given: dict[str, Any] = {
         "id": job_id,
         "messages": completion.messages if kind == "correction" else [*completion.messages, completion.answer],
@@ -137,7 +143,7 @@ def give(pipe: Any, completion: Completion, opinion: Opinion) -> Exchange[tuple[
     for _ in range(ATTEMPTS):
         try:
             yield pipe.watch(where)
-            raw = yield pipe.get(where)
+            raw = yield from remembered(pipe, where)
             if last is not None and raw == last[0]:  # the attempt before went through, and its answer was lost
                 yield pipe.unwatch()
                 return last[1].job_id, last[1].outcome
@@ -158,6 +164,17 @@ def give(pipe: Any, completion: Completion, opinion: Opinion) -> Exchange[tuple[
     raise QueueUnavailableError(
         f"the queue changed during each of {ATTEMPTS} attempts to queue what was said of an answer: try again"
     )
+
+
+def remembered(pipe: Any, name: str) -> Exchange[bytes]:
+    """What Redis has under `keys.said`, at most one byte more than `Said` reads; none where it is of another type."""
+    try:
+        raw = yield pipe.getrange(name, 0, MAX_SIZE)
+    except redis.exceptions.ResponseError as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+        raw = b""
+    return bytes(raw)
 
 
 def _decide(pipe: Any, completion: Completion, opinion: Opinion, said: Said) -> Exchange[_Change]:

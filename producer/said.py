@@ -22,6 +22,9 @@ FORMAT = 1
 MAX_USERS = 1000
 """Users whose opinions of one answer are told apart. Further ones wait until the round is trained."""
 
+MAX_SIZE = 128 * 1024
+"""Bytes of what is read; with all users told apart it is less."""
+
 DIGEST = re.compile(r"[A-Za-z0-9_-]{22}|")
 NEAR_ZERO = 1e-6
 """A mean rating below this is 0: what is left of sums like .1 + .2 - .3."""
@@ -86,8 +89,9 @@ class Said:
     @classmethod
     def unpack(cls, raw: bytes | None) -> "Said":
         """What `pack` gave; nothing said where it is gone or no such thing, which ids of transcripts stand up to."""
+        raw = raw or b""
         try:
-            form, round_, votes, withdrawn, texts = MsgpackSerializer.loads(raw or b"")
+            form, round_, votes, withdrawn, texts = MsgpackSerializer.loads(raw if len(raw) <= MAX_SIZE else b"")
             fits = form == FORMAT and _is_count(round_) and isinstance(withdrawn, bool)
             fits = fits and len(votes) <= MAX_USERS and all(_is_vote(*item) for item in votes.items())
             fits = fits and len(texts) <= MAX_USERS and all(_is_text(*item) for item in texts.items())

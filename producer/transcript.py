@@ -10,6 +10,7 @@ import re
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from . import users
 from .feedback import Kind, Method, as_comment, as_method, as_rating, check_alone, check_asked, kind_of, pair
 from .formats import foreign
 from .messages import MAX_MESSAGES, ROLES, normalise, says_something
@@ -41,6 +42,7 @@ LOGGED = frozenset({
 _HINTS = {
     "functions": 'is the older name of tools; send [{"type": "function", "function": ...}, ...] as tools',
     "metadata": "call it meta, which travels with the transcript and is not trained",
+    "user_id": "call it user: whose transcript it is, which tandem forget looks for",
     "system": "belongs into messages, as the first of them, with the role system",
     **dict.fromkeys(("enable_thinking", "reasoning_effort"), "belongs into chat_template_kwargs"),
 }
@@ -144,7 +146,8 @@ class Transcript:
 
     @classmethod
     def from_dict(cls, value: Any) -> "Transcript":
-        """A transcript from its plain map, e.g. one parsed line of a JSONL file. Raises InvalidTranscript."""
+        """A transcript from its plain map, e.g. one parsed line of a JSONL file; a user that clients log beside it goes
+        into meta. Raises InvalidTranscript."""
         if not isinstance(value, dict):
             raise InvalidTranscript("transcript", f"must be an object with messages, not {type(value).__name__}")
         unknown = [name for name, item in value.items() if name not in FIELDS and item not in (None, [], {}, "")]
@@ -157,7 +160,10 @@ class Transcript:
         if value.get("messages") is None:
             missing = InvalidTranscript("messages", "is missing; give the conversation as a list of messages")
             raise foreign(value) or missing
-        return cls(**{name: value[name] for name in FIELDS if value.get(name) is not None})
+        fields = {name: value[name] for name in FIELDS if value.get(name) is not None}
+        if named := users.logged(value):
+            fields["meta"] = users.into(value.get("meta"), named)
+        return cls(**fields)
 
     def to_dict(self, *, meta: bool = True) -> dict[str, Any]:
         """The plain map, without what has its default. `meta=False`: as a job's argument (RQ keeps meta itself)."""

@@ -4,7 +4,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from tqdm import tqdm
 
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
+from worker.utils import torch_setup
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # server, trainer and tests share few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ["TANDEM_PROGRESS"] = "off"  # how far work is, is said after two seconds: on a busy machine, in any test
 tqdm.monitor_interval = 0  # its thread lives as long as the process: whichever test ran first would fail for it
 
 
@@ -106,6 +109,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny(folder, vision=GPU, real_heads=GPU)  # a GPU's kernels are chosen by the heads
     return folder
+
+
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a small random model of an architecture (worker/testing/tiny_architectures.py), made once."""
+    from worker.testing.tiny_architectures import make_architecture
+
+    torch_setup.prepare()  # before transformers looks at torchvision
+    folder = tmp_path_factory.mktemp("architectures")
+    return cache(lambda name: make_architecture(folder / name, name))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .. import users
 from ..errors import InvalidTranscriptError
 from ..plain import as_text
 from . import ratings, sharegpt
@@ -11,7 +12,7 @@ from .record import Record
 def read(value: dict[str, Any]) -> Record:
     said = {"role": "assistant", "content": as_text(value.get("output"), "output")}
     fields = {"messages": [*asked(value), said], "train_on": "last"} | sharegpt.tools(value)
-    return Record(fields=fields, id=value.get("id"), rating=ratings.beside(value))
+    return Record(fields=fields, id=value.get("id"), rating=ratings.beside(value), users=users.beside(value))
 
 
 def asked(value: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """Langfuse's exports of traces and observations: {"input": ..., "output": ..., "scores": [...]}.
 
-Read: the conversation in input, the answer in output, as OpenAI's or LangChain's messages or as text; tools; scores of
-users. Left out: observations that failed, and those that are no call of a model. Columns are named as the interface
-exports them (traceId) or as the export to a bucket does (trace_id).
+Read: the conversation in input, the answer in output, as OpenAI's or LangChain's messages or as text; tools; scores,
+and the users of trace and scores. Left out: observations that failed, and those that are no call of a model. Columns
+are named as the interface exports them (traceId) or as the export to a bucket does (trace_id).
 """
 
 from typing import Any
 
+from .. import users
 from ..errors import InvalidTranscriptError
 from ..plain import as_map, kind
 from . import chat, ratings
@@ -22,11 +23,13 @@ def read(value: dict[str, Any]) -> Record:
     fields = chat.answered(chat.conversation(given, "input"), chat.answer(value["output"], "output"), "output")
     fields |= chat.tools_of(given)
     comments: list[str] = []
-    scores = _scores(chat.parsed(value.get("scores")), comments)
+    marks = chat.parsed(value.get("scores"))
+    scores = _scores(marks, comments)
     rating = ratings.together([ratings.of_scores(scores, "scores"), ratings.beside(value)])
     if rating is None and scores and all(mark is None for _, mark in scores):
         raise LeaveOut(Reason.UNRATED)
-    return Record(fields=fields, id=value.get("id"), rating=rating, comment="\n".join(comments) or None)
+    named = users.beside(value, chat.parsed(value.get("metadata")), *(marks if isinstance(marks, list) else ()))
+    return Record(fields=fields, id=value.get("id"), rating=rating, comment="\n".join(comments) or None, users=named)
 
 
 def _scores(given: Any, comments: list[str]) -> list[tuple[Any, Any]]:

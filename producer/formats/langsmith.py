@@ -1,11 +1,12 @@
 """LangSmith's runs and examples: {"inputs": {...}, "outputs": {...}}.
 
-Read: the conversation in inputs, the answer in outputs, OpenAI's messages or LangChain's; tools; feedback of users.
-Left out: runs that failed, and runs of a trace's inside that are no call of a model.
+Read: the conversation in inputs, the answer in outputs, OpenAI's messages or LangChain's; tools; feedback, and
+its users and the run's. Left out: runs that failed, and runs of a trace's inside that are no call of a model.
 """
 
 from typing import Any
 
+from .. import users
 from ..plain import as_map
 from . import chat, ratings
 from .rating_names import FIELDS, plain
@@ -27,7 +28,18 @@ def read(value: dict[str, Any]) -> Record:
     rating = ratings.together([rating, ratings.beside(rest)])
     if rating is None and any(value.get(name) not in (None, "", [], {}) for name in _FEEDBACK):
         raise LeaveOut(Reason.UNRATED)
-    return Record(fields=fields, id=value.get("id"), rating=rating, comment=comment)
+    return Record(fields=fields, id=value.get("id"), rating=rating, comment=comment, users=_users(value))
+
+
+def _users(value: dict[str, Any]) -> tuple[str, ...]:
+    """Who had asked, by the run's metadata, and whose feedback it has."""
+    extra, given = value.get("extra"), chat.parsed(value.get("feedback"))
+    places = [value, value.get("metadata"), extra.get("metadata") if isinstance(extra, dict) else None]
+    for item in given if isinstance(given, list) else [given]:
+        for _, entry in _entries(item) if isinstance(item, dict) else ():
+            source = entry.get("feedback_source")
+            places += [source, source.get("metadata") if isinstance(source, dict) else None]
+    return users.beside(*places)
 
 
 _FEEDBACK = ("feedback", "feedback_stats")

@@ -1,12 +1,13 @@
 """LiteLLM's request logs: the payload of its logging callbacks, and rows of its spend logs.
 
-Read: messages, the first choice of the response, tools of the request. Failed requests, calls that are no chat, answers
-that were cut off and what LiteLLM redacted or shortened are left out.
+Read: messages, the first choice of the response, tools and users of the request. Failed requests, calls that are no
+chat, answers that were cut off and what LiteLLM redacted or shortened are left out.
 """
 
 import re
 from typing import Any
 
+from .. import users
 from . import chat, ratings
 from .record import LeaveOut, Reason, Record, text_in
 
@@ -29,4 +30,9 @@ def read(value: dict[str, Any]) -> Record:
     parameters = value.get("model_parameters")
     tools = chat.tools_of(value, parameters, value.get("optional_params"), request)
     fields = chat.answered(asked, said, "response") | tools
-    return Record(fields=fields, id=value.get("id") or value.get("request_id"), rating=ratings.beside(value))
+    return Record(
+        fields=fields,
+        id=value.get("id") or value.get("request_id"),
+        rating=ratings.beside(value),
+        users=users.beside(value, chat.parsed(value.get("metadata")), parameters, request),
+    )

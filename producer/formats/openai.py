@@ -6,6 +6,7 @@ Read: the fields of a transcript, its id, rating and correction among them; a ra
 
 from typing import Any
 
+from .. import users
 from ..plain import as_map
 from . import chat, ratings
 from .record import Record, differ
@@ -51,7 +52,9 @@ def read_pair(value: dict[str, Any]) -> Record:
     worse = chat.messages(value.get("non_preferred_output"), "non_preferred_output")
     differ(said, worse)
     fields = chat.answered(asked, said, "preferred_output") | chat.tools_of(given)
-    return Record(fields=fields, id=value.get("id"), rating=ratings.beside(value), rejected=worse)
+    return Record(
+        fields=fields, id=value.get("id"), rating=ratings.beside(value), rejected=worse, users=users.beside(value)
+    )
 
 
 def _named(item: Any) -> Any:

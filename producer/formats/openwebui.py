@@ -1,11 +1,13 @@
 """Open WebUI's feedback: a rated answer, and the chat around it as it was.
 
-Read: the messages that lead to the rated one, the chat's system prompt, the rating and the comment. Dropped: the
-details of the rating, tags, models, sources that were searched. Answers to files are refused: the files are not there.
+Read: the messages that lead to the rated one, the chat's system prompt, the rating and the comment, who gave them and
+whose chat it is. Dropped: the details of the rating, tags, models, sources that were searched. Answers to files are
+refused: the files are not there.
 """
 
 from typing import Any
 
+from .. import users
 from ..errors import InvalidTranscriptError
 from ..plain import as_map, as_name, as_text
 from . import ratings
@@ -25,6 +27,7 @@ def read(value: dict[str, Any]) -> Record:
         id=value.get("id"),
         rating=None if given in (None, "") else ratings.opinion(given, "data.rating"),
         comment=comment,
+        users=users.beside(value, value["snapshot"]),
     )
 
 

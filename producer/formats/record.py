@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
-from .. import reasoning
+from .. import reasoning, users
 from ..errors import InvalidTranscriptError
 from ..plain import MAX_DEPTH
 
@@ -76,6 +76,7 @@ class Record:
     rating: from -1 to 1: above 0: liked; below: disliked; 0: neither, or both; None: nobody rated it.
     rejected: messages that somebody found worse than the answer at the end of `fields["messages"]`.
     comment: what the user said of the answer.
+    users: who had asked, and who said this of the answer, as far as the source names them beside the conversation.
     """
 
     fields: dict[str, Any]
@@ -83,6 +84,7 @@ class Record:
     rating: float | None = None
     rejected: list[Any] | None = None
     comment: str | None = None
+    users: tuple[str, ...] = ()
 
     def transcript(self, *, dislikes: bool = True, pairs: Pairs = "learn") -> dict[str, Any]:
         """The fields of the transcript that says the same: a demonstration, liked, disliked, or a correction.
@@ -97,6 +99,8 @@ class Record:
         if self.rating is not None and self.rating < 0 and not dislikes:
             raise LeaveOut(Reason.DISLIKED)
         fields = self.fields if self.rating is None else self.fields | {"rating": self.rating}
+        if self.users:
+            fields = fields | {"meta": users.into(fields.get("meta"), self.users)}
         if self.rejected is None or pairs == "chosen":
             return fields
         if pairs == "leave-out":
@@ -130,13 +134,15 @@ def _gist(answer: Any) -> Any:
     return [content, *more]
 
 
-def record_id(source: Any, fields: dict[str, Any], *, unique: bool) -> str:
+def record_id(source: Any, fields: dict[str, Any], *, unique: bool, said_by: tuple[str, ...] = ()) -> str:
     """The transcript's id: the same whenever the same record is read.
 
     unique: ids of this source are unique wherever it comes from (a log's), so `source` alone decides. Otherwise, as in
-    a data set whose records are numbered, the content decides too. Without `source` the content decides alone.
+    a data set whose records are numbered, the content decides too. Without `source` the content decides alone. said_by:
+    its users, who belong to the content: what two of them say alike is said twice, and each may be forgotten.
     """
-    content = hashlib.sha256(canonical({k: v for k, v in fields.items() if k not in ("id", "meta")})).hexdigest()
+    said = {name: item for name, item in fields.items() if name not in ("id", "meta")}
+    content = hashlib.sha256(canonical(said | ({"users": said_by} if said_by else {}))).hexdigest()
     if isinstance(source, int) and not isinstance(source, bool):
         source = str(source)
     if not isinstance(source, str) or not source:

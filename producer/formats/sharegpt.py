@@ -5,6 +5,7 @@ Read: `system` and `tools` beside them, as LLaMA-Factory writes both; a weight o
 
 from typing import Any
 
+from .. import users
 from ..errors import InvalidTranscriptError
 from ..plain import as_map, as_text, kind, parse_json
 from . import chat, ratings
@@ -21,7 +22,7 @@ _CALL = ("function_call", "tool_call")
 
 def read(value: dict[str, Any]) -> Record:
     fields: dict[str, Any] = {"messages": turns(value, "conversations")} | tools(value)
-    return Record(fields=fields, id=value.get("id"), rating=ratings.beside(value))
+    return Record(fields=fields, id=value.get("id"), rating=ratings.beside(value), users=users.beside(value))
 
 
 def turns(value: dict[str, Any], field: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ place of the prompt, or as two whole conversations.
 
 from typing import Any
 
+from .. import users
 from ..errors import InvalidTranscriptError
 from ..plain import kind
 from . import alpaca, chat, ratings, sharegpt
@@ -43,7 +44,9 @@ def _record(value: dict[str, Any], fields: dict[str, Any], rejected: list[Any] |
     fields |= sharegpt.tools(value)
     if isinstance(value.get("chat_template_kwargs"), dict):
         fields["chat_template_kwargs"] = value["chat_template_kwargs"]
-    return Record(fields=fields, id=value.get("id"), rating=ratings.beside(value), rejected=rejected)
+    return Record(
+        fields=fields, id=value.get("id"), rating=ratings.beside(value), rejected=rejected, users=users.beside(value)
+    )
 
 
 def _prompt(value: dict[str, Any]) -> list[dict[str, Any]]:

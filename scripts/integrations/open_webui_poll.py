@@ -79,16 +79,14 @@ def entries(file: BinaryIO) -> Iterator[Any]:
 
 
 def transcript(entry: Any, *, dislikes: bool = True) -> Transcript:
-    """What is queued of an entry. Its author goes into meta, where `tandem forget` looks.
+    """What is queued of an entry.
 
     Raises InvalidTranscriptError, and LeaveOut for what says nothing that could be learnt."""
     if not isinstance(entry, dict):
         raise InvalidTranscriptError("feedback", "must be an object")
     record = read(entry)
     fields = record.transcript(dislikes=dislikes)
-    user = entry.get("user_id")
-    meta = {"user": user} if isinstance(user, str) and user else {}
-    return Transcript.from_dict(fields | {"id": record_id(record.id, fields, unique=True), "meta": meta})
+    return Transcript.from_dict(fields | {"id": record_id(record.id, fields, unique=True, said_by=record.users)})
 
 
 class Since:

@@ -18,8 +18,8 @@ from patience import until
 
 from producer import keys
 from worker.checkpoint.batch_codec import unpack_batch
+from worker.checkpoint.file_digests import fingerprint
 from worker.checkpoint.journal import Journal
-from worker.checkpoint.snapshots import fingerprint
 
 SLOW = pytest.mark.slow
 """What repeats the guarding tests at every other point, and with every other file."""

@@ -9,12 +9,14 @@ from typing import Any
 import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from prometheus_client import CollectorRegistry
 from server_options import FEEDBACK_KEY
 
 from worker.serving.feedback_options import FeedbackOptions
 from worker.serving.vllm.feedback.samples import CURRENT
 from worker.serving.vllm.feedback.service import FeedbackService
 from worker.serving.vllm.middleware import WeightVersionMiddleware
+from worker.serving.vllm.server_metrics import ServerMetrics
 from worker.serving.vllm.server_state import ServerState
 
 QUESTION = [{"role": "user", "content": "When does the shop close?"}]
@@ -22,10 +24,13 @@ ANSWER = "At noon."
 
 
 class Running:
-    """client: of the application, with the key of feedback. state: the server's. app: the application itself."""
+    """client: of the application, with the key of feedback. state: the server's. app: the application itself. registry:
+    of its metrics."""
 
-    def __init__(self, client: httpx.AsyncClient, state: ServerState, app: FastAPI) -> None:
-        self.client, self.state, self.app = client, state, app
+    def __init__(
+        self, client: httpx.AsyncClient, state: ServerState, app: FastAPI, registry: CollectorRegistry
+    ) -> None:
+        self.client, self.state, self.app, self.registry = client, state, app, registry
 
     async def key(self, **more: Any) -> str:
         """Of a completion that is being kept."""
@@ -66,13 +71,14 @@ async def running(url: str, monkeypatch: Any, record: float = 1.0, per_minute: i
     app.add_api_route("/v1/chat/completions", _chat, methods=["POST"])
     app.add_middleware(WeightVersionMiddleware, state=lambda: state)
     options = FeedbackOptions(record=record, feedback=True, key=FEEDBACK_KEY, per_minute=per_minute)
-    service = FeedbackService(options)
+    registry = CollectorRegistry()
+    service = FeedbackService(options, ServerMetrics(registry))
     service.attach(app, lambda: state)
     service.start()
     headers = {"authorization": f"Bearer {FEEDBACK_KEY}"}
     transport = httpx.ASGITransport(app=app)  # what a handler raises, it raises here: no 500 goes by unseen
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://tandem", headers=headers) as client:
-            yield Running(client, state, app)
+            yield Running(client, state, app, registry)
     finally:
         await service.stop()

@@ -44,6 +44,8 @@ class Stack:
         self.store = store or RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
         self.producer = Producer(self.store.url)
+        self.seen: Any = None
+        """What its metrics said: `metrics_parts.Seen`."""
         self.workers: list[subprocess.Popen[str]] = []
         self.server = server or self.start_server()
         assert self.weights_version()["version"] == 0

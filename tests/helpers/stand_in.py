@@ -30,7 +30,7 @@ from worker.shared_weights.backends import owner_for
 from worker.shared_weights.batch_record import RECORD_BYTES
 from worker.shared_weights.header import HEADER_BYTES, Header
 from worker.shared_weights.slices import Slice
-from worker.utils import torch_setup, unix_socket
+from worker.utils import supported_versions, unix_socket
 
 LAYOUT = Path(__file__).parents[1] / "data" / "tiny_layout.json"
 """The tiny model's parameters as vLLM merges them: {"model_class", "parameters", "slices", "padding", "frozen"}."""
@@ -81,7 +81,17 @@ class Memory:
         self.header.adopt(uuid.uuid4().hex, version=0)
         config = json.loads((model_dir / "config.json").read_text())
         self._context = config["max_position_embeddings"]
-        self._versions = torch_setup.check_versions("vllm", "torch", "transformers")
+        self._versions = supported_versions.check_versions("vllm", "torch", "transformers")
+
+    async def score(self, ids: list[int]) -> list[float]:
+        """What an engine would say of a row, by transformers."""
+        from worker.shared_weights.bind import build_model
+
+        slices = [Slice(**piece | {"shape": tuple(piece["shape"])}) for piece in self.layout["slices"]]
+        views = {piece.name: piece.of(self.model.get_parameter(piece.param).data) for piece in slices}
+        with torch.no_grad():
+            logits = build_model(self.model_dir, views)(torch.tensor([ids])).logits[0].float()
+        return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
 
     def describe(self) -> dict[str, Any]:
         """As `TandemWeightEngine` answers "describe"."""
@@ -138,7 +148,7 @@ async def _serve(memory: Memory, run_dir: Path) -> None:
     state = ServerState(str(fields["lineage"]), int(fields["version"]))
     running = dict.fromkeys(map(str, range(int(os.environ.get(REQUESTS) or 0))), 0)
     rendering = {"chat_template": None, "template_kwargs": {}}
-    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running)
+    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running, score=memory.score)
     await control.start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -10,7 +10,7 @@ from completion_parts import completion
 from patience import until
 
 from producer import keys
-from producer.completions import OVERHEAD, Completion, Kept, load, load_async, new_key, save, save_async
+from producer.completions import OVERHEAD, Completion, Kept, load, load_async, new_key, remove, save, save_async
 from producer.errors import UnknownCompletionError
 
 HOUR = 3600.0
@@ -110,6 +110,54 @@ def test_a_lost_index_does_not_shrink_the_room_for_ever(connection: redis.Redis)
     one = completion()
     assert save(connection, one, HOUR, 2 * charge(one)) is Kept.KEPT
     assert bytes_kept(connection) == charge(one)
+
+
+SUMS = [b"-1000000000000", b"1000000000000", b"12.5", b"nan", b"inf", b"-inf", b"1e400", b"much", b""]
+
+
+@pytest.mark.parametrize("planted", [*SUMS, "list"], ids=str)
+def test_a_sum_that_cannot_be_right_is_counted_again(connection: redis.Redis, planted: bytes | str) -> None:
+    """It neither lifts the bound nor drives records out nor stops the next."""
+    made = [completion() for _ in range(4)]
+    most = 3 * charge(made[0])
+    for one in made[:2]:
+        save(connection, one, HOUR, most)
+    connection.delete(keys.COMPLETION_BYTES)
+    if isinstance(planted, bytes):
+        connection.set(keys.COMPLETION_BYTES, planted)
+    else:
+        connection.rpush(keys.COMPLETION_BYTES, "a")
+    assert save(connection, made[2], HOUR, most) is Kept.KEPT
+    assert len(records(connection)) == 3 and bytes_kept(connection) == most
+    assert save(connection, made[3], HOUR, most) is Kept.KEPT
+    assert len(records(connection)) == 3 and bytes_kept(connection) == most
+
+
+def test_a_sum_that_could_be_right_is_counted_again_when_asked(connection: redis.Redis) -> None:
+    made = [completion() for _ in range(6)]
+    most = 3 * charge(made[0])
+    for one in made[:3]:
+        save(connection, one, HOUR, most)
+    connection.set(keys.COMPLETION_BYTES, 0)
+    for one in made[3:5]:
+        save(connection, one, HOUR, most)
+    assert len(records(connection)) == 5, "somebody lifted the bound"
+    save(connection, made[5], HOUR, most, recount=True)
+    assert len(records(connection)) == 3 and bytes_kept(connection) == most
+
+
+def test_an_index_of_another_type_is_begun_anew(connection: redis.Redis) -> None:
+    connection.rpush(keys.COMPLETIONS, "a")
+    one = completion()
+    assert save(connection, one, HOUR, ROOM) is Kept.KEPT and indexed(connection) == [one.key]
+
+
+@pytest.mark.parametrize("planted", ["much", "12.5"])
+def test_a_planted_sum_stops_no_removal(connection: redis.Redis, planted: str) -> None:
+    one = completion()
+    save(connection, one, HOUR, ROOM)
+    connection.set(keys.COMPLETION_BYTES, planted)
+    assert remove(connection, one.key) and records(connection) == set() and indexed(connection) == []
 
 
 def test_many_savers_at_once_stay_within_the_bound(redis_url: str, connection: redis.Redis) -> None:

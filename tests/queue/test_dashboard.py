@@ -58,15 +58,16 @@ def connection(redis_url: str, tmp_path: Path) -> redis.Redis:
 
 @pytest.fixture
 def site(connection: redis.Redis, redis_url: str) -> Iterator[str]:
-    with dashboard(redis_url) as running:
+    """One whose buttons work."""
+    with dashboard(redis_url, "--allow-actions") as running:
         yield running
 
 
 @contextlib.contextmanager
-def dashboard(redis_url: str) -> Iterator[str]:
+def dashboard(redis_url: str, *options: str) -> Iterator[str]:
     """Where it answers."""
     url = f"{redis_url}&decode_responses=True"  # what another program wants of the same Redis
-    command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", url, "--port", "0"]
+    command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", url, "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     first = process.stdout.readline()
@@ -158,6 +159,35 @@ def test_requeue_and_delete_work(site: str, connection: redis.Redis, tmp_path: P
     assert ask(f"{site}/queue/feedback/compact", "POST") == (409, "Redis refused: no such key")  # it is empty
     assert ask(f"{site}/queue/feedback/failed/empty", "POST")[0] == 200
     assert queue.failed_job_registry.get_job_ids() == []
+
+
+CHANGING = ["/job/unpreparable/requeue", "/job/unpreparable/delete", "/requeue/feedback", "/queue/feedback/compact"]
+CHANGING += [f"/queue/feedback/{state}/empty" for state in STATES]
+
+
+def test_nothing_can_be_changed_unless_it_was_allowed(connection: redis.Redis, redis_url: str) -> None:
+    before = {key: connection.dump(key) for key in connection.keys("rq:*")}
+    with dashboard(redis_url) as site:
+        for path in CHANGING:
+            status, text = ask(site + path, "POST")
+            assert status == 403 and "tandem dashboard --allow-actions" in text, path
+        assert ask(f"{site}/requeue/feedback")[0] == 403, "a link, or an image"
+        for page in ("/0/view/jobs/feedback/failed/8/asc/1", "/0/view/job/unpreparable"):
+            _, text = ask(site + page)
+            assert "read-only" in text and "delete-job-btn" not in text.split("<script type=")[0]
+    assert {key: connection.dump(key) for key in connection.keys("rq:*")} == before
+
+
+def test_it_says_what_whoever_reaches_it_can_do(redis_url: str) -> None:
+    for options, says in (([], "can see all jobs"), (["--allow-actions"], "can pause, roll back, and requeue")):
+        command = [sys.executable, "-m", "worker.cli", "dashboard", "--redis", redis_url, "--port", "0"]
+        process = subprocess.Popen([*command, "--host", "0.0.0.0", *options], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        try:
+            assert says in process.stderr.readline()
+        finally:
+            process.terminate()
+            process.communicate(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

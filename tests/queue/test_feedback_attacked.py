@@ -6,11 +6,12 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from completion_parts import completion
 from feedback_app import Running
 from test_feedback_http import error, play, queued  # noqa: F401  (play: a fixture)
 
 from producer import keys
-from producer.completions import Completion, Kept, new_key
+from producer.completions import OVERHEAD, Completion, Kept, new_key, save
 from worker.serving.vllm.feedback import requests
 from worker.serving.vllm.feedback.keeper import Keeper
 from worker.serving.vllm.feedback.recorder import Seen
@@ -56,6 +57,21 @@ def test_what_somebody_else_wrote_to_redis_is_no_server_error(play: Any, redis_u
     answers = play(scene)
     assert [answer.status_code for answer in answers] == [503] * 4 + [200] * 2
     assert all(answer.json()["state"] == "failed" and "cannot be read" in answer.text for answer in answers[4:])
+
+
+def test_a_server_counts_again_what_records_take(play: Any, redis_url: str) -> None:  # noqa: F811
+    """Its first record at the latest undoes what somebody wrote there."""
+    with redis.Redis.from_url(redis_url) as client:
+        one = completion()
+        save(client, one, 3600, 1 << 30)
+        client.set(keys.COMPLETION_BYTES, 0)
+
+        async def scene(app: Running) -> None:
+            assert (await app.say({"id": await app.key(), "rating": 1})).status_code == 202
+
+        play(scene)
+        sizes = [client.strlen(name) + OVERHEAD for name in client.scan_iter("completion:*")]
+        assert len(sizes) == 2 and int(client.get(keys.COMPLETION_BYTES)) == sum(sizes)
 
 
 def test_recording_outlives_an_error_that_nobody_foresaw(caplog: pytest.LogCaptureFixture) -> None:

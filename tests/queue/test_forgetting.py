@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import redis
 from drain_parts import drain, say, start
+from enqueue_parts import tandem
 from opinion_parts import Remembering, queued, recorded
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
 
@@ -173,6 +174,20 @@ def test_what_lies_about_in_redis_does_not_stop_it(connection: redis.Redis, prod
     connection.hset(keys.FEEDBACK_USERS, b"\xff", b"\x92\x01\x02")
     connection.zadd(keys.COMPLETIONS, {"x:y:z": 1, "a" * 22 + ":9": 2})
     assert look(connection, "mary").waiting == ["a"]
+
+
+def test_who_rated_in_an_export_is_found(connection: redis.Redis, producer: Producer, redis_url: str) -> None:
+    """By the file that `tandem enqueue` read; and each of several whom a transcript belongs to."""
+    export = Path(__file__).parents[1] / "data" / "formats" / "openwebui.json"
+    done = tandem("enqueue", str(export), url=redis_url)
+    assert done.returncode == 0, done.stderr
+    waiting = {raw.decode() for raw in connection.lrange("rq:queue:feedback", 0, -1)}
+    found = look(connection, "u")
+    assert set(found.waiting) == waiting and len(waiting) == 4
+    take_out(connection, found)
+    assert look(connection, "u").nothing and not connection.keys("rq:job:*")
+    producer.enqueue(say("x"), id="a", meta={"user": ["mary", "bob", 7]})
+    assert [look(connection, name).waiting for name in ("mary", "bob", "7", "mar")] == [["a"], ["a"], ["a"], []]
 
 
 def test_nobody_is_found_by_a_part_of_a_name(connection: redis.Redis, producer: Producer) -> None:

@@ -12,7 +12,9 @@ from opinion_parts import Remembering, queued, recorded
 from producer import AsyncProducer, InvalidTranscriptError, Outcome, Producer, UnknownCompletionError, keys
 from producer.completions import new_key
 from producer.errors import TranscriptFailedError
-from producer.said import Said, user_digest
+from producer.exchange import run
+from producer.opinions import remembered
+from producer.said import MAX_SIZE, Said, user_digest
 from worker.consumer.jobs import FeedbackJob, open_queue
 from worker.consumer.transitions import fetch, take
 
@@ -254,7 +256,12 @@ def test_what_was_said_expires_with_the_record(connection: redis.Redis, producer
     assert left > 0 and abs(left - of_record) < 60_000
 
 
-@pytest.mark.parametrize("planted", [None, b"\xc1", b"\x95\x01\x00\x80\xc2", Said(texts={"rating:": (0, "x")}).pack()])
+LONG = Said(texts={f"{'x' * MAX_SIZE}:": (0, "x")}).pack()
+
+
+@pytest.mark.parametrize(
+    "planted", [None, b"\xc1", b"\x95\x01\x00\x80\xc2", Said(texts={"rating:": (0, "x")}).pack(), LONG], ids=range(5)
+)
 def test_lost_memory_of_what_was_said_trains_no_transcript_twice(
     connection: redis.Redis, producer: Producer, weights: Remembering, planted: bytes | None
 ) -> None:
@@ -270,6 +277,31 @@ def test_lost_memory_of_what_was_said_trains_no_transcript_twice(
     connection.delete(keys.said(one.key), f"rq:job:{second.id}")
     third = producer.rate(one.key, -1, user="u1")
     assert third.outcome is Outcome.QUEUED and third.id not in (first.id, second.id)
+
+
+def test_what_was_said_is_read_up_to_a_bound_and_of_no_other_type(connection: redis.Redis, producer: Producer) -> None:
+    """Whoever may write it makes no producer read megabytes, and stops no word of a user."""
+    one = recorded(connection)
+    name = keys.said(one.key)
+    connection.set(name, b"x" * (8 * MAX_SIZE))
+    with connection.pipeline() as pipe:
+        pipe.watch(name)
+        assert len(run(remembered(pipe, name))) == MAX_SIZE + 1
+    connection.delete(name)
+    connection.rpush(name, "x")
+    assert producer.rate(one.key, 1, user="u1").outcome is Outcome.QUEUED
+    assert producer.rate(one.key, 1, user="u1").outcome is Outcome.KNOWN, "and then it is remembered"
+
+
+def test_a_correction_of_an_answer_that_goes_on_from_another_says_what_to_do(
+    connection: redis.Redis, producer: Producer
+) -> None:
+    one = recorded(connection, messages=[*QUESTION, ANSWER])
+    with pytest.raises(InvalidTranscriptError, match="Rate the answer, or comment on it") as caught:
+        producer.correct(one.key, "Schiller.")
+    assert caught.value.field == "correction" and queued(connection) == []
+    assert not connection.exists(keys.said(one.key))
+    assert producer.rate(one.key, -1).outcome is producer.comment(one.key, "No.").outcome is Outcome.QUEUED
 
 
 def test_a_waiting_transcript_counts_even_if_memory_says_that_none_does(

@@ -90,10 +90,10 @@ def test_what_was_queued_before_redis_was_full_is_told(
     assert queued(store) == [f"s{i}" for i in range(200)] + [f"a{i}" for i in range(200)]
 
 
-def test_the_rights_in_the_readme_are_those() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    begin = readme.index("ACL SETUSER app on >PASSWORD")
-    assert " ".join(readme[begin : readme.index("\n\n", begin)].split()[5:]) == ACL
+def test_the_rights_in_the_docs_are_those() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "redis.md").read_text()
+    begin = page.index("ACL SETUSER app on >PASSWORD")
+    assert " ".join(page[begin : page.index("\n\n", begin)].split()[5:]) == ACL
 
 
 def no_secrets(error: BaseException) -> str:

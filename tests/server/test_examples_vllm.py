@@ -59,7 +59,8 @@ def server_prompt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from packaging.version import Version
 
     from worker.testing.tiny_model import make_tiny
-    from worker.utils.torch_setup import VersionError, check_versions, prepare
+    from worker.utils.supported_versions import VersionError, check_versions
+    from worker.utils.torch_setup import prepare
 
     prepare()
     try:

@@ -19,8 +19,8 @@ from patience import PATIENCE, until
 from serving_parts import Background, EndlessClient, completion, events, inside, metric
 
 from producer.transcript import Transcript
+from worker.checkpoint.file_digests import fingerprint
 from worker.checkpoint.journal import Journal
-from worker.checkpoint.snapshots import fingerprint
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.orchestrator.live_update import LiveUpdate

@@ -193,6 +193,7 @@ class Journal:
         except OSError as error:
             raise JournalError(f"journal {path} cannot be read ({error.strerror})") from None
         for offset, record in found.records:
+            records.check_format(record, path)
             try:
                 self._index(records.parse(record), path, offset)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -262,8 +263,6 @@ class Journal:
             self._check_segment(record, path)
 
     def _check_segment(self, record: Segment, path: Path) -> None:
-        if record.format != records.FILE_FORMAT:
-            raise JournalError(f"journal {path} has format {record.format}, this Tandem reads {records.FILE_FORMAT}")
         if record.source != self.source:
             raise JournalError(
                 f"journal {path} is of another model than the one being served (its files differ): serve the model that"

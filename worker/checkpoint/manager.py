@@ -45,7 +45,7 @@ class CheckpointManager:
     def __init__(
         self, state: StateDir, weights: AttachedWeights, make: Make, room: CapacityOf, policy: Policy | None
     ) -> None:
-        self.weights, self.policy = weights, policy
+        self.weights, self.policy, self.folder = weights, policy, state.path
         snapshots = Snapshots(state.checkpoints, weights.model_path)
         self.journal = Journal(state.journal, snapshots.fingerprint)
         self.notices: list[Notice] = [*self.journal.notices, *snapshots.notices]

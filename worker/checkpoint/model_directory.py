@@ -8,6 +8,7 @@ never written to; the target appears whole or not at all (written under a tempor
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from producer.errors import TandemError
+from producer.progress import BYTES, progress
 from worker.checkpoint.state_dir import sync
+from worker.shared_weights.stored_form import Part, stored_parts
 from worker.utils import torch_setup
 
 
-def text_name(checkpoint_name: str) -> str:
-    """What transformers' text model calls a tensor, which a multi-modal model's checkpoint may name otherwise."""
-    return checkpoint_name.replace("model.language_model.", "model.", 1)
+def parts_of(folder: Path, tensors: dict[str, torch.Tensor], model_dir: Path) -> dict[str, Part]:
+    """Name in the files of `folder`, a checkpoint of the model in `model_dir` -> what of `tensors` (text name ->
+    tensor) it is."""
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            stored |= set(opened.keys())
+    return stored_parts(stored, tensors, model_dir)
 
 
 def check_target(source: Path, out: Path) -> None:
@@ -34,10 +42,15 @@ def check_target(source: Path, out: Path) -> None:
     if out.exists():
         raise TandemError(f"--out {out} exists already: name a new directory")
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(file.stat().st_size for file in source.iterdir() if file.is_file())
+    needed = directory_bytes(source)
     free = shutil.disk_usage(out.parent).free
     if free < needed * 1.05:
         raise TandemError(f"--out {out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free")
+
+
+def directory_bytes(source: Path) -> int:
+    """What the files of a model directory take."""
+    return sum(file.stat().st_size for file in source.iterdir() if file.is_file())
 
 
 def load(source: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
@@ -53,7 +66,8 @@ def save(model: Any, source: Path, out: Path) -> None:
     """Write `model`'s parameters in the layout of `source` to the new directory `out`."""
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        write_layout(dict(model.named_parameters()), source, folder)
+        with progress(f"writing {out.name}", directory_bytes(source), BYTES) as shown:
+            write_layout(dict(model.named_parameters()), source, folder, shown.advance)
         folder.chmod(0o755)
         publish(folder, out)
     except BaseException:
@@ -61,16 +75,22 @@ def save(model: Any, source: Path, out: Path) -> None:
         raise
 
 
-def write_layout(trained: dict[str, torch.Tensor], source: Path, folder: Path) -> None:
-    """Write every file of `source` into `folder`, with `trained` (text name -> tensor) in place of its old values."""
-    written: set[str] = set()
+def write_layout(
+    trained: dict[str, torch.Tensor], source: Path, folder: Path, wrote: Callable[[int], object] = lambda size: None
+) -> None:
+    """Write every file of `source` into `folder`, with `trained` (text name -> tensor) in place of its old values.
+
+    wrote: told the bytes of each file."""
+    parts = parts_of(source, trained, source)
+    if missing := set(trained) - {part.name for part in parts.values()}:
+        raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
-            written |= _rewrite(file, folder / file.name, trained)
+            _rewrite(file, folder / file.name, parts)
         elif file.is_file():
             shutil.copyfile(file, folder / file.name)
-    if missing := set(trained) - written:
-        raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
+        if file.is_file():
+            wrote(file.stat().st_size)
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -83,20 +103,18 @@ def publish(folder: Path, out: Path) -> None:
     sync(out.parent)
 
 
-def _rewrite(source: Path, target: Path, trained: dict[str, torch.Tensor]) -> set[str]:
-    """Copy one safetensors file with trained values in place of old ones; returns the text names replaced."""
-    tensors, replaced = {}, set()
+def _rewrite(source: Path, target: Path, parts: dict[str, Part]) -> None:
+    """Copy one safetensors file with trained values in place of old ones."""
+    tensors = {}
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             old = file.get_tensor(name)
-            new = trained.get(text_name(name))
-            if new is None:
+            if name not in parts:
                 tensors[name] = old
                 continue
+            new = parts[name].view
             if new.shape != old.shape:
                 raise TandemError(f"{name} has shape {tuple(new.shape)}, {tuple(old.shape)} in {source}")
             tensors[name] = new.detach().to("cpu", old.dtype).contiguous()
-            replaced.add(text_name(name))
     save_file(tensors, target, metadata=metadata)
-    return replaced

@@ -8,6 +8,7 @@ ever dropped is in it; the header says APPLYING until the version is complete.
 import time
 from dataclasses import dataclass, field
 
+from producer.progress import progress
 from worker.checkpoint import replay
 from worker.checkpoint.ancestry import RebuildError, ids_of, perhaps_in, trace
 from worker.checkpoint.batch_codec import ReplayError
@@ -140,8 +141,10 @@ class Rebuilder:
         header, started = self.weights.header, time.monotonic()
         assert header.state == APPLYING
         point("restoring")
-        self.snapshots.restore(plan.base, self.weights.tensors, self.weights.state)
-        replayed = replay.replay(plan.steps, plan.dropped, self.make_trainer, self.device)
+        with progress(f"making version {plan.version} again", 1 + len(plan.steps), "steps") as shown:
+            self.snapshots.restore(plan.base, self.weights.tensors, self.weights.state)
+            shown.advance()
+            replayed = replay.replay(plan.steps, plan.dropped, self.make_trainer, self.device, shown.advance)
         point("restored")
         header.adopt(lineage, version)
         return Rebuilt(plan, time.monotonic() - started, replayed)

@@ -10,10 +10,16 @@ Invariants: `parse(record.plain())` is the record; a field that an older Tandem 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
+
+from worker.checkpoint.record_file import JournalError
 
 FILE_FORMAT = 1
 """Of a file: how its records lie in it. In the first record of each."""
+CHECKPOINT_FORMAT = 1
+"""Of a checkpoint: which files it has, and what is in them. In its meta.msgpack, a record of kind `CHECKPOINT`."""
+CHECKPOINT = "checkpoint"
 UPDATE_FORMAT = 4
 """Of an update's record: by which rules its batch is trained again (`worker.trainer.weighting`). A record that does not
 say has format 1."""
@@ -137,6 +143,23 @@ def parse(plain: Mapping[str, Any]) -> Record:
     if isinstance(record, UpdateRecord | RollbackRecord | LineageRecord):
         _check_version(record)
     return record
+
+
+def check_format(plain: Mapping[str, Any], path: Path) -> None:
+    """Refuse a record `plain` of `path` that a later Tandem wrote in a format that this one does not know.
+
+    Raises `JournalError`. What says no format is of the first one.
+    """
+    known = {Segment.kind: FILE_FORMAT, CHECKPOINT: CHECKPOINT_FORMAT, UpdateRecord.kind: UPDATE_FORMAT}
+    newest = known.get(str(plain.get("kind")))
+    found = plain.get("format", 1)
+    if newest is None or (type(found) is int and 1 <= found <= newest):
+        return
+    upto = "format 1" if newest == 1 else f"formats 1 to {newest}"
+    raise JournalError(
+        f"{path} has format {found!s:.20}, and this Tandem reads {upto}: use the Tandem that wrote it, or name another"
+        " directory with --state-dir, in which the history begins anew"
+    )
 
 
 def _check_version(record: VersionRecord) -> None:

@@ -127,9 +127,13 @@ class Replayed:
 
 
 def replay(
-    records: Sequence[UpdateRecord], dropped: frozenset[str], make_trainer: Make, device: torch.device
+    records: Sequence[UpdateRecord],
+    dropped: frozenset[str],
+    make_trainer: Make,
+    device: torch.device,
+    trained: Callable[[], object] = lambda: None,
 ) -> Replayed:
-    """Train journaled batches again, in order, without the ids in `dropped`.
+    """Train journaled batches again, in order, without the ids in `dropped`. trained: called after each.
 
     The weights and the optimizer's state must be those before the first of them, and `check_steps` and `check_fits`
     must have passed. Raises whatever training raises, with the weights between two versions.
@@ -155,6 +159,7 @@ def replay(
         then = record.manifest["loss"]
         if gradients is not None and whole and gradients.loss != then:
             found.losses.append(OtherLoss(record.version, gradients.loss, then))
+        trained()
     return found
 
 

@@ -10,8 +10,6 @@ Invariants: a checkpoint appears whole or not at all, and is never written over;
 byte for byte; a checkpoint is written between updates by the only writer of the weights.
 """
 
-import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -24,15 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from producer.errors import TandemError
+from producer.progress import BYTES, progress
 from worker.apollo import state_layout
-from worker.checkpoint import model_directory, record_file
+from worker.checkpoint import model_directory, record_file, records
+from worker.checkpoint.file_digests import fingerprint, sha256
 from worker.checkpoint.state_dir import free_bytes
 from worker.utils.fault_injection import point
 
-FORMAT = 1
 _EXTRA = "tandem"
-_SAMPLE = 64 * 1024
-"""Bytes at the start and at the end of a file that `fingerprint` looks at."""
 
 
 class SnapshotError(TandemError):
@@ -81,12 +78,28 @@ class Snapshots:
         self.fingerprint = fingerprint(source)
         self.has_layout = any(source.glob("*.safetensors"))
         """Whether there are files whose names and layout a checkpoint can take over."""
+        self._check_formats()
         self.notices: list[HalfRemoved | NoFiles] = []
         for half in folder.glob(".[0-9]*"):
             shutil.rmtree(half, ignore_errors=True)
             self.notices.append(HalfRemoved(half))
         if not self.has_layout:
             self.notices.append(NoFiles(source))
+
+    def _check_formats(self) -> None:
+        """Before anything is pruned: what a later Tandem wrote is neither read nor deleted. Raises `SnapshotError`."""
+        for version in self.versions():
+            try:
+                meta = record_file.read(self._meta(version), 0)
+            except TandemError:
+                continue  # damaged: reported when it is needed
+            try:
+                records.check_format(meta, self.path(version))
+            except TandemError as error:
+                raise SnapshotError(f"checkpoint {error}") from None
+
+    def _meta(self, version: int) -> Path:
+        return self.path(version) / _EXTRA / "meta.msgpack"
 
     def versions(self) -> list[int]:
         """Versions that have a checkpoint, oldest first, checked or not."""
@@ -114,15 +127,26 @@ class Snapshots:
         try:
             self._check_room(tensors, state)
             folder = Path(tempfile.mkdtemp(prefix=f".{version}.", dir=self.folder))
-            model_directory.write_layout(tensors, self.source, folder)
-            (folder / _EXTRA).mkdir(mode=0o700)
-            extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder)
-            save_file(extra, folder / _EXTRA / "state.safetensors")
-            plain = {"ledger": trained.ledger, "dropped": trained.dropped}
-            (folder / _EXTRA / "ledger.msgpack").write_bytes(msgpack.packb(plain))
-            files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(_files(folder))}
-            meta = {"kind": "checkpoint", "format": FORMAT, "version": version, "lineage": lineage, "files": files}
-            meta |= {"time": time.time(), "source": self.fingerprint}
+            both = 2 * (model_directory.directory_bytes(self.source) + state.nbytes)  # written, then read
+            with progress(f"checkpoint of version {version}", both, BYTES) as shown:
+                model_directory.write_layout(tensors, self.source, folder, shown.advance)
+                (folder / _EXTRA).mkdir(mode=0o700)
+                extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder, self.source)
+                save_file(extra, folder / _EXTRA / "state.safetensors")
+                shown.advance(state.nbytes)
+                plain = {"ledger": trained.ledger, "dropped": trained.dropped}
+                (folder / _EXTRA / "ledger.msgpack").write_bytes(msgpack.packb(plain))
+                files = {}
+                for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                    files[str(path.relative_to(folder))] = sha256(path)
+                    shown.advance(path.stat().st_size)
+            meta = {
+                "kind": records.CHECKPOINT,
+                "format": records.CHECKPOINT_FORMAT,
+                "version": version,
+                "lineage": lineage,
+            }
+            meta |= {"files": files, "time": time.time(), "source": self.fingerprint}
             (folder / _EXTRA / "meta.msgpack").write_bytes(record_file.pack(meta))
             point("checkpointing")
             model_directory.publish(folder, self.folder / str(version))
@@ -140,13 +164,15 @@ class Snapshots:
     def check(self, version: int) -> Snapshot:
         """Read what a checkpoint says of itself and compare every file's digest. Raises `SnapshotError`."""
         found = self.describe(version)
-        for name, digest in found.files.items():
-            self._check_file(version, name, digest)
+        with progress(f"checking the checkpoint of version {version}", len(found.files), "files") as shown:
+            for name, digest in found.files.items():
+                self._check_file(version, name, digest)
+                shown.advance()
         return found
 
     def describe(self, version: int) -> Snapshot:
         """What the checkpoint says of itself, its files unread. Raises `SnapshotError`."""
-        path = self.path(version) / _EXTRA / "meta.msgpack"
+        path = self._meta(version)
         try:
             meta = record_file.read(path, 0)
             said = Snapshot(meta["version"], meta["lineage"], meta["time"], meta["source"], meta["files"])
@@ -166,7 +192,7 @@ class Snapshots:
     def _check_file(self, version: int, name: str, digest: str | None) -> None:
         path = self.path(version) / name
         try:
-            sound = path.is_file() and _sha256(path) == digest
+            sound = path.is_file() and sha256(path) == digest
         except OSError:
             sound = False
         if not sound:
@@ -175,16 +201,17 @@ class Snapshots:
     def check_layout(self, version: int, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
         """The checkpoint has all that `restore` needs, in the right shapes; from its files' headers. Raises
         `SnapshotError`."""
-        shapes = {}
+        parts = model_directory.parts_of(self.path(version), tensors, self.source)
+        wrong = set(tensors) - {part.name for part in parts.values()}
         for file in sorted(self.path(version).glob("*.safetensors")):
             with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118
-                    shapes[model_directory.text_name(name)] = tuple(stored.get_slice(name).get_shape())
-        wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
+                for name in parts.keys() & set(stored.keys()):
+                    if tuple(stored.get_slice(name).get_shape()) != tuple(parts[name].view.shape):
+                        wrong.add(parts[name].name)
         if version:
             with safe_open(self._state_file(version), framework="pt") as extra:
                 if tuple(extra.get_slice("state").get_shape()) != tuple(state.shape):
-                    wrong.append("the optimizer's state")
+                    wrong.add("the optimizer's state")
         if wrong:
             raise SnapshotError(
                 f"{self.path(version)} does not fit the server's weights: {', '.join(sorted(wrong))} is missing or has"
@@ -216,11 +243,13 @@ class Snapshots:
 
         `check` and `check_layout` must have passed.
         """
-        missing = set(tensors)
-        for file in sorted(self.path(version).glob("*.safetensors")):
-            missing -= _load(file, tensors)
-        if missing:
+        parts = model_directory.parts_of(self.path(version), tensors, self.source)
+        if missing := set(tensors) - {part.name for part in parts.values()}:
             raise SnapshotError(f"{self.path(version)} has no tensor for {', '.join(sorted(missing))}")
+        for file in sorted(self.path(version).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                for name in parts.keys() & set(stored.keys()):
+                    parts[name].view.copy_(stored.get_tensor(name))
         if version == 0:
             state.zero_()
             return
@@ -240,7 +269,7 @@ class Snapshots:
         return gone
 
     def _check_room(self, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
-        needed = sum(path.stat().st_size for path in self.source.iterdir() if path.is_file()) + state.nbytes
+        needed = model_directory.directory_bytes(self.source) + state.nbytes
         free = free_bytes(self.folder)
         if free < needed * 1.05:
             raise SnapshotError(
@@ -250,46 +279,13 @@ class Snapshots:
             )
 
 
-def fingerprint(source: Path) -> str:
-    """Which model lies in `source`: names, sizes, starts and ends of its weight files. Reads little."""
-    digest = hashlib.sha256()
-    for path in sorted(source.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(file.read())
-    return digest.hexdigest()[:32]
-
-
-def _more_exact(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+def _more_exact(tensors: dict[str, torch.Tensor], folder: Path, source: Path) -> dict[str, torch.Tensor]:
     """Tensors whose shared dtype is not the source's (A_log is fp32 in vLLM): only these lose bits in its layout."""
-    extra = {}
+    parts, extra = model_directory.parts_of(folder, tensors, source), {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                text = model_directory.text_name(name)
-                if text in tensors and stored.get_tensor(name).dtype != tensors[text].dtype:
+            for name in parts.keys() & set(stored.keys()):
+                text = parts[name].name
+                if stored.get_tensor(name).dtype != tensors[text].dtype:
                     extra[f"exact.{text}"] = tensors[text].detach().cpu().contiguous()
     return extra
-
-
-def _load(file: Path, tensors: dict[str, torch.Tensor]) -> set[str]:
-    found = set()
-    with safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118
-            text = model_directory.text_name(name)
-            if text in tensors:
-                tensors[text].copy_(stored.get_tensor(name))
-                found.add(text)
-    return found
-
-
-def _files(folder: Path) -> list[Path]:
-    return [Path(root) / name for root, _, names in os.walk(folder) for name in names]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ Invariants: folders are 0700 and files 0600, ours; one process at a time writes 
 its holder dies); `replace` leaves the old file or the new one, whole, whatever happens.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -129,6 +130,16 @@ def replace(path: Path, data: bytes) -> None:
 def temporary(path: Path) -> Path:
     """What `replace` calls a file while it is not whole."""
     return path.with_name(f".{path.name}.new")
+
+
+def used_bytes(folder: Path) -> int:
+    """Size of all files below `folder`; those that vanish meanwhile count nothing."""
+    total = 0
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(here, name)).st_size
+    return total
 
 
 def free_bytes(folder: Path) -> int:

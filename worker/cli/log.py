@@ -6,7 +6,6 @@ Invariants: it takes no lock, so that it works beside a worker; what cannot be r
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ import redis
 from producer.cli import redis_option
 from producer.connection import connect, resolve_url
 from producer.errors import TandemError
-from worker.checkpoint import record_file
-from worker.checkpoint.state_dir import default_state_dir, replace
-from worker.shared_weights.weights_client import ask
+from worker.checkpoint import record_file, records
+from worker.checkpoint.state_dir import replace
+from worker.operations.checkpoints import checkpoints
+from worker.operations.checkpoints import state_dir as find_state_dir
+from worker.operations.history import rolled_back
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 
@@ -46,6 +47,7 @@ def versions_from_journal(folder: Path, count: int) -> list[dict[str, Any]]:
     files = sorted(folder.glob("*.journal"))
     for path in files:
         for _, record in record_file.scan(path, last=path == files[-1]).records:
+            records.check_format(record, path)
             version, kind = int(record.get("version", 0)), record["kind"]
             if kind == "void":
                 found.pop(version, None)
@@ -55,15 +57,6 @@ def versions_from_journal(folder: Path, count: int) -> list[dict[str, Any]]:
                 shown = {"version": version, "kind": kind, "lineage": record["lineage"]}
                 found[version] = dict(record.get("manifest", {})) | shown | {"jobs": record.get("ids", [])}
     return [found[version] for version in sorted(found, reverse=True) if version][:count]
-
-
-def checkpoints(folder: Path) -> dict[int, str]:
-    """Version -> what it is marked as, or the empty string."""
-    found = {}
-    for path in folder.glob("[0-9]*"):
-        mark = path / "tandem" / "mark"
-        found[int(path.name)] = mark.read_text().strip() if mark.exists() else ""
-    return found
 
 
 def line(manifest: dict[str, Any], marks: dict[int, str]) -> str:
@@ -88,11 +81,8 @@ def line(manifest: dict[str, Any], marks: dict[int, str]) -> str:
 
 def gone(manifests: list[dict[str, Any]]) -> set[int]:
     """Versions among them that a later rollback took out of the weights."""
-    out: set[int] = set()
-    for manifest in manifests:
-        if manifest.get("kind") == "rollback" and manifest["version"] not in out:
-            out |= set(range(int(manifest.get("target", 0)) + 1, manifest["version"]))
-    return out
+    back = [m for m in manifests if m.get("kind") == "rollback"]
+    return rolled_back((manifest["version"], int(manifest.get("target", 0))) for manifest in back)
 
 
 def _some(ids: list[Any]) -> str:
@@ -120,7 +110,7 @@ def command(
     state_dir: Path | None,
 ) -> None:
     """List versions, newest first: when, what, transcripts, tokens, loss, checkpoints."""
-    state = _state_dir(state_dir, run_dir or default_run_dir())
+    state = find_state_dir(state_dir, run_dir or default_run_dir())
     for version, text in ((mark, name), (unmark, None)):
         if version is not None:
             _set_mark(state, version, text)
@@ -133,17 +123,6 @@ def command(
             click.echo(json.dumps(manifest | extra, default=str))
         else:
             click.echo(line(manifest, marks) + ("  (rolled back)" if version in out else ""))
-
-
-def _state_dir(given: Path | None, run_dir: Path) -> Path:
-    if given or os.environ.get("TANDEM_STATE_DIR"):
-        return given or Path(os.environ["TANDEM_STATE_DIR"])
-    try:
-        return default_state_dir(Path(ask(run_dir, "describe")[0]["model"]))
-    except TandemError as error:
-        raise TandemError(
-            f"no server says which model's state directory to look at ({error}): name it with --state-dir"
-        ) from None
 
 
 def _manifests(redis_url: str | None, state: Path, count: int) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from worker.serving.launch import (
 from worker.serving.memory_share import TrainerMemory, make_room
 from worker.serving.refused_options import check_options
 from worker.serving.vllm_flags import LaunchError
-from worker.utils import torch_setup, unix_socket
+from worker.utils import supported_versions, unix_socket
 
 
 @click.command("serve", context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
@@ -79,7 +79,7 @@ def command(
     check_feedback(feedback, vllm_options, os.environ)
     if feedback.any:
         variables["REDIS_URL"] = checked_url(resolve_url(redis_url))
-    torch_setup.check_versions("torch", "transformers", "vllm")
+    supported_versions.check_versions("torch", "transformers", "vllm")
     on_cpu = is_cpu_build()
     check_installed()
     check_options(vllm_options, os.environ)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from producer.errors import TandemError
 from producer.jsonl import read_transcripts
+from producer.progress import progress
 from producer.transcript import Transcript
 from worker.config.hyperparameters import Hyperparameters, training_options
 from worker.config.update_options import (
@@ -85,14 +85,12 @@ def epochs(examples: Sequence[T], *, count: int, batch: int, seed: int) -> Itera
 
 
 def run_steps(batches: Sequence[list[T]], step: Callable[[list[T]], float]) -> History:
-    """Call `step` on each batch under a progress bar; its answer is the batch's loss."""
+    """Call `step` on each batch; its answer is the batch's loss."""
     history = History()
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("training", total=len(batches), loss=float("nan"))
+    with progress("training", len(batches), "steps") as shown:
         for batch in batches:
             history.losses.append(step(batch))
-            progress.update(task, advance=1, loss=history.losses[-1])
+            shown.advance(note=f"loss {history.losses[-1]:.3f}")
     return history
 
 
@@ -101,13 +99,17 @@ def train_directory(
 ) -> History:
     """Fine-tune the model in `model_dir` on `file` and write the result to the new directory `out`."""
     from worker.checkpoint import model_directory
+    from worker.model import settle_attention
     from worker.trainer.factory import make_builder, make_trainer
+    from worker.trainer.proof import prove_trainer
 
     h = h.settled()
     model_directory.check_target(model_dir, out)
     model, tokenizer = model_directory.load(model_dir)
     builder = make_builder(tokenizer, model_dir, h)
+    settle_attention(model)
     trainer = make_trainer(model, model.named_parameters(), tokenizer, h, state=None, way=way)
+    prove_trainer(trainer, model, tokenizer, h.max_length)
 
     def step(examples: list[Example]) -> float:
         gradients = trainer.begin(examples)

@@ -1,5 +1,6 @@
 """`tandem worker`: drains the queue and trains the served weights. See orchestrator/worker_loop.py."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -17,11 +18,13 @@ from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
+from worker.operations.worker_metrics import WorkerMetrics
 from worker.orchestrator.agreement import agree
-from worker.orchestrator.reports import sentence
+from worker.orchestrator.reports import log_report
 from worker.orchestrator.session import open_session
 from worker.orchestrator.worker_loop import WorkerLoop
 from worker.trainer.threads import TrainingThreads
+from worker.utils.metrics_http import is_loopback
 from worker.utils.unix_socket import default_run_dir
 from worker.versions import ledger
 from worker.versions.eviction_watch import check_kind
@@ -49,6 +52,14 @@ log = logging.getLogger("tandem")
     type=click.IntRange(1),
     help="CPU threads for training (default: before each version, as many as CPUs are free).",
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Show metrics for Prometheus at http://127.0.0.1:PORT/metrics; 0 takes a free port (default: none).",
+)
+@click.option(
+    "--metrics-host", default="127.0.0.1", help="Address for --metrics-port. Everybody who reaches it can read."
+)
 @state_options
 @guard_options
 @apply_options
@@ -64,6 +75,8 @@ def command(
     burst: bool,
     new_lineage: bool,
     threads: int | None,
+    metrics_port: int | None,
+    metrics_host: str,
     state_dir: Path | None,
     **options: Any,
 ) -> None:
@@ -72,33 +85,43 @@ def command(
     cpu_threads = TrainingThreads(threads)
     policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
     name = name or f"{socket.gethostname()}-{os.getpid()}"
-    connection = connect(resolve_url(redis_url), redis.Redis.from_url)
-    with redis_errors(safe_url(resolve_url(redis_url))):
-        check_kind(connection, safe_url(resolve_url(redis_url)))
-    lock = WorkerLock(connection, name)
-    if taken_over := lock.acquire():
-        log.info(taken_over)
-    try:
-        with open_session(
-            run_dir or default_run_dir(),
-            name,
-            Hyperparameters(**options),
-            state_dir=state_dir,
-            policy=policy,
-            known=ledger.state(connection),
-            new_lineage=new_lineage,
-            settings=settings,
-            max_tokens=max_tokens,
-        ) as session:
-            agree(connection, session, new_lineage=new_lineage)
-            limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
-            limits["history"] = policy.history
-            empty = until_empty or burst
-            loop = WorkerLoop(
-                connection, session, lock, guards, cpu_threads, until_empty=empty, hooks=[LogHooks()], **limits
+    url, run_dir = resolve_url(redis_url), run_dir or default_run_dir()
+    connection = connect(url, redis.Redis.from_url)
+    with redis_errors(safe_url(url)):
+        check_kind(connection, safe_url(url))
+    metrics = WorkerMetrics(url, run_dir)
+    with contextlib.ExitStack() as stack:
+        if metrics_port is not None:
+            log.info("metrics: %s", stack.enter_context(metrics.serving(metrics_host, metrics_port)))
+            if not is_loopback(metrics_host):
+                log.warning("metrics: everybody who reaches %s can read them; they hold no text", metrics_host)
+        lock = WorkerLock(connection, name)
+        if taken_over := lock.acquire():
+            log.info(taken_over)
+        stack.callback(lock.release)
+        tell = metrics.telling(log_report)
+        session = stack.enter_context(
+            open_session(
+                run_dir,
+                name,
+                Hyperparameters(**options),
+                state_dir=state_dir,
+                policy=policy,
+                known=ledger.state(connection),
+                new_lineage=new_lineage,
+                settings=settings,
+                max_tokens=max_tokens,
+                tell=tell,
             )
-            loop.run()
-            if policy.at_stop and (report := session.manager.checkpoints.try_write()):
-                log.info(sentence(report))
-    finally:
-        lock.release()
+        )
+        agree(connection, session, new_lineage=new_lineage, tell=tell)
+        metrics.began(session.weights.header.version, session.manager.folder)
+        limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
+        limits["history"] = policy.history
+        hooks, empty = [LogHooks(), metrics], until_empty or burst
+        loop = WorkerLoop(
+            connection, session, lock, guards, cpu_threads, until_empty=empty, hooks=hooks, tell=tell, **limits
+        )
+        loop.run()
+        if policy.at_stop and (report := session.manager.checkpoints.try_write()):
+            tell(report)

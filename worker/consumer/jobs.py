@@ -9,8 +9,10 @@ one or that it waits for, groups, rate limits) are not read.
 
 import functools
 import json
+import time
 import zlib
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import redis
@@ -31,6 +33,8 @@ MAX_HASH = MAX_DATA + 1024 * 1024
 MAX_RETRIES = 16
 """What a job's own count of retries is cut to."""
 MAX_TTL = 10 * 365 * 24 * 3600
+MAX_TIME = 64
+"""Characters that a job's time may have."""
 MAX_LIST = 100
 """Entries a job's list of retry intervals or of dependencies may have."""
 
@@ -218,6 +222,21 @@ def _ids(raw: bytes) -> tuple[str, ...]:
 
 def _is_list(value: Any, fits: Callable[[Any], Any]) -> bool:
     return isinstance(value, list) and len(value) <= MAX_LIST and all(fits(entry) for entry in value)
+
+
+def oldest_job_s(queue: Queue) -> float | None:
+    """Seconds since the job at the front of `queue` was queued; None where there is none, or where its hash does not
+    say it readably (a producer writes it)."""
+    first: Any = queue.connection.lindex(queue.key, 0)
+    if first is None:
+        return None
+    key = Job.key_for(first.decode(errors="replace"))
+    try:
+        length: Any = queue.connection.hstrlen(key, "enqueued_at")
+        said: Any = queue.connection.hget(key, "enqueued_at") if 0 < length <= MAX_TIME else None
+        return max(0.0, time.time() - datetime.fromisoformat(said.decode()).timestamp()) if said else None
+    except (ValueError, OverflowError, redis.ResponseError):
+        return None
 
 
 class FeedbackQueue(Queue):

@@ -4,6 +4,7 @@ In: a transformers model and a batch. Out: the model with its kernels exchanged,
 It knows no optimizer and no server; on a CPU transformers' own code runs as it is.
 """
 
+from worker.model.attention_choice import settle_attention
 from worker.model.patch import ModelError, fuse
 
-__all__ = ["ModelError", "fuse"]
+__all__ = ["ModelError", "fuse", "settle_attention"]

@@ -1,14 +1,34 @@
-"""The output head in blocks of rows, so that no [tokens, vocabulary] array stands anywhere.
+"""The output head in blocks of rows, so that no [tokens, vocabulary] array stands anywhere; and what follows its
+product.
 
 Invariant: every row is in one block, in order.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
 BLOCK = 1 << 27
 """Elements of one block of logits: 512 MiB in fp32, of which two stand at a time, and half of it in bf16."""
+
+
+@dataclass(frozen=True)
+class After:
+    """What a model does to z = hidden @ weight^T [N, V]: first z + bias, then times `scale`, then cap * tanh(z /
+    cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    bias: Tensor | None = None
+    """[V], of the weight's dtype."""
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """By how much the cap flattens what lies below `logits`, which are capped: fp32, of their shape; None: not."""
+        return None if self.cap is None else 1 - (logits / self.cap).square_()
+
+
+PLAIN = After()
 
 
 def blocks_of(weight: Tensor, tokens: int) -> Iterator[tuple[int, Tensor]]:
@@ -18,3 +38,15 @@ def blocks_of(weight: Tensor, tokens: int) -> Iterator[tuple[int, Tensor]]:
         height -= height % 128  # whole tiles
     for start in range(0, len(weight), height):
         yield start, weight[start : start + height]
+
+
+def logits_of(hidden: Tensor, block: Tensor, start: int, after: After) -> Tensor:
+    """Those of the head's rows `block` [B, H] from row `start` on, fp32 [N, B], for hidden [N, H]."""
+    logits = (hidden @ block.T).float()
+    if after.bias is not None:
+        logits += after.bias[start : start + len(block)].float()
+    if after.scale != 1.0:
+        logits *= after.scale
+    if after.cap is not None:
+        logits.div_(after.cap).tanh_().mul_(after.cap)
+    return logits

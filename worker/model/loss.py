@@ -8,8 +8,10 @@ Two losses, for different tokens of one pass: the cross entropy with the token t
 teacher's distribution (`worker.model.soft_targets`).
 
 Must not know: examples, the optimizer.
-Invariants: the loss of each token is that of `cross_entropy(head(hidden).float())` up to the order of sums; nothing of
-size [N, V] outlives a block; no gradient is computed that nobody asked for; without a teacher not a bit is other.
+Invariants: the loss of each token is that of `cross_entropy(head(hidden).float())` up to the order of sums, where the
+head does what the model's own forward does after the hidden states (`worker.model.output_head`); nothing of size [N, V]
+outlives a block; no gradient is computed that nobody asked for; without a teacher, or without anything after the
+product with the matrix, not a bit is other.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from worker.model.head_blocks import blocks_of
+from worker.model.head_blocks import PLAIN, After, blocks_of, logits_of
 from worker.model.soft_targets import Soft
 
 Keep = Callable[[Tensor, Tensor, int], None]
@@ -47,14 +49,20 @@ def linear_cross_entropy(
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, keep: Keep | None = None, soft: Soft | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    factors: Tensor,
+    keep: Keep | None = None,
+    soft: Soft | None = None,
+    after: After = PLAIN,
 ) -> HeadLoss:
     """hidden: [N, H]; weight: the head's [V, H], of the same dtype; targets: int64 [N]; factors: fp32 [N].
 
     keep: in backward it gets, block by block, what the head's gradient is the product of; the head then gets none.
-    soft: which of the tokens have a teacher, and what it expects there.
+    soft: which of the tokens have a teacher, and what it expects there. after: what follows the product.
     """
-    return HeadLoss(*_HeadLoss.apply(hidden, weight, targets, factors, keep, soft))
+    return HeadLoss(*_HeadLoss.apply(hidden, weight, after.bias, targets, factors, keep, soft, after))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -63,17 +71,19 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         factors: Tensor,
         keep: Keep | None,
         soft: Soft | None,
+        after: After,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = torch.arange(len(targets), device=hidden.device)  # [N]
         sums = torch.full((len(targets),), -torch.inf, device=hidden.device)  # log-sum-exp so far [N]
         own = torch.zeros_like(sums)  # the target's logit [N]
         top = None if soft is None else torch.zeros_like(soft.log_q[:, :-1])  # the listed words' logits [M, K]
         for start, block in blocks_of(weight, len(targets)):
-            logits = (hidden @ block.T).float()  # [N, B]
+            logits = logits_of(hidden, block, start, after)  # [N, B]
             inside = (targets >= start) & (targets < start + len(block))  # [N]
             column = (targets - start).clamp(0, len(block) - 1)
             if soft is None or top is None:
@@ -85,7 +95,7 @@ class _HeadLoss(torch.autograd.Function):
             top = torch.where(listed, logits[at], top)
             logits.index_put_(at, torch.where(listed, -torch.inf, 0.0), accumulate=True)  # what is left: all others
             sums = torch.logaddexp(sums, logits.logsumexp(1))
-        ctx.keep, ctx.soft = keep, soft
+        ctx.keep, ctx.soft, ctx.after = keep, soft, after
         if soft is None or top is None:
             nll = sums - own
             ctx.save_for_backward(hidden, weight, targets, factors, sums)
@@ -108,10 +118,12 @@ class _HeadLoss(torch.autograd.Function):
         are the probabilities of all others together, and r_j is that of the word among them."""
         hidden, weight, targets, factors, sums = ctx.saved_tensors[:5]
         soft: Soft | None = ctx.soft
-        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        after: After = ctx.after
+        to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if to_hidden else None  # [N, H]
         d_weight = torch.empty_like(weight) if to_weight and ctx.keep is None else None  # [V, H]
-        scale = (factors * outer)[:, None]  # [N, 1]
+        d_bias = torch.empty_like(after.bias) if to_bias and after.bias is not None else None  # [V]
+        scale = (factors * outer * after.scale)[:, None]  # [N, 1]
         rows = torch.arange(len(targets), device=hidden.device)
         plain = pull = None
         if soft is not None:
@@ -121,20 +133,25 @@ class _HeadLoss(torch.autograd.Function):
             scale = scale.index_copy(0, soft.rows, pull[:, -1:])
             sums = sums.index_add(0, soft.rows, log_p[:, -1])  # of all others alone
         for start, block in blocks_of(weight, len(targets)):
-            logits = (hidden @ block.T).float()  # [N, B]
+            logits = logits_of(hidden, block, start, after)  # [N, B]
+            slope = after.slope(logits)
             inside = (targets >= start) & (targets < start + len(block))
             column = (targets - start).clamp(0, len(block) - 1)
             if soft is None or pull is None or plain is None:
                 p = logits.sub_(sums[:, None]).exp_()
                 p[rows, column] -= inside.float()
-                d_logits = p.mul_(scale).to(hidden.dtype)  # [N, B]
+                p.mul_(scale)
             else:
                 listed, at = soft.within(start, len(block))
                 logits.index_put_(at, torch.where(listed, -torch.inf, 0.0), accumulate=True)
                 p = logits.sub_(sums[:, None]).exp_()
                 p[rows, column] -= (inside & plain).float()
                 p.mul_(scale).index_put_(at, torch.where(listed, pull[:, :-1], 0.0), accumulate=True)
-                d_logits = p.to(hidden.dtype)
+            if slope is not None:
+                p.mul_(slope)
+            d_logits = p.to(hidden.dtype)  # [N, B]
+            if d_bias is not None:
+                d_bias[start : start + len(block)] = p.sum(0)
             if d_hidden is not None:
                 d_hidden += d_logits @ block
             if d_weight is not None:
@@ -142,4 +159,4 @@ class _HeadLoss(torch.autograd.Function):
             elif ctx.keep is not None:
                 ctx.keep(d_logits, hidden, start)
         to = d_hidden.to(hidden.dtype) if d_hidden is not None else None
-        return to, d_weight, None, None, None, None
+        return to, d_weight, d_bias, None, None, None, None, None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.model.head_blocks import blocks_of
+from worker.model.head_blocks import PLAIN, After, blocks_of, logits_of
 
 TOP = 64
 """Words of a teacher that are told apart; TRL's default is 100. Part of the journal's format: a replay computes them
@@ -46,14 +46,15 @@ class Soft:
 
 
 @torch.no_grad()
-def teacher_targets(hidden: Tensor, weight: Tensor) -> Soft:
-    """hidden: [M, H], the last states before each token; weight: the head's [V, H]. NaN where hidden is not finite."""
+def teacher_targets(hidden: Tensor, weight: Tensor, after: After = PLAIN) -> Soft:
+    """hidden: [M, H], the last states before each token; weight: the head's [V, H]; after: what follows their product.
+    NaN where hidden is not finite."""
     count = min(TOP, len(weight) - 1)
     sums = torch.full((len(hidden),), -torch.inf, device=hidden.device)  # [M]
     best = torch.zeros(len(hidden), 0, device=hidden.device)  # the largest logits so far [M, <= K]
     ids = torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)
     for start, block in blocks_of(weight, len(hidden)):
-        logits = (hidden @ block.T).float()  # [M, B]
+        logits = logits_of(hidden, block, start, after)  # [M, B]
         sums = torch.logaddexp(sums, logits.logsumexp(1))
         values, columns = logits.topk(min(count, len(block)), 1)
         both, places = torch.cat([best, values], 1), torch.cat([ids, columns + start], 1)

@@ -18,9 +18,9 @@ from producer import keys
 from producer.connection import connect, redis_errors, safe_url
 from producer.errors import TandemError
 from producer.eviction import Eviction
-from worker.consumer.jobs import open_queue
+from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
-from worker.versions import ledger, lost_jobs
+from worker.versions import evaluations, ledger, lost_jobs
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
 from worker.versions.share_status import SHARE, kept, seconds_left
@@ -33,18 +33,24 @@ NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s",
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
 SHOWN_IDS = 5
+MEMORY = ("used_memory", "maxmemory", "evicted_keys")
+"""What is told of Redis' INFO."""
 RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
 
-def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
-    """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems."""
+def gather(redis_url: str, run_dir: Path, searched: int = lost_jobs.KEPT) -> dict[str, Any]:
+    """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems.
+
+    searched: how many ids of the queue are looked at for jobs that are gone.
+    """
     status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
     try:
-        with connect(redis_url, _impatient) as connection, redis_errors(safe_url(redis_url)):
+        with connect(redis_url, impatient) as connection, redis_errors(safe_url(redis_url)):
             connection.ping()
             status["redis"]["reachable"] = True
-            status |= _from_redis(connection)
+            reachable, found = status["redis"], _from_redis(connection, searched)
+            status |= found | {"redis": reachable | found["redis"]}
     except (TandemError, ValueError) as error:
         status["redis"] |= {"reachable": status["redis"]["reachable"] and not _away(error), "error": str(error)}
     status["server"] = _server(run_dir)
@@ -52,7 +58,7 @@ def gather(redis_url: str, run_dir: Path) -> dict[str, Any]:
     return status
 
 
-def _impatient(url: str, **options: Any) -> redis.Redis:
+def impatient(url: str, **options: Any) -> redis.Redis:
     client: redis.Redis = redis.Redis.from_url(
         url, **options | {"socket_timeout": SECONDS, "socket_connect_timeout": SECONDS}
     )
@@ -63,12 +69,13 @@ def _away(error: Exception) -> bool:
     return isinstance(error.__cause__, redis.ConnectionError | redis.TimeoutError)
 
 
-def _from_redis(connection: redis.Redis) -> dict[str, Any]:
+def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
     queue = open_queue(connection)
     known = ledger.state(connection)
     raw: dict[bytes, bytes] = connection.hgetall(keys.STATE)  # type: ignore[assignment]
     said = {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
-    counts = {"queued": queue.count}
+    queued = queue.count
+    counts = {"queued": queued}
     for name, registry in REGISTRIES.items():
         counts[name] = registry(queue=queue).get_job_count(cleanup=False)
     update = {name: float(said[name]) for name in NUMBERS if name in said}
@@ -77,16 +84,22 @@ def _from_redis(connection: redis.Redis) -> dict[str, Any]:
         update[RATIO] = float(manifest[RATIO])
     how = {name: manifest[name] for name in HOW if name in manifest}
     at = said.get("at") if known.version else None
-    asked = Eviction.of(redis_info(connection))
+    info = redis_info(connection)
+    asked = Eviction.of(info)
     eviction = asked if asked.known else Eviction.of(said)
-    lost = lost_jobs.since(connection, LOST_HOURS) + lost_jobs.queued_without_job(connection)
+    lost = lost_jobs.since(connection, LOST_HOURS) + lost_jobs.queued_without_job(connection, searched)
     return {
+        "redis": {name: int(info[name]) for name in MEMORY if info.get(name, "").isdecimal()},
         "queue": counts,
+        "oldest_job_s": oldest_job_s(queue) if queued else 0.0,
+        "ledger": connection.hlen(keys.LEDGER),
         "version": known.version,
         "lineage": known.lineage,
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
-        "eviction": {"policy": str(eviction), "problem": eviction.problem},
+        "canary_loss": _number(said.get("canary_loss")),
+        "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
+        "eviction": {"name": eviction.policy, "policy": str(eviction), "problem": eviction.problem},
         "lost": sorted(set(lost)),
         "hold": said.get(REASON),
     }
@@ -130,7 +143,7 @@ def _server(run_dir: Path) -> dict[str, Any]:
     from worker.serving.control_client import server_state
 
     try:
-        return {"run_dir": str(run_dir), **server_state(run_dir)}
+        return {"run_dir": str(run_dir), **server_state(run_dir, SECONDS)}
     except (TandemError, OSError) as error:
         return {"run_dir": str(run_dir), "state": "unreachable", "reason": str(error)}
 

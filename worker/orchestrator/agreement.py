@@ -13,7 +13,7 @@ from worker.checkpoint.snapshots import Trained
 from worker.config.protocol import UnavailableError
 from worker.consumer.settlement import settle_with_rq
 from worker.orchestrator.recovery import mend_redis, take_note, take_over
-from worker.orchestrator.reports import sentence
+from worker.orchestrator.reports import Tell, log_report
 from worker.orchestrator.session import Session
 from worker.versions import ledger
 from worker.versions.reconcile import reconcile
@@ -28,11 +28,12 @@ class RedisBehindError(UnavailableError):
     """Redis does not know a version that is in the weights."""
 
 
-def agree(connection: redis.Redis, session: Session, *, new_lineage: bool = False) -> None:
-    """Redis, weights and state directory tell one story afterwards; it is logged. Call it with the worker lock held."""
+def agree(connection: redis.Redis, session: Session, *, new_lineage: bool = False, tell: Tell = log_report) -> None:
+    """Redis, weights and state directory tell one story afterwards; `tell` and the log hear it. Call it with the worker
+    lock held."""
     manager, header = session.manager, session.weights.header
     for report in mend_redis(connection, manager, header.fields()):
-        log.info(sentence(report))
+        tell(report)
     for line in reconcile(
         connection,
         header.fields(),
@@ -43,7 +44,7 @@ def agree(connection: redis.Redis, session: Session, *, new_lineage: bool = Fals
     ):
         log.info(line)
     if written := take_note(manager, partial(_everybody, connection)):
-        log.info(sentence(written))
+        tell(written)
 
 
 def confirm(connection: redis.Redis, session: Session) -> None:

@@ -1,6 +1,6 @@
 """What Redis holds of one user, and taking it out: records of completions, opinions, jobs with their transcripts.
 
-A user is found by what applications put into a transcript's meta (`{"user": ...}`), by the `user` of recorded
+A user is found by what applications put into a transcript's meta (producer/users.py), by the `user` of recorded
 requests, and by the digests that feedback leaves (producer/opinions.py).
 
 Must not know: torch.
@@ -8,7 +8,7 @@ Invariants: what is said of a user is found as long as any trace of it is left, 
 of shared ratings stay.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,12 +23,13 @@ from rq.registry import (
     ScheduledJobRegistry,
 )
 
-from producer import completions, keys
+from producer import completions, keys, users
 from producer.completions import Completion
 from producer.errors import UnknownCompletionError
 from producer.exchange import run
 from producer.jobs import results_key
-from producer.opinions import Opinion, Source, give
+from producer.opinions import Opinion, Source, give, remembered
+from producer.progress import progress
 from producer.said import Said, user_digest
 from producer.serializer import MsgpackSerializer
 from worker.consumer.jobs import open_queue
@@ -62,12 +63,17 @@ class Found:
 
 def look(connection: redis.Redis, user: str) -> Found:
     """Everything that Redis has of `user`. Reads all names of jobs and all records: it may take a while."""
+    with progress("looking for the user", unit="names") as shown:
+        return _look(connection, user, shown.advance)
+
+
+def _look(connection: redis.Redis, user: str, looked: Callable[[int], object]) -> Found:
     found, name = Found(user), user_digest(user)
     for job_id, raw in connection.hscan_iter(keys.FEEDBACK_USERS, count=1000):
         source = Source.unpack(raw)
         if _is_of(source, name):
             found.sources[job_id.decode(errors="replace")] = source
-    jobs = set(_by_meta(connection, user))
+    jobs = set(_by_meta(connection, user, looked))
     ids = sorted(jobs | found.sources.keys())
     queue = open_queue(connection)
     in_queue = {raw.decode(errors="replace") for raw in connection.lrange(queue.key, 0, -1)}  # type: ignore[union-attr]
@@ -101,9 +107,11 @@ def take_out(connection: redis.Redis, found: Found, still: Sequence[str] = ()) -
     name = user_digest(found.user)
     others = {source.key for source in found.sources.values() if source.asked != name}
     alive = {key for key in others if _retract(connection, key, name)}
-    for job_id in [*found.waiting, *found.stored]:
-        if not (job_id in found.shared and found.sources[job_id].key in alive):
-            _delete_job(connection, job_id)
+    with progress("taking out of Redis", len(found.waiting) + len(found.stored), "transcripts") as shown:
+        for job_id in [*found.waiting, *found.stored]:
+            if not (job_id in found.shared and found.sources[job_id].key in alive):
+                _delete_job(connection, job_id)
+            shown.advance()
     for key in {source.key for source in found.sources.values()}:
         _unsay(connection, key, name)
     for key in found.records:
@@ -116,8 +124,8 @@ def take_out(connection: redis.Redis, found: Found, still: Sequence[str] = ()) -
             connection.hdel(keys.FEEDBACK_USERS, *gone)
 
 
-def _by_meta(connection: redis.Redis, user: str) -> Iterator[str]:
-    """Ids of jobs whose application said in their meta that they are the user's."""
+def _by_meta(connection: redis.Redis, user: str, looked: Callable[[int], object]) -> Iterator[str]:
+    """Ids of jobs whose application said in their meta that they are the user's. looked: told how many were read."""
     prefix = Job.key_for("").encode()
     for part in _parts(connection.scan_iter(match=prefix + b"*", count=1000, _type="hash")):
         with connection.pipeline(transaction=False) as pipe:
@@ -125,17 +133,16 @@ def _by_meta(connection: redis.Redis, user: str) -> Iterator[str]:
                 pipe.hget(key, "meta")
             metas = pipe.execute(raise_on_error=False)
         for key, raw in zip(part, metas, strict=True):
-            if isinstance(raw, bytes) and _user_in(raw) == user:
+            if isinstance(raw, bytes) and user in _users_in(raw):
                 yield key.removeprefix(prefix).decode(errors="replace")
+        looked(len(part))
 
 
-def _user_in(raw: bytes) -> str | None:
+def _users_in(raw: bytes) -> tuple[str, ...]:
     try:
-        meta = MsgpackSerializer.loads(raw)
+        return users.of(MsgpackSerializer.loads(raw))
     except ValueError:
-        return None
-    named = meta.get("user") if isinstance(meta, dict) else None
-    return str(named) if isinstance(named, str | int) else None
+        return ()
 
 
 def _records(connection: redis.Redis) -> Iterator[Completion]:
@@ -171,10 +178,9 @@ def _unsay(connection: redis.Redis, key: str, name: str) -> None:
     """Take the user out of what is remembered of an answer."""
 
     def change(pipe: Any) -> None:
-        raw = pipe.get(keys.said(key))
-        said = Said.unpack(raw)
+        said = Said.unpack(run(remembered(pipe, keys.said(key))))
         pipe.multi()
-        if raw is not None and said.forget(name):
+        if said.forget(name):
             pipe.set(keys.said(key), said.pack(), keepttl=True)
 
     connection.transaction(change, keys.said(key))

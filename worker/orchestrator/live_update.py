@@ -192,11 +192,13 @@ class LiveUpdate:
             ready.id: JobResult(version, gradients.nll[ready.id], ready.example.report) for ready in computed.new
         }
         update = Update(version, header.lineage, self._manifest(computed, version), results, computed.rejected)
+        started = time.monotonic()
         try:
             step = self.session.trainer.optimizer.step_count
             self.session.manager.before(update, computed.trained, self.session.h, step)
         except JournalError as error:
             raise UnavailableError(str(error)) from error
+        update.manifest["journal_s"] = time.monotonic() - started
         return update
 
     def _manifest(self, computed: Computed, version: int) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 Only what logs or prints calls `sentence`; everybody else passes the facts on.
 """
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -12,6 +14,8 @@ from worker.checkpoint.checkpoint_writer import NotWritten, Written
 from worker.checkpoint.journal import TornTail
 from worker.checkpoint.rebuild import Compared, Rebuilt
 from worker.checkpoint.snapshots import HalfRemoved, NoFiles
+
+log = logging.getLogger("tandem")
 
 Report = Any
 """Any of the dataclasses that `sentence` knows."""
@@ -115,6 +119,16 @@ class CanaryNotScored:
 @dataclass(frozen=True)
 class NothingPassed:
     """No version passed the canary before: there is none to go back to."""
+
+
+Tell = Callable[[Report], None]
+"""Is given what was done."""
+
+
+def log_report(report: Report) -> None:
+    """One line of the log."""
+    held = isinstance(report, CanaryFailed | CanaryNotScored)
+    log.log(logging.ERROR if held else logging.INFO, "%s%s", "training is paused: " if held else "", sentence(report))
 
 
 @singledispatch

@@ -6,11 +6,11 @@
 
 `tandem worker`, `tandem rollback` and `tandem train --attach` begin with one.
 Invariants: whoever has a session is the server's only trainer; its weights are whole (torn or restarted ones were
-brought back before); nothing is missing in it and nothing is put into it later.
+brought back before), and its trainer's loss is the model's own and the server's; nothing is missing in it and nothing
+is put into it later.
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,9 @@ from worker.config.retention import Policy
 from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
+from worker.orchestrator.attach_proof import prove
 from worker.orchestrator.recovery import mend_weights
-from worker.orchestrator.reports import sentence
+from worker.orchestrator.reports import Tell, log_report
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights, attach
 from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
@@ -39,8 +40,6 @@ from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 from worker.versions import ledger
-
-log = logging.getLogger("tandem")
 
 
 @dataclass
@@ -81,12 +80,14 @@ def open_session(
     new_lineage: bool = False,
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
     max_tokens: int = MAX_TOKENS,
+    tell: Tell = log_report,
 ) -> Iterator[Session]:
     """A session with the server of `run_dir`, until the end of the block.
 
     Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
     state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
-    was asked. max_tokens: most of a version. The server says which optimizer: `TandemError` where `h` asks for another.
+    was asked. max_tokens: most of a version. tell: hears what was brought back. The server says which optimizer:
+    `TandemError` where `h` asks for another.
     """
     torch_setup.prepare()
     with contextlib.ExitStack() as stack:
@@ -123,7 +124,8 @@ def open_session(
         )
         manager = stack.enter_context(contextlib.closing(CheckpointManager(state, weights, make, room, policy)))
         for report in mend_weights(manager, control, known, new_lineage=new_lineage):
-            log.info(sentence(report))
+            tell(report)
         trainer = make(h)
         warm(trainer, chosen.replayed)
+        prove(trainer, weights, control, tokenizer)
         yield Session(control, weights, manager, builder, trainer, h, settings)

@@ -24,7 +24,7 @@ from worker.orchestrator.canary import Canary, CanaryStep, load
 from worker.orchestrator.dislikes import DislikeGuard
 from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.reference_set import reference_examples
-from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, Report, sentence
+from worker.orchestrator.reports import Tell, log_report
 from worker.orchestrator.rollback import roll_back
 from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
@@ -39,7 +39,7 @@ class WorkerLoop:
     """Of one session, whose weights agree with Redis and the state directory; `lock` is held.
 
     until_empty: stop when the queue is empty. threads: of the CPU; None: as torch has them. hooks, limits:
-    `BatchWorker`'s.
+    `BatchWorker`'s. tell: is given what was done besides.
     """
 
     def __init__(
@@ -52,10 +52,12 @@ class WorkerLoop:
         *,
         until_empty: bool,
         hooks: Sequence[Hooks],
+        tell: Tell = log_report,
         **limits: Any,
     ) -> None:
         self.connection, self.session, self.lock = connection, session, lock
         self.until_empty, self.hooks, self.limits = until_empty, hooks, limits
+        self.tell = tell
         rehearsal = ReplayBuffer(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
         self.update = LiveUpdate(
             session,
@@ -67,7 +69,7 @@ class WorkerLoop:
         )
         canary = Canary.of(guards, session.builder, self._score)
         going_back = self._go_back if guards.auto_rollback else None
-        self.canary = CanaryStep(canary, connection, going_back, _tell) if canary is not None else None
+        self.canary = CanaryStep(canary, connection, going_back, tell) if canary is not None else None
         self.told = 0.0
         share_status.start(connection, self.update.cost.budget)
 
@@ -87,7 +89,7 @@ class WorkerLoop:
                 log.warning("%s; it gets them from the journal", error)
                 if said := self.lock.acquire():
                     log.info(said)
-                agree(self.connection, self.session)
+                agree(self.connection, self.session, tell=self.tell)
 
     def _worker(self) -> BatchWorker:
         worker = BatchWorker(
@@ -111,7 +113,7 @@ class WorkerLoop:
             self.connection, burst=self.until_empty, stopping=lambda: worker.stop_requested, tell=log.warning
         )
         if report := self.session.manager.checkpoints.write_if_due():
-            log.info(sentence(report))
+            self.tell(report)
 
         def stopping() -> bool:
             nothing_left = self.until_empty and not worker.batcher.hands and not worker.queue.count
@@ -130,7 +132,7 @@ class WorkerLoop:
         """`version` again, live and committed; the version that it is now."""
         try:
             for report in roll_back(self.connection, self.session, version, reason="the canary set's loss"):
-                log.info(sentence(report))
+                self.tell(report)
         except redis.RedisError:
             self.update.remember()
             confirm(
@@ -148,9 +150,3 @@ def _dislike_guard(settings: GuardSettings, session: Session) -> DislikeGuard[Te
     builder = session.builder
     examples = reference_examples(builder) if settings.canary is None else load(settings.canary, builder)
     return DislikeGuard(examples, lambda: session.trainer, settings.dislikes_bound)
-
-
-def _tell(report: Report) -> None:
-    level = logging.ERROR if isinstance(report, CanaryFailed | CanaryNotScored) else logging.INFO
-    held = "training is paused: " if level == logging.ERROR else ""
-    log.log(level, "%s%s", held, sentence(report))

@@ -5,6 +5,7 @@ which gives the pause back: the server then judges by the header what was left.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -111,6 +112,11 @@ class ServerControl:
         if self._taken is not None:
             self._longest = max(self._longest, time.monotonic() - self._taken)
 
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """The engine's own log-probability, in nats, of each of `ids` but the first: 2 to MAX_ROW token ids. It is
+        computed as any request is, beside those that run. ServerError when the server cannot, or not in time."""
+        return [float(one) for one in self._ask({"op": "score", "ids": list(ids)})["logprobs"]]
+
     def state(self) -> dict[str, Any]:
         """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),
         "reason"?, "trainer": {"name", "pid", "since"} | None,
@@ -152,11 +158,23 @@ class ServerControl:
         self.close()
 
 
-def server_state(run_dir: Path | str) -> dict[str, Any]:
-    """The state of the server of `run_dir`, as `ServerControl.state`, asked by somebody who is not the trainer."""
-    with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), CONNECT_SECONDS) as sock:
-        unix_socket.send(sock, {"op": "state"})
+def server_state(run_dir: Path | str, timeout: float = CONNECT_SECONDS) -> dict[str, Any]:
+    """The state of the server of `run_dir`, as `ServerControl.state`, asked by somebody who is not the trainer.
+    timeout: seconds."""
+    return _ask_once(run_dir, "state", timeout)
+
+
+def server_rendering(run_dir: Path | str) -> dict[str, Any]:
+    """How the server of `run_dir` turns messages into prompts, as `ServerControl.rendering`, asked by somebody who is
+    not the trainer. ServerGoneError from an older Tandem's server, too."""
+    rendering: dict[str, Any] = _ask_once(run_dir, "rendering", CONNECT_SECONDS)["rendering"]
+    return rendering
+
+
+def _ask_once(run_dir: Path | str, op: str, timeout: float) -> dict[str, Any]:
+    with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), timeout) as sock:
+        unix_socket.send(sock, {"op": op})
         answer = unix_socket.receive(sock)
     if answer is None or "error" in answer:
-        raise ServerGoneError(f"the server of {run_dir} did not say its state: {answer}")
+        raise ServerGoneError(f"the server of {run_dir} did not say its {op}: {answer}")
     return answer

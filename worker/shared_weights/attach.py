@@ -24,7 +24,7 @@ from worker.shared_weights.header import CLEAN, Header
 from worker.shared_weights.slices import FLOAT32_PARAMETERS, Slice
 from worker.shared_weights.spot_check import checkpoint_dir, spot_check, untrained_names
 from worker.shared_weights.weights_client import read_header
-from worker.utils import torch_setup
+from worker.utils import supported_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ def attach(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
     Raises WireError (no server), VersionError, SharingError (memory) or AttachError (mapping, dtypes, values). While
     the weights are those of the checkpoint (version 0), pieces of every tensor are compared with it.
     """
-    torch_setup.check_versions("torch", "transformers")
+    supported_versions.check_versions("torch", "transformers")
     info, pid = weights_client.ask(run_dir, "describe", timeout)
     _check_server(info, pid)
     opener = opener_for(info["memory"])
@@ -85,17 +85,16 @@ def attach(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
     header = Header(areas["header"])
     _check_lineage(header, info)
     model_path = checkpoint_dir(info["model"], info["revision"])
-    sources = {piece["name"]: piece["source"] for piece in info["slices"]}
     untouched = header.version == 0 and header.state == CLEAN
     if info["load_format"] != "dummy" and untouched:
-        spot_check(model_path, tensors, sources)
-    frozen = [*info["frozen"], *untrained_names(model_path, sources)]
+        spot_check(model_path, tensors)
+    frozen = [*info["frozen"], *untrained_names(model_path, tensors)]
     kept = {key: value for key, value in info.items() if key not in _CONSUMED}
     return AttachedWeights(header, RecordArea(areas["record"]), areas["state"], tensors, frozen, model_path, kept)
 
 
 def _check_server(info: dict[str, Any], pid: int) -> None:
-    supported = torch_setup.SUPPORTED["vllm"]
+    supported = supported_versions.SUPPORTED["vllm"]
     version = Version(Version(info["versions"]["vllm"]).base_version)
     if version < Version(supported.first) or (supported.below is not None and version >= Version(supported.below)):
         raise AttachError(

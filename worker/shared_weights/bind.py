@@ -1,7 +1,8 @@
 """transformers' text model on tensors that somebody else owns.
 
-Invariants: no parameter's data is copied or moved; nothing of the model is left on the meta device. Must not know:
-sockets, the server.
+Invariants: no parameter's data is copied or moved, nor written: what transformers computes for itself (rotary
+frequencies, the scale of embeddings) is made while all parameters are still on the meta device. Nothing of the model is
+left there. No dropout: the same weights give the same loss. Must not know: sockets, the server.
 """
 
 from __future__ import annotations
@@ -25,12 +26,7 @@ def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: A
     In training mode, every parameter with requires_grad. Shapes must match; each tensor keeps its dtype (A_log stays
     fp32). `options` go to `from_config`, e.g. attn_implementation. `AttachError` names what does not fit.
     """
-    torch_setup.prepare()  # before transformers looks at torchvision
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
+    model = _on_meta(model_path, **options)
     expected = dict(model.named_parameters())
     if missing := sorted(expected.keys() - tensors.keys()):
         raise AttachError(f"the server has no weights for {missing[0]} ({len(missing)} such): {_mismatch(model_path)}")
@@ -40,11 +36,36 @@ def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: A
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(parameter.shape)} in transformers, {tuple(tensors[name].shape)} in the server"
             raise AttachError(f"{name} is {shapes}: {_mismatch(model_path)}")
-    device = next(iter(tensors.values())).device
+    compute_buffers(model, next(iter(tensors.values())).device)
     _bind(model, tensors)
-    _rebuild_rotary(model, device)
     _refuse_meta(model)
-    return model.train()
+    return without_dropout(model).train()
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, which drops nothing in training either."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):  # read by attention layers, which have no module for it
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def text_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
+    """The parameters of the text model that `model_path`'s config describes: name -> shape, tied ones once."""
+    return {name: tuple(parameter.shape) for name, parameter in _on_meta(model_path).named_parameters()}
+
+
+def _on_meta(model_path: Path, **options: Any) -> PreTrainedModel:
+    torch_setup.prepare()  # before transformers looks at torchvision
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
+    return model
 
 
 def _bind(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -60,12 +81,34 @@ def _bind(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             module.register_parameter(key, bound[id(parameter)])
 
 
-def _rebuild_rotary(model: nn.Module, device: torch.device) -> None:
-    """Rotary embeddings hold computed buffers, which a model built on meta lacks."""
-    for module in list(model.modules()):
-        for key, child in list(module.named_children()):
-            if key.endswith("rotary_emb"):
-                setattr(module, key, type(child)(child.config).to(device))
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give every buffer of `model`, whose parameters are on the meta device, its values, by its own `_init_weights`.
+
+    `AttachError` names one that the checkpoint would have, or that transformers does not compute. It is asked twice,
+    over buffers full of 0 and of 1: one that it leaves alone differs.
+    """
+    names = [name for name, _ in model.named_non_persistent_buffers()]
+    if stored := sorted({name for name, _ in model.named_buffers()} - set(names)):
+        raise AttachError(
+            f"buffer {stored[0]} of transformers' model has no data and the server shares none for it: the checkpoint"
+            " has it, and it is no parameter, so this model cannot be trained here"
+        )
+    owners = {name.rpartition(".")[0] for name in names}
+    found: list[dict[str, torch.Tensor]] = []
+    for fill in (0, 1):
+        for name in names:
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._buffers[key] = torch.full_like(module._buffers[key], fill, device=device)
+        for owner in sorted(owners):
+            model._init_weights(model.get_submodule(owner))
+        found.append({name: model.get_buffer(name).clone() for name in names})
+    for name in names:
+        if not torch.equal(found[0][name], found[1][name]):
+            raise AttachError(
+                f"buffer {name} of transformers' model is not in the checkpoint, and transformers does not say what is"
+                " in it: this model cannot be trained here"
+            )
 
 
 def _refuse_meta(model: nn.Module) -> None:

@@ -3,9 +3,10 @@
     with growing_segments():                                          # around the first allocation
     keep_within(settings, device)                                     # to what --memory says
     chosen = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
-    warm(trainer, chosen.replayed)                                    # with a progress bar; logs what it cost
+    warm(trainer, chosen.replayed)                                    # says how far it is; logs what it cost
 
-On a CPU there is nothing to plan, and transformers' own code runs as it is. Must not know: Redis, the header, versions.
+On a CPU there is nothing to plan, and transformers' own code runs as it is, with an attention that knows all that the
+model's layers ask for. Must not know: Redis, the header, versions.
 Invariants: what does not fit is refused here, with numbers, before anything is trained; with --memory torch's part of
 this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
 """
@@ -13,7 +14,6 @@ this process is held to it, and CUDA's own is taken to be CONTEXT_BYTES.
 import gc
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from producer.progress import progress
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
@@ -41,7 +40,7 @@ from worker.memory.planner import (
     longest_by_factors,
     make_plan,
 )
-from worker.model import fuse
+from worker.model import fuse, settle_attention
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.parallel_compile import parallel_compile
 from worker.trainer.trainer import Trainer
@@ -93,6 +92,7 @@ def choose_way(
     max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError, ConfigError.
     """
     if device.type == "cpu":
+        settle_attention(model)
         return Chosen("burst" if settings.apply == "auto" else settings.apply)
     config = TextConfig.read(model_path / "config.json")
     sizes = sizes_up_to(max(max_tokens, h.max_length))
@@ -151,22 +151,14 @@ def keep_within(settings: ApplySettings, device: torch.device) -> None:
 
 
 def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
-    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens, under a progress bar where somebody
-    looks."""
+    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens; says how far it is."""
     if trainer.device.type == "cpu":
         return
-    columns = (TextColumn("warm-up"), BarColumn(), TextColumn("{task.fields[what]}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("warm-up", what="")
+    with progress("warm-up", unit="shapes") as shown:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
             with parallel_compile() as compiled:
-                report = warm_up(
-                    trainer,
-                    lambda done, all, what: progress.update(task, completed=done, total=all, what=what),
-                    replayed,
-                )
+                report = warm_up(trainer, shown.at, replayed)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
     gc.collect()

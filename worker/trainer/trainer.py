@@ -27,6 +27,7 @@ from worker.memory.planner import Way
 from worker.model.gradient_factors import factors_of
 from worker.model.inputs import model_inputs
 from worker.model.loss import HeadLoss, head_loss
+from worker.model.output_head import OutputHead, head_of
 from worker.trainer.captured_row import CapturedRow
 from worker.trainer.captured_rows import rows_of
 from worker.trainer.device_time import DeviceTime
@@ -66,8 +67,8 @@ class Trainer:
         by_factors: int = 0,
     ) -> None:
         self.model: Any = model
-        self.body: Any = model.model
-        self.head: Any = model.lm_head
+        self.body: Any = self.model.base_model
+        self.head: OutputHead = head_of(model)
         self.optimizer = optimizer
         self.pad_id = pad_id
         self.lr = lr
@@ -245,7 +246,7 @@ class Trainer:
         without gradients. A replay repeats it bit for bit."""
         teachers = Teachers(examples)
         for batch in self._batches(teachers.reading) if teachers.reading else []:
-            teachers.add(batch, self._hidden(batch), self.head.weight)
+            teachers.add(batch, self._hidden(batch), self.head.weight, self.head.after)
         return teachers
 
     @torch.no_grad()
@@ -345,7 +346,7 @@ class Trainer:
         soft = teachers.of(batch)
         picked = self._hidden(batch)  # [N, H]
         keep = self.sweep.factors.head_keeper(self.head.weight)
-        return head_loss(picked, self.head.weight, targets, each, keep, soft)
+        return head_loss(picked, self.head.weight, targets, each, keep, soft, self.head.after)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states before each trained token: [N, H]."""

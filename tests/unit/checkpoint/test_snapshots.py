@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from producer.progress import Progress
 from worker.checkpoint import model_directory
 from worker.checkpoint.snapshots import HalfRemoved, SnapshotError, Snapshots, Trained
 from worker.checkpoint.state_dir import StateDir, StateError
@@ -23,7 +24,8 @@ def tensors(tiny_model: Path) -> dict[str, torch.Tensor]:
     with safe_open(tiny_model / "model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(name).to(torch.float32 if name.endswith("A_log") else torch.bfloat16)
-            found[model_directory.text_name(name)] = tensor + 0.123456789 if name.endswith("A_log") else tensor * 1.5
+            text = name.replace("model.language_model.", "model.", 1)
+            found[text] = tensor + 0.123456789 if name.endswith("A_log") else tensor * 1.5
     return found
 
 
@@ -52,6 +54,19 @@ def test_what_is_restored_is_what_was_written_bit_for_bit(
     assert all(torch.equal(found[name], tensors[name]) for name in tensors) and torch.equal(area, state)
     assert any(name.endswith("A_log") for name in tensors), "or the fp32 tensors were not tried"
     assert (said.version, said.lineage) == (7, "b" * 32) and snapshots.trained(7) == WHO
+
+
+def test_writing_and_checking_say_how_far_they_are(
+    snapshots: Snapshots, tensors: dict[str, torch.Tensor], state: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[str, float, float | None]] = []
+    monkeypatch.setattr(Progress, "__exit__", lambda one, *_: shown.append((one.label, one.done, one.total)))
+    monkeypatch.setattr(Progress, "__enter__", lambda one: one)
+    snapshots.write(7, "b" * 32, tensors, state, WHO)
+    snapshots.check(7)
+    (written, done, total), (checked, files, all_files) = shown
+    assert written == "checkpoint of version 7" and total and 0.9 < done / total < 1.1
+    assert checked == "checking the checkpoint of version 7" and files == all_files == len(snapshots.describe(7).files)
 
 
 def test_a_checkpoint_loads_like_its_source(

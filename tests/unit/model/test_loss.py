@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from worker.model import head_blocks as module
+from worker.model.head_blocks import After, logits_of
 from worker.model.loss import head_loss, linear_cross_entropy
 from worker.model.soft_targets import TOP, Soft, teacher_targets
 
@@ -159,3 +160,46 @@ def test_the_divergence_is_trl_s() -> None:
     found = head_loss(student, torch.eye(200), torch.zeros(5, dtype=torch.int64), torch.ones(5), soft=soft)
     trl = [7.890847227252906, 6.229340014747665, 5.870771327183606, 7.707610331592776, 5.675950255490772]
     assert found.divergence.tolist() == pytest.approx(trl, rel=1e-5)
+
+
+# What follows the product with the head
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize(
+    "after", [After(0.25), After(1.0, 1.5), After(2.0, 3.0), After(0.5, None, torch.ones(1))], ids=str
+)
+def test_scale_cap_and_bias_are_torch_s(blocks: int, after: After, taught: bool) -> None:
+    hidden, weight, targets, factors = inputs(torch.float32)
+    bias = None
+    if after.bias is not None:
+        bias = torch.randn(WORDS, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        after = After(after.scale, after.cap, bias)
+    rows = torch.tensor([1, 3, 8, 12])
+    soft = teacher_targets(teacher(torch.float32, weight), weight.detach(), after).at(rows, torch.arange(4))
+    found = head_loss(hidden, weight, targets, factors, soft=soft if taught else None, after=after)
+    found.loss.backward()
+    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+    ours = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    z = (hidden @ weight.T + (0 if bias is None else bias)) * after.scale
+    log_p = (z if after.cap is None else after.cap * torch.tanh(z / after.cap)).log_softmax(1)
+    each = nll = -log_p.gather(1, targets[:, None])[:, 0]
+    if taught:
+        q = soft.log_q.detach()
+        each = nll.index_copy(0, rows, (q.exp() * (q - lumped(log_p[rows], soft.ids))).sum(1))
+    (each * factors).sum().backward()
+    torch.testing.assert_close(found.nll, nll.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, (each * factors).sum(), rtol=1e-4, atol=1e-5)
+    for mine, leaf in zip(ours, leaves, strict=True):
+        assert mine is not None and leaf.grad is not None
+        assert (mine - leaf.grad).abs().max() <= 1e-4 * leaf.grad.abs().max()
+
+
+def test_a_teacher_is_read_after_scale_and_cap() -> None:
+    _, weight, _, _ = inputs(torch.float32)
+    hidden, after = teacher(torch.float32, weight), After(0.5, 2.0)
+    soft = teacher_targets(hidden, weight.detach(), after)
+    log_q = logits_of(hidden, weight.detach(), 0, after).log_softmax(1)
+    torch.testing.assert_close(soft.log_q, lumped(log_q, soft.ids), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from producer.errors import InvalidTranscriptError
 from producer.opinions import Opinion, Source
-from producer.said import DIGEST, MAX_USERS, Said, digest, user_digest
+from producer.said import DIGEST, MAX_SIZE, MAX_USERS, Said, digest, user_digest
 
 names = st.sampled_from(["", user_digest("a"), user_digest("b"), user_digest("c")])
 numbers = st.sampled_from([1.0, -1.0, 0.5, -0.5, 0.0]) | st.floats(-1, 1)
@@ -52,6 +52,15 @@ def test_what_nearly_is_what_was_said_is_read_or_nothing(value: tuple[object, ..
     except (OverflowError, ValueError):
         return
     check(raw)
+
+
+def test_all_that_may_be_said_fits_what_is_read() -> None:
+    users = [user_digest(f"u{at}") for at in range(MAX_USERS)]
+    texts = {f"correction:{user}": (2**31 - 1, digest(user)) for user in users}
+    full = Said(2**31 - 1, dict.fromkeys(users, -0.1), True, texts)
+    assert len(full.pack()) < MAX_SIZE and Said.unpack(full.pack()) == full
+    assert Said.unpack(Said(texts={"x:": (0, "x")}).pack()).texts
+    assert Said.unpack(Said(texts={f"{'x' * MAX_SIZE}:": (0, "x")}).pack()) == Said()
 
 
 def check(raw: bytes | None) -> None:

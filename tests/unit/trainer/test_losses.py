@@ -21,6 +21,7 @@ from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, TokenSequence
 from worker.memory.planner import Way
+from worker.model.output_head import head_of
 from worker.model.soft_targets import TOP
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.losses import BY_KIND, Answers, Kind, has_teacher, imitates
@@ -300,7 +301,7 @@ def test_what_is_not_finite_is_left_out_and_the_others_are_trained(
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[poisoned] = math.inf
         trainer.model.lm_head.weight = torch.nn.Parameter(torch.ones_like(trainer.model.lm_head.weight))
-    trainer.head = trainer.model.lm_head
+    trainer.head = head_of(trainer.model)
     found = trainer.begin([examples[kind], other])
     assert set(found.rejected) == {kind} and "not finite" in found.rejected[kind] and set(found.nll) == {"other"}
 

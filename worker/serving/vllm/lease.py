@@ -154,6 +154,7 @@ class Leases:
                 if self._lease is not lease or self._state.ended:
                     return
                 lease.overdue = True
+                self._state.lease_overdue()
                 silent = f"{lease.holder} was silent for longer than its lease of {lease.seconds:g} s"
                 torn = (
                     f"the weights are half written: {silent} while it wrote version {{next}}. The server goes on when"

@@ -67,8 +67,8 @@ def rendering(args: Any) -> dict[str, Any]:
 
 
 class TandemEndpoints:
-    """`vllm.endpoint_plugins`: GET /weights/version, the versions in answers, the control socket, and, where they are
-    asked for, completions that are kept and /v1/feedback."""
+    """`vllm.endpoint_plugins`: GET /weights/version, the versions in answers, the control socket, our metrics, and,
+    where they are asked for, completions that are kept and /v1/feedback."""
 
     name = "tandem"
     required_tasks = ("generate",)
@@ -93,8 +93,9 @@ class TandemEndpoints:
         options = FeedbackOptions.of(os.environ)
         if options.any:
             from worker.serving.vllm.feedback.service import FeedbackService
+            from worker.serving.vllm.server_metrics import of_process
 
-            self._feedback = FeedbackService(options)
+            self._feedback = FeedbackService(options, of_process())
             self._feedback.attach(app, lambda: self._state)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -104,6 +105,7 @@ class TandemEndpoints:
         from worker.serving.cache_policy import CachePolicy
         from worker.serving.vllm import private_api
         from worker.serving.vllm.control_server import Control
+        from worker.serving.vllm.server_metrics import of_process
         from worker.serving.vllm.server_state import ServerState
         from worker.shared_weights.weights_client import read_header
         from worker.utils import unix_socket
@@ -112,6 +114,7 @@ class TandemEndpoints:
         header = await asyncio.get_running_loop().run_in_executor(None, read_header, run_dir)
         policy = CachePolicy.of(os.environ)
         server = self._state = ServerState(header["lineage"], header["version"], policy.prefix_max_age)
+        of_process().watch(server)
         private_api.salt_requests(engine_client, server.prefixes.salt)
         if self._feedback is not None:
             from worker.serving.vllm.feedback.samples import CURRENT
@@ -120,7 +123,8 @@ class TandemEndpoints:
             raw = wanted.record > 0 and private_api.watch_samples(engine_client, CURRENT.get, wanted.logprobs)
             self._feedback.start(raw)
         progress = private_api.progress_of(engine_client)
-        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress)
+        score = private_api.scorer_of(engine_client)
+        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress, score)
         path = await self._control.start()
         logger.info("tandem: version %d, control socket %s", header["version"], path)
 

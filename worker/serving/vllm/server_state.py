@@ -8,6 +8,7 @@ start or must be told that it cannot.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from worker.serving.protocol import PAUSED, SERVING, TORN
@@ -35,6 +36,12 @@ class ServerState:
         """How often the weights tore. A request that began before a tear has no answer."""
         self.last_tear = ""
         """The reason of the last tear, also once the weights are whole again."""
+        self.overdue = 0
+        """How many leases their holders did not give back in time."""
+        self.has_trainer = False
+        """Whether one is connected."""
+        self.changed: Callable[[], None] = lambda: None
+        """Is called after each change but those of `in_flight`; must not raise."""
         self.running = asyncio.Event()
         self.running.set()
 
@@ -66,11 +73,13 @@ class ServerState:
             self.prefixes.before(self.version)
         self.condition = PAUSED
         self.running.clear()
+        self.changed()
 
     def go_on(self) -> None:
         """The pause came to nothing: the waiting requests go on as they would have before it."""
         self.condition = SERVING
         self.running.set()
+        self.changed()
 
     def resume(self, version: int, rebuilt: bool = False) -> None:
         """The weights are whole again and are `version`; the waiting requests go on. rebuilt: see `PrefixEpochs`."""
@@ -91,6 +100,17 @@ class ServerState:
         self.reason = self.last_tear = reason
         self.written = False
         self.running.set()
+        self.changed()
+
+    def trainer(self, connected: bool) -> None:
+        """The trainer came, or went."""
+        self.has_trainer = connected
+        self.changed()
+
+    def lease_overdue(self) -> None:
+        """A trainer did not give its lease back in time."""
+        self.overdue += 1
+        self.changed()
 
     def plain(self) -> dict[str, Any]:
         """The state in msgpack and JSON types."""

@@ -29,6 +29,7 @@ PAUSE = 0.5
 """Seconds between two tries."""
 LOG_SECONDS = 60.0
 
+Count = Callable[[str, int], None]
 Save = Callable[[Completion], Awaitable[Kept]]
 
 
@@ -66,12 +67,13 @@ def completions(seen: Seen) -> list[Completion]:
 
 
 class Keeper:
-    """The queue and its task. save: takes one record to Redis. logprobs: see `Samples`."""
+    """The queue and its task. save: takes one record to Redis. logprobs: see `Samples`. count: is told how
+    many records were kept, skipped (for what they are) or dropped."""
 
-    def __init__(self, save: Save, logprobs: bool = True) -> None:
+    def __init__(self, save: Save, logprobs: bool = True, count: Count = lambda outcome, count: None) -> None:
         self.logprobs = logprobs
         self.dropped = 0
-        self._save = save
+        self._save, self._count = save, count
         self._waiting: deque[tuple[float, Seen]] = deque()
         self._bytes = 0
         self._pending: dict[str, asyncio.Event] = {}
@@ -134,7 +136,8 @@ class Keeper:
         for record in records:
             while True:
                 try:
-                    await self._save(record)
+                    kept = await self._save(record)
+                    self._count("skipped" if kept is Kept.TOO_LARGE else "kept", 1)
                     break
                 except (redis.RedisError, OSError):
                     if time.monotonic() - since > PATIENCE:
@@ -148,6 +151,7 @@ class Keeper:
 
     def _drop(self, count: int) -> None:
         self.dropped += count
+        self._count("dropped", count)
         self._unsaid += count
         self._say()
 

@@ -7,7 +7,7 @@ is checked before anything is queued; each thing said is a transcript of its own
 
 from typing import Any
 
-from producer import AsyncProducer
+from producer import AsyncProducer, users
 from producer.completions import is_key
 from producer.errors import InvalidTranscriptError, UnknownCompletionError
 from producer.opinions import Opinion
@@ -53,5 +53,5 @@ async def hand_in(producer: AsyncProducer, body: dict[str, Any], user: str | Non
     whole = Transcript.from_dict({name: value for name, value in body.items() if name != "user"})
     fields = {name: getattr(whole, name) for name in FIELDS if name != "chosen"}
     if user is not None:
-        fields["meta"] = {"user": user} | whole.meta
+        fields["meta"] = users.into(whole.meta, [user])
     return [await producer.enqueue(**fields)]

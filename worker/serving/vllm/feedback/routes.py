@@ -8,10 +8,11 @@ known id is no error; no text, user or name of a transcript is logged; every fai
 """
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -39,6 +40,9 @@ RETRY_SECONDS = 5
 """What Retry-After says when Redis is away."""
 
 
+Route = Callable[..., Awaitable[JSONResponse]]
+
+
 class Refusal(Exception):
     """An answer that is no success: status, sentence, the field that is wrong, seconds after which to try again."""
 
@@ -57,14 +61,17 @@ class Refusal(Exception):
 
 
 class FeedbackRoutes:
-    """The two routes. producer, keeper: give theirs, None while the server is starting; no keeper: none are kept."""
+    """The two routes. producer, keeper: give theirs, None while the server is starting; no keeper: none are kept.
+    count: is told the status of each answer."""
 
     def __init__(
         self,
         options: FeedbackOptions,
         producer: Callable[[], AsyncProducer | None],
         keeper: Callable[[], Keeper | None],
+        count: Callable[[int], None] = lambda status: None,
     ) -> None:
+        self._count = count
         self._key = _digest(options.key)
         self._producer, self._keeper = producer, keeper
         self._rate = RateLimit(options.per_minute)
@@ -73,9 +80,25 @@ class FeedbackRoutes:
     def attach(self, app: FastAPI) -> None:
         """Add the routes, and what /openapi.json says of them."""
         add = app.add_api_route
-        add(FEEDBACK_PATH, self._post, methods=["POST"], status_code=202, openapi_extra=schema.POST, tags=["feedback"])
+        post, get = self._counted(self._post), self._counted(self._get)
+        add(FEEDBACK_PATH, post, methods=["POST"], status_code=202, openapi_extra=schema.POST, tags=["feedback"])
         path = FEEDBACK_PATH + "/{id:path}"  # what has a slash in it is no id either, and is told so
-        add(path, self._get, methods=["GET"], openapi_extra=schema.GET, tags=["feedback"])
+        add(path, get, methods=["GET"], openapi_extra=schema.GET, tags=["feedback"])
+
+    def _counted(self, route: Route) -> Route:
+        """`route`, each answer of which is counted."""
+
+        @functools.wraps(route)
+        async def counted(*args: Any, **named: Any) -> JSONResponse:
+            status = 500
+            try:
+                answer = await route(*args, **named)
+                status = answer.status_code
+                return answer
+            finally:
+                self._count(status)
+
+        return counted
 
     async def _post(self, request: Request) -> JSONResponse:
         """Say something of a kept completion, or hand in a whole transcript. Learnt with one of the next versions."""

@@ -1,4 +1,4 @@
-"""Makes rq-dashboard 0.9 understand Tandem's jobs by being imported: `rq-dashboard -c worker.cli.dashboard_config`.
+"""Makes rq-dashboard 0.9 understand Tandem's jobs by being imported: `rq-dashboard -c worker.web.dashboard_config`.
 
 The dashboard knows pickle and JSON only: with msgpack jobs several of its pages answer 500, and it would unpickle what
 it reads. Here it gets our serializer and our job class, which runs, imports and unpickles nothing. The names it

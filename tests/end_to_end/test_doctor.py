@@ -1,0 +1,240 @@
+"""`tandem doctor` names each of twelve planted faults in one line, with what to do, and finds none where all is well.
+
+Real parts: Redis, `tandem worker`, its state directory, processes of a killed server, a full disk. The server is the
+stand-in with its real sockets and header (a real one: test_end_to_end.py). Old Redis and wrong clock: a man in the
+middle of a real Redis' connection. The device's memory is arithmetic alone (unit/operations/test_doctor_checks.py):
+nothing here has a GPU.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from durable_parts import LEARNING, QUIET, Site
+from leftover_family import Family
+from patience import until
+from redis_between import between, hours_ahead, old_redis
+
+from producer.jobs import ACL
+from worker.cli import doctor
+from worker.consumer.worker_lock import WorkerLock
+from worker.operations.doctor.redis_rights import WORKER_ACL
+
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def site(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Version 1 is live, and in the journal and a checkpoint."""
+    running = Site(tmp_path_factory.mktemp("site"), tiny_model)
+    running.send("first", 2)
+    running.work()
+    yield running
+    running.close()
+
+
+def examined(site: Site, *options: str, url: str | None = None, state: Path | None = None) -> dict[str, Any]:
+    """What `tandem doctor --json` finds, check -> finding, and its exit code under "code"."""
+    arguments = ["--redis", url or site.store.url, "--run-dir", str(site.run_dir), "--json"]
+    result = CliRunner().invoke(doctor.command, [*arguments, "--state-dir", str(state or site.state), *options])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert (site.store.url.partition("@")[0].rpartition(":")[2]) not in result.output, "the password"
+    found = json.loads(result.output)
+    return {one["check"]: one for one in found["findings"]} | {"code": result.exit_code}
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    return [name for name, one in found.items() if name != "code" and one["level"] == "fault"]
+
+
+def lines(site: Site, *options: str) -> list[str]:
+    """As a person sees them."""
+    arguments = ["--redis", site.store.url, "--run-dir", str(site.run_dir), "--state-dir", str(site.state), *options]
+    return CliRunner().invoke(doctor.command, arguments).output.splitlines()
+
+
+@contextmanager
+def told(site: Site, setting: str, value: str) -> Iterator[None]:
+    before = site.redis.config_get(setting)[setting]
+    site.redis.config_set(setting, value)
+    yield
+    site.redis.config_set(setting, before)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root reads everything: as a user that owns nothing, until the end."""
+    if os.getuid() == 0:
+        os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        if os.geteuid() == NOBODY:
+            os.setresuid(0, 0, 0)
+
+
+def test_a_healthy_site_has_no_fault(site: Site) -> None:
+    worker = site.start("worker", "--name", "the-worker", *LEARNING, *QUIET)
+    until(lambda: "worker ready" in worker.said() or not worker.alive(), "the worker is ready")
+    found = examined(site)
+    worker.kill()
+    assert faults(found) == [] and found["code"] == 0
+    assert found["worker"]["what"].startswith("'the-worker'") and found["worker"]["level"] == "ok"
+    assert {name for name, one in found.items() if name != "code" and one["level"] == "not checked"} == {
+        "GPU memory",
+        "fla",
+    }
+    dead = examined(site)
+    assert faults(dead) == ["worker"] and dead["code"] == 1 and "died" in dead["worker"]["what"]
+    site.redis.delete("weights:worker")
+
+
+def test_it_shows_one_line_a_check(site: Site) -> None:
+    shown = lines(site)
+    assert len(shown) == len(set(shown)) >= 20
+    assert all(re.match(r"(ok|warning|fault|not checked) +\S", line) for line in shown)
+
+
+def test_an_evicting_redis(site: Site) -> None:
+    with told(site, "maxmemory-policy", "allkeys-lru"):
+        found = examined(site)
+        assert faults(found) == ["eviction"]
+        assert "allkeys-lru" in found["eviction"]["what"] and "noeviction" in found["eviction"]["mend"]
+        assert any(line.startswith("fault") and line.endswith("and in redis.conf") for line in lines(site))
+
+
+def test_redis_that_keeps_nothing(site: Site) -> None:
+    with told(site, "appendonly", "no"):
+        found = examined(site)
+        assert found["persistence"]["level"] == "warning" and "appendonly yes" in found["persistence"]["mend"]
+        assert found["code"] == 0, "a warning is no fault"
+
+
+def test_no_space(site: Site, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir(mode=0o700)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        found = examined(site, state=disk)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert faults(found) == ["disk"]
+    assert "no space" in found["disk"]["what"] and "--state-dir" in found["disk"]["mend"]
+    assert found["disk"]["values"]["checkpoint"] > found["disk"]["values"]["free"] > 0
+
+
+def test_a_wrong_transformers(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "transformers-4.57.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = examined(site)
+    assert faults(found) == ["transformers"]
+    assert "4.57.0" in found["transformers"]["what"] and "pip install" in found["transformers"]["mend"]
+
+
+def test_a_left_over_engine(site: Site) -> None:
+    family = Family(site.run_dir)
+    try:
+        assert examined(site)["leftovers"]["level"] == "ok", "a living server's engine is none"
+        family.kill_api()
+        found = examined(site)
+        assert faults(found) == ["leftovers"] and found["leftovers"]["values"]["pids"] == family.others
+        assert "tandem serve" in found["leftovers"]["mend"] and family.alive() == family.others
+    finally:
+        family.close()
+
+
+def test_another_worker(site: Site) -> None:
+    """One that holds the queue, and trains another server."""
+    with WorkerLock(site.redis, "the-other"):
+        found = examined(site)
+    assert faults(found) == ["worker"]
+    assert "another worker, 'the-other'" in found["worker"]["what"] and "stop that worker" in found["worker"]["mend"]
+
+
+def test_an_unreadable_state_directory(site: Site) -> None:
+    journal = site.state / "journal"
+    journal.chmod(0)
+    try:
+        with as_nobody():
+            found = examined(site)
+    finally:
+        journal.chmod(0o700)
+    assert "state directory" in faults(found) and "cannot be read" in found["state directory"]["what"]
+    assert "chown" in found["state directory"]["mend"]
+
+
+def test_a_state_directory_that_others_can_read(site: Site) -> None:
+    site.state.chmod(0o755)
+    try:
+        found = examined(site)
+        assert found["state directory"]["level"] == "warning" and "0755" in found["state directory"]["what"]
+        assert site.state.stat().st_mode & 0o777 == 0o755, "it changes nothing"
+    finally:
+        site.state.chmod(0o700)
+
+
+def test_an_old_redis(site: Site) -> None:
+    with between(site.store.url, old_redis) as url:
+        found = examined(site, url=url)
+    assert faults(found) == ["redis version"]
+    assert "6." in found["redis version"]["what"] and "install Redis 7" in found["redis version"]["mend"]
+
+
+def test_a_clock_that_is_off(site: Site) -> None:
+    with between(site.store.url, hours_ahead) as url:
+        found = examined(site, url=url)
+    assert faults(found) == ["clock"]
+    assert "7200" in found["clock"]["what"] and "NTP" in found["clock"]["mend"]
+
+
+def test_rights_too_narrow(site: Site) -> None:
+    """A producer's user is one for a producer alone; the documented rules of a worker are enough for both."""
+    for rules, lacking in (
+        (ACL, ["worker's rights"]),
+        (WORKER_ACL, []),
+        (f"{WORKER_ACL} -evalsha", ["worker's rights"]),
+    ):
+        site.redis.execute_command("ACL", "SETUSER", "narrow", "reset", "on", ">pw", *rules.split())
+        before = site.redis.dbsize()
+        found = examined(site, url=site.store.url.replace("unix://", "unix://narrow").replace(_password(site), "pw"))
+        assert [name for name in faults(found) if "rights" in name] == lacking
+        assert site.redis.dbsize() == before, "nothing that was tried has happened"
+    assert "evalsha" in found["worker's rights"]["what"] and "ACL SETUSER" in found["worker's rights"]["mend"]
+    site.redis.execute_command("ACL", "DELUSER", "narrow")
+
+
+def _password(site: Site) -> str:
+    return site.store.url.partition("@")[0].rpartition(":")[2]
+
+
+def test_an_unsupported_flag(site: Site) -> None:
+    found = examined(site, "--", "--max-model-len", "2048", "--enable-sleep-mode")
+    assert faults(found) == ["flags"]
+    assert "--enable-sleep-mode" in found["flags"]["what"] and found["flags"]["mend"] == "leave it out"
+    assert examined(site, "--", "--max-model-len", "2048")["flags"]["level"] == "ok"
+
+
+def test_a_torn_header(site: Site) -> None:
+    """Last: the next worker mends it."""
+    site.send("torn", 2)
+    site.killed("applying")
+    site.is_torn()
+    site.redis.delete("weights:worker")
+    found = examined(site)
+    assert faults(found) == ["weights"] and found["code"] == 1
+    assert "half-written" in found["weights"]["what"] and "start `tandem worker`" in found["weights"]["mend"]
+    site.work(*QUIET)
+    assert faults(examined(site)) == []
