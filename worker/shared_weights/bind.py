@@ -26,12 +26,7 @@ def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: A
     In training mode, every parameter with requires_grad. Shapes must match; each tensor keeps its dtype (A_log stays
     fp32). `options` go to `from_config`, e.g. attn_implementation. `AttachError` names what does not fit.
     """
-    torch_setup.prepare()  # before transformers looks at torchvision
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
+    model = _on_meta(model_path, **options)
     expected = dict(model.named_parameters())
     if missing := sorted(expected.keys() - tensors.keys()):
         raise AttachError(f"the server has no weights for {missing[0]} ({len(missing)} such): {_mismatch(model_path)}")
@@ -55,6 +50,21 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         for name in ("attention_dropout", "attn_dropout"):  # read by attention layers, which have no module for it
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+    return model
+
+
+def text_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
+    """The parameters of the text model that `model_path`'s config describes: name -> shape, tied ones once."""
+    return {name: tuple(parameter.shape) for name, parameter in _on_meta(model_path).named_parameters()}
+
+
+def _on_meta(model_path: Path, **options: Any) -> PreTrainedModel:
+    torch_setup.prepare()  # before transformers looks at torchvision
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
     return model
 
 
