@@ -3,13 +3,14 @@ worker's defaults.
 
     python benchmarks/feedback.py comments MODEL
     python benchmarks/feedback.py dislikes MODEL --count 500 --jobs 16 [--bound 0]
-    python benchmarks/feedback.py tasks MODEL --versions 5 --jobs 20
+    python benchmarks/feedback.py tasks MODEL --versions 5 --jobs 20 --out benchmarks/results/tasks_distilled.json
 
 comments: each comment is said of the model's own greedy answer, and trained alone, one transcript a version. The same
 question is then asked without it. dislikes: the model's own answers to questions, drawn at temperature 1 or (--greedy)
 its likeliest ones, are disliked, one batch after the other; held-out answers, its own to other questions, tell what was
 lost. The guard decides. tasks: three tasks in a row (benchmarks/learning_tasks.py), imitated and distilled, --versions
-each; after each, the loss of all three in other words, and of held-out answers of the model's own.
+each; after each, the loss of all three in other words, and of held-out answers of the model's own (--out writes them as
+JSON, which learning_report.py draws).
 
 Invariant: nothing that is scored is trained.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import learning_tasks
+import outputs
 import torch
 from own_answers import answered, draw
 
@@ -130,8 +132,9 @@ def dislikes(folder: Path, count: int, jobs: int, bound: float, *, greedy: bool)
     print(f"asked: {one.says('What is the capital of France?')!r} {one.says('How do I make tea?')!r}")
 
 
-def tasks(folder: Path, versions: int, jobs: int, scored: int) -> None:
-    """Loss of what was and what is learnt, by method."""
+def tasks(folder: Path, versions: int, jobs: int, scored: int, out: Path | None) -> None:
+    """Loss of what was and what is learnt, by method: means over conversations, in nats per trained token."""
+    runs: dict[str, dict[str, dict[str, float]]] = {}
     for method in ("imitate", "distill"):
         one = Model(folder)
 
@@ -150,6 +153,7 @@ def tasks(folder: Path, versions: int, jobs: int, scored: int) -> None:
         ) -> None:
             losses = {task.name: _mean(one.trainer.score(task.unseen[:scored])) for task in data.tasks}
             losses["held"] = _mean(one.trainer.score(held))
+            runs.setdefault(method, {})[what] = {name: round(loss, 5) for name, loss in losses.items()}
             print(f"{method:8} {what:16}", *(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
 
         line("before")
@@ -157,7 +161,11 @@ def tasks(folder: Path, versions: int, jobs: int, scored: int) -> None:
             for version in range(versions):
                 one.trainer.begin([task.train[(version * jobs + n) % len(task.train)] for n in range(jobs)])
                 one.trainer.apply()
-            line(f"after {task.name}")
+            line(task.name)
+    made = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu", "lr": H.rate}
+    if out is not None:
+        given = {"versions a task": versions, "conversations a version": jobs, "made": made}
+        out.write_text(json.dumps(given | {"after": runs}, indent=1) + "\n")
 
 
 def _disliked(one: Model, asked: Sequence[Example], start: int, count: int, *, greedy: bool) -> list[Example]:
@@ -188,12 +196,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=16)
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--bound", type=float, default=0.3)
+    parser.add_argument("--out", type=Path, help="of tasks: write the losses to this file")
     given = parser.parse_args()
+    if given.out is not None:
+        outputs.file(given.out)
     torch_setup.prepare()
     if given.what == "comments":
         comments(given.model, given.versions)
     elif given.what == "tasks":
-        tasks(given.model, given.versions[0], given.jobs, given.scored)
+        tasks(given.model, given.versions[0], given.jobs, given.scored, given.out)
     else:
         dislikes(given.model, given.count, given.jobs, given.bound, greedy=given.greedy)
 

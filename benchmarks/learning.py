@@ -151,7 +151,7 @@ class Bench:
         started = time.perf_counter()
         model = copy.deepcopy(self.model)
         contender, rate, taken = contenders.make(setting, model, self.sources), contenders.rate(setting), 0
-        kept: dict[str, Any] = {"setting": asdict(setting), "after": {}}
+        kept: dict[str, Any] = {"setting": asdict(setting), "versions": versions, "after": {}}
         for task in self.data.tasks:
             for batch in islice(self._batches(setting, task), versions):
                 taken += 1

@@ -1,4 +1,5 @@
-"""Tables, plot and means of learning.json: how much was learnt, how much was forgotten, and both at one level.
+"""Tables, plot and means of learning.json: how much was learnt, how much was forgotten, and both at one level; and
+what is kept of the first of three tasks in turn, also by distillation (tasks_distilled.json, of feedback.py).
 
 Must not know: models, how a run is made. What is compared, and its intervals: learning_curves.py.
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import LABELS, RULES, Setting
-from learning_curves import BAND, LEVEL, REFERENCE, Curve, curves, difference, interval, mean
+from learning_curves import BAND, LEVEL, REFERENCE, Curve, curves, difference, interval, mean, without_seed
 from matplotlib.figure import Figure
 
 ALLOWED = 0.006
@@ -17,19 +18,22 @@ ALLOWED = 0.006
 LEVELS = (0.78, 0.6, 0.35)
 """Other levels; at .78 AdamW at 1e-4 is after five versions."""
 PEERS = ("adamw", "adamw-bf16", "lora", "sgd", "mini")
+IN_TURN, DISTILLED = "learning_in_turn.json", "tasks_distilled.json"
 TOP = 1.1
 """Where the plot ends, in nats: what rises further is useless, and would hide the rest."""
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """learning.md, learning_means.json and learning.png in `folder`."""
+    """learning.md, learning_means.json, learning_in_turn.json and learning.png in `folder`."""
     found = curves(report)
     text = "\n\n".join(part for part in (levels(found), table(report, found), in_turn(report)) if part)
     (folder / "learning.md").write_text(f"# Learnt and forgotten, every setting\n\n{text}\n")
     (folder / "learning_means.json").write_text(means(report, found))
+    if report["in_turn"]:
+        (folder / IN_TURN).write_text(json.dumps(turns(report), indent=1) + "\n")
     print(text)
     if found:
-        plot(found, folder / "learning.png")
+        plot(found, folder)
 
 
 def levels(found: Sequence[Curve]) -> str:
@@ -108,6 +112,21 @@ def in_turn(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def turns(report: dict[str, Any]) -> dict[str, Any]:
+    """learning_in_turn.json: of each run of three tasks the mean losses after each, in nats per trained token."""
+    tokens = report["tokens"]
+
+    def of(scored: dict[str, list[float]]) -> dict[str, float]:
+        return {name: round(mean(losses, tokens[name]), 4) for name, losses in scored.items()}
+
+    runs = report["in_turn"].items()
+    made = sorted({(run["made"]["device"], run["made"]["torch"]) for _, run in runs})
+    versions = sorted({run.get("versions", 10) for _, run in runs})  # older runs do not say: ten, as gpu_learning asks
+    after = {key: {task: of(scored) for task, scored in run["after"].items()} for key, run in runs}
+    return {"digest": report["digest"], "made": made, "versions a task": versions, "before": of(report["start"]),
+            "after": after}  # fmt: skip
+
+
 def means(report: dict[str, Any], found: Sequence[Curve]) -> str:
     """learning_means.json: of each run the means by version, without the answers, a line a run."""
     tokens = report["tokens"]
@@ -131,45 +150,111 @@ def state_numbers(setting: Setting, shapes: Sequence[tuple[int, ...]]) -> int | 
     return sum(RULES[name][1].numbers(*shape) for shape in shapes if len(shape) == 2)
 
 
-def plot(found: Sequence[Curve], path: Path) -> None:
-    """Left: the peers at every rate. Right: each optimizer at its best, with AdamW and Mini."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+def plot(found: Sequence[Curve], folder: Path) -> None:
+    """learning.png. Above, left: the peers at every rate; right: each optimizer at its best, with AdamW and Mini. Below
+    what `folder` has of three tasks in turn: left by optimizer, right imitated and distilled."""
+    in_turn, distilled = folder / IN_TURN, folder / DISTILLED
+    below = [(draw, path) for draw, path in ((_in_turn, in_turn), (_distilled, distilled)) if path.exists()]
+    figure = Figure(figsize=(13, 10.5 if below else 5.5), layout="constrained")
+    rows = figure.subplots(2 if below else 1, 2, squeeze=False)
+    rows[0][1].sharey(rows[0][0])
     plain = [curve for curve in found if len(curve.name.split()) == 2]
     peers = [curve for curve in plain if curve.setting.method in PEERS]
-    order, rates = list(LABELS), sorted({curve.setting.lr for curve in peers + _best(plain)})
+    rates = sorted({curve.setting.lr for curve in peers + _best(plain)})
     lines = {lr: (":", "--", "-", "-.")[i % 4] for i, lr in enumerate(rates)}
-    for axes, some, title in zip(panels, (peers, _best(plain)), ("peers", "each at its best rate"), strict=True):
-        for curve in sorted(some, key=lambda curve: (order.index(curve.setting.method), curve.setting.lr)):
-            at = [(version, curve.at(version)) for version in curve.versions]
-            points = [(version, scored[0], scored[2].mean) for version, scored in at if scored[2] is not None]
-            if min(y for _, _, y in points) > TOP:
-                continue
-            seeds = "" if curve.seeds > 1 else " (1 seed)"
-            style = {"adamw": "k", "mini": "C3"}.get(curve.setting.method, f"C{order.index(curve.setting.method) % 10}")
-            axes.plot(
-                [x for _, x, _ in points],
-                [y for _, _, y in points],
-                color=style,
-                marker="o",
-                markersize=3,
-                linewidth=1.2,
-                linestyle=lines[curve.setting.lr],
-                label=curve.setting.label + seeds,
-            )
-            for version, x, y in points:
-                if version in (5, 10, 20) and y < TOP:
-                    axes.annotate(str(version), (x, y), fontsize=6, xytext=(2, 3), textcoords="offset points")
-        axes.axvline(LEVEL, color="grey", linewidth=0.7, linestyle=":")
-        axes.set(xscale="log", xlim=(5, 0.14), ylim=(0, TOP), xlabel="identity, never trained (nats per token)")
+    for axes, some, title in zip(rows[0], (peers, _best(plain)), ("peers", "each at its best rate"), strict=True):
+        _learnt_and_forgotten(axes, some, lines)
         axes.set_title(f"{title} (mean over seeds)")
-        axes.set_xticks((4, 2, 1, 0.6, LEVEL, 0.3, 0.2), ("4", "2", "1", ".6", f"{LEVEL:g}"[1:], ".3", ".2"))
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="upper left")
-    panels[0].set_ylabel("rise of held-out loss (nats per token)")
-    figure.suptitle("Learnt (to the right) against forgotten (up); numbers are versions")
-    figure.savefig(path, dpi=80)
+    rows[0][0].set_ylabel("rise of held-out loss (nats per token)")
+    for axes, (draw, path) in zip(rows[-1], below, strict=False):
+        draw(axes, json.loads(path.read_text()))
+    for axes in rows[-1][len(below) :] if below else ():
+        axes.set_axis_off()
+    figure.suptitle("Above: learnt (to the right) against forgotten (up); numbers are versions")
+    figure.savefig(folder / "learning.png", dpi=80)
+
+
+def _learnt_and_forgotten(axes: Any, some: Sequence[Curve], lines: dict[float, str]) -> None:
+    order = list(LABELS)
+    for curve in sorted(some, key=lambda curve: (order.index(curve.setting.method), curve.setting.lr)):
+        at = [(version, curve.at(version)) for version in curve.versions]
+        points = [(version, scored[0], scored[2].mean) for version, scored in at if scored[2] is not None]
+        if min(y for _, _, y in points) > TOP:
+            continue
+        seeds = "" if curve.seeds > 1 else " (1 seed)"
+        axes.plot(
+            [x for _, x, _ in points],
+            [y for _, _, y in points],
+            color=_colour(curve.setting.method),
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            linestyle=lines[curve.setting.lr],
+            label=curve.setting.label + seeds,
+        )
+        for version, x, y in points:
+            if version in (5, 10, 20) and y < TOP:
+                axes.annotate(str(version), (x, y), fontsize=6, xytext=(2, 3), textcoords="offset points")
+    axes.axvline(LEVEL, color="grey", linewidth=0.7, linestyle=":")
+    axes.set(xscale="log", xlim=(5, 0.14), ylim=(0, TOP), xlabel="identity, never trained (nats per token)")
+    axes.set_xticks((4, 2, 1, 0.6, LEVEL, 0.3, 0.2), ("4", "2", "1", ".6", f"{LEVEL:g}"[1:], ".3", ".2"))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="upper left")
+
+
+def _colour(method: str) -> str:
+    return {"adamw": "k", "mini": "C3"}.get(method, f"C{list(LABELS).index(method) % 10}")
+
+
+def _in_turn(axes: Any, given: dict[str, Any]) -> None:
+    """What is left of the first task after each of three; means over seeds, and their spread."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for key, after in given["after"].items():
+        runs.setdefault(without_seed(key), []).append(after)
+    tasks = list(next(iter(given["after"].values())))
+    for i, (name, some) in enumerate(runs.items()):
+        setting = Setting.parse(name)
+        losses = [[after[task][tasks[0]] for after in some] for task in tasks]
+        middle = [sum(each) / len(each) for each in losses]
+        down = [m - min(each) for m, each in zip(middle, losses, strict=True)]
+        up = [max(each) - m for m, each in zip(middle, losses, strict=True)]
+        axes.errorbar(
+            [x + 0.03 * i for x in range(len(tasks))],
+            middle,
+            [down, up],
+            color=_colour(setting.method),
+            linestyle="--" if setting.lr == 5e-5 else "-",
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=setting.label,
+        )
+    versions = " or ".join(map(str, given["versions a task"]))
+    axes.set(ylim=(0, None), ylabel=f"{tasks[0]}, never trained (nats per token)")
+    title = f"what is left of the first of three tasks, {versions} versions each"
+    axes.set_title(f"{title}\n(fp32; mean, least and most of 3 seeds)")
+    _after(axes, tasks)
+
+
+def _distilled(axes: Any, given: dict[str, Any]) -> None:
+    """All three tasks, imitated and distilled."""
+    tasks = [name for name in next(iter(given["after"].values())) if name != "before"]
+    steps = ["before", *tasks]
+    for method, colour, name in (("imitate", "C0", "imitated"), ("distill", "C1", "distilled")):
+        for task, line in zip(tasks, ("-", "--", ":"), strict=True):
+            losses = [given["after"][method][step][task] for step in steps]
+            axes.plot(losses, color=colour, linestyle=line, marker="o", markersize=4, label=f"{task}, {name}")
+    axes.set(ylim=(0, None), ylabel="never trained (nats per token)")
+    title = f"demonstrations imitated and distilled, {given['versions a task']} versions a task"
+    axes.set_title(f"{title}\n(the worker's trainer, bf16, Mini's default rate, one run)")
+    _after(axes, steps)
+
+
+def _after(axes: Any, steps: Sequence[str]) -> None:
+    axes.set_xticks(range(len(steps)), [step if step == "before" else f"after {step}" for step in steps])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
 
 
 def _best(found: Sequence[Curve]) -> list[Curve]:

@@ -40,7 +40,7 @@ def tell(folder: Path, model: Path, title: str, out: Path, keep: bool) -> int:
     with DemoStack(folder, model, ["--max-model-len", "2048", "--max-num-seqs", "32"], WAITING) as stack:
         say(f"[bold]{escape(title)}[/], served by vLLM at {stack.server.url}, after {since(started)}")
         exam = losses.Exam(stack.post, exam_sets(model))
-        with stack.child("worker") as worker:
+        with stack.child("worker", *stack.metrics) as worker:
             versions = learn(stack, exam, train, worker)
             live = stack.producer.version()
         show_answer(QUESTION, versions[-1].answer, versions[-1].header)
@@ -53,7 +53,7 @@ def tell(folder: Path, model: Path, title: str, out: Path, keep: bool) -> int:
         say(f"\nPlot: {os.path.relpath(path)}   ({since(started)} in all)")
         passed = all(check.passed for check in checks)
         if keep and passed:
-            with stack.child("worker"):
+            with stack.child("worker", *stack.metrics):
                 stack.prompt()
     return 0 if passed else 1
 

@@ -39,6 +39,8 @@ class DemoStack:
         """waiting: what is shown until the server answers."""
         self.folder, self.model = folder, model
         self.feedback_key, self._page_port = secrets.token_hex(32), free_port()
+        self.metrics = ["--metrics-port", str(free_port())]
+        """Options of the worker."""
         own = ["--served-model-name", SERVED_NAME, *FEEDBACK, *allowing(self._page_port)]
         self._options, self._waiting = [*own, *server_options], waiting
         self._stack = contextlib.ExitStack()
@@ -122,6 +124,7 @@ class DemoStack:
         """Ask what you like until end of input, beside a dashboard and a chat page."""
         with self.child("dashboard"), chat_page(self.server.url, self.feedback_key, self._page_port) as address:
             say(f"\nChat, with thumbs: {address}")
+            say(f"Metrics: {self.server.url}/metrics (server), http://127.0.0.1:{self.metrics[1]}/metrics (worker)")
             say("How learning goes: http://127.0.0.1:9181/learning/   For another terminal:")
             for key in ("REDIS_URL", "TANDEM_RUN_DIR", "TANDEM_STATE_DIR"):
                 say(f"  export {key}='{self.environment[key]}'")

@@ -29,7 +29,7 @@ def tell(folder: Path, keep: bool) -> int:
     model = teach(folder)
     with (
         DemoStack(folder, model, ["--max-model-len", "1024"], WAITING) as stack,
-        stack.child("worker", "--max-jobs", str(BATCH), *LEARNING) as worker,
+        stack.child("worker", "--max-jobs", str(BATCH), *stack.metrics, *LEARNING) as worker,
     ):
         url, pid = stack.server.url, stack.server.pid
         say(f"serving at [bold]{url}[/] (vLLM, pid {pid}); worker pid {worker.pid}\n")

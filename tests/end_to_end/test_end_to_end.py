@@ -28,7 +28,6 @@ from producer.serializer import MsgpackSerializer
 from worker.data.examples import ExampleBuilder
 from worker.testing.server_process import free_port
 
-EXPRESSIONS = ["tandem_versions_total > 4", "tandem_version", "vllm:num_requests_running"]
 PAGE_PORT = free_port()
 TRANSCRIPTS = Path(__file__).parents[1] / "data" / "transcripts.jsonl"
 
@@ -75,7 +74,7 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
 
     worker = stack.worker("--max-jobs", "4", "--metrics-port", "0", *canary_options(tmp_path))
     stack.wait_until(worker, lambda: len(stack.ledger()) == 20, "train all twenty")
-    stack.seen = observe(stack, worker, EXPRESSIONS, tmp_path)
+    stack.seen = observe(stack, worker, tmp_path)
     mapped, private = shared_and_private(worker.pid, "/memfd:")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(PATIENCE) == 0, stack.said(worker)

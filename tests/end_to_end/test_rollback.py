@@ -12,6 +12,7 @@ from durable_parts import LEARNING, QUIET, Site, transcripts
 from patience import until
 
 from producer import Producer, keys
+from worker.web.app import make_app
 
 SLOW = pytest.mark.slow
 """What repeats the guarding tests at greater length."""
@@ -244,3 +245,22 @@ def test_log_lists_versions_checkpoints_and_what_was_rolled_back(taught: Site) -
 def test_the_producer_knows_a_dropped_transcript(taught: Site) -> None:
     taught.tandem("rollback", "4", "--drop", "x-2")
     assert Producer(taught.store.url).status("x-2").version == 2, "trained then, and taken out since: in the ledger"
+
+
+def test_the_page_goes_back_to_a_version_and_shows_how_it_went(taught: Site) -> None:
+    """Asked for by a form of the page, done by a `tandem rollback` of its own, told on the page until it has ended."""
+    app = make_app(taught.store.url, run_dir=taught.run_dir, state_dir=taught.state, allow_actions=True)
+    client, path = app.test_client(), "/learning/actions/rollback/2"
+
+    def shown(path: str) -> str:
+        return client.get(path, base_url="http://127.0.0.1").get_data(as_text=True)
+
+    assert "tandem rollback 2" in shown(path) and 'name="choice"' in shown(path)
+    form = {"token": app.extensions["tandem"].tokens.of(path), "choice": "on"}
+    sent = client.post(path, base_url="http://127.0.0.1", data=form)
+    assert sent.headers["Location"] == "/learning/actions/rollback/progress"
+    until(lambda: "running" not in shown(sent.headers["Location"]), "the rollback ends")
+    told = shown(sent.headers["Location"])
+    assert "done" in told and "version 5 is live: it is version 2; 4 transcripts of 2 later versions" in told
+    assert taught.agree() == 5 and taught.redis.llen(f"rq:queue:{keys.QUEUE}") == 4, "and they are queued again"
+    assert "from the dashboard" in shown("/learning/versions/5") and "rolled back" in shown("/learning/versions/4")

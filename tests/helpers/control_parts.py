@@ -91,10 +91,14 @@ class LocalServer:
         self.before_header()
         return self.header.fields()
 
+    async def _score(self, ids: list[int]) -> list[float]:
+        found = await self.engine._called(f"score {ids}")
+        return [-float(i) for i in ids[1:]] if found is None else found
+
     async def _start(self) -> None:
         rendering = {"chat_template": None, "template_kwargs": {}}
         self.control = Control(
-            self.engine, self.state, self.run_dir, rendering, self.policy, lambda: dict(self.progress)
+            self.engine, self.state, self.run_dir, rendering, self.policy, lambda: dict(self.progress), self._score
         )
         await self.control.start()
 

@@ -40,9 +40,27 @@ def scrape(url: str) -> Samples:
     }
 
 
+def dashboard_queries() -> list[str]:
+    """The queries of docs/grafana/tandem.json, with everything chosen and a minute as interval."""
+    page = json.loads((ROOT / "docs" / "grafana" / "tandem.json").read_text())
+    queries = [target["expr"] for panel in page["panels"] for target in panel.get("targets", [])]
+    return [query.replace("$__rate_interval", "1m").replace("$deployment", ".*") for query in queries]
+
+
+def unknown_metrics(query: str) -> set[str]:
+    """Names of ours in a PromQL expression that are no metric's."""
+    known = set(METRICS) | {
+        f"{name}_{part}"
+        for name, one in METRICS.items()
+        if one.kind == "histogram"
+        for part in ("bucket", "sum", "count")
+    }
+    return set(re.findall(r"tandem_\w+", query)) - known
+
+
 @dataclass(frozen=True)
 class Seen:
-    """server, worker: what each port said. asked: by PromQL expression, Prometheus' answer; None: it is not here."""
+    """server, worker: what each port said. asked: Prometheus' answer by query of the dashboard; None: none is here."""
 
     server: Samples
     worker: Samples
@@ -57,7 +75,7 @@ def canary_options(folder: Path) -> list[str]:
     return ["--canary", str(file), "--canary-bound", "1000", "--canary-every", "2"]
 
 
-def observe(stack: Stack, worker: "subprocess.Popen[str]", expressions: list[str], folder: Path) -> Seen:
+def observe(stack: Stack, worker: "subprocess.Popen[str]", folder: Path) -> Seen:
     """All that is to be seen of a worker with --metrics-port 0 that has trained, and of its server."""
     live = stack.weights_version()
     found = evaluations.evaluation(
@@ -71,7 +89,7 @@ def observe(stack: Stack, worker: "subprocess.Popen[str]", expressions: list[str
     asked = None
     if PROMETHEUS:
         with prometheus({"tandem-server": server_url, "tandem-worker": url[1]}, folder) as prom:
-            asked = {expression: prom(expression) for expression in expressions}
+            asked = {expression: prom(expression) for expression in dashboard_queries()}
     return Seen(scrape(server_url), scrape(url[1]), asked)
 
 

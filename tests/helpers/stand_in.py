@@ -83,6 +83,16 @@ class Memory:
         self._context = config["max_position_embeddings"]
         self._versions = supported_versions.check_versions("vllm", "torch", "transformers")
 
+    async def score(self, ids: list[int]) -> list[float]:
+        """What an engine would say of a row, by transformers."""
+        from worker.shared_weights.bind import build_model
+
+        slices = [Slice(**piece | {"shape": tuple(piece["shape"])}) for piece in self.layout["slices"]]
+        views = {piece.name: piece.of(self.model.get_parameter(piece.param).data) for piece in slices}
+        with torch.no_grad():
+            logits = build_model(self.model_dir, views)(torch.tensor([ids])).logits[0].float()
+        return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
     def describe(self) -> dict[str, Any]:
         """As `TandemWeightEngine` answers "describe"."""
         return {
@@ -138,7 +148,7 @@ async def _serve(memory: Memory, run_dir: Path) -> None:
     state = ServerState(str(fields["lineage"]), int(fields["version"]))
     running = dict.fromkeys(map(str, range(int(os.environ.get(REQUESTS) or 0))), 0)
     rendering = {"chat_template": None, "template_kwargs": {}}
-    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running)
+    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running, score=memory.score)
     await control.start()
     print("ready", flush=True)
     await asyncio.Event().wait()

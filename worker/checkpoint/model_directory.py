@@ -19,12 +19,18 @@ from safetensors.torch import save_file
 from producer.errors import TandemError
 from producer.progress import BYTES, progress
 from worker.checkpoint.state_dir import sync
+from worker.shared_weights.stored_form import Part, stored_parts
 from worker.utils import torch_setup
 
 
-def text_name(checkpoint_name: str) -> str:
-    """What transformers' text model calls a tensor, which a multi-modal model's checkpoint may name otherwise."""
-    return checkpoint_name.replace("model.language_model.", "model.", 1)
+def parts_of(folder: Path, tensors: dict[str, torch.Tensor], model_dir: Path) -> dict[str, Part]:
+    """Name in the files of `folder`, a checkpoint of the model in `model_dir` -> what of `tensors` (text name ->
+    tensor) it is."""
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            stored |= set(opened.keys())
+    return stored_parts(stored, tensors, model_dir)
 
 
 def check_target(source: Path, out: Path) -> None:
@@ -75,16 +81,16 @@ def write_layout(
     """Write every file of `source` into `folder`, with `trained` (text name -> tensor) in place of its old values.
 
     wrote: told the bytes of each file."""
-    written: set[str] = set()
+    parts = parts_of(source, trained, source)
+    if missing := set(trained) - {part.name for part in parts.values()}:
+        raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors":
-            written |= _rewrite(file, folder / file.name, trained)
+            _rewrite(file, folder / file.name, parts)
         elif file.is_file():
             shutil.copyfile(file, folder / file.name)
         if file.is_file():
             wrote(file.stat().st_size)
-    if missing := set(trained) - written:
-        raise TandemError(f"{source} has no tensor for {', '.join(sorted(missing))}: nothing was written")
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -97,20 +103,18 @@ def publish(folder: Path, out: Path) -> None:
     sync(out.parent)
 
 
-def _rewrite(source: Path, target: Path, trained: dict[str, torch.Tensor]) -> set[str]:
-    """Copy one safetensors file with trained values in place of old ones; returns the text names replaced."""
-    tensors, replaced = {}, set()
+def _rewrite(source: Path, target: Path, parts: dict[str, Part]) -> None:
+    """Copy one safetensors file with trained values in place of old ones."""
+    tensors = {}
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             old = file.get_tensor(name)
-            new = trained.get(text_name(name))
-            if new is None:
+            if name not in parts:
                 tensors[name] = old
                 continue
+            new = parts[name].view
             if new.shape != old.shape:
                 raise TandemError(f"{name} has shape {tuple(new.shape)}, {tuple(old.shape)} in {source}")
             tensors[name] = new.detach().to("cpu", old.dtype).contiguous()
-            replaced.add(text_name(name))
     save_file(tensors, target, metadata=metadata)
-    return replaced

@@ -131,7 +131,7 @@ class Snapshots:
             with progress(f"checkpoint of version {version}", both, BYTES) as shown:
                 model_directory.write_layout(tensors, self.source, folder, shown.advance)
                 (folder / _EXTRA).mkdir(mode=0o700)
-                extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder)
+                extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder, self.source)
                 save_file(extra, folder / _EXTRA / "state.safetensors")
                 shown.advance(state.nbytes)
                 plain = {"ledger": trained.ledger, "dropped": trained.dropped}
@@ -201,16 +201,17 @@ class Snapshots:
     def check_layout(self, version: int, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
         """The checkpoint has all that `restore` needs, in the right shapes; from its files' headers. Raises
         `SnapshotError`."""
-        shapes = {}
+        parts = model_directory.parts_of(self.path(version), tensors, self.source)
+        wrong = set(tensors) - {part.name for part in parts.values()}
         for file in sorted(self.path(version).glob("*.safetensors")):
             with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118
-                    shapes[model_directory.text_name(name)] = tuple(stored.get_slice(name).get_shape())
-        wrong = [name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)]
+                for name in parts.keys() & set(stored.keys()):
+                    if tuple(stored.get_slice(name).get_shape()) != tuple(parts[name].view.shape):
+                        wrong.add(parts[name].name)
         if version:
             with safe_open(self._state_file(version), framework="pt") as extra:
                 if tuple(extra.get_slice("state").get_shape()) != tuple(state.shape):
-                    wrong.append("the optimizer's state")
+                    wrong.add("the optimizer's state")
         if wrong:
             raise SnapshotError(
                 f"{self.path(version)} does not fit the server's weights: {', '.join(sorted(wrong))} is missing or has"
@@ -242,11 +243,13 @@ class Snapshots:
 
         `check` and `check_layout` must have passed.
         """
-        missing = set(tensors)
-        for file in sorted(self.path(version).glob("*.safetensors")):
-            missing -= _load(file, tensors)
-        if missing:
+        parts = model_directory.parts_of(self.path(version), tensors, self.source)
+        if missing := set(tensors) - {part.name for part in parts.values()}:
             raise SnapshotError(f"{self.path(version)} has no tensor for {', '.join(sorted(missing))}")
+        for file in sorted(self.path(version).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                for name in parts.keys() & set(stored.keys()):
+                    parts[name].view.copy_(stored.get_tensor(name))
         if version == 0:
             state.zero_()
             return
@@ -276,24 +279,13 @@ class Snapshots:
             )
 
 
-def _more_exact(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+def _more_exact(tensors: dict[str, torch.Tensor], folder: Path, source: Path) -> dict[str, torch.Tensor]:
     """Tensors whose shared dtype is not the source's (A_log is fp32 in vLLM): only these lose bits in its layout."""
-    extra = {}
+    parts, extra = model_directory.parts_of(folder, tensors, source), {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                text = model_directory.text_name(name)
-                if text in tensors and stored.get_tensor(name).dtype != tensors[text].dtype:
+            for name in parts.keys() & set(stored.keys()):
+                text = parts[name].name
+                if stored.get_tensor(name).dtype != tensors[text].dtype:
                     extra[f"exact.{text}"] = tensors[text].detach().cpu().contiguous()
     return extra
-
-
-def _load(file: Path, tensors: dict[str, torch.Tensor]) -> set[str]:
-    found = set()
-    with safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118
-            text = model_directory.text_name(name)
-            if text in tensors:
-                tensors[text].copy_(stored.get_tensor(name))
-                found.add(text)
-    return found

@@ -19,7 +19,7 @@ from worker.consumer.jobs import FeedbackJob, FeedbackQueue, open_queue
 from worker.consumer.transitions import fetch
 
 COUNTS = ("turns", "tokens", "trained_tokens", "teacher_tokens", "dropped_turns")
-"""Of the report that a job's result has: what is shown of it."""
+"""Of what a job's result has (`JobResult.as_map`): what is shown of it."""
 MAX_REASON = 500
 
 
@@ -71,16 +71,14 @@ def _told(job: FeedbackJob) -> dict[str, Any]:
     times = (("queued", job.enqueued_at or job.created_at), ("started", job.started_at), ("ended", job.ended_at))
     result = _quietly(job.return_value)
     result = result if isinstance(result, dict) else {}
-    report = result.get("report")
-    report = report if isinstance(report, dict) else {}
-    loss, kind = result.get("loss"), report.get("kind", "demonstration") if report else None
+    loss, kind = result.get("loss"), result.get("kind", "demonstration" if "turns" in result else None)
     return {
         "job": True,
         "retries": job.retries_left,
         "times": tuple((what, at) for what, at in times if isinstance(at, datetime) and not job.defect),
         "loss": float(loss) if isinstance(loss, int | float) and abs(loss) < 1e300 else None,
         "kind": kind[:40] if isinstance(kind, str) else None,
-        "counts": {n: report[n] for n in COUNTS if isinstance(report.get(n), int) and abs(report[n]) < 2**53},
+        "counts": {n: result[n] for n in COUNTS if isinstance(result.get(n), int) and abs(result[n]) < 2**53},
     }
 
 

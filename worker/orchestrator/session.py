@@ -6,8 +6,8 @@
 
 `tandem worker`, `tandem rollback` and `tandem train --attach` begin with one.
 Invariants: whoever has a session is the server's only trainer; its weights are whole (torn or restarted ones were
-brought back before), and its trainer's loss is the model's own; nothing is missing in it and nothing is put into it
-later.
+brought back before), and its trainer's loss is the model's own and the server's; nothing is missing in it and nothing
+is put into it later.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from worker.config.retention import Policy
 from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
+from worker.orchestrator.attach_proof import prove
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import Tell, log_report
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights, attach
 from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
 from worker.trainer.factory import make_builder, make_trainer
-from worker.trainer.proof import prove_trainer
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 from worker.versions import ledger
@@ -127,6 +127,5 @@ def open_session(
             tell(report)
         trainer = make(h)
         warm(trainer, chosen.replayed)
-        most = min(trainer.room.longest, int(weights.server_info["max_model_len"]) - 1)
-        prove_trainer(trainer, weights.build_model(), tokenizer, most)
+        prove(trainer, weights, control, tokenizer)
         yield Session(control, weights, manager, builder, trainer, h, settings)

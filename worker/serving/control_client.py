@@ -5,6 +5,7 @@ which gives the pause back: the server then judges by the header what was left.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -110,6 +111,11 @@ class ServerControl:
             self.stood_s += seconds if running else 0.0
         if self._taken is not None:
             self._longest = max(self._longest, time.monotonic() - self._taken)
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """The engine's own log-probability, in nats, of each of `ids` but the first: 2 to MAX_ROW token ids. It is
+        computed as any request is, beside those that run. ServerError when the server cannot, or not in time."""
+        return [float(one) for one in self._ask({"op": "score", "ids": list(ids)})["logprobs"]]
 
     def state(self) -> dict[str, Any]:
         """{"version", "lineage", "state": serving|paused|torn, "written"? (hogwild: the version being written),

@@ -30,8 +30,12 @@ HELD_BACK_SECONDS = 100.0
 """Most that a pause waits for the requests that the last version threw back (`--running recompute`)."""
 ANSWER_SECONDS = HELD_BACK_SECONDS + 3 * ENGINE_SECONDS + CONNECT_SECONDS
 """What a trainer waits for an answer: the server, which bounds each of its calls into the engine, answers before."""
-MAX_REQUEST = 4096
-"""Bytes of one request. The longest real one, hello, has under 200."""
+MAX_ROW = 2048
+"""Tokens of a row that the server scores."""
+MAX_REQUEST = 16_384
+"""Bytes of one request. The longest real one, such a row, has under 11,000."""
+SCORE_SECONDS = 300.0
+"""Most that a row waits to be scored: behind the requests that a busy server holds."""
 
 PLANNED_SECONDS = 5.0
 """How long a write takes, for a trainer that has not measured one yet."""

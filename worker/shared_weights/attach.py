@@ -85,11 +85,10 @@ def attach(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
     header = Header(areas["header"])
     _check_lineage(header, info)
     model_path = checkpoint_dir(info["model"], info["revision"])
-    sources = {piece["name"]: piece["source"] for piece in info["slices"]}
     untouched = header.version == 0 and header.state == CLEAN
     if info["load_format"] != "dummy" and untouched:
-        spot_check(model_path, tensors, sources)
-    frozen = [*info["frozen"], *untrained_names(model_path, sources)]
+        spot_check(model_path, tensors)
+    frozen = [*info["frozen"], *untrained_names(model_path, tensors)]
     kept = {key: value for key, value in info.items() if key not in _CONSUMED}
     return AttachedWeights(header, RecordArea(areas["record"]), areas["state"], tensors, frozen, model_path, kept)
 

@@ -5,7 +5,6 @@ server.
 """
 
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from worker.shared_weights.errors import AttachError
-from worker.shared_weights.tensor_names import checkpoint_name
+from worker.shared_weights.stored_form import stored_parts
 
 _PIECE = 64
 """Elements compared at each place of a row."""
@@ -37,31 +36,27 @@ def checkpoint_dir(model: str, revision: str | None) -> Path:
         ) from None
 
 
-def untrained_names(directory: Path, sources: dict[str, str]) -> list[str]:
-    """Tensors of `directory`'s safetensors that stand for none of `sources`: vision, drafter. Empty without any."""
+def untrained_names(directory: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Tensors of `directory`'s safetensors that stand for none of `tensors`: vision, drafter. Empty without any."""
     with ExitStack() as stack:
         stored = _open_files(directory, stack) if any(directory.glob("*.safetensors")) else {}
-        trained = {candidate for name, source in sources.items() for candidate in _candidates(name, source)}
-        return sorted(stored.keys() - trained)
+        return sorted(stored.keys() - stored_parts(stored.keys(), tensors, directory).keys())
 
 
-def spot_check(directory: Path, tensors: dict[str, torch.Tensor], sources: dict[str, str]) -> None:
-    """Compare the ends and the middle of every tensor with `directory`'s safetensors, exactly.
+def spot_check(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Compare the ends and the middle of every tensor, and of every expert, with `directory`'s safetensors, exactly.
 
-    `sources` names each tensor in the checkpoint. `AttachError` names the first tensor that is missing or differs.
+    tensors: text name -> tensor. `AttachError` names the first that is missing or differs.
     """
     with ExitStack() as stack:
         files = _open_files(directory, stack)
-        for name, tensor in tensors.items():
-            stored = next((files[n].get_slice(n) for n in _candidates(name, sources[name]) if n in files), None)
-            if stored is None:
-                raise AttachError(
-                    f"{directory} holds no {sources[name]}: it is not the checkpoint that is being served"
-                )
+        parts = stored_parts(files.keys(), tensors, directory)
+        if missing := sorted(tensors.keys() - {part.name for part in parts.values()}):
+            raise AttachError(f"{directory} holds no {missing[0]}: it is not the checkpoint that is being served")
+        for name, part in parts.items():
+            stored, tensor = files[name].get_slice(name), part.view
             if tuple(stored.get_shape()) != tuple(tensor.shape):
-                raise AttachError(
-                    f"{sources[name]} has shape {stored.get_shape()} on disk, {name} {tuple(tensor.shape)}"
-                )
+                raise AttachError(f"{name} has shape {stored.get_shape()} on disk, in the server {tuple(tensor.shape)}")
             for row in _rows(tensor.shape[0]):
                 if not _same(stored[row : row + 1], tensor[row : row + 1]):
                     raise AttachError(
@@ -81,11 +76,6 @@ def _open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:
         raise AttachError(f"{directory} holds no *.safetensors to check the server's weights against: convert it")
     opened = [stack.enter_context(safe_open(directory / name, framework="pt")) for name in names]
     return {key: file for file in opened for key in file.keys()}  # noqa: SIM118  (not a dict)
-
-
-def _candidates(name: str, source: str) -> Iterator[str]:
-    """The names a tensor may have on disk: a text checkpoint may keep a vision model's prefix, and vice versa."""
-    yield from dict.fromkeys((source, name, checkpoint_name(name)))
 
 
 def _rows(count: int) -> list[int]:

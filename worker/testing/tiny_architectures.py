@@ -52,7 +52,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"tie_word_embeddings": True, "logit_scale": 0.25},
     "cohere2": {**ALTERNATING, "tie_word_embeddings": True, "logit_scale": 0.25},
     "phi": {"num_key_value_heads": 2, "hidden_act": "gelu_new"},
-    "qwen3_moe": EXPERTS,
+    "qwen3_moe": {k: v for k, v in EXPERTS.items() if not k.startswith("shared")},
     "qwen3_5_moe_text": {**EXPERTS, **LINEAR},
     "qwen3_next": {**EXPERTS, **LINEAR},
 }  # fmt: skip

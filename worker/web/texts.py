@@ -68,12 +68,12 @@ def moment(value: Any) -> datetime | None:
 
 
 def clock(value: Any) -> Markup:
-    """<time> with the date and the second, in UTC."""
+    """<time> with the date, which a narrow table leaves out, and the second, in UTC."""
     at = moment(value)
     if at is None:
         return Markup(NOTHING)
-    shown = at.strftime("%Y-%m-%d %H:%M:%S")
-    return Markup('<time datetime="{}">{}</time>').format(at.isoformat(timespec="seconds"), shown)
+    exact, date, time_of_day = at.isoformat(timespec="seconds"), at.strftime("%Y-%m-%d"), at.strftime("%H:%M:%S")
+    return Markup('<time datetime="{}"><span class="date">{}</span> {}</time>').format(exact, date, time_of_day)
 
 
 def short_clock(value: float, span: float) -> str:

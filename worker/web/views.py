@@ -13,8 +13,10 @@ from werkzeug.wrappers import Response
 from producer.connection import redis_errors
 from producer.errors import TandemError
 from worker.operations import history, job_story
+from worker.versions import evaluations, ledger
 from worker.web import curves, texts
 from worker.web.charts import draw
+from worker.web.evaluated_sets import EvaluatedSet
 from worker.web.site import site
 
 blueprint = Blueprint("learning", __name__, url_prefix="/learning", static_folder="static", template_folder="templates")
@@ -94,6 +96,16 @@ def _around(number: int) -> history.History | None:
     with redis_errors(site().where):
         found = history.read(site().connection, 1, number) if number < 2**53 else history.History()
     return found if found.versions and found.versions[0].number == number else None
+
+
+@blueprint.get("/evaluations")
+def evaluated() -> str:
+    """What `tandem eval` found of named sets, by version."""
+    with redis_errors(site().where):
+        live = ledger.state(site().connection)
+        named = [evaluations.of_set(site().connection, name) for name in evaluations.names(site().connection)]
+    sets = [EvaluatedSet.of(each, live.lineage) for each in named if each]
+    return page("evaluations", "Evaluations", sets=sets, times=request.args.get("x") == "time")
 
 
 @blueprint.get("/jobs")

@@ -24,7 +24,8 @@ def tensors(tiny_model: Path) -> dict[str, torch.Tensor]:
     with safe_open(tiny_model / "model.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(name).to(torch.float32 if name.endswith("A_log") else torch.bfloat16)
-            found[model_directory.text_name(name)] = tensor + 0.123456789 if name.endswith("A_log") else tensor * 1.5
+            text = name.replace("model.language_model.", "model.", 1)
+            found[text] = tensor + 0.123456789 if name.endswith("A_log") else tensor * 1.5
     return found
 
 

@@ -6,8 +6,12 @@ import pytest
 import redis
 from drain_parts import Weights, start
 from page_parts import SCRIPT
+from rq.results import Result
 
 from producer import Producer, QueueUnavailableError, State, keys
+from worker.config.protocol import JobResult
+from worker.consumer.jobs import open_queue
+from worker.consumer.transitions import fetch
 from worker.operations import job_story
 
 SECRET = "what the user said in confidence"
@@ -34,6 +38,17 @@ def test_a_trained_one_has_its_version_its_loss_and_its_times(connection: redis.
     assert (found.state, found.version, found.without, found.job) == (State.FINISHED, 1, None, True)
     assert [what for what, _ in found.times] == ["queued", "started", "ended"]
     assert SECRET not in repr(found)
+
+
+@pytest.mark.parametrize("kind", ["demonstration", "correction"])
+def test_its_result_says_kind_loss_and_counts(connection: redis.Redis, kind: str) -> None:
+    report = {"turns": 2, "tokens": 40, "sequences": 1, "expansion": 1.0, "dropped_turns": SECRET}
+    stored = JobResult(1, 1.25, report | ({} if kind == "demonstration" else {"kind": kind})).as_map()
+    (job,) = fetch(open_queue(connection), ["good"])
+    assert job is not None
+    Result.create(job, Result.Type.SUCCESSFUL, ttl=100, return_value=stored)
+    found = job_story.story(connection, "good")
+    assert (found.kind, found.loss, found.counts) == (kind, 1.25, {"turns": 2, "tokens": 40})
 
 
 def test_a_refused_one_has_its_reason(connection: redis.Redis) -> None:

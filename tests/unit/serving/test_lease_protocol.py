@@ -20,7 +20,7 @@ from patience import until
 
 from worker.serving.cache_policy import KEEP, RECOMPUTE, CachePolicy
 from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, server_state
-from worker.serving.protocol import MAX_REQUEST, TORN
+from worker.serving.protocol import MAX_REQUEST, MAX_ROW, TORN
 from worker.serving.vllm import control_server, engine
 from worker.serving.vllm.worker_extension import TandemWorkerExtension
 from worker.utils import unix_socket
@@ -254,6 +254,46 @@ def test_an_engine_that_has_ended_is_said_and_final(server: LocalServer, trainer
         trainer.pause()
 
 
+# Scoring a row
+
+
+def test_a_row_is_scored_by_the_engine_and_nothing_changes(server: LocalServer, trainer: ServerControl) -> None:
+    before = trainer.state()
+    assert trainer.score([5, 6, 7]) == [-6.0, -7.0]
+    assert server.engine.calls == ["score [5, 6, 7]"] and trainer.state() == before
+
+
+def test_a_row_has_bounds(server: LocalServer, trainer: ServerControl) -> None:
+    bad: list[Any] = [None, [], [1], [1, -1], [1, True], [1, 2.0], ["1", "2"], [1] * (MAX_ROW + 1)]
+    for ids in bad:
+        with pytest.raises(ServerError, match=f"ids must be 2 to {MAX_ROW} token ids"):
+            trainer._ask({"op": "score", "ids": ids})
+    assert len(trainer.score([250_000] * MAX_ROW)) == MAX_ROW - 1  # the longest, of a large vocabulary, is let in
+    assert len(server.engine.calls) == 1
+
+
+def test_no_row_is_scored_while_the_server_stands_still(server: LocalServer, trainer: ServerControl) -> None:
+    trainer.pause()
+    with pytest.raises(ServerError, match="not serving whole weights"):
+        trainer.score([1, 2])
+    trainer.resume(0)
+    assert trainer.score([1, 2]) == [-2.0]
+
+
+def test_a_row_that_is_not_computed_in_time_is_told(
+    server: LocalServer, trainer: ServerControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile others are answered: it waits behind requests, and not in front of anybody."""
+    monkeypatch.setattr(control_server, "SCORE_SECONDS", 0.2)
+    server.engine.fail["score [1, 2]"] = asyncio.sleep(60)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(trainer.score, [1, 2])
+        until(lambda: "score [1, 2]" in server.engine.calls, "ask the engine")
+        assert server_state(server.run_dir)["state"] == "serving"
+        with pytest.raises(ServerError, match=r"was not computed within 0\.2 s: too many requests wait"):
+            waiting.result()
+
+
 # Who may ask
 
 
@@ -261,7 +301,7 @@ def test_only_the_first_that_says_hello_is_the_trainer(server: LocalServer, trai
     with pytest.raises(ServerError, match=r"trainer 'first' \(process \d+, since .*stop it first"):
         ServerControl(server.run_dir, "second").connect()
     with unix_socket.connect(str(server.run_dir / "control.sock")) as sock:
-        for op in ("pause", "begin_hogwild", "renew", "resume"):
+        for op in ("pause", "begin_hogwild", "renew", "resume", "score"):
             unix_socket.send(sock, {"op": op, "seconds": 1.0, "version": 0})
             assert unix_socket.receive(sock) == {"error": "say hello first"}
     assert trainer.state()["state"] == "serving" and server.engine.calls == []

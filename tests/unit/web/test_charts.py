@@ -99,7 +99,8 @@ def test_units_times_and_sentences_read_well() -> None:
         "32 ms", "0.400 ms", "1.23 s", "5 min", "2.50 h", "not a number", "–",
     ]  # fmt: skip
     assert percent(0.987) == "98.7 %" and percent(1) == "100 %"
-    assert clock(0.0) == '<time datetime="1970-01-01T00:00:00+00:00">1970-01-01 00:00:00</time>'
+    epoch = '<time datetime="1970-01-01T00:00:00+00:00"><span class="date">1970-01-01</span> 00:00:00</time>'
+    assert clock(0.0) == epoch
     assert [clock(x) for x in (None, 1e300, math.nan)] == ["–"] * 3 and ago(1e300) == "–"
     assert sentence("start `tandem worker` <b>") == "start <code>tandem worker</code> &lt;b&gt;"
 

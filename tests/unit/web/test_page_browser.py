@@ -12,25 +12,32 @@ import redis
 from browser import Page
 from drain_parts import Weights, start
 from flask import Flask
-from page_parts import plant, plant_hostile
+from page_parts import LINEAGE, plant, plant_hostile
 from patience import until
 from werkzeug.serving import make_server
 
 from producer import Producer
 from worker.versions import pause_switch
+from worker.versions.evaluations import Score, evaluation, keep
 from worker.web.app import make_app
 
 pytestmark = pytest.mark.skipif(browser.BINARY is None, reason="no Chromium here")
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
 VIEWS = ["/learning/?x=time&n=30", "/learning/versions", "/learning/versions/44", "/learning/versions/20"]
-VIEWS += ["/learning/jobs", "/learning/jobs/good", "/learning/jobs/unpreparable", "/learning/nothing"]
+VIEWS += [
+    "/learning/evaluations",
+    "/learning/jobs",
+    "/learning/jobs/good",
+    "/learning/jobs/unpreparable",
+    "/learning/nothing",
+]
 VIEWS += [f"/learning/actions/{what}" for what in ("pause", "resume", "rollback/3", "rollback/progress")]
 ENTER, TAB = ("Enter", 13, "\r"), ("Tab", 9)
 
 
 @pytest.fixture
 def connection(redis_url: str, tmp_path: Path) -> redis.Redis:
-    """45 versions, one of them a rollback; a job that was trained, one that failed, one that waits."""
+    """45 versions, one of them a rollback, three evaluated; a job that was trained, one that failed, one that waits."""
     connection = redis.Redis.from_url(redis_url)
     with Producer(redis_url) as producer:
         for text in ("good", "unpreparable"):
@@ -38,6 +45,9 @@ def connection(redis_url: str, tmp_path: Path) -> redis.Redis:
         start(connection, Weights(tmp_path), hooks=[], linger=0).work(burst=True)
         producer.enqueue([{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}], id="next")
     plant(connection, 45, rollback=20)
+    for version in (20, 30, 45):
+        scores = [Score(90.0 - version, 30, exact=version > 20, margin=version - 30.0)]
+        keep(connection, evaluation("manners", version, LINEAGE, "digest", scores, "live"))
     return connection
 
 

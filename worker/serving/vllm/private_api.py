@@ -11,11 +11,14 @@ import importlib
 import inspect
 import itertools
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 from producer.errors import TandemError
+from worker.serving.protocol import ControlError
 from worker.utils import supported_versions
 
 CHECKED_ON = ("0.26.0", "0.32.0")
@@ -25,6 +28,11 @@ GEMM_NAME = "dispatch_cpu_unquantized_gemm"
 OPS_MODULE = "vllm._custom_ops"
 CONV_NAMES = ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu")
 """Called as ops.NAME(..., weight=, is_weight_packed=) by model_executor/layers/mamba/ops/cpu/gdn_attention.py."""
+PACK_EXPERTS, RUN_EXPERTS = "cpu_prepack_moe_weight", "cpu_fused_moe"
+"""(weight, isa) -> the packed weight; (out, input, w13, w2, w13_bias, w2_bias, topk_weights, topk_ids, act, isa,
+skip_weighted), which writes to `out`. Both called by model_executor/layers/fused_moe/experts/cpu_moe.py (0.32)."""
+EXPERTS_NAMES = ("w13_weight", "w2_weight")
+"""What its modules call the stacked weights of their experts: [E, 2I, H] (gates above ups) and [E, H, I]."""
 
 
 class VllmChangedError(TandemError):
@@ -43,6 +51,14 @@ def lookup(module: str, name: str) -> Any:
         ) from None
 
 
+def has(module: str, name: str) -> bool:
+    """Whether this vLLM's `module` has `name`."""
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
 def replace(module: str, name: str, new: Any) -> None:
     """Put `new` in the place of module.name, also in the vLLM modules that imported it by name; check that it took."""
     old = lookup(module, name)
@@ -52,6 +68,12 @@ def replace(module: str, name: str, new: Any) -> None:
     left = [holder.__name__ for holder in _vllm_modules() if holder.__dict__.get(name) is old]
     if left or lookup(module, name) is not new:
         raise VllmChangedError(f"could not replace {module}.{name} in {', '.join(left) or module}")
+
+
+def while_building(vllm_config: Any) -> AbstractContextManager[None]:
+    """The context in which vLLM builds models: classes of transformers that its own backend changed need it too."""
+    context: AbstractContextManager[None] = lookup("vllm.config", "set_current_vllm_config")(vllm_config)
+    return context
 
 
 def on_cpu() -> bool:
@@ -148,6 +170,35 @@ def watch_samples(engine_client: Any, current: Callable[[], Any], logprobs: bool
 
     engine_client.generate = watched
     return raw
+
+
+def scorer_of(engine_client: Any) -> Callable[[list[int]], Awaitable[list[float]]]:
+    """A function that gives the engine's own log-probability of every token but the first of a row, in nats.
+
+    The row is a request as any other: it goes through the scheduler, reads no cached prefix (vLLM computes all of a
+    prompt that it scores) and keeps its own under a salt of its own. `EngineClient.generate` is public, and what it
+    yields too; that `prompt_logprobs` holds log-probabilities depends on a flag. VllmChangedError where one that this
+    takes is missing.
+    """
+    params, kinds = (lookup("vllm.sampling_params", name) for name in ("SamplingParams", "RequestOutputKind"))
+    if not {"prompt_logprobs", "output_kind"} <= set(getattr(params, "__struct_fields__", ())):
+        raise _changed("SamplingParams.prompt_logprobs")
+    mode = engine_client.model_config.logprobs_mode
+
+    async def score(ids: list[int]) -> list[float]:
+        if mode.endswith("logits"):
+            raise ControlError(f"the server says logits where log-probabilities are asked for: serve without {mode}")
+        asked = params(max_tokens=1, temperature=0.0, prompt_logprobs=0, output_kind=kinds.FINAL_ONLY, detokenize=False)
+        prompt = {"prompt_token_ids": ids, "cache_salt": f"tandem-score-{uuid.uuid4().hex}"}
+        last = None
+        async for output in engine_client.generate(prompt, asked, f"tandem-score-{uuid.uuid4().hex}"):
+            last = output
+        found = None if last is None else last.prompt_logprobs
+        if found is None or len(found) != len(ids):
+            raise ControlError("the engine ended the row that was to be scored: see the server's log")
+        return [float(place[token].logprob) for place, token in zip(found[1:], ids[1:], strict=True)]
+
+    return score
 
 
 def _changed(what: str) -> VllmChangedError:

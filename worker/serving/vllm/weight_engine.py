@@ -19,6 +19,7 @@ from producer.errors import TandemError
 from worker.apollo import state_bytes
 from worker.config.optimizers import MATRICES, Optimizer, optimizer_of
 from worker.serving.refused_options import WITHOUT_DRAFTER
+from worker.serving.vllm import private_api
 from worker.serving.vllm.tensor_mapping import Mapping, derive
 from worker.serving.vllm.unsupported_flags import refuse_unshareable
 from worker.serving.vllm.weight_service import WeightService
@@ -48,7 +49,9 @@ class TandemWeightEngine(WeightTransferEngine):  # type: ignore[type-arg]
 
             verify_unpacked(model)
         hf_config, text_config = vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config
-        self._mapping = derive(model, text_sources(text_config.to_dict(), has_vision=hf_config is not text_config))
+        with private_api.while_building(vllm_config):
+            sources = text_sources(text_config.to_dict(), has_vision=hf_config is not text_config)
+        self._mapping = derive(model, sources)
         self._owner = owner_for(device)
         self._optimizer = optimizer_of(os.environ)
         state = _optimizer_bytes(self._mapping, self._optimizer)
