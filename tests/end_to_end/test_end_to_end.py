@@ -75,6 +75,7 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
     worker = stack.worker("--max-jobs", "4", "--metrics-port", "0", *canary_options(tmp_path))
     stack.wait_until(worker, lambda: len(stack.ledger()) == 20, "train all twenty")
     stack.seen = observe(stack, worker, tmp_path)
+    check_values(stack.seen)
     mapped, private = shared_and_private(worker.pid, "/memfd:")
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(PATIENCE) == 0, stack.said(worker)
@@ -94,10 +95,6 @@ def test_twenty_real_conversations_are_learnt_by_the_running_server(stack: Stack
 
     again = stack.tandem("enqueue", str(TRANSCRIPTS))
     assert "already known 20" in again.stdout, "months later, too: the ledger knows them"
-
-
-def test_every_metric_of_the_table_has_a_value(stack: Stack) -> None:
-    check_values(stack.seen)
 
 
 @pytest.mark.skipif(PROMETHEUS is None, reason="no Prometheus here")
