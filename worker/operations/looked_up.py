@@ -5,7 +5,6 @@ Invariant: what status does not know has no value.
 """
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from worker.utils.metrics import POLICIES, SERVER_STATES, WORKER_STATES
@@ -31,12 +30,13 @@ def values(status: dict[str, Any], header: int | None, disk: Mapping[str, float]
     versions = {"header": header, "redis": status.get("version"), "server": server.get("version")}
     found["tandem_version"] = {(source,): version for source, version in versions.items() if version is not None}
     if "queue" in status:
-        found |= _from_redis(status)
+        found |= _from_redis(status, now)
     return {name: of for name, of in found.items() if of}
 
 
-def _from_redis(status: dict[str, Any]) -> dict[str, dict[tuple[str, ...], float]]:
+def _from_redis(status: dict[str, Any], now: float) -> dict[str, dict[tuple[str, ...], float]]:
     worker, eviction, memory = status["worker"], status["eviction"], status["redis"]
+    age = (status["last_update"] or {}).get("age_s")
     policy = eviction["name"] if eviction["name"] in POLICIES else "unknown"
     found: dict[str, dict[tuple[str, ...], float]] = {
         "tandem_queue_jobs": {(state,): count for state, count in status["queue"].items()},
@@ -47,7 +47,7 @@ def _from_redis(status: dict[str, Any]) -> dict[str, dict[tuple[str, ...], float
         "tandem_queue_oldest_job_age_seconds": status["oldest_job_s"],
         "tandem_lost_jobs": len(status["lost"]),
         "tandem_ledger_transcripts": status["ledger"],
-        "tandem_last_version_timestamp_seconds": _timestamp((status["last_update"] or {}).get("at")),
+        "tandem_last_version_timestamp_seconds": None if age is None else now - age,
         "tandem_serving_share_asked_ratio": worker.get("serving_share"),
         "tandem_serving_share_kept_ratio": worker.get("serving_kept"),
         "tandem_redis_memory_bytes": memory.get("used_memory"),
@@ -70,10 +70,3 @@ def _condition(state: str, held: bool) -> str:
 
 def _one_of(states: tuple[str, ...], state: str) -> dict[tuple[str, ...], float]:
     return {(one,): one == state for one in states}
-
-
-def _timestamp(at: str | None) -> float | None:
-    try:
-        return datetime.fromisoformat(at).timestamp() if at else None
-    except ValueError:
-        return None
