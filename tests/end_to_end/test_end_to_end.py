@@ -9,9 +9,11 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import browser
 import pytest
+from click.testing import CliRunner
 from demo_parts.chat_page import allowing, chat_page
 from feedback_parts import feedback, state
 from metrics_parts import PROMETHEUS, canary_options, check_values, observe
@@ -25,6 +27,7 @@ from transformers import AutoTokenizer
 from producer import keys
 from producer.jsonl import read_transcripts
 from producer.serializer import MsgpackSerializer
+from worker.cli import eval as evaluation
 from worker.data.examples import ExampleBuilder
 from worker.testing.server_process import free_port
 
@@ -129,6 +132,36 @@ def test_a_correction_over_http_is_learnt(stack: Stack) -> None:
     assert where.json == {"id": sent.json["id"], "state": "finished", "version": version}
     assert preferred() > before + 0.01
     assert stack.post("/v1/chat/completions", asked)[2]["x-weight-version"] == str(version)
+
+
+def test_a_set_is_evaluated_while_a_worker_trains_it(stack: Stack, tmp_path: Path) -> None:
+    """Every figure is of the version that it names, whatever comes in between; then both are compared from Redis."""
+    file = tmp_path / "numbers.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in transcripts("number", 4)))
+    worker = stack.worker("--max-jobs", "1")
+
+    def evaluate(*options: str) -> dict[str, Any]:
+        places = ["--url", stack.server.url, "--run-dir", str(stack.server.run_dir), "--redis", stack.store.url]
+        places += ["--state-dir", str(stack.folder / "state"), "--json"]
+        done = CliRunner().invoke(evaluation.command, [str(file), *places, *options], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    before = evaluate()
+    assert before["version"] == stack.producer.version() and before["lineage"] == stack.weights_version()["lineage"]
+    first = stack.producer.version()
+    stack.producer.enqueue_many(transcripts("number", 4))
+    during = evaluate("--no-answers")  # four versions come meanwhile, or did
+    assert all(first <= one["version"] <= first + 4 for one in during["cases"])
+    stack.wait_until(worker, lambda: stack.producer.version() == first + 4, "train all four")
+    after = evaluate()
+    assert after["version"] == first + 4 and after["loss"] < before["loss"] and worker.poll() is None
+    compared = evaluate("--compare", str(first), str(first + 4))
+    assert [compared[side]["where"] for side in ("before", "after")] == ["live", "live"]
+    assert compared["difference"]["loss"]["change"] == pytest.approx(after["loss"] - before["loss"])
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 0, stack.said(worker)
 
 
 @pytest.mark.skipif(browser.BINARY is None, reason="no Chromium here")

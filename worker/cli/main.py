@@ -13,6 +13,7 @@ COMMANDS = {
     "enqueue": ("producer.cli", "Queue the conversations of a file."),
     "feedback": ("producer.cli_feedback", "Say of a recorded answer how it was, or what it should have been."),
     "version": ("producer.cli", "Print the version of the weights that is live."),
+    "eval": ("worker.cli.eval", "Say how well a version does on the conversations of a file."),
     "train": ("worker.cli.train", "Train on FILE.jsonl without a queue."),
     "tiny": ("worker.cli.tiny", "Write a tiny Qwen3.5 to try things with."),
     "rollback": ("worker.cli.rollback", "Go back to an older version, with transcripts left out if asked."),
@@ -22,6 +23,7 @@ COMMANDS = {
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
     "dashboard": ("worker.cli.dashboard", "Serve the page: how learning goes, and rq-dashboard."),
+    "check": ("worker.cli.check", "Say whether a model can be trained here, from its config.json alone."),
     "doctor": ("worker.cli.doctor", "Check every part, and say what is wrong and how to mend it."),
 }
 SHARED_MODULES = {"producer.cli"}

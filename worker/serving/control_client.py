@@ -161,9 +161,20 @@ class ServerControl:
 def server_state(run_dir: Path | str, timeout: float = CONNECT_SECONDS) -> dict[str, Any]:
     """The state of the server of `run_dir`, as `ServerControl.state`, asked by somebody who is not the trainer.
     timeout: seconds."""
+    return _ask_once(run_dir, "state", timeout)
+
+
+def server_rendering(run_dir: Path | str) -> dict[str, Any]:
+    """How the server of `run_dir` turns messages into prompts, as `ServerControl.rendering`, asked by somebody who is
+    not the trainer. ServerGoneError from an older Tandem's server, too."""
+    rendering: dict[str, Any] = _ask_once(run_dir, "rendering", CONNECT_SECONDS)["rendering"]
+    return rendering
+
+
+def _ask_once(run_dir: Path | str, op: str, timeout: float) -> dict[str, Any]:
     with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), timeout) as sock:
-        unix_socket.send(sock, {"op": "state"})
+        unix_socket.send(sock, {"op": op})
         answer = unix_socket.receive(sock)
     if answer is None or "error" in answer:
-        raise ServerGoneError(f"the server of {run_dir} did not say its state: {answer}")
+        raise ServerGoneError(f"the server of {run_dir} did not say its {op}: {answer}")
     return answer

@@ -1,8 +1,8 @@
 """The control socket in vLLM's API process: one trainer pauses and resumes the server here.
 
 Messages are maps with "op": hello {name}, pause {seconds}, begin_hogwild {seconds}, renew {seconds}, resume
-{version, rebuilt}, score {ids}, state; answers are maps with "error" if refused. What a pause means, and what becomes
-of it when its trainer dies or hangs, is in `lease.py`.
+{version, rebuilt}, score {ids}, state, rendering; answers are maps with "error" if refused. What a pause means, and
+what becomes of it when its trainer dies or hangs, is in `lease.py`.
 
 Invariants: one trainer at a time; no message, however malformed, does more than cost its sender the connection.
 """
@@ -121,10 +121,12 @@ class Control:
         op = request.get("op")
         if op == "state":
             return self._plain()
+        if op == "rendering":
+            return {"rendering": self._rendering}
         if op == "score":  # may wait long behind requests, and changes nothing: others have their turns meanwhile
             return await self._answered(op, self._score(connection, request))
         if not isinstance(op, str) or op not in self._ops:
-            return {"error": f"unknown op: this server knows {', '.join([*self._ops, 'score', 'state'])}"}
+            return {"error": f"unknown op: this server knows {', '.join([*self._ops, 'score', 'state', 'rendering'])}"}
         async with self._turn:
             return await self._answered(op, self._ops[op](connection, request))
 
