@@ -23,6 +23,7 @@ COMMANDS = {
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
     "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
     "dashboard": ("worker.cli.dashboard", "Serve the page: how learning goes, and rq-dashboard."),
+    "check": ("worker.cli.check", "Say whether a model can be trained here, from its config.json alone."),
     "doctor": ("worker.cli.doctor", "Check every part, and say what is wrong and how to mend it."),
 }
 SHARED_MODULES = {"producer.cli"}

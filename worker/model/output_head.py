@@ -59,7 +59,7 @@ class _Output:
 
 @torch.no_grad()
 def head_of(model: Any) -> OutputHead:
-    """Of `model`, a transformers causal language model on any device. Raises `HeadError`."""
+    """Of `model`, a transformers causal language model on any device, the meta device too. Raises `HeadError`."""
     head, kind = model.get_output_embeddings(), type(model).__name__
     if not isinstance(head, torch.nn.Linear) or type(head).forward is not torch.nn.Linear.forward:
         raise HeadError(
@@ -92,7 +92,7 @@ def head_of(model: Any) -> OutputHead:
 def _probe(head: torch.nn.Linear) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Hidden states [1, ROWS, H] and logits [1, ROWS, V], fp32 values that bf16 holds too; where what reaches the head
     goes. Every column of the logits gets small and large values, of both signs."""
-    device = head.weight.device
+    device = torch.device("cpu") if head.weight.is_meta else head.weight.device
     powers = torch.tensor([2.0**power for power in range(-10, 21, 2)], device=device)
     grid = torch.cat([powers, -powers, powers.new_zeros(1)])
     rows, columns = torch.arange(ROWS, device=device)[:, None], torch.arange(head.out_features, device=device)

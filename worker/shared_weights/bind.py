@@ -36,7 +36,7 @@ def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: A
         if parameter.shape != tensors[name].shape:
             shapes = f"{tuple(parameter.shape)} in transformers, {tuple(tensors[name].shape)} in the server"
             raise AttachError(f"{name} is {shapes}: {_mismatch(model_path)}")
-    _compute_buffers(model, next(iter(tensors.values())).device)
+    compute_buffers(model, next(iter(tensors.values())).device)
     _bind(model, tensors)
     _refuse_meta(model)
     return without_dropout(model).train()
@@ -81,12 +81,18 @@ def _bind(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             module.register_parameter(key, bound[id(parameter)])
 
 
-def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Give every buffer that no checkpoint has its values, by the model's own `_init_weights`, on `device`.
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give every buffer of `model`, whose parameters are on the meta device, its values, by its own `_init_weights`.
 
-    It is asked twice, over buffers full of 0 and of 1: one that it leaves alone differs.
+    `AttachError` names one that the checkpoint would have, or that transformers does not compute. It is asked twice,
+    over buffers full of 0 and of 1: one that it leaves alone differs.
     """
     names = [name for name, _ in model.named_non_persistent_buffers()]
+    if stored := sorted({name for name, _ in model.named_buffers()} - set(names)):
+        raise AttachError(
+            f"buffer {stored[0]} of transformers' model has no data and the server shares none for it: the checkpoint"
+            " has it, and it is no parameter, so this model cannot be trained here"
+        )
     owners = {name.rpartition(".")[0] for name in names}
     found: list[dict[str, torch.Tensor]] = []
     for fill in (0, 1):
