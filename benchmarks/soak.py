@@ -52,7 +52,8 @@ class Stack:
             make_tiny(self.model, vision=self.on_gpu, real_heads=self.on_gpu)
         self.store = RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
-        self.port, self.dashboard_port, self.count = free_port(), free_port(), 0
+        self.port, self.dashboard_port, self.metrics_port = free_port(), free_port(), free_port()
+        self.count = 0
         self.start_server()
         self.start_worker()
         self.start_dashboard()
@@ -73,7 +74,8 @@ class Stack:
 
     def start_worker(self) -> None:
         self.count += 1
-        self.worker = Worker(self.worker_options, self.environment, self.folder / f"worker-{self.count}.log")
+        options = ["--metrics-port", str(self.metrics_port), *self.worker_options]
+        self.worker = Worker(options, self.environment, self.folder / f"worker-{self.count}.log")
         self.worker.until("be ready", lambda: "worker ready" in self.worker.said(), 600)
 
     def start_dashboard(self) -> None:
@@ -117,7 +119,8 @@ class Stack:
 
     def ask_pages(self) -> None:
         """As an operator's browser and a Prometheus do."""
-        for port, path in ((self.dashboard_port, "/"), (self.port, "/metrics")):
+        asked = ((self.dashboard_port, "/learning/"), (self.port, "/metrics"), (self.metrics_port, "/metrics"))
+        for port, path in asked:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30).read()
             except OSError:
