@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import until
 from server_options import GPU
 from test_weights_server import IDS, served
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from worker.checkpoint.checkpoint_writer import Written
 from worker.cli.train import train_attached
 from worker.config.hyperparameters import Hyperparameters
 from worker.orchestrator.session import Session, open_session
+from worker.serving.control_client import server_state
 from worker.testing.server_process import ServerProcess
 from worker.testing.tiny_architectures import ARCHITECTURES
 from worker.trainer.proof import own_loss
@@ -39,6 +41,13 @@ CHAT = {
 }
 
 
+PLAIN = (
+    "from worker.utils import torch_setup; torch_setup.prepare();"  # before transformers looks at torchvision
+    " from vllm.entrypoints.cli.main import main; main()"
+)
+"""vLLM as it comes: without `tandem serve`, its plugins of ours do nothing."""
+
+
 def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
@@ -56,6 +65,11 @@ def apart(session: Session, server: ServerProcess) -> float:
     return float((own_loss(session.trainer, IDS) + served(server)).abs().mean())
 
 
+def alone(server: ServerProcess) -> None:
+    """Until the server has noticed that its last trainer is gone."""
+    until(lambda: server_state(server.run_dir)["trainer"] is None, "notice that the trainer is gone")
+
+
 def learn(server: ServerProcess, folder: Path, state: Path, close: float) -> tuple[Path, torch.Tensor]:
     """Train a line in eight steps: the checkpoint, and what the server then says of IDS."""
     state.mkdir()
@@ -65,7 +79,9 @@ def learn(server: ServerProcess, folder: Path, state: Path, close: float) -> tup
         (state / "chat.jsonl").write_text(json.dumps(CHAT))
         sequence = session.builder.build(_transcript(), "one").sequences[0]
         before = session.control.score(sequence.ids)
+    alone(server)
     train_attached(str(state / "chat.jsonl"), server.run_dir, H, count=8, batch=1, state_dir=state)
+    alone(server)
     with open_session(server.run_dir, "test", H, state_dir=state) as session:
         assert apart(session, server) < close
         after = session.control.score(sequence.ids)
@@ -96,6 +112,6 @@ def test_an_architecture(architecture: Callable[[str], Path], tmp_path: Path, na
     folder, close = architecture(name), 0.1 if name in LINEAR else 0.02
     with ServerProcess(folder, tmp_path / "run", extra=OPTIONS) as server:
         checkpoint, said = learn(server, folder, tmp_path / "state", close)
-    plain = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), "--dtype", "bfloat16"]
+    plain = [sys.executable, "-c", PLAIN, "serve", str(checkpoint), "--dtype", "bfloat16"]
     with ServerProcess(checkpoint, tmp_path / "plain", extra=OPTIONS, command=plain) as server:
         assert (served(server) - said).abs().mean() < close
