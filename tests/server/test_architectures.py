@@ -22,6 +22,7 @@ from worker.cli.train import train_attached
 from worker.config.hyperparameters import Hyperparameters
 from worker.orchestrator.session import Session, open_session
 from worker.serving.control_client import server_state
+from worker.serving.launch import entry_module
 from worker.testing.server_process import ServerProcess
 from worker.testing.tiny_architectures import ARCHITECTURES
 from worker.trainer.proof import own_loss
@@ -41,23 +42,16 @@ CHAT = {
 }
 
 
-PLAIN = (
-    "from worker.utils import torch_setup; torch_setup.prepare();"  # before transformers looks at torchvision
-    " from vllm.entrypoints.cli.main import main; main()"
-)
-"""vLLM as it comes: without `tandem serve`, its plugins of ours do nothing."""
-
-
 def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
 def bound_is_the_checkpoint(session: Session, folder: Path) -> None:
-    """Every parameter of the model, whole."""
+    """Every parameter of the model, whole; to the bits that the files have (A_log is fp32 in the server)."""
     stored = dict(loaded(folder).named_parameters())
     assert stored.keys() == session.weights.tensors.keys()
     for name, tensor in session.weights.tensors.items():
-        assert torch.equal(tensor, stored[name].to(tensor.dtype)), name
+        assert torch.equal(tensor.to(stored[name].dtype), stored[name]), name
 
 
 def apart(session: Session, server: ServerProcess) -> float:
@@ -112,6 +106,6 @@ def test_an_architecture(architecture: Callable[[str], Path], tmp_path: Path, na
     folder, close = architecture(name), 0.1 if name in LINEAR else 0.02
     with ServerProcess(folder, tmp_path / "run", extra=OPTIONS) as server:
         checkpoint, said = learn(server, folder, tmp_path / "state", close)
-    plain = [sys.executable, "-c", PLAIN, "serve", str(checkpoint), "--dtype", "bfloat16"]
+    plain = [sys.executable, "-P", "-m", *entry_module(True, str(checkpoint)), "--dtype", "bfloat16"]
     with ServerProcess(checkpoint, tmp_path / "plain", extra=OPTIONS, command=plain) as server:
         assert (served(server) - said).abs().mean() < close
