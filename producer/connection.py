@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit
 
 import redis
 
@@ -35,9 +36,37 @@ OWN_CHOICE = ("decode_responses", "encoding", "encoding_errors", "legacy_respons
 _AMOUNTS = ("socket_timeout", "socket_connect_timeout")
 
 
+PASSWORD_FILE = "REDIS_PASSWORD_FILE"
+"""Environment: a file with the password of REDIS_URL, as Docker, systemd and Kubernetes hand secrets over."""
+
+
 def resolve_url(url: str | None) -> str:
-    """The URL given, else the environment's REDIS_URL, else the one of a Redis on this machine."""
-    return url or os.environ.get("REDIS_URL") or DEFAULT_URL
+    """The URL given, else the environment's REDIS_URL, else the one of a Redis on this machine.
+
+    The environment's gets the password in the file that `PASSWORD_FILE` names, if it has none itself; a URL that was
+    given may be of another Redis, and gets none. Raises `RedisUrlError`.
+    """
+    if url:
+        return url
+    found = os.environ.get("REDIS_URL") or DEFAULT_URL
+    path = os.environ.get(PASSWORD_FILE)
+    return _with_password(found, path) if path else found
+
+
+def _with_password(url: str, path: str) -> str:
+    """`url` with the first line of the file at `path` as its password, unless it has one."""
+    scheme, mark, rest = url.partition("://")
+    end = min((rest.find(sign) for sign in "/?#" if sign in rest), default=len(rest))
+    user, _, host = rest[:end].rpartition("@")
+    if not mark or ":" in user:
+        return url
+    try:
+        password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RedisUrlError(f"{PASSWORD_FILE}: {path} cannot be read as text ({type(error).__name__})") from None
+    if not password or "\n" in password:
+        raise RedisUrlError(f"{PASSWORD_FILE}: {path} must be one line, the password of REDIS_URL's user")
+    return f"{scheme}://{user}:{quote(password, safe='')}@{host}{rest[end:]}"
 
 
 def safe_url(url: str) -> str:

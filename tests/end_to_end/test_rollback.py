@@ -247,6 +247,7 @@ def test_the_producer_knows_a_dropped_transcript(taught: Site) -> None:
     assert Producer(taught.store.url).status("x-2").version == 2, "trained then, and taken out since: in the ledger"
 
 
+@SLOW
 def test_the_page_goes_back_to_a_version_and_shows_how_it_went(taught: Site) -> None:
     """Asked for by a form of the page, done by a `tandem rollback` of its own, told on the page until it has ended."""
     app = make_app(taught.store.url, run_dir=taught.run_dir, state_dir=taught.state, allow_actions=True)

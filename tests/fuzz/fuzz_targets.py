@@ -18,6 +18,7 @@ import redis
 import torch
 from drain_parts import Lines, Weights, start
 from fuzz_bytes import Evil, packed, plain
+from fuzz_exports import Exports
 from fuzz_http import FeedbackBodies
 from fuzz_opinions import Opinions, PlantedRecords
 from fuzz_sockets import Answers, ControlSocket, Sockets, WeightsSocket
@@ -281,5 +282,5 @@ def targets(url: str, folder: Path) -> Iterator[list[Any]]:
     with closing(Sockets(folder / "run")) as sockets, closing(FeedbackBodies(url)) as bodies:
         found = [QueueRead(), QueueDrain(url, folder / "weights"), WeightsSocket(sockets), ControlSocket(sockets)]
         found += [Answers(), Record(), HeaderBytes(), JournalFile(folder / "file"), JournalRecords(folder / "journal")]
-        found += [Opinions(url), PlantedRecords(url), bodies]
+        found += [Opinions(url), PlantedRecords(url), bodies, Exports()]
         yield found

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from worker.testing.redis_server import RedisServer
 
 NAMES = ("QueueRead", "QueueDrain", "WeightsSocket", "ControlSocket", "Answers", "Record", "HeaderBytes")
-NAMES += ("JournalFile", "JournalRecords", "Opinions", "PlantedRecords", "FeedbackBodies")
+NAMES += ("JournalFile", "JournalRecords", "Opinions", "PlantedRecords", "FeedbackBodies", "Exports")
 
 
 @pytest.fixture(scope="module")

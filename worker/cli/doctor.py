@@ -23,9 +23,15 @@ from worker.utils.unix_socket import default_run_dir
 @redis_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
+@click.option("--only", "checks", multiple=True, metavar="CHECK", help="Only this check (repeatable), by its name.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def command(
-    flags: tuple[str, ...], redis_url: str | None, run_dir: Path | None, state_dir: Path | None, as_json: bool
+    flags: tuple[str, ...],
+    redis_url: str | None,
+    run_dir: Path | None,
+    state_dir: Path | None,
+    checks: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Check Redis, server, worker, packages, state directory, disk, sockets and clock; say what is wrong and how to
     mend it.
@@ -37,9 +43,13 @@ def command(
     subject = Subject(resolve_url(redis_url), folder, state_dir, flags, os.environ)
     found = []
     for finding in examine(subject):
+        if checks and finding.check not in checks:
+            continue
         found.append(finding)
         if not as_json:
             click.echo(line(finding))
+    if unknown := set(checks) - {finding.check for finding in found}:
+        raise click.BadParameter(f"no check is called {', '.join(sorted(unknown))}", param_hint="--only")
     faults = sum(finding.level == Level.FAULT for finding in found)
     if as_json:
         click.echo(json.dumps({"faults": faults, "findings": [_plain(finding) for finding in found]}, indent=2))

@@ -17,6 +17,7 @@ from patience import until
 from werkzeug.serving import make_server
 
 from producer import Producer
+from worker.testing.redis_server import RedisServer
 from worker.versions import pause_switch
 from worker.versions.evaluations import Score, evaluation, keep
 from worker.web.app import make_app
@@ -51,10 +52,19 @@ def connection(redis_url: str, tmp_path: Path) -> redis.Redis:
     return connection
 
 
-@pytest.fixture
-def site(connection: redis.Redis, redis_url: str, tmp_path: Path) -> Iterator[str]:
-    with serving(make_app(redis_url, run_dir=tmp_path / "none", allow_actions=True)) as address:
+@pytest.fixture(scope="module")
+def site(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    app = make_app(redis_server.url, run_dir=tmp_path_factory.mktemp("none"), allow_actions=True)
+    with serving(app) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def tab(site: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """One browser for all tests: to start one takes longer than a test."""
+    with browser.page(f"{site}/learning/", tmp_path_factory.mktemp("browser")) as tab:
+        tab.watch()
+        yield tab
 
 
 class serving:
@@ -76,15 +86,15 @@ class serving:
 
 
 @pytest.fixture
-def page(site: str, tmp_path: Path) -> Iterator[Page]:
+def page(tab: Page, site: str, connection: redis.Redis) -> Iterator[Page]:
     """The overview. At the end: nothing went wrong in it, and no other host was asked."""
-    with browser.page(f"{site}/learning/", tmp_path) as tab:
-        tab.watch()
-        tab.go(f"{site}/learning/")
-        yield tab
-        expected = [f"{site}/learning/nothing"]
-        assert not [fault for fault in tab.faults if not any(fault.endswith(address) for address in expected)]
-        assert {urlsplit(address).netloc for address in tab.requested} == {urlsplit(site).netloc}
+    tab.events.clear()
+    tab.look()
+    tab.go(f"{site}/learning/")
+    yield tab
+    expected = [f"{site}/learning/nothing"]
+    assert not [fault for fault in tab.faults if not any(fault.endswith(address) for address in expected)]
+    assert {urlsplit(address).netloc for address in tab.requested} == {urlsplit(site).netloc}
 
 
 def barriers(page: Page) -> list[str]:

@@ -19,7 +19,7 @@ def check_worker(known: Mapping[str, Any], server: ServerView) -> Finding:
     who = {name: worker.get(name) for name in ("name", "pid", "host", "since")}
     trainer = server.state.get("trainer") or {}
     if worker["state"] == "none":
-        return warning("worker", Fact.WORKER_NONE)
+        return fault("worker", Fact.WORKER_NONE)
     if worker["state"] == "dead":
         return fault("worker", Fact.WORKER_DEAD, **who)
     if server.state and trainer.get("name") != worker["name"]:
