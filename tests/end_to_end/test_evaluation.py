@@ -76,6 +76,9 @@ def test_a_loss_is_the_one_that_training_saw(taught: Site, tmp_path: Path) -> No
     assert (found["version"], found["where"], found["lineage"]) == (2, "offline", taught.header()["lineage"])
     assert found["loss"] == pytest.approx(float(taught.manifest(3)["loss"]), abs=1e-4)
     assert f"{NOWHERE} cannot be asked" in said
+    run(taught, file, "--at", "2", "--no-answers", "--offline")
+    stored, _ = run(taught, file, "--at", "2")
+    assert stored["from_store"] and stored["asked"] == 2, "what has answers is not replaced by what has none"
     assert contents(taught.state) == before, "nothing of the worker's was changed"
     (kept,) = (taught.state / "evaluations" / "batch").iterdir()
     assert kept.name == f"2-{found['lineage']}.jsonl" and "Its number is 28." in kept.read_text()

@@ -25,6 +25,8 @@ from worker.testing.redis_server import OLDEST, major
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("bash", "unshare", "nsenter", "setpriv", "ip", "curl", "redis-server", "redis-cli")
+TRIED = """mount -t tmpfs tmpfs /mnt && cd /mnt && mkdir upper work root &&
+mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work root"""
 INSIDE = r"""
 set -e
 mount --make-rprivate /
@@ -58,7 +60,7 @@ def missing() -> str | None:
         return f"not installed: {', '.join(lacking)}"
     if (major(str(shutil.which("redis-server"))) or 0) < OLDEST:
         return f"redis-server is older than {OLDEST}"
-    made = subprocess.run(["unshare", "--mount", "--net", "--ipc", "true"], capture_output=True, text=True)
+    made = subprocess.run(["unshare", "--mount", "--net", "--ipc", "sh", "-c", TRIED], capture_output=True, text=True)
     return made.stderr.strip() or None
 
 

@@ -50,6 +50,13 @@ def test_nothing_is_missing_and_nothing_is_changed(worker: redis.Redis, connecti
     assert connection.dbsize() == 0
 
 
+def test_a_connection_that_is_due_for_its_health_check_changes_nothing(redis_url: str, connection: redis.Redis) -> None:
+    """As with health_check_interval in the URL, and a slow Redis."""
+    with redis.Redis.from_url(redis_url, health_check_interval=1e-9) as client:
+        assert missing(client, WORKER) == []
+    assert connection.dbsize() == 0
+
+
 @pytest.mark.parametrize("command", sorted({command[0] for command in [*WORKER, *PRODUCER]}))
 def test_a_command_that_is_missing_is_named(worker: redis.Redis, connection: redis.Redis, command: str) -> None:
     set_rights(connection, f"{WORKER_ACL} -{command}")

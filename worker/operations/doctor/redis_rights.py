@@ -58,6 +58,8 @@ WORKER: tuple[tuple[str, ...], ...] = (
     ("xadd", keys.EVENTS, "*", "version", "0"),
     ("hscan", keys.LEDGER, "0"),
 )
+SCRIPTS = ("eval", "evalsha")
+"""Their first argument is no key."""
 ROLES = {"worker": WORKER, "producer": PRODUCER}
 SHOWN = 4
 """How many missing rights a finding names."""
@@ -76,24 +78,31 @@ def missing(client: redis.Redis, commands: Sequence[Sequence[str]]) -> list[str]
     pool = client.connection_pool
     connection: Any = pool.get_connection()
     try:
-        found = [_refused(connection, ("watch", keys.VERSION)), _refused(connection, ("multi",))]
-        if found[-1] is None:
-            found += [_refused(connection, command) for command in commands]
-        return list(dict.fromkeys(name for name in found if name))
+        found = _refused(connection, [("watch", keys.VERSION)]) + _refused(connection, [("multi",)])
+        if "multi" not in found:
+            found += _refused(connection, commands)
+        return list(dict.fromkeys(found))
     finally:
         connection.disconnect()  # which discards what was queued
         pool.release(connection)
 
 
-def _refused(connection: Any, command: Sequence[str]) -> str | None:
-    """The command and its first key, where the user may not run it. Other errors say that it may."""
-    connection.send_command(*command)
-    try:
-        connection.read_response()
-    except redis.exceptions.NoPermissionError:
-        return " ".join(command[:2])
-    except redis.exceptions.ResponseError as error:
-        if command[0] == "multi":  # then what follows would run
-            error.args = (own_words(error),)
-            raise
-    return None
+def _refused(connection: Any, commands: Sequence[Sequence[str]]) -> list[str]:
+    """Those that the user may not run, each with its key.
+
+    They are sent as one, and without redis-py's health check: a PING after MULTI is queued, redis-py takes that for a
+    dead connection, and makes another, on which what follows would run.
+    """
+    connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+    found = []
+    for command in commands:
+        try:
+            connection.read_response()
+        except redis.exceptions.NoPermissionError:
+            alone = len(command) == 1 or command[0] in SCRIPTS
+            found.append(command[0] if alone else " ".join(command[:2]))
+        except redis.exceptions.ResponseError as error:
+            if command[0] == "multi":
+                error.args = (own_words(error),)
+                raise
+    return found
