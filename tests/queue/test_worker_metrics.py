@@ -1,6 +1,7 @@
 """The worker's metrics, scraped over HTTP while a real worker drains a real Redis."""
 
 import json
+import logging
 import time
 import urllib.request
 from pathlib import Path
@@ -178,3 +179,14 @@ def test_a_taken_port_ends_the_worker_before_it_takes_anything(redis_url: str, t
         asked = ["--redis", redis_url, "--run-dir", str(tmp_path), "--metrics-port", port]
         result = CliRunner().invoke(worker.command, asked)
     assert isinstance(result.exception, TandemError) and f"127.0.0.1:{port}" in str(result.exception)
+
+
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_an_address_that_others_reach_is_warned_of(
+    host: str, warned: bool, redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ["--redis", redis_url, "--run-dir", str(tmp_path), "--metrics-port", "0", "--metrics-host", host]
+    with caplog.at_level(logging.INFO):
+        result = CliRunner().invoke(worker.command, asked)
+    assert isinstance(result.exception, TandemError), "there is no server"
+    assert f"metrics: http://{host}:" in caplog.text and ("everybody who reaches" in caplog.text) == warned

@@ -5,13 +5,13 @@ second start; loss and gradients of all of them: tests/unit/trainer/test_proof.p
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from patience import until
 from server_options import GPU
 from test_weights_server import IDS, served
 from transformers import AutoModelForCausalLM
@@ -20,6 +20,7 @@ from worker.checkpoint.checkpoint_writer import Written
 from worker.cli.train import train_attached
 from worker.config.hyperparameters import Hyperparameters
 from worker.orchestrator.session import Session, open_session
+from worker.serving.control_client import server_state
 from worker.testing.server_process import ServerProcess
 from worker.testing.tiny_architectures import ARCHITECTURES
 from worker.trainer.proof import own_loss
@@ -44,16 +45,21 @@ def loaded(folder: Path) -> Any:
 
 
 def bound_is_the_checkpoint(session: Session, folder: Path) -> None:
-    """Every parameter of the model, whole."""
+    """Every parameter of the model, whole; to the bits that the files have (A_log is fp32 in the server)."""
     stored = dict(loaded(folder).named_parameters())
     assert stored.keys() == session.weights.tensors.keys()
     for name, tensor in session.weights.tensors.items():
-        assert torch.equal(tensor, stored[name].to(tensor.dtype)), name
+        assert torch.equal(tensor.to(stored[name].dtype), stored[name]), name
 
 
 def apart(session: Session, server: ServerProcess) -> float:
     """Nats a token, mean, between the trainer and what a client is told."""
     return float((own_loss(session.trainer, IDS) + served(server)).abs().mean())
+
+
+def alone(server: ServerProcess) -> None:
+    """Until the server has noticed that its last trainer is gone."""
+    until(lambda: server_state(server.run_dir)["trainer"] is None, "notice that the trainer is gone")
 
 
 def learn(server: ServerProcess, folder: Path, state: Path, close: float) -> tuple[Path, torch.Tensor]:
@@ -65,7 +71,9 @@ def learn(server: ServerProcess, folder: Path, state: Path, close: float) -> tup
         (state / "chat.jsonl").write_text(json.dumps(CHAT))
         sequence = session.builder.build(_transcript(), "one").sequences[0]
         before = session.control.score(sequence.ids)
+    alone(server)
     train_attached(str(state / "chat.jsonl"), server.run_dir, H, count=8, batch=1, state_dir=state)
+    alone(server)
     with open_session(server.run_dir, "test", H, state_dir=state) as session:
         assert apart(session, server) < close
         after = session.control.score(sequence.ids)
@@ -96,6 +104,5 @@ def test_an_architecture(architecture: Callable[[str], Path], tmp_path: Path, na
     folder, close = architecture(name), 0.1 if name in LINEAR else 0.02
     with ServerProcess(folder, tmp_path / "run", extra=OPTIONS) as server:
         checkpoint, said = learn(server, folder, tmp_path / "state", close)
-    plain = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), "--dtype", "bfloat16"]
-    with ServerProcess(checkpoint, tmp_path / "plain", extra=OPTIONS, command=plain) as server:
+    with ServerProcess(checkpoint, tmp_path / "again", extra=OPTIONS) as server:  # vLLM's own loader reads the files
         assert (served(server) - said).abs().mean() < close

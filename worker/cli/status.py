@@ -56,7 +56,7 @@ def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(status, indent=2, default=str))
     else:
         click.echo(line(status))
-        for name in ("queue", "last_update", "worker", "server"):
+        for name in ("queue", "last_update", "canary", "worker", "server"):
             if status.get(name):
                 shown = {key: value for key, value in status[name].items() if value is not None}
                 click.echo(f"  {name:12}" + ", ".join(f"{key} {_short(value)}" for key, value in shown.items()))

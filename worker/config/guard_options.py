@@ -5,6 +5,8 @@ Must not know: torch.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +16,10 @@ import click
 
 from producer.errors import TandemError
 
+CANARY = "canary"
+"""Name of the canary set that was given none."""
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -22,18 +28,65 @@ class GuardSettings:
     """One field a flag; see `guard_options` for what each means."""
 
     outliers: float = 8.0
-    canary: Path | None = None
+    canary: tuple[tuple[str, Path], ...] = ()
+    """Name and file of each canary set."""
     canary_every: int = 10
-    canary_bound: float | None = None
+    canary_bound: tuple[tuple[str | None, float], ...] = ()
+    """Of a set by its name, or of all that have none of their own; of two of one name the later one counts."""
     auto_rollback: bool = False
     rehearse: float = 0.0
     dislikes_bound: float = 0.3
 
     def __post_init__(self) -> None:
-        if (self.canary is None) != (self.canary_bound is None):
-            raise TandemError("--canary FILE and --canary-bound LOSS go together: name both")
-        if self.auto_rollback and self.canary is None:
+        names = [name for name, _ in self.canary]
+        if len(set(names)) < len(names):
+            raise TandemError("two canary sets have one name: give each its own, --canary NAME=FILE")
+        if self.canary_bound and not names:
+            raise TandemError("--canary-bound LOSS is the bound of a canary set: name one with --canary FILE")
+        for name, _ in self.canary_bound:
+            if name is not None and name not in names:
+                raise TandemError(f"--canary-bound {name}=LOSS: there is no --canary {name}=FILE")
+        if self.auto_rollback and not self.canary_bound:
             raise TandemError("--auto-rollback follows the canary set: name one with --canary and --canary-bound")
+
+    def bound_of(self, name: str) -> float | None:
+        """The highest loss of the canary set `name` that passes; None: it is only watched."""
+        bounds = dict(self.canary_bound)
+        return bounds.get(name, bounds.get(None))
+
+
+class NamedSet(click.ParamType):
+    """FILE or NAME=FILE."""
+
+    name = "[NAME=]FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        name, file = _split(str(value))
+        if not file:
+            self.fail(f"{value!r} names no file", param, ctx)
+        return name or CANARY, Path(file)
+
+
+class NamedBound(click.ParamType):
+    """LOSS or NAME=LOSS."""
+
+    name = "[NAME=]LOSS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str | None, float]:
+        name, loss = _split(str(value))
+        try:
+            bound = float(loss)
+        except ValueError:
+            bound = math.nan
+        if not 0 < bound < math.inf:
+            self.fail(f"{loss!r} is not a number above 0", param, ctx)
+        return name, bound
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """(NAME, VALUE) of NAME=VALUE; (None, text) where nothing that could be a name stands before a "="."""
+    name, equals, value = text.partition("=")
+    return (name, value) if equals and NAME.fullmatch(name) else (None, text)
 
 
 def guard_options(command: F) -> F:
@@ -55,7 +108,13 @@ def guard_options(command: F) -> F:
             help="Refuse disliked answers once they have moved what the model expects in a few reference conversations"
             " (the canary set, if there is one) by this, in nats (KL) per token; 0: never.",
         ),
-        click.option("--canary", type=click.Path(path_type=Path), help="File (JSONL) of held-out conversations."),
+        click.option(
+            "--canary",
+            type=NamedSet(),
+            multiple=True,
+            help="File (JSONL) of held-out conversations, whose loss is watched. May be repeated with names; without a"
+            f" name it is called {CANARY}.",
+        ),
         click.option(
             "--canary-every",
             type=click.IntRange(1),
@@ -64,8 +123,9 @@ def guard_options(command: F) -> F:
         ),
         click.option(
             "--canary-bound",
-            type=click.FloatRange(0, min_open=True),
-            help="Pause training if the loss of the canary set is above this, in nats per token.",
+            type=NamedBound(),
+            multiple=True,
+            help="Pause training if the loss of this canary set, or of any, is above this, in nats per token.",
         ),
         click.option("--auto-rollback", is_flag=True, help="Also go back to the last version that passed."),
         click.option(

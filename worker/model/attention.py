@@ -1,18 +1,27 @@
 """Full attention over packed sequences: torch's own variable-length FlashAttention, as an attention of transformers.
 
 Checked on torch 2.11 (varlen_attn without enable_gqa, grouped heads accepted) and read for 2.12 and 2.13 (with it).
-Invariant: no token sees another sequence's, nor a later one.
+Invariants: no token sees another sequence's, nor a later one, nor one before its layer's window; what else a layer
+wishes of its attention (a cap on its scores, sinks) is refused by name, never left out.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from producer.errors import TandemError
 from worker.model.inputs import Packing
 
 NAME = "tandem_varlen"
+REFUSED = ("softcap", "s_aux", "position_bias")
+"""What layers may wish for and the kernel does not know, by transformers' names (5.17 to 5.19)."""
+
+
+class AttentionError(TandemError):
+    """A layer wants of its attention what the kernel does not do."""
 
 
 def register() -> str:
@@ -31,8 +40,10 @@ def register() -> str:
         *,
         scaling: float,
         packing: Packing,
-        **_: Any,
+        sliding_window: int | None = None,
+        **others: Any,
     ) -> tuple[Tensor, None]:
+        refuse(module, others)
         ends, longest = packing.starts32, packing.longest
         out: Any = varlen_attn(
             query[0].transpose(0, 1),  # [T, heads, head size]
@@ -43,10 +54,26 @@ def register() -> str:
             longest,
             longest,
             scale=scaling,
-            window_size=(-1, 0),
+            window_size=window(sliding_window),
             **grouped,
         )  # [T, heads, head size]
         return out[None], None
 
     AttentionInterface.register(NAME, attend)
     return NAME
+
+
+def window(sliding: int | None) -> tuple[int, int]:
+    """(tokens before, tokens after) that a token sees beside itself; -1: all. sliding: as transformers counts, itself
+    included."""
+    return (-1 if sliding is None else sliding - 1, 0)
+
+
+def refuse(module: torch.nn.Module, wishes: Mapping[str, Any]) -> None:
+    """Raises AttentionError naming the first of `wishes` that the kernel would leave out."""
+    for name in REFUSED:
+        if wishes.get(name) is not None:
+            raise AttentionError(
+                f"{type(module).__name__} wants {name} of its attention, which the kernel of packed rows does not know:"
+                " this model cannot be trained on a GPU"
+            )

@@ -18,7 +18,7 @@ PLACES = 16
 many places, and so on."""
 CHUNK = 64
 """Tokens of one chunk of fla's kernels."""
-NO_MASKS = {"full_attention": None, "linear_attention": None}
+NO_MASKS = {"full_attention": None, "sliding_attention": None, "linear_attention": None}
 """A mapping keeps transformers from making masks: the kernels know where sequences end."""
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from worker.utils.metrics import POLICIES, SERVER_STATES, WORKER_STATES
 from worker.utils.metrics_registry import Values
 
-CANARY = "canary"
-"""Name of the set of --canary."""
 EVALUATED = {
     "tandem_evaluation_loss": "loss",
     "tandem_evaluation_exact_match_ratio": "exact_match",
@@ -56,8 +54,7 @@ def _from_redis(status: dict[str, Any], now: float) -> dict[str, dict[tuple[str,
         "tandem_redis_may_evict": eviction["problem"] is not None,
     }
     found |= {name: {(): float(value)} for name, value in known.items() if value is not None}
-    if status["canary_loss"] is not None:
-        found["tandem_canary_loss"] = {(CANARY,): status["canary_loss"]}
+    found["tandem_canary_loss"] = {(name,): loss for name, loss in status["canary"].items()}
     for name, figure in EVALUATED.items():
         found[name] = {(one["name"],): one[figure] for one in status["evaluations"] if one[figure] is not None}
     return found

@@ -4,6 +4,8 @@ Must not know: torch, vLLM. Changes nothing it looks at.
 Invariants: what cannot be reached is said to be so, never guessed; nothing waits longer than a few seconds.
 """
 
+import json
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from producer import keys
 from producer.connection import connect, redis_errors, safe_url
 from producer.errors import TandemError
 from producer.eviction import Eviction
+from worker.config.guard_options import CANARY
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
 from worker.versions import evaluations, ledger, lost_jobs
@@ -30,6 +33,8 @@ SECONDS = 5.0
 REGISTRIES = {"started": Started, "failed": FailedJobRegistry, "finished": FinishedJobRegistry}
 REGISTRIES |= {"scheduled": ScheduledJobRegistry, "deferred": DeferredJobRegistry}
 NUMBERS = ("jobs", "tokens", "trained_tokens", "loss", "linger_s", "tokenize_s", "step_s", "pause_s", "commit_s")
+LOSS, LOSSES = "canary_loss", "canary_losses"
+"""Fields of `weights:state` (worker/orchestrator/canary.py)."""
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
 SHOWN_IDS = 5
@@ -97,12 +102,23 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "lineage": known.lineage,
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
-        "canary_loss": _number(said.get("canary_loss")),
+        "canary_loss": _number(said.get(LOSS)),
+        "canary": _canary(said),
         "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
         "eviction": {"name": eviction.policy, "policy": str(eviction), "problem": eviction.problem},
         "lost": sorted(set(lost)),
         "hold": said.get(REASON),
     }
+
+
+def _canary(said: dict[str, str]) -> dict[str, float]:
+    """Losses of the canary sets by name, finite ones; an older worker said one number, of the one set that it had."""
+    try:
+        losses = json.loads(said[LOSSES]) if LOSSES in said else {CANARY: said[LOSS]} if LOSS in said else {}
+        found = {str(name): float(loss) for name, loss in losses.items() if loss is not None}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+    return {name: loss for name, loss in found.items() if math.isfinite(loss)}
 
 
 def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""The canary set: conversations that are never trained, scored on the live weights every so many versions.
+"""Canary sets: conversations that are never trained, scored on the live weights every so many versions.
 
-A loss beyond the bound, or a set that cannot be scored, pauses training (serving goes on); a loss beyond the
-bound also takes the weights back to the last version that passed, if asked.
+Each has a name, by which the version's manifest keeps its loss. A loss beyond a set's bound, or a set that cannot be
+scored, pauses training (serving goes on); a loss beyond the bound also takes the weights back to the last version that
+passed, if asked. A set without a bound is only watched.
 Invariants: scoring changes no weight; it happens between two versions, as a step of the worker's loop, so that what
 goes wrong in a rollback ends the worker; no text of the set reaches logs or Redis.
 """
 
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ from producer.jsonl import read_transcripts
 from worker.checkpoint.ancestry import RebuildError
 from worker.checkpoint.journal import JournalError
 from worker.checkpoint.snapshots import SnapshotError
-from worker.config.guard_options import GuardSettings
+from worker.config.guard_options import CANARY, GuardSettings
 from worker.consumer.error_text import told
 from worker.data.examples import Example, ExampleBuilder, ExampleError
 from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, CanaryScored, NothingPassed, Report, sentence
@@ -32,6 +34,11 @@ log = logging.getLogger("tandem.worker")
 
 GOOD, VERSION = "canary_good", "canary_version"
 """Fields of `weights:state`: the last version that passed, and the last one that was judged."""
+LOSS, LOSSES = "canary_loss", "canary_losses"
+"""Fields of `weights:state`, of the version that was scored last: the first set's loss; JSON of all by name, null for
+one that is not finite."""
+MANIFEST = "canary"
+"""Field of a scored version's manifest: the same JSON. Manifests of versions that were not scored have none."""
 
 Score = Callable[[Sequence[Example]], dict[str, float]]
 """Mean loss by example id, without gradients: `Trainer.score`."""
@@ -41,8 +48,8 @@ class CanaryError(TandemError):
     """The canary file cannot be used."""
 
 
-def load(file: Path, builder: ExampleBuilder) -> list[Example]:
-    """The conversations of a JSONL file. Raises `CanaryError` naming the first bad line."""
+def load(file: Path, builder: ExampleBuilder, name: str = CANARY) -> list[Example]:
+    """The conversations of a JSONL file, the set `name`. Raises `CanaryError` naming the first bad line."""
     examples = []
     for line, transcript in read_transcripts(str(file)):
         if isinstance(transcript, Exception):
@@ -50,7 +57,7 @@ def load(file: Path, builder: ExampleBuilder) -> list[Example]:
         if transcript.kind in ("disliked", "correction", "comment"):
             raise CanaryError(f"--canary {file}, line {line}: is {transcript.kind}; a canary set holds answers to keep")
         try:
-            examples.append(builder.build(transcript, f"canary-{line}"))
+            examples.append(builder.build(transcript, f"{name}-{line}"))
         except ExampleError as error:
             raise CanaryError(f"--canary {file}, line {line}: {error}") from error
     if not examples:
@@ -59,43 +66,72 @@ def load(file: Path, builder: ExampleBuilder) -> list[Example]:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The set's loss at a version, in nats per trained token over the whole set."""
+class CanarySet:
+    """bound: the highest loss that passes; None: it is only watched."""
 
-    version: int
+    name: str
+    examples: Sequence[Example]
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A set's loss at a version, in nats per trained token over the whole set."""
+
+    name: str
     loss: float
-    bound: float
+    bound: float | None
 
     @property
     def passed(self) -> bool:
-        return math.isfinite(self.loss) and self.loss <= self.bound
+        return self.bound is None or (math.isfinite(self.loss) and self.loss <= self.bound)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All sets at a version, in the order of the flags."""
+
+    version: int
+    sets: tuple[Scored, ...]
+
+    @property
+    def failed(self) -> Scored | None:
+        """The first that did not pass."""
+        return next((one for one in self.sets if not one.passed), None)
+
+    def plain(self) -> str:
+        """JSON of the losses by name."""
+        return json.dumps({one.name: one.loss if math.isfinite(one.loss) else None for one in self.sets})
 
 
 class Canary:
-    """Scores `examples` at every `every`-th version; `bound` is the highest loss that passes."""
+    """Scores `sets` at every `every`-th version."""
 
-    def __init__(self, examples: Sequence[Example], score: Score, *, every: int, bound: float) -> None:
-        if every < 1 or not bound > 0:
+    def __init__(self, sets: Sequence[CanarySet], score: Score, *, every: int) -> None:
+        if every < 1 or any(one.bound is not None and not one.bound > 0 for one in sets):
             raise CanaryError("--canary-every must be at least 1, and --canary-bound above 0")
-        self.examples, self.score, self.every, self.bound = list(examples), score, every, bound
+        self.sets, self.score, self.every = list(sets), score, every
 
     def due(self, version: int) -> bool:
         return version > 0 and version % self.every == 0
 
     def look(self, version: int) -> Verdict:
-        """Score the whole set now."""
-        losses = self.score(self.examples)
-        tokens = sum(example.trained_tokens for example in self.examples)
-        total = sum(losses[example.id] * example.trained_tokens for example in self.examples)
-        return Verdict(version, total / tokens, self.bound)
+        """Score all sets now, each on its own."""
+        return Verdict(version, tuple(self._scored(one) for one in self.sets))
+
+    def _scored(self, one: CanarySet) -> Scored:
+        losses = self.score(one.examples)
+        tokens = sum(example.trained_tokens for example in one.examples)
+        total = sum(losses[example.id] * example.trained_tokens for example in one.examples)
+        return Scored(one.name, total / tokens, one.bound)
 
     @staticmethod
     def of(settings: GuardSettings, builder: ExampleBuilder, score: Score) -> "Canary | None":
         """The one that the flags ask for, if any. Raises `CanaryError`."""
-        if settings.canary is None or settings.canary_bound is None:
+        if not settings.canary:
             return None
-        examples = load(settings.canary, builder)
-        return Canary(examples, score, every=settings.canary_every, bound=settings.canary_bound)
+        sets = [CanarySet(name, load(file, builder, name), settings.bound_of(name)) for name, file in settings.canary]
+        return Canary(sets, score, every=settings.canary_every)
 
 
 class CanaryStep:
@@ -133,14 +169,16 @@ class CanaryStep:
             self._hold(CanaryNotScored(version, type(error).__name__))
             self._done = version
             return
-        self.tell(CanaryScored(version, verdict.loss, verdict.bound))
-        if not verdict.passed:
-            self._failed(verdict)
+        for one in verdict.sets:
+            self.tell(CanaryScored(version, one.loss, one.bound, one.name))
+        if verdict.failed is not None:
+            self._failed(version, verdict.failed)
         self._note(verdict)
         self._done = version
 
-    def _failed(self, verdict: Verdict) -> None:
-        failed = CanaryFailed(verdict.version, verdict.loss, verdict.bound)
+    def _failed(self, version: int, one: Scored) -> None:
+        assert one.bound is not None
+        failed = CanaryFailed(version, one.loss, one.bound, name=one.name)
         self._hold(failed)  # first: whatever becomes of the rollback, nothing more is trained
         if self.roll_back is None:
             return
@@ -161,12 +199,17 @@ class CanaryStep:
 
     def _note(self, verdict: Verdict) -> None:
         """Say in Redis what was found; last, so that a worker that dies before it finds it undone."""
-        fields: dict[Any, Any] = {"canary_loss": verdict.loss, VERSION: verdict.version, "canary_at": ledger.utc()}
-        if verdict.passed:
+        first, passed, manifest = verdict.sets[0], verdict.failed is None, keys.manifest(verdict.version)
+        fields: dict[Any, Any] = {LOSS: first.loss, LOSSES: verdict.plain(), VERSION: verdict.version}
+        fields["canary_at"] = ledger.utc()
+        if passed:
             fields[GOOD] = verdict.version
-        entry = {"version": verdict.version, "loss": verdict.loss, "passed": int(verdict.passed)}
+        entry = {"version": verdict.version, "loss": first.loss, "losses": verdict.plain(), "passed": int(passed)}
+        kept = self.connection.exists(manifest)
         with self.connection.pipeline() as pipe:
             pipe.hset(keys.STATE, mapping=fields)
+            if kept:
+                pipe.hset(manifest, MANIFEST, verdict.plain())
             pause_switch.announce(pipe, "canary", entry)
             pipe.execute()
 

@@ -14,6 +14,7 @@ from worker.checkpoint.checkpoint_writer import NotWritten, Written
 from worker.checkpoint.journal import TornTail
 from worker.checkpoint.rebuild import Compared, Rebuilt
 from worker.checkpoint.snapshots import HalfRemoved, NoFiles
+from worker.config.guard_options import CANARY
 
 log = logging.getLogger("tandem")
 
@@ -88,11 +89,13 @@ class RolledBack:
 
 @dataclass(frozen=True)
 class CanaryScored:
-    """The canary set's loss at `version`, in nats per trained token, and the highest one that passes."""
+    """The loss of the canary set `name` at `version`, in nats per trained token, and the highest one that passes; None:
+    it is only watched."""
 
     version: int
     loss: float
-    bound: float
+    bound: float | None
+    name: str = CANARY
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class CanaryFailed:
     target: int | None = None
     made: int | None = None
     problem: str = ""
+    name: str = CANARY
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,10 @@ def log_report(report: Report) -> None:
     """One line of the log."""
     held = isinstance(report, CanaryFailed | CanaryNotScored)
     log.log(logging.ERROR if held else logging.INFO, "%s%s", "training is paused: " if held else "", sentence(report))
+
+
+def _called(name: str) -> str:
+    return "canary set" if name == CANARY else f"canary set {name}"
 
 
 @singledispatch
@@ -246,13 +254,14 @@ def _(report: RolledBack) -> str:
 
 @sentence.register
 def _(report: CanaryScored) -> str:
-    return f"canary set at version {report.version}: loss {report.loss:.4f}, bound {report.bound:.4f}"
+    bound = "no bound" if report.bound is None else f"bound {report.bound:.4f}"
+    return f"{_called(report.name)} at version {report.version}: loss {report.loss:.4f}, {bound}"
 
 
 @sentence.register
 def _(report: CanaryFailed) -> str:
     above = f"{report.loss:.4f}, above {report.bound:.4f}" if math.isfinite(report.loss) else "not finite"
-    text = f"the canary set's loss at version {report.version} is {above}"
+    text = f"the {_called(report.name)}'s loss at version {report.version} is {above}"
     if report.made is not None:
         text += f"; version {report.made} is version {report.target} again"
     elif report.problem:

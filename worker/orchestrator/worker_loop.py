@@ -144,9 +144,10 @@ class WorkerLoop:
 
 
 def _dislike_guard(settings: GuardSettings, session: Session) -> DislikeGuard[Teachers] | None:
-    """The one that the flags ask for: on the canary set, or where there is none, on conversations of ours."""
+    """The one that the flags ask for: on the canary sets, or where there is none, on conversations of ours."""
     if not settings.dislikes_bound:
         return None
     builder = session.builder
-    examples = reference_examples(builder) if settings.canary is None else load(settings.canary, builder)
+    sets = [load(file, builder, name) for name, file in settings.canary]
+    examples = [example for one in sets for example in one] or reference_examples(builder)
     return DislikeGuard(examples, lambda: session.trainer, settings.dislikes_bound)

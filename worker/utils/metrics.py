@@ -83,7 +83,7 @@ LEARNING = (
     _looked_up(
         "tandem_canary_loss",
         "Loss of a canary set on the version it was scored on last, by the set's name, which the operator gave"
-        " it; the one of --canary is `canary`.",
+        " it; one without a name is `canary`.",
         NATS,
         set=(),
     ),

@@ -3,16 +3,20 @@
 import json
 import math
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import redis
 import torch
 from click.testing import CliRunner
 from drain_parts import Lines, Weights, start
+from hypothesis import given
+from hypothesis import strategies as st
 
 from producer import Producer, Transcript, keys
 from producer.errors import TandemError
@@ -20,12 +24,13 @@ from worker.checkpoint import model_directory
 from worker.checkpoint.ancestry import RebuildError
 from worker.cli.pause import command as pause_command
 from worker.cli.resume import command as resume_command
+from worker.config.guard_options import GuardSettings, NamedBound, NamedSet, guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import TornWeightsError, UnavailableError
 from worker.data.examples import Example, ExampleBuilder
 from worker.data.replay_buffer import PREFIX, ReplayBuffer
 from worker.orchestrator import canary
-from worker.orchestrator.canary import Canary, CanaryError, CanaryStep
+from worker.orchestrator.canary import Canary, CanaryError, CanarySet, CanaryStep
 from worker.orchestrator.reports import Report
 from worker.trainer.factory import make_trainer
 from worker.trainer.grad_norm import gradient_norm
@@ -225,12 +230,85 @@ def test_the_canary_set_is_read_and_bad_lines_are_named(room: tuple[Trainer, Exa
     with pytest.raises(CanaryError, match="no conversations"):
         canary.load(file, builder)
     with pytest.raises(CanaryError, match="canary-every"):
-        Canary([], lambda examples: {}, every=0, bound=1.0)
+        Canary([], lambda examples: {}, every=0)
 
 
-def make_canary(room: tuple[Trainer, ExampleBuilder], bound: float, every: int = 2) -> Canary:
+def make_canary(
+    room: tuple[Trainer, ExampleBuilder], bound: float | None, every: int = 2, more: Sequence[CanarySet] = ()
+) -> Canary:
     trainer, builder = room
-    return Canary([builder.build(conversation(i), f"c{i}") for i in range(5)], trainer.score, every=every, bound=bound)
+    examples = [builder.build(conversation(i), f"c{i}") for i in range(5)]
+    return Canary([CanarySet("canary", examples, bound), *more], trainer.score, every=every)
+
+
+def canary_of(arguments: list[str]) -> GuardSettings:
+    """What a command with the guards' flags makes of `arguments`. Raises `TandemError`, or click's refusal."""
+    found: list[GuardSettings] = []
+
+    @click.command()
+    @guard_options
+    def command(**options: Any) -> None:
+        found.append(settings_of(options))
+
+    command.main(arguments, standalone_mode=False)
+    return found[0]
+
+
+def test_canary_sets_have_names_and_bounds_of_their_own() -> None:
+    flags = ["--canary", "facts=a.jsonl", "--canary", "b=c.jsonl", "--canary-bound", "2", "--canary-bound", "facts=1.5"]
+    found = canary_of(flags)
+    assert found.canary == (("facts", Path("a.jsonl")), ("b", Path("c.jsonl")))
+    assert (found.bound_of("facts"), found.bound_of("b")) == (1.5, 2.0)
+    plain = canary_of(["--canary", "dir/x=y.jsonl"])
+    assert plain.canary == (("canary", Path("dir/x=y.jsonl")),) and plain.bound_of("canary") is None
+    assert canary_of(["--canary", "x", "--canary-bound", "3", "--canary-bound", "4"]).bound_of("canary") == 4.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--canary", "a", "--canary", "b"], "give each its own, --canary NAME=FILE"),
+        (["--canary-bound", "1"], "name one with --canary FILE"),
+        (["--canary", "a=b", "--canary-bound", "c=1"], "there is no --canary c=FILE"),
+        (["--canary", "a=b", "--auto-rollback"], "--canary-bound"),
+        (["--canary", "a="], "names no file"),
+        (["--canary", "a=b", "--canary-bound", "a=x"], "'x' is not a number above 0"),
+        (["--canary", "a=b", "--canary-bound", "nan"], "'nan' is not a number above 0"),
+    ],
+)
+def test_canary_flags_that_make_no_sense_are_refused(flags: list[str], says: str) -> None:
+    with pytest.raises((TandemError, click.ClickException), match=re.escape(says)):
+        canary_of(flags)
+
+
+names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True)
+
+
+@given(names, st.text(st.characters(exclude_characters="\0"), min_size=1).filter(lambda text: not text.startswith("-")))
+def test_any_name_and_file_come_through(name: str, file: str) -> None:
+    assert NamedSet().convert(f"{name}={file}", None, None) == (name, Path(file))
+    assert NamedSet().convert(f"./{file}", None, None) == ("canary", Path(f"./{file}"))
+    assert NamedBound().convert(f"{name}=0.5", None, None) == (name, 0.5)
+
+
+def test_each_set_has_its_loss_in_the_manifest_and_the_first_beyond_its_bound_is_named(
+    room: tuple[Trainer, ExampleBuilder], connection: redis.Redis
+) -> None:
+    trainer, builder = room
+    other = [builder.build(conversation(9), "other-1")]
+    connection.hset(keys.manifest(2), mapping={"version": 2})
+    more = [CanarySet("style", other), CanarySet("tone", other, 1e-6)]
+    CanaryStep(make_canary(room, 100.0, more=more), connection).take(2)
+    losses = json.loads(connection.hget(keys.manifest(2), "canary"))
+    assert list(losses) == ["canary", "style", "tone"] and losses["style"] == losses["tone"] != losses["canary"]
+    assert losses["style"] == pytest.approx(trainer.score(other)["other-1"])
+    reason = pause_switch.pause_reason(connection) or ""
+    assert reason.startswith("the canary set tone's loss at version 2 is ") and "1e-06" not in reason
+    assert connection.hget(keys.STATE, "canary_good") is None, "one set that fails is enough"
+    assert json.loads(connection.hget(keys.STATE, "canary_losses")) == losses
+    CanaryStep(make_canary(room, None), connection).take(4)
+    assert connection.hget(keys.STATE, "canary_good") == b"4", "a set without a bound is only watched"
+    assert not connection.exists(keys.manifest(4)), "no manifest is made of a canary alone"
 
 
 def test_a_passing_canary_says_its_loss_and_changes_nothing(
@@ -242,10 +320,9 @@ def test_a_passing_canary_says_its_loss_and_changes_nothing(
     step = CanaryStep(found, connection, tell=told.append)
     for version in (1, 2, 2, 3):
         step.take(version)
-    losses = trainer.score(found.examples)
-    weighed = sum(losses[e.id] * e.trained_tokens for e in found.examples) / sum(
-        e.trained_tokens for e in found.examples
-    )
+    examples = found.sets[0].examples
+    losses = trainer.score(examples)
+    weighed = sum(losses[e.id] * e.trained_tokens for e in examples) / sum(e.trained_tokens for e in examples)
     state = connection.hgetall(keys.STATE)
     assert float(state[b"canary_loss"]) == pytest.approx(weighed) and state[b"canary_good"] == b"2"
     assert events(connection) == ["canary"] and pause_switch.pause_reason(connection) is None
@@ -323,7 +400,7 @@ def test_a_canary_that_cannot_be_scored_does_not_pass(
     def broken(examples: Any) -> dict[str, float]:
         raise RuntimeError("device lost while scoring a secret conversation")
 
-    canary = Canary(make_canary(room, bound=1.0).examples, broken, every=2, bound=1.0)
+    canary = Canary(make_canary(room, bound=1.0).sets, broken, every=2)
     step = CanaryStep(canary, connection, lambda version: pytest.fail("nobody knows that it failed"))
     step.take(4)
     step.take(4)

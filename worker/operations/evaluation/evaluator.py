@@ -180,12 +180,17 @@ class Evaluator:
 
     def _result(self, found: list[Found], whole: Evaluation | None, remarks: list[str]) -> Result:
         scores = [one.score for one in found]
-        if whole is not None and self.connection is not None:
+        if whole is not None and self.connection is not None and not self._is_fuller(self.connection, whole):
             evaluations.keep(self.connection, whole, scores)
         if whole is not None and self.keep:
             path = kept_answers.keep(self.state_dir, whole, self._texts(found))
             remarks = [*remarks, f"the answers are kept in {path}"]
         return Result(whole, scores, [one.at.version for one in found], found, False, remarks)
+
+    def _is_fuller(self, connection: redis.Redis, new: Evaluation) -> bool:
+        """Whether what is stored of the same version and content has answers, which `new` was not to ask for."""
+        old = evaluations.find(connection, new.name, new.version, new.lineage)
+        return old is not None and old.digest == new.digest and old.asked > new.asked
 
     def _texts(self, found: list[Found]) -> list[Answer]:
         decode = self.model.decode
