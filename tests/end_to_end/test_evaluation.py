@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from worker.checkpoint import replay
 from worker.checkpoint.visit import make_version, private_weights, visit
+from worker.cli import diff
 from worker.cli import eval as evaluation
 from worker.operations.evaluation import offline
+from worker.shared_weights.attach import attach
 from worker.shared_weights.bind import build_model
 from worker.versions import evaluations
 
@@ -153,3 +155,50 @@ def test_what_does_not_fit_into_memory_is_refused_first(
     file = write(tmp_path / "set.jsonl", transcripts("x", 1))
     _, said = run(taught, file, "--at", "1", code=1)
     assert "GB are needed" in said and "evaluate versions while they are live" in said
+
+
+def difference(site: Site, *options: str) -> str:
+    """What `tandem diff` prints."""
+    places = ["--run-dir", str(site.run_dir), "--state-dir", str(site.state)]
+    done = CliRunner().invoke(diff.command, [*options, *places], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_what_was_trained_between_two_versions_and_how_far_each_layer_moved(taught: Site) -> None:
+    before = contents(taught.state)
+    found = json.loads(difference(taught, "2", "4", "--weights", "--json"))
+    assert [one["jobs"] for one in found["versions"]] == [["x-4", "x-5"], ["x-6", "x-7"]]
+    assert [one["loss"] for one in found["versions"]] == [float(taught.manifest(v)["loss"]) for v in (3, 4)]
+    assert found["kinds"] == {"demonstration": 4} and found["removed"] == []
+    layers = {one["layer"] for one in found["weights"] if one["layer"] is not None}
+    config = json.loads((taught.model / "config.json").read_text())
+    assert layers == set(range(config.get("text_config", config)["num_hidden_layers"]))
+    assert all(0 < one["relative"] < 1 for one in found["weights"] if one["part"] in ("attention", "mlp"))
+    assert sum(one["elements"] for one in found["weights"]) == sum(
+        tensor.numel() for tensor in attach(taught.run_dir).tensors.values()
+    )
+    same = json.loads(difference(taught, "3", "3", "--weights", "--json"))
+    assert same["versions"] == [] and {one["change"] for one in same["weights"]} == {0.0}
+    assert contents(taught.state) == before
+
+
+def test_kept_answers_are_shown_side_by_side(taught: Site, tmp_path: Path) -> None:
+    file = write(tmp_path / "sides.jsonl", transcripts("x", 2))
+    for version in ("0", "4"):
+        run(taught, file, "--at", version, "--keep-answers", "--no-store")
+    plain = json.loads(difference(taught, "0", "4", "--set", "sides", "--json"))
+    (first, *_) = plain["answers"]
+    assert first["set"] == "sides" and first["before"]["answer"] != first["after"]["answer"]
+    text = difference(taught, "0", "4", "--set", "sides")
+    assert "version 0 -> 4: " in text and "sides line 1 x-0: What is the number of x 0?" in text
+    assert "wanted: Its number is 0." in text and "\x1b" not in text
+    assert "sides" not in difference(taught, "0", "3") and "sides" not in difference(taught, "0", "4", "--no-answers")
+
+
+def test_a_rollback_takes_versions_out(taught: Site) -> None:
+    """The last test of this module: the live version is another one after it."""
+    taught.tandem("rollback", "2")
+    found = json.loads(difference(taught, "4", "5", "--json"))
+    assert [one["kind"] for one in found["versions"]] == ["rollback"] and found["removed"] == [3, 4]
+    assert "again version 2" in difference(taught, "4", "5")

@@ -14,6 +14,7 @@ COMMANDS = {
     "feedback": ("producer.cli_feedback", "Say of a recorded answer how it was, or what it should have been."),
     "version": ("producer.cli", "Print the version of the weights that is live."),
     "eval": ("worker.cli.eval", "Say how well a version does on the conversations of a file."),
+    "diff": ("worker.cli.diff", "Say what changed between two versions."),
     "train": ("worker.cli.train", "Train on FILE.jsonl without a queue."),
     "tiny": ("worker.cli.tiny", "Write a tiny Qwen3.5 to try things with."),
     "rollback": ("worker.cli.rollback", "Go back to an older version, with transcripts left out if asked."),

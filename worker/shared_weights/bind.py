@@ -26,7 +26,7 @@ def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: A
     In training mode, every parameter with requires_grad. Shapes must match; each tensor keeps its dtype (A_log stays
     fp32). `options` go to `from_config`, e.g. attn_implementation. `AttachError` names what does not fit.
     """
-    model = _on_meta(model_path, **options)
+    model = on_meta(model_path, **options)
     expected = dict(model.named_parameters())
     if missing := sorted(expected.keys() - tensors.keys()):
         raise AttachError(f"the server has no weights for {missing[0]} ({len(missing)} such): {_mismatch(model_path)}")
@@ -55,10 +55,11 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 def text_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
     """The parameters of the text model that `model_path`'s config describes: name -> shape, tied ones once."""
-    return {name: tuple(parameter.shape) for name, parameter in _on_meta(model_path).named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in on_meta(model_path).named_parameters()}
 
 
-def _on_meta(model_path: Path, **options: Any) -> PreTrainedModel:
+def on_meta(model_path: Path, **options: Any) -> PreTrainedModel:
+    """The text model that `model_path`'s config describes, with shapes and without data."""
     torch_setup.prepare()  # before transformers looks at torchvision
     from transformers import AutoConfig, AutoModelForCausalLM
 

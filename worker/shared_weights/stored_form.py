@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from worker.utils import torch_setup
+from worker.shared_weights.bind import on_meta
 
 EMBEDDINGS = "embed_tokens.weight"
 """What tells a prefix: there is one table in a text model, and none of that name in a vision part."""
@@ -74,11 +74,7 @@ class _Splitter:
 
     @cached_property
     def _model(self) -> Any:
-        torch_setup.prepare()  # before transformers looks at torchvision
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self._model_dir).get_text_config())
+        return on_meta(self._model_dir)
 
     def pieces(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name -> view, for a stacked `tensor` [E, R, C] whose rows are divided evenly; empty where it is not split."""

@@ -61,7 +61,7 @@ def measure(
     torch_setup.prepare()
     with visit(state_dir, model_dir) as history:
         lineage = lineage_of(history, version)
-        _check_memory(history, version, model_dir)
+        check_memory(history, version, model_dir)
         weights = private_weights(history, model_dir, version)
         model = build_model(model_dir, weights.tensors)
         rebuilt = make_version(history, weights, model, tokenizer, version)
@@ -122,11 +122,12 @@ def _answer(model: Any, decode: Callable[[Sequence[int]], str], case: Case) -> t
     return answer, ended and same_answer(decode, answer, case.reference[:-1])
 
 
-def _check_memory(history: History, version: int, model_dir: Path) -> None:
-    """Weights, and where batches are trained again their gradients, fit into free memory. Raises `OfflineError`."""
+def check_memory(history: History, version: int, model_dir: Path, models: int = 1) -> None:
+    """`models` times the weights, and where batches are trained again gradients, fit into free memory. Raises
+    `OfflineError`."""
     weights = directory_bytes(model_dir)
     steps = 0 if version == 0 or version in history.snapshots.versions() else 1
-    needed = weights * (1 + steps) + OVERHEAD
+    needed = weights * (models + steps) + OVERHEAD
     free = _available()
     if needed > free:
         raise OfflineError(

@@ -22,7 +22,7 @@ async function look() {
   if (document.hidden) return;
   const said = document.getElementById("refreshed");
   try {
-    const answer = await fetch(location.href, { cache: "no-store", headers: { "X-Refresh": "1" } });
+    const answer = await fetch(location.href, { cache: "no-store" });
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const parts = [...document.querySelectorAll("[data-live]")];
     const same = parts.length && parts.every((part) => page.getElementById(part.id));
