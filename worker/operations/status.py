@@ -88,10 +88,11 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
     for name, registry in REGISTRIES.items():
         counts[name] = registry(queue=queue).get_job_count(cleanup=False)
     update = {name: float(said[name]) for name in NUMBERS if name in said}
-    ratio, *how = connection.hmget(keys.manifest(known.version), [RATIO, *HOW])  # type: ignore[misc]
+    asked: Any = connection.hmget(keys.manifest(known.version), [RATIO, *HOW])
+    ratio, *rest = asked
     if ratio is not None:
         update[RATIO] = float(ratio)
-    how = {name: value.decode(errors="replace") for name, value in zip(HOW, how, strict=True) if value is not None}
+    how = {name: value.decode(errors="replace") for name, value in zip(HOW, rest, strict=True) if value is not None}
     at = said.get("at") if known.version else None
     info = redis_info(connection)
     asked = Eviction.of(info)

@@ -40,9 +40,10 @@ class DashboardQueue(rq.Queue):
 
     def fetch_job(self, job_id: str) -> FeedbackJob | None:
         try:
-            return FeedbackJob.fetch(job_id, connection=self.connection, serializer=self.serializer)
+            job = FeedbackJob.fetch(job_id, connection=self.connection, serializer=self.serializer)
         except (NoSuchJobError, ValueError):
             return None
+        return job if isinstance(job, FeedbackJob) else None
 
 
 RQ_DASHBOARD_JSON_ENCODER = PlainEncoder
