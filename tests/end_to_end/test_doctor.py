@@ -9,7 +9,9 @@ nothing here has a GPU.
 import json
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from producer.jobs import ACL
 from worker.cli import doctor
 from worker.consumer.worker_lock import WorkerLock
 from worker.operations.doctor.redis_rights import WORKER_ACL
+from worker.operations.doctor.state_checks import check_state
 
 NOBODY = 65534
 
@@ -186,6 +189,26 @@ def test_an_unreadable_state_directory(site: Site) -> None:
         journal.chmod(0o700)
     assert "state directory" in faults(found) and "cannot be read" in found["state directory"]["what"]
     assert "chown" in found["state directory"]["mend"]
+
+
+def test_a_journal_that_its_own_user_cannot_read() -> None:
+    """In a folder that can be reached: everything above it is open."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    journal = folder / "journal"
+    journal.mkdir(mode=0o700)
+    (journal / "00000001.journal").touch()
+    if os.getuid() == 0:
+        for path in (folder, journal):
+            os.chown(path, NOBODY, NOBODY)
+    try:
+        with as_nobody():
+            assert check_state(folder).level == "ok"
+            journal.chmod(0)
+            found = check_state(folder)
+            journal.chmod(0o700)
+    finally:
+        shutil.rmtree(folder)
+    assert found.level == "fault" and found.values["path"] == str(journal)
 
 
 def test_a_state_directory_that_others_can_read(site: Site) -> None:
