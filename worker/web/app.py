@@ -57,7 +57,8 @@ def make_app(
     connection = connect(redis_url, impatient)
     site = Site(redis_url, run_dir or default_run_dir(), state_dir, allow_actions, connection, rollback_options)
     app.extensions["tandem"] = site
-    app.before_request(lambda: refuse_strangers({"localhost", socket.gethostname(), *names}))
+    known = {name.lower() for name in ("localhost", socket.gethostname(), *names)}
+    app.before_request(lambda: refuse_strangers(known))
     if not allow_actions:
         app.before_request(refuse_changes)
     app.register_blueprint(views.blueprint)

@@ -32,9 +32,11 @@ ESCAPED_THERE = {"rq_dashboard.list_jobs": ("description", "exc_info")}
 
 
 def refuse_strangers(names: Collection[str]) -> None:
-    """403 for what another site's page asks for, under its own name (DNS rebinding) or ours (a form, an image)."""
+    """403 for what another site's page asks for, under its own name (DNS rebinding) or ours (a form, an image).
+
+    names: in lower case, as a host is compared."""
     host = urlsplit(f"//{request.host}").hostname or ""
-    if host not in {name.lower() for name in names} and not _is_address(host):
+    if host not in names and not _is_address(host):
         abort(403, f"this dashboard does not answer to the name {host}: start it with --allow {host}")
     navigates = request.method == "GET" and request.headers.get("Sec-Fetch-Mode") == "navigate"
     if request.headers.get("Sec-Fetch-Site") == "cross-site" and (changes() or not navigates):
