@@ -25,8 +25,8 @@ from worker.web.site import Site
 @click.option(
     "--allow-actions",
     is_flag=True,
-    help="Let everybody who opens the page pause, resume, roll back, and requeue and delete jobs. Without it everything is"
-    " read-only, rq-dashboard's buttons too.",
+    help="Let everybody who opens the page pause, resume, roll back, and requeue and delete jobs. Without it"
+    " everything is read-only, rq-dashboard's buttons too.",
 )
 @click.option(
     "--rollback-options",

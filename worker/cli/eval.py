@@ -44,7 +44,7 @@ KEY_ENV = "VLLM_API_KEY"
     metavar="A B",
     help="Both versions, and what changed from A to B: conversation by conversation, with 95 % intervals.",
 )
-@click.option("--offline", is_flag=True, help="With --at or --compare: compute on the CPU even a version that is stored or live.")
+@click.option("--offline", is_flag=True, help="With --at or --compare: compute what is stored or live, too.")
 @click.option("--answers/--no-answers", default=True, help="Ask for greedy answers: exact match needs them.")
 @click.option("--keep-answers", is_flag=True, help="Write the answers to the state directory, for tandem diff.")
 @click.option("--store/--no-store", default=True, help="Keep the figures in Redis, with their version.")
