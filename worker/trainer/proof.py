@@ -37,8 +37,8 @@ STRETCH = 16
 LEAST, MOST, FACTOR = 0.02, 0.25, 4.0
 """Nats a token. What is allowed: FACTOR times what rounding does here, between LEAST and MOST."""
 TWICE = 2.0
-"""Times what rounding does, which is allowed in any case: after training went astray, logits may be so large that it does
-more than MOST, and a rollback, which mends them, is proved first too."""
+"""Times what rounding does, which is allowed in any case: after training went astray, logits may be so large that
+rounding does more than MOST, and a rollback, which mends them, is proved first too."""
 ULP = 2.0**-7
 MOST_TEXT = 64 * LONGEST
 """Characters: a tokenizer that makes no row of so many knows no English, and never will."""
