@@ -30,6 +30,9 @@ CHUNK_JOBS = 100
 CHUNK_BYTES = 8 * 1024 * 1024
 """A transaction is sent when either is reached."""
 
+MOST_VERSIONS = 2**53
+"""A version is below it, and so the same number in Redis, in JSON and as a metric."""
+
 ATTEMPTS = 100
 """How often a transaction is begun anew because another client changed one of its jobs meanwhile."""
 
@@ -210,7 +213,9 @@ def version(client: Any) -> Exchange[int]:
 def as_version(raw: bytes) -> int:
     """A version as Redis has it. Raises QueueUnavailableError for what no worker wrote."""
     try:
-        return int(raw)
+        if abs(found := int(raw)) >= MOST_VERSIONS:
+            raise ValueError
+        return found
     except ValueError:
         raise QueueUnavailableError(
             "Redis has something that is no version among those of the worker: somebody else wrote there; look at"

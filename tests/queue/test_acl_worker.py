@@ -12,7 +12,7 @@ from producer import Producer, keys
 from worker.operations.doctor.redis_rights import PRODUCER, WORKER, WORKER_ACL, missing
 from worker.testing.redis_server import RedisServer
 
-DOCS = Path(__file__).parents[2] / "docs" / "operating.md"
+DOCS = Path(__file__).parents[2] / "docs" / "redis.md"
 
 
 @pytest.fixture

@@ -166,12 +166,16 @@ CHANGING += [f"/queue/feedback/{state}/empty" for state in STATES]
 
 
 def test_nothing_can_be_changed_unless_it_was_allowed(connection: redis.Redis, redis_url: str) -> None:
+    connection.rpush(f"rq:queue:{keys.QUEUE}", "lost", SCRIPT)
+    connection.hset(f"rq:job:{SCRIPT}", "status", "queued")
     before = {key: connection.dump(key) for key in connection.keys("rq:*")}
     with dashboard(redis_url) as site:
         for path in CHANGING:
             status, text = ask(site + path, "POST")
             assert status == 403 and "tandem dashboard --allow-actions" in text, path
         assert ask(f"{site}/requeue/feedback")[0] == 403, "a link, or an image"
+        ids = [job["id"] for job in get_json(f"{site}/0/data/jobs/feedback/queued/8/asc/1.json")["jobs"]]
+        assert ids == ["queued"], "the others are not shown, and stay"
         for page in ("/0/view/jobs/feedback/failed/8/asc/1", "/0/view/job/unpreparable"):
             _, text = ask(site + page)
             assert "read-only" in text and "delete-job-btn" not in text.split("<script type=")[0]
@@ -200,6 +204,24 @@ def test_another_sites_page_cannot_press_the_buttons(
     assert ask(f"{site}/job/unpreparable/requeue", "POST", **headers)[0] == 403
     assert ask(f"{site}/requeue/feedback", "GET", **headers)[0] == 403
     assert len(open_queue(connection).failed_job_registry.get_job_ids()) == 2
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_no_image_of_another_page_can_requeue(site: str, connection: redis.Redis, method: str) -> None:
+    """Neither browser header need be there: a plain address that is not localhost gets none."""
+    for headers in ({}, {"Sec_Fetch_Site": "same-site"}):
+        assert ask(f"{site}/requeue/feedback", method, **headers)[0] == 403
+    assert len(open_queue(connection).failed_job_registry.get_job_ids()) == 2
+
+
+def test_names_in_redis_are_no_html(site: str, connection: redis.Redis) -> None:
+    name = '"' + SCRIPT
+    connection.sadd("rq:queues", f"rq:queue:{name}")
+    connection.sadd("rq:workers", f"rq:worker:{name}")
+    connection.hset(f"rq:worker:{name}", mapping={"queues": name, "state": name, "birth": "2026-01-01T00:00:00Z"})
+    for data in ("queues", "workers"):
+        _, text = ask(f"{site}/0/data/{data}.json")
+        assert "<script" not in text and "&quot;&lt;script" in text, data
 
 
 def test_a_port_in_use_is_said_so(site: str, redis_url: str) -> None:

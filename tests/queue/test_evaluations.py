@@ -45,6 +45,29 @@ def test_what_is_kept_is_found_under_its_version_and_lineage_alone(connection: r
     assert evaluations.latest(connection, B) == [kept[2, B]]
 
 
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    "field, value", [("loss", HUGE), ("exact", HUGE), ("tokens", HUGE), ("asked", "-1"), ("digest", "[" * 100_000)]
+)
+def test_what_nobody_here_wrote_counts_as_not_there(connection: redis.Redis, field: str, value: str) -> None:
+    plain = json.dumps({"format": evaluations.FORMAT, **vars(one()), field: "PLANTED"}).replace('"PLANTED"', value)
+    connection.hset(keys.evaluation("facts"), one().of, plain)
+    connection.zadd(keys.EVALUATIONS, {"facts": 1})
+    assert evaluations.latest(connection) == [] and evaluations.find(connection, "facts", 1, A) is None
+
+
+def test_reading_is_bounded_whatever_lies_there_and_a_new_evaluation_takes_its_place(connection: redis.Redis) -> None:
+    connection.zadd(keys.EVALUATIONS, {f"set-{i}": i for i in range(100)})
+    assert evaluations.names(connection) == sorted(f"set-{i}" for i in range(100 - evaluations.SETS, 100))
+    connection.hset(keys.evaluation("facts"), mapping={f"{i}:x": "{}" for i in range(evaluations.MANY + 1)})
+    assert evaluations.of_set(connection, "facts") == []
+    evaluations.keep(connection, one(), SCORES)
+    assert [found.of for found in evaluations.of_set(connection, "facts")] == [one().of]
+    assert connection.hlen(keys.evaluation("facts")) == 1
+
+
 def test_a_second_evaluation_of_a_version_takes_the_place_of_the_first(connection: redis.Redis) -> None:
     evaluations.keep(connection, one(), SCORES)
     again = replace(one(), digest="d2", conversations=2)

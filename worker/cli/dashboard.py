@@ -25,14 +25,14 @@ from worker.web.site import Site
 @click.option(
     "--allow-actions",
     is_flag=True,
-    help="Let whoever opens it pause, resume, roll back, and requeue and delete jobs. Without it everything is"
-    " read-only, rq-dashboard's buttons too.",
+    help="Let everybody who opens the page pause, resume, roll back, and requeue and delete jobs. Without it"
+    " everything is read-only, rq-dashboard's buttons too.",
 )
 @click.option(
     "--rollback-options",
     default="",
     metavar="TEXT",
-    help="More options of `tandem rollback` where the page starts it. On a GPU: the worker's --apply, --memory and"
+    help="Options for `tandem rollback` when the page starts it. On a GPU: the worker's --apply, --memory and"
     " --max-tokens.",
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")

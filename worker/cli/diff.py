@@ -47,10 +47,10 @@ def command(
     state_dir: Path | None,
     model_dir: Path | None,
 ) -> None:
-    """Say what changed from version A to version B: what was trained between them, and which kept answers are others.
+    """Say what changed from version A to version B: what was trained between them, and which kept answers changed.
 
-    Answers are those that tandem eval --keep-answers kept at both versions. They are printed, and are in no other
-    place.
+    Answers are those that tandem eval --keep-answers kept at both versions. Only those that
+    changed are printed.
     """
     model = open_model(run_dir or default_run_dir(), model_dir, 4096)
     state = state_dir or default_state_dir(model.directory)

@@ -17,7 +17,7 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
     Fact.REDIS_OLD: ("{name} is too old for the rights of a producer's user", "install Redis {oldest} or Valkey"),
     Fact.REDIS_SILENT: (
         "Redis does not let this user ask ({command})",
-        "give the worker's user the rights in docs/operating.md",
+        "give the worker's user the rights in docs/redis.md",
     ),
     Fact.NO_REDIS: ("Redis does not say which worker runs", ""),
     Fact.KEEPS_KEYS: ("{policy}, {used} used of {limit}", ""),
@@ -35,7 +35,7 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
     Fact.RIGHTS: ("the user may do all that a {role} does", ""),
     Fact.RIGHTS_MISSING: (
         "the user of the URL lacks {count} of the commands of a {role}: {first}",
-        "ACL SETUSER with the {role}'s rules in docs/operating.md, or give the URL of another user",
+        "ACL SETUSER with the {role}'s rules in docs/redis.md, or give the URL of another user",
     ),
     Fact.QUICK: ("{seconds:.4f} s a round trip", ""),
     Fact.SLOW: ("{seconds:.3f} s a round trip, and a transcript waits for about ten", "put Redis nearer to the worker"),
@@ -83,7 +83,7 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
         "start `tandem serve` with the same --run-dir, which ends it, or kill it",
     ),
     Fact.WORKER: ("'{name}' (pid {pid} on {host}) is {state}", ""),
-    Fact.WORKER_NONE: ("none is running, and queued transcripts wait", "start `tandem worker`"),
+    Fact.WORKER_NONE: ("none is running: nothing is trained, and what is queued waits", "start `tandem worker`"),
     Fact.WORKER_DEAD: ("'{name}' (pid {pid} on {host}) died", "start `tandem worker`, which takes over"),
     Fact.WORKER_SILENT: (
         "'{name}' (pid {pid} on {host}) gave no sign of life for {seconds:.0f} s",
@@ -131,12 +131,12 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
     Fact.ROOM: ("{free} free, {checkpoint} for the next checkpoint, {journal} for the journal's next file", ""),
     Fact.ROOM_SMALL: (
         "{free} free in {path}: a checkpoint takes {checkpoint}, the journal's next file {journal}",
-        "make room, keep fewer checkpoints (--keep), or name another --state-dir",
+        "make room, keep fewer checkpoints (--keep-checkpoints), or name another --state-dir",
     ),
     Fact.NO_ROOM: (
         "no space: {free} free in {path}, and the next checkpoint takes {checkpoint}; nothing that is not"
         " journaled is trained",
-        "make room, keep fewer checkpoints (--keep), or name another --state-dir",
+        "make room, keep fewer checkpoints (--keep-checkpoints), or name another --state-dir",
     ),
     Fact.SOCKETS: ("{path} is ours alone", ""),
     Fact.SOCKETS_NONE: ("{path} does not exist yet: `tandem serve` makes it", ""),

@@ -42,10 +42,10 @@ KEY_ENV = "VLLM_API_KEY"
     type=click.IntRange(0),
     nargs=2,
     metavar="A B",
-    help="Both versions, and what changed from A to B: in pairs of the same conversation, with 95 % intervals.",
+    help="Both versions, and what changed from A to B: conversation by conversation, with 95 % intervals.",
 )
-@click.option("--offline", is_flag=True, help="With --at or --compare: compute, also what is stored or live.")
-@click.option("--answers/--no-answers", default=True, help="Ask for greedy answers, for exact match.")
+@click.option("--offline", is_flag=True, help="With --at or --compare: compute what is stored or live, too.")
+@click.option("--answers/--no-answers", default=True, help="Ask for greedy answers: exact match needs them.")
 @click.option("--keep-answers", is_flag=True, help="Write the answers to the state directory, for tandem diff.")
 @click.option("--store/--no-store", default=True, help="Keep the figures in Redis, with their version.")
 @click.option("--history", is_flag=True, help="Also list what is stored of this set, by version.")

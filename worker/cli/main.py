@@ -22,7 +22,7 @@ COMMANDS = {
     "pause": ("worker.cli.pause", "Pause training; the server goes on serving."),
     "resume": ("worker.cli.resume", "Let paused training go on."),
     "log": ("worker.cli.log", "List versions: transcripts, tokens, loss, checkpoints."),
-    "status": ("worker.cli.status", "Show in one line the state of server, worker and queue."),
+    "status": ("worker.cli.status", "Show the state of server, worker and queue, and what is wrong."),
     "dashboard": ("worker.cli.dashboard", "Serve the page: how learning goes, and rq-dashboard."),
     "check": ("worker.cli.check", "Say whether a model can be trained here, from its config.json alone."),
     "doctor": ("worker.cli.doctor", "Check every part, and say what is wrong and how to mend it."),

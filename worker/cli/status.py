@@ -50,7 +50,10 @@ def line(status: dict[str, Any]) -> str:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
-    """Show in one line the state of queue, weights, worker and server. Exit code 1: something is missing or wrong."""
+    """Show the state of queue, weights, worker and server, in one line and then in detail, and what is wrong.
+
+    Exit code 1: something is missing or wrong.
+    """
     status = gather(resolve_url(redis_url), run_dir or default_run_dir())
     if as_json:
         click.echo(json.dumps(status, indent=2, default=str))

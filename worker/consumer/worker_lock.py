@@ -141,7 +141,7 @@ def parse_holder(value: bytes | str) -> dict[str, Any]:
     try:
         holder = json.loads(value)
         return holder if isinstance(holder, dict) and isinstance(holder.get("pid", 0), int) else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

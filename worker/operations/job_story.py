@@ -21,6 +21,8 @@ from worker.consumer.transitions import fetch
 COUNTS = ("turns", "tokens", "trained_tokens", "teacher_tokens", "dropped_turns")
 """Of what a job's result has (`JobResult.as_map`): what is shown of it."""
 MAX_REASON = 500
+MAX_DIGITS = 16
+"""Of a version."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def story(connection: redis.Redis, job_id: str) -> Story:
     without: Any = connection.hget(keys.DROPPED, job_id)
     (job,) = fetch(open_queue(connection), [job_id])
     told = _told(job) if job is not None else {}
-    dropped = int(without) if without is not None and without.isdigit() else None
+    dropped = int(without) if without is not None and without.isdigit() and len(without) < MAX_DIGITS else None
     return Story(job_id, where.state, where.version, dropped, reason=where.reason, **told)
 
 

@@ -20,7 +20,7 @@ from producer import keys
 from producer.connection import connect, redis_errors, safe_url
 from producer.errors import TandemError
 from producer.eviction import Eviction
-from worker.config.guard_options import CANARY
+from worker.config.guard_options import CANARY, NAME
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
 from worker.versions import evaluations, ledger, lost_jobs
@@ -38,6 +38,10 @@ LOSS, LOSSES = "canary_loss", "canary_losses"
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
 SHOWN_IDS = 5
+MAX_REASON = 500
+"""Characters of why training is paused."""
+MOST_CANARIES = 50
+"""Canary sets that are told of: their names are labels of a metric."""
 MEMORY = ("used_memory", "maxmemory", "evicted_keys")
 """What is told of Redis' INFO."""
 RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
@@ -84,10 +88,11 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
     for name, registry in REGISTRIES.items():
         counts[name] = registry(queue=queue).get_job_count(cleanup=False)
     update = {name: float(said[name]) for name in NUMBERS if name in said}
-    manifest = ledger.manifest(connection, known.version)
-    if RATIO in manifest:
-        update[RATIO] = float(manifest[RATIO])
-    how = {name: manifest[name] for name in HOW if name in manifest}
+    asked: Any = connection.hmget(keys.manifest(known.version), [RATIO, *HOW])
+    ratio, *rest = asked
+    if ratio is not None:
+        update[RATIO] = float(ratio)
+    how = {name: value.decode(errors="replace") for name, value in zip(HOW, rest, strict=True) if value is not None}
     at = said.get("at") if known.version else None
     info = redis_info(connection)
     asked = Eviction.of(info)
@@ -107,18 +112,20 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
         "eviction": {"name": eviction.policy, "policy": str(eviction), "problem": eviction.problem},
         "lost": sorted(set(lost)),
-        "hold": said.get(REASON),
+        "hold": said[REASON][:MAX_REASON] if REASON in said else None,
     }
 
 
 def _canary(said: dict[str, str]) -> dict[str, float]:
-    """Losses of the canary sets by name, finite ones; an older worker said one number, of the one set that it had."""
+    """Losses of the canary sets by name, finite ones, of names that a set can have; an older worker said one number, of
+    the one set that it had."""
     try:
         losses = json.loads(said[LOSSES]) if LOSSES in said else {CANARY: said[LOSS]} if LOSS in said else {}
-        found = {str(name): float(loss) for name, loss in losses.items() if loss is not None}
-    except (ValueError, TypeError, AttributeError):
+        found = {name: float(loss) for name, loss in losses.items() if loss is not None and NAME.fullmatch(name)}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
-    return {name: loss for name, loss in found.items() if math.isfinite(loss)}
+    finite = [(name, loss) for name, loss in found.items() if math.isfinite(loss)]
+    return dict(finite[:MOST_CANARIES])
 
 
 def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def share_of(
         return flags_for(total, 0, math.ceil(trainer_memory * 1e9), "--trainer-memory")
     try:
         config = TextConfig.read(find_config(model, given))
-    except ConfigError as error:
+    except (ConfigError, LaunchError) as error:
         raise LaunchError(f"the trainer's share cannot be computed: {error}; {WAY_OUT}") from None
     plan = with_graphs(default_plan(config, total, optimizer), config, total, optimizer)
     taken = weight_bytes(config) + state_bytes(config, optimizer)
@@ -183,9 +183,7 @@ def find_config(model: str, given: Mapping[str, Sequence[str]]) -> Path:
         return Path(hf_hub_download(model, "config.json", revision=revisions[-1] if revisions else None))
     except (OSError, ValueError) as error:  # the bases of the hub's errors
         reason = str(error).strip().partition("\n")[0]
-        raise LaunchError(
-            f"{model} is not a directory, and its config.json was not found: {reason}; {WAY_OUT}"
-        ) from None
+        raise LaunchError(f"{model} is not a directory, and its config.json was not found: {reason}") from None
 
 
 def total_memory(environment: Mapping[str, str]) -> int:

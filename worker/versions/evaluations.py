@@ -30,6 +30,10 @@ VERSIONS = 100
 """Evaluations of one set."""
 SCORES = 1000
 """Conversations of a set whose scores are kept one by one; larger sets have their figures alone."""
+MANY = 10 * VERSIONS
+"""Fields of a set's hash that are read at all: more were not written here."""
+MOST = 2**53
+"""Above any count, version or loss, and what a float holds exactly."""
 DIGITS = 6
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -154,9 +158,12 @@ def keep(connection: redis.Redis, found: Evaluation, scores: Sequence[Score] = (
         while True:
             try:
                 pipe.watch(headlines, keys.EVALUATIONS)
+                foreign = not _readable(connection, headlines)
                 old = _oldest(_hash(connection, headlines), found.of)
                 others = [one for one in _sets(connection) if _text(one) != name]
                 pipe.multi()
+                if foreign:
+                    pipe.unlink(headlines, each)
                 pipe.hset(headlines, found.of, json.dumps({"format": FORMAT} | asdict(found)))
                 if len(scores) <= SCORES:
                     pipe.hset(each, found.of, json.dumps([_plain(one) for one in scores], separators=(",", ":")))
@@ -186,7 +193,7 @@ def scores(connection: redis.Redis, found: Evaluation) -> list[Score] | None:
     raw: Any = connection.hget(keys.evaluation_scores(found.name), found.of)
     try:
         each = [Score(float(nll), int(tokens), exact, margin) for nll, tokens, exact, margin in json.loads(raw or "[]")]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     return each if len(each) == found.conversations else None
 
@@ -199,8 +206,9 @@ def of_set(connection: redis.Redis, name: str) -> list[Evaluation]:
 
 
 def names(connection: redis.Redis) -> list[str]:
-    """Names of the sets that were evaluated, sorted."""
-    return sorted(name for one in _sets(connection) if _NAME.fullmatch(name := _text(one)))
+    """Names of the `SETS` sets that were evaluated last, sorted."""
+    newest: Any = connection.zrevrange(keys.EVALUATIONS, 0, SETS - 1)
+    return sorted(name for one in newest if _NAME.fullmatch(name := _text(one)))
 
 
 def latest(connection: redis.Redis, lineage: str | None = None) -> list[Evaluation]:
@@ -214,8 +222,14 @@ def latest(connection: redis.Redis, lineage: str | None = None) -> list[Evaluati
 
 
 def _hash(connection: redis.Redis, key: str) -> dict[bytes, bytes]:
-    raw: Any = connection.hgetall(key)
+    raw: Any = connection.hgetall(key) if _readable(connection, key) else {}
     return raw  # type: ignore[no-any-return]
+
+
+def _readable(connection: redis.Redis, key: str) -> bool:
+    """Whether the hash has no more fields than we would ever write there."""
+    count: Any = connection.hlen(key)
+    return int(count) <= MANY
 
 
 def _sets(connection: redis.Redis) -> list[bytes]:
@@ -241,11 +255,11 @@ def _read(field: bytes | str, raw: Any, name: str | None = None) -> Evaluation |
     try:
         stored = json.loads(raw)
         found = Evaluation(**{one.name: stored[one.name] for one in fields(Evaluation)})
-        sound = stored["format"] == FORMAT and math.isfinite(found.loss)
-        sound = sound and all(type(getattr(found, one)) is int for one in _COUNTS)
+        sound = stored["format"] == FORMAT and abs(found.loss) < MOST
+        sound = sound and all(type(count := getattr(found, one)) is int and 0 <= count < MOST for one in _COUNTS)
         sound = sound and all(type(getattr(found, one)) is str for one in _WORDS) and name in (None, found.name)
         return found if sound and found.of == _text(field) else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -44,7 +44,7 @@ def make_app(
     state_dir: where checkpoints and their marks lie; None: asked of the server. allow_actions: whether its buttons
     work. rollback_options: more of `tandem rollback`, where the page starts it. Raises `RedisUrlError`."""
     redis_url = checked_url(redis_url)  # refused here: rq-dashboard's own error may quote it
-    with connect(redis_url, redis.Redis.from_url) as client, contextlib.suppress(redis.RedisError):
+    with connect(redis_url, impatient) as client, contextlib.suppress(redis.RedisError):
         announce(open_queue(client))  # no worker may have done so yet, and producers have no right to
     app: Flask = make_flask_app(CONFIG, None, None, "")
     app.config["RQ_DASHBOARD_REDIS_URL"] = (redis_url,)
@@ -57,7 +57,8 @@ def make_app(
     connection = connect(redis_url, impatient)
     site = Site(redis_url, run_dir or default_run_dir(), state_dir, allow_actions, connection, rollback_options)
     app.extensions["tandem"] = site
-    app.before_request(lambda: refuse_strangers({"localhost", socket.gethostname(), *names}))
+    known = {name.lower() for name in ("localhost", socket.gethostname(), *names)}
+    app.before_request(lambda: refuse_strangers(known))
     if not allow_actions:
         app.before_request(refuse_changes)
     app.register_blueprint(views.blueprint)

@@ -20,6 +20,8 @@ LEFT, RIGHT = 10.0, 98.5
 """Where the plot begins and ends, in percent of the width."""
 STYLES = 6
 """Series that look different: their shapes are in `templates/learning/shapes.html`."""
+NEAR, TINY = 1e-9, 1e-300
+"""A range of at most this part of its numbers, or of this size, is drawn as a level line."""
 SMOOTH_FROM = 31
 """From so many points on, the line is a running mean, and the points stand alone."""
 
@@ -81,16 +83,16 @@ def _drawn(point: Point) -> bool:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers from at most `low` to at least `high`, about `count` steps apart."""
-    span = high - low
-    if not math.isfinite(span) or span <= 0:
-        span = abs(low) or 1.0
+    span, size = high - low, max(abs(low), abs(high))
+    if span <= max(NEAR * size, TINY):  # between them no two numbers could be told apart
+        span = size if size > TINY else 1.0
         low, high = low - span / 2, low + span / 2
     raw = span / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) if abs(i * step) > 1e-6 else i * step for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def draw(chart: Chart) -> Markup:
@@ -101,8 +103,9 @@ def draw(chart: Chart) -> Markup:
         low = min(low, chart.low)
     scale = ticks(low, high)
     if chart.high is not None:
-        scale = [tick for tick in scale if tick <= chart.high] or [chart.high]
-        scale += [chart.high] if scale[-1] < high else []
+        top = max(chart.high, high)  # Redis may hold a rate above 1: it is drawn where it is
+        scale = [tick for tick in scale if tick <= top] or [top]
+        scale += [top] if scale[-1] < high else []
     if len(scale) == 1:
         scale = [scale[0] - 1, scale[0]]
     xs = [point.x for series in chart.series for point in series.points] + list(chart.span or ())

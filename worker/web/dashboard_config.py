@@ -10,6 +10,7 @@ from typing import Any
 
 import redis
 import rq
+from rq.exceptions import NoSuchJobError
 from rq_dashboard import web
 
 from producer.errors import TandemError
@@ -31,6 +32,20 @@ class DashboardJob(FeedbackJob):
     dependency_ids = property(lambda self: [self.key_for(job_id).encode() for job_id in self.waits_for])
 
 
+class DashboardQueue(rq.Queue):
+    """RQ's own takes an id off the queue when somebody looks at it and its job is gone, and fails at an id that it
+    would not make itself: whoever looks changes nothing, and sees the others."""
+
+    job_class = FeedbackJob
+
+    def fetch_job(self, job_id: str) -> FeedbackJob | None:
+        try:
+            job = FeedbackJob.fetch(job_id, connection=self.connection, serializer=self.serializer)
+        except (NoSuchJobError, ValueError):
+            return None
+        return job if isinstance(job, FeedbackJob) else None
+
+
 RQ_DASHBOARD_JSON_ENCODER = PlainEncoder
 RQ_DASHBOARD_SHOW_FULL_ARGS = False
 DEPRECATED_OPTIONS: list[str] = []
@@ -48,6 +63,7 @@ def _prepare() -> None:
         raise TandemError(f"rq_dashboard.web lacks {', '.join(missing)}: pip install 'rq-dashboard>=0.9,<0.10'")
     web.config.serializer = MsgpackSerializer
     web.Job = DashboardJob
+    web.Queue = DashboardQueue
     web.requeue_job = _requeue
     rq.Queue.job_class = FeedbackJob
     rq.Worker.job_class = FeedbackJob

@@ -25,10 +25,16 @@ THEIRS = (
     " img-src 'self' data:; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 """rq-dashboard's pages are made of inline scripts and templates; still no other host is asked."""
+RAW = {"rq_dashboard.job_info", "rq_dashboard.list_jobs", "rq_dashboard.list_queues", "rq_dashboard.list_workers"}
+"""Answers whose values rq-dashboard 0.9 puts into its pages as HTML: ids, names, metadata, errors."""
+ESCAPED_THERE = {"rq_dashboard.list_jobs": ("description", "exc_info")}
+"""Fields that its page makes text of itself."""
 
 
 def refuse_strangers(names: Collection[str]) -> None:
-    """403 for what another site's page asks for, under its own name (DNS rebinding) or ours (a form, an image)."""
+    """403 for what another site's page asks for, under its own name (DNS rebinding) or ours (a form, an image).
+
+    names: in lower case, as a host is compared."""
     host = urlsplit(f"//{request.host}").hostname or ""
     if host not in names and not _is_address(host):
         abort(403, f"this dashboard does not answer to the name {host}: start it with --allow {host}")
@@ -38,6 +44,11 @@ def refuse_strangers(names: Collection[str]) -> None:
     origin = request.headers.get("Origin")
     if changes() and origin is not None and urlsplit(origin).netloc != request.host:
         abort(403, "refused: the request comes from another site")
+    if changes() and request.method in (
+        "GET",
+        "HEAD",
+    ):  # an image's, say, from another port of this host, without an Origin
+        abort(403, "refused: ask for it with POST")
 
 
 def changes() -> bool:
@@ -59,19 +70,24 @@ def _is_address(host: str) -> bool:
 
 
 def escape_job(response: Response) -> Response:
-    """rq-dashboard 0.9 puts a job's metadata and error into its page as HTML: make text of it."""
-    if request.endpoint == "rq_dashboard.job_info" and response.is_json:
-        response.set_data(json.dumps(_escaped(response.get_json())))
+    """What rq-dashboard would put into its page as HTML (`RAW`) as text."""
+    endpoint = request.endpoint or ""
+    if endpoint in RAW and response.is_json:
+        quote = endpoint != "rq_dashboard.job_info"  # which shows JSON in no attribute
+        response.set_data(json.dumps(_escaped(response.get_json(), quote, ESCAPED_THERE.get(endpoint, ()))))
     return response
 
 
-def _escaped(value: Any) -> Any:
+def _escaped(value: Any, quote: bool, left: Collection[str] = ()) -> Any:
     if isinstance(value, str):
-        return html.escape(value, quote=False)
+        return html.escape(value, quote=quote)
     if isinstance(value, list):
-        return [_escaped(item) for item in value]
+        return [_escaped(item, quote, left) for item in value]
     if isinstance(value, dict):
-        return {_escaped(name): _escaped(item) for name, item in value.items()}
+        return {
+            _escaped(name, quote): item if name in left and isinstance(item, str) else _escaped(item, quote, left)
+            for name, item in value.items()
+        }
     return value
 
 

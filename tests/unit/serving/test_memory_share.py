@@ -223,19 +223,21 @@ from worker.serving import memory_share
 from worker.serving.vllm_flags import LaunchError
 print(memory_share.find_config("some/model", {}))
 for name, given in (("other/model", {}), ("some/model", {"--revision": ["v2"]}), ("no model: at all", {})):
-    try:
-        memory_share.find_config(name, given)
-    except LaunchError as error:
-        print(error)
+    for find in (memory_share.find_config, lambda name, given: memory_share.share_of(name, given, None, 80 << 30)):
+        try:
+            find(name, given)
+        except LaunchError as error:
+            print(error)
 assert not {"torch", "vllm", "transformers"} & set(sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found, *refused = run.stdout.splitlines()
     assert found == str(snapshot / "config.json")
-    assert len(refused) == 3
-    for line in refused:
-        assert "is not a directory, and its config.json was not found" in line
-        assert line.endswith("--trainer-memory N (GB)")
+    assert len(refused) == 6
+    for asked, served in zip(refused[::2], refused[1::2], strict=True):
+        assert "is not a directory, and its config.json was not found" in asked
+        assert "--trainer-memory" not in asked  # `tandem check` has no such flag
+        assert asked in served and served.endswith("--trainer-memory N (GB)")
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", None), ("0", 0.0), ("12.5", 12.5), ("1e1", 10.0)])

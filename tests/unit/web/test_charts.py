@@ -49,6 +49,15 @@ def test_ticks_are_few_round_and_around_the_values(low: float, span: float) -> N
     assert found[0] <= low + slack and found[-1] >= low + span - slack
 
 
+@pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-4, 2.5, 9e14])
+@pytest.mark.parametrize("apart", [0.0, 2.3e-16, 1e-15, 1e-12, 3e-9])
+@pytest.mark.parametrize("high", [None, 1.0])
+def test_numbers_that_are_all_but_equal_are_drawn(size: float, apart: float, high: float | None) -> None:
+    found = chart(Series("a", [Point(1.0, size, ""), Point(2.0, size * (1 + apart), "")]), high=high)
+    for point in drawn(found).findall(".//use"):
+        assert TOP - 0.1 <= float(point.get("y", "nan")) <= BOTTOM + 0.1
+
+
 def test_a_line_breaks_where_there_is_nothing_and_many_points_are_smoothed() -> None:
     few = drawn(chart(Series("a", [Point(x, y, "") for x, y in enumerate([1.0, 2.0, None, 3.0, math.nan, 4.0])])))
     path = few.find(".//path")

@@ -1,5 +1,6 @@
 """The pages over HTTP, on a real Redis: what they show, what they escape, and what is away."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from flask.testing import FlaskClient
 from page_parts import SCRIPT, plant, plant_hostile
 
 from producer import Producer, keys
+from worker.operations.status import MOST_CANARIES, gather
 from worker.web.app import make_app
 
 SECRET = "what the user said in confidence"
@@ -54,6 +56,41 @@ def test_every_view_shows_what_was_learnt(client: FlaskClient, connection: redis
     assert "rolled back" in get(client, "/learning/versions/8")[1]
     _, job = get(client, "/learning/jobs/chat-8-0")
     assert "which was rolled back" in job and "with 0 others" in job
+
+
+PLANTED = {
+    "canary_losses": ['{"canary": ' + "9" * 400 + "}", "[" * 100_000, '{"<b>": 1, "good": 2}'],
+    "canary_loss": ["x"],
+    "hold": [SCRIPT * 10_000],
+    "at": ["0001-01-01T00:00:00"],
+}
+
+
+def test_no_state_that_somebody_planted_takes_the_page_away(client: FlaskClient, connection: redis.Redis) -> None:
+    plant(connection, 2)
+    for field, values in PLANTED.items():
+        for value in values:
+            connection.hset(keys.STATE, field, value)
+            code, text = get(client, "/learning/")
+            assert code == 200 and len(text) < 100_000 and '<span class="big">2</span>' in text, (field, value[:20])
+    connection.set(keys.WORKER_LOCK, "[" * 100_000)
+    assert get(client, "/learning/")[0] == 200
+    connection.hset(keys.DROPPED, "chat-1-0", "9" * 5000)
+    assert get(client, "/learning/jobs/chat-1-0")[0] == 200
+    connection.set(keys.VERSION, "9" * 400)
+    assert get(client, "/learning/")[0] == 200, "a sentence says that it is no version"
+
+
+def test_canary_sets_that_no_worker_can_have_are_not_told_of(connection: redis.Redis, redis_url: str) -> None:
+    losses = {"<b>": 1.0, "two words": 1.0} | {f"set-{i}": 1.0 for i in range(1000)}
+    connection.hset(keys.STATE, "canary_losses", json.dumps(losses))
+    told = gather(redis_url, Path("/nowhere"))["canary"]
+    assert list(told) == [f"set-{i}" for i in range(MOST_CANARIES)], "each is a label's value in the metrics"
+
+
+def test_a_name_is_allowed_in_any_case(redis_url: str, tmp_path: Path) -> None:
+    client = make_app(redis_url, ["Tandem.Example"], run_dir=tmp_path / "none").test_client()
+    assert client.get("/learning/", base_url="http://tandem.example").status_code == 200
 
 
 def test_a_jobs_story_from_queue_to_version_and_what_was_refused(

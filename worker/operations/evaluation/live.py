@@ -12,7 +12,8 @@ import math
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPException
 from typing import Any
 
 from producer.errors import TandemError
@@ -118,12 +119,13 @@ class Server:
         said: list[tuple[int, ...] | None] = [None] * len(cases)
         ended = [False] * len(cases)
         if answers:
-            body = {"prompt": [list(case.context) for case in cases], "max_tokens": self._room(cases)}
-            body |= {"stop_token_ids": sorted({case.reference[-1] for case in cases}), "return_token_ids": True}
-            made, header = self._post(body | {"cache_salt": salt})
-            headers.append(header)
-            for i, choice in enumerate(made):
-                said[i], ended[i] = _answer(choice, cases[i].reference[-1])
+            for numbers, room in self._together(cases):
+                body = {"prompt": [list(cases[i].context) for i in numbers], "max_tokens": room}
+                body |= {"stop_token_ids": sorted({cases[i].reference[-1] for i in numbers}), "return_token_ids": True}
+                made, header = self._post(body | {"cache_salt": salt})
+                headers.append(header)
+                for i, choice in zip(numbers, made, strict=True):
+                    said[i], ended[i] = _answer(choice, cases[i].reference[-1])
         after = self.at()
         if before != after or any(header.rpartition("-")[2] != str(before.version) for header in headers):
             raise _MovedError
@@ -137,10 +139,17 @@ class Server:
             found.append(Found(before, Score(asked, case.tokens, exact, margin), answer))
         return found
 
-    def _room(self, cases: Sequence[Case]) -> int:
-        """Tokens that an answer may have: all that a reference has, and as much again where the context leaves room."""
+    def _together(self, cases: Sequence[Case]) -> Iterator[tuple[list[int], int]]:
+        """The numbers of the cases that are asked together, and how many tokens their answers may have: all that a
+        reference has, and as much again. A case whose context leaves less room is asked alone: the others' answers
+        would be cut."""
         wanted = max(2 * len(case.reference) + SPARE for case in cases)
-        return min(wanted, min(self.longest - len(case.context) for case in cases))
+        left = [self.longest - len(case.context) for case in cases]
+        if roomy := [i for i, room in enumerate(left) if room >= wanted]:
+            yield roomy, wanted
+        for i, room in enumerate(left):
+            if room < wanted:
+                yield [i], room
 
     def _look(self) -> None:
         """Ask for the model's name and its context."""
@@ -164,7 +173,7 @@ class Server:
                 return json.load(reply), reply.headers.get(VERSION_HEADER, "")
         except urllib.error.HTTPError as error:
             raise LiveError(f"{self.url}{path} answers {error.code}: {_reason(error)}") from None
-        except (OSError, ValueError) as error:  # a refused connection, a URL that is none, what is no JSON
+        except (OSError, ValueError, HTTPException) as error:  # refused, half an answer, a URL that is none, no JSON
             reason = getattr(error, "reason", error)
             raise LiveError(f"{self.url} cannot be asked ({reason}): name the server with --url") from None
 
