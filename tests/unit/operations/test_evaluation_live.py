@@ -28,6 +28,7 @@ class Fake:
         self.version, self.lineage, self.state = 1, LINEAGE, "serving"
         self.span: str | None = None
         self.key: str | None = None
+        self.ends = True
         self.bodies: list[dict[str, Any]] = []
         self.before: Callable[[int], None] = lambda number: None
         self.looked: Callable[[int], None] = lambda number: None
@@ -75,6 +76,8 @@ class Fake:
         if "prompt_logprobs" in body:
             scored = [None, *({str(t): {"logprob": -(t - 4) * 0.9 ** (self.version - 1)}} for t in prompt[1:])]
             return {"prompt_logprobs": scored, "finish_reason": "length"}
+        if not self.ends:
+            return {"token_ids": [5], "finish_reason": "length"}
         return {"token_ids": [5, END], "finish_reason": "stop"}
 
     def close(self) -> None:
@@ -122,6 +125,12 @@ def test_losses_margins_and_answers(fake: Fake) -> None:
     scoring, answering = fake.bodies
     assert scoring["cache_salt"] == answering["cache_salt"] and scoring["store"] is answering["store"] is False
     assert answering["stop_token_ids"] == [END] and answering["max_tokens"] == min(2 * 3 + SPARE, 62)
+
+
+def test_an_answer_that_goes_on_is_not_the_reference_that_it_begins_with(fake: Fake) -> None:
+    fake.ends = False
+    (found,) = server(fake).measure([case(1, 5)])
+    assert found.answer == (5,) and found.score.exact is False
 
 
 def test_without_answers_none_is_asked_for(fake: Fake) -> None:
