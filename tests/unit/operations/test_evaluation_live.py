@@ -34,6 +34,7 @@ class Fake:
         self.version, self.lineage, self.state = 1, LINEAGE, "serving"
         self.span: str | None = None
         self.key: str | None = None
+        self.ends = True
         self.bodies: list[dict[str, Any]] = []
         self.before: Callable[[int], None] = lambda number: None
         self.looked: Callable[[int], None] = lambda number: None
@@ -81,6 +82,8 @@ class Fake:
         if "prompt_logprobs" in body:
             scored = [None, *({str(t): {"logprob": -(t - 4) * 0.9 ** (self.version - 1)}} for t in prompt[1:])]
             return {"prompt_logprobs": scored, "finish_reason": "length"}
+        if not self.ends:
+            return {"token_ids": [5], "finish_reason": "length"}
         return {"token_ids": [5, END], "finish_reason": "stop"}
 
     def close(self) -> None:
@@ -163,6 +166,12 @@ def test_what_was_measured_is_said_where_redis_went_away(fake: Fake, tmp_path: P
     result = evaluator.live()
     assert result.whole is not None and result.whole.loss == 1.0 and evaluator.unstored
     assert "could not be stored" in result.remarks[0]
+
+
+def test_an_answer_that_goes_on_is_not_the_reference_that_it_begins_with(fake: Fake) -> None:
+    fake.ends = False
+    (found,) = server(fake).measure([case(1, 5)])
+    assert found.answer == (5,) and found.score.exact is False
 
 
 def test_without_answers_none_is_asked_for(fake: Fake) -> None:
