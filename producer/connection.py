@@ -58,7 +58,8 @@ def _with_password(url: str, path: str) -> str:
     scheme, mark, rest = url.partition("://")
     end = min((rest.find(sign) for sign in "/?#" if sign in rest), default=len(rest))
     user, _, host = rest[:end].rpartition("@")
-    if not mark or ":" in user:
+    own = ":" in user or "password" in dict(parse_qsl(rest[end:].partition("?")[2]))
+    if not mark or own:
         return url
     try:
         password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")

@@ -118,6 +118,10 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
         "{path} cannot be read by uid {uid} ({reason})",
         "run as the worker's user, or chown -R it to this one",
     ),
+    Fact.STATE_UNWRITABLE: (
+        "{path} cannot be written by uid {uid}, or its disk is mounted read-only: nothing can be journaled",
+        "mount it for writing, run as the worker's user, or name another --state-dir",
+    ),
     Fact.STATE_OPEN: ("{path} has mode {mode}, and transcripts are in it", "chmod 700 it"),
     Fact.STATE_FOREIGN: ("{path} belongs to uid {owner}, not {uid}", "run as that user, or name another --state-dir"),
     Fact.STATE_UNKNOWN: ("no server says of which model it would be", "name it with --state-dir"),

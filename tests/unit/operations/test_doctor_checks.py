@@ -3,6 +3,7 @@ sentence."""
 
 import ast
 import inspect
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,21 @@ CHECKS = (
     state_checks,
     worker_check,
 )
+
+
+def read_only_mount() -> Path:
+    for mount in Path("/proc/self/mounts").read_text().splitlines():
+        path = Path(mount.split()[1])
+        if path.is_dir() and os.statvfs(path).f_flag & os.ST_RDONLY:
+            return path
+    pytest.skip("nothing is mounted read-only here")
+
+
+def test_a_state_directory_on_a_read_only_mount_is_a_fault() -> None:
+    mount = read_only_mount()
+    found = state_checks.check_state(mount / "tandem" / "model")
+    assert (found.level, found.fact, found.values["path"]) == (Level.FAULT, Fact.STATE_UNWRITABLE, str(mount))
+    assert "cannot be written" in line(found)
 
 
 def test_every_fact_has_a_sentence_and_a_check_that_finds_it() -> None:

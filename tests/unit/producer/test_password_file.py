@@ -72,3 +72,10 @@ def test_a_file_that_is_missing_is_named(secret: Path) -> None:
     secret.unlink()
     with pytest.raises(RedisUrlError, match=r"secret cannot be read as text \(FileNotFoundError\)"):
         Producer()
+
+
+def test_a_password_in_the_query_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of the file")
+    monkeypatch.setenv("REDIS_PASSWORD_FILE", str(tmp_path / "secret"))
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1/0?db=1&password=own")
+    assert resolve_url(None) == "redis://127.0.0.1/0?db=1&password=own"

@@ -72,6 +72,7 @@ class Fact(StrEnum):
     STATE = "state"
     STATE_NEW = "state_new"
     STATE_UNREADABLE = "state_unreadable"
+    STATE_UNWRITABLE = "state_unwritable"
     STATE_OPEN = "state_open"
     STATE_FOREIGN = "state_foreign"
     STATE_UNKNOWN = "state_unknown"

@@ -41,7 +41,8 @@ def check_state(folder: Path | None) -> Finding:
         return unchecked(name, Fact.STATE_UNKNOWN)
     try:
         if not folder.exists():
-            return ok(name, Fact.STATE_NEW, path=str(folder))
+            above = next(path for path in folder.absolute().parents if path.exists())
+            return _unwritable(above) or ok(name, Fact.STATE_NEW, path=str(folder))
         for path in _to_read(folder):
             with path.open("rb"):
                 pass
@@ -53,9 +54,18 @@ def check_state(folder: Path | None) -> Finding:
     for path, info in infos.items():
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
             return fault(name, Fact.STATE_FOREIGN, path=str(path), owner=info.st_uid, uid=os.getuid())
+        if found := _unwritable(path):
+            return found
         if info.st_mode & 0o077:
             return warning(name, Fact.STATE_OPEN, path=str(path), mode=f"{info.st_mode & 0o777:04o}")
     return ok(name, Fact.STATE, path=str(folder))
+
+
+def _unwritable(path: Path) -> Finding | None:
+    """Of a folder that we cannot write to; asked of the system, which knows of mounts too."""
+    if os.access(path, os.W_OK | os.X_OK):
+        return None
+    return fault("state directory", Fact.STATE_UNWRITABLE, path=str(path), uid=os.getuid())
 
 
 def check_formats(folder: Path | None, model: Path | None) -> Finding:
