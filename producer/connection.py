@@ -58,8 +58,9 @@ def _with_password(url: str, path: str) -> str:
     scheme, mark, rest = url.partition("://")
     end = min((rest.find(sign) for sign in "/?#" if sign in rest), default=len(rest))
     user, _, host = rest[:end].rpartition("@")
-    own = ":" in user or "password" in dict(parse_qsl(rest[end:].partition("?")[2]))
-    if not mark or own:
+    if not mark or ":" in user:
+        return url
+    if "password" in dict(parse_qsl(rest[end:].partition("?")[2])):
         return url
     try:
         password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")

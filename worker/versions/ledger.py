@@ -18,6 +18,7 @@ from redis.client import Pipeline
 
 from producer import keys
 from producer.errors import TandemError
+from producer.exchange import MOST_VERSIONS
 from worker.config.version_record import VersionRecord
 
 EVENTS_KEPT = 100_000
@@ -209,6 +210,8 @@ def _check(now: LedgerState, record: VersionRecord, new_lineage: bool) -> None:
 
 def _version(raw: bytes | None) -> int:
     try:
-        return int(raw or 0)
+        if abs(found := int(raw or 0)) >= MOST_VERSIONS:
+            raise ValueError
+        return found
     except ValueError:
         raise LedgerMismatchError(f"Redis key {keys.VERSION} holds {raw[:40]!r}, not a version") from None  # type: ignore
