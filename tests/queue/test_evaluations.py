@@ -45,6 +45,12 @@ def test_what_is_kept_is_found_under_its_version_and_lineage_alone(connection: r
     assert evaluations.latest(connection, B) == [kept[2, B]]
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "x" * 65])
+def test_a_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(EvaluationError, match="cannot be the name of a set"):
+        evaluations.checked_name(name)
+
+
 HUGE = "9" * 400
 
 

@@ -123,6 +123,8 @@ def command(
         click.echo(json.dumps(plain, indent=2))
     else:
         click.echo("\n".join(lines))
+    if evaluator.unstored:
+        raise SystemExit(1)
 
 
 def _one(result: Result, cases: CaseSet, name: str) -> tuple[dict[str, Any], list[str]]:

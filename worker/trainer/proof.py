@@ -36,7 +36,12 @@ STRETCH = 16
 """Tokens over which differences are averaged: one token may be off by chance, a stretch is not."""
 LEAST, MOST, FACTOR = 0.02, 0.25, 4.0
 """Nats a token. What is allowed: FACTOR times what rounding does here, between LEAST and MOST."""
+TWICE = 2.0
+"""Times what rounding does, which is allowed in any case: after training went astray, logits may be so large that
+rounding does more than MOST, and a rollback, which mends them, is proved first too."""
 ULP = 2.0**-7
+MOST_TEXT = 64 * LONGEST
+"""Characters: a tokenizer that makes no row of so many knows no English, and never will."""
 TEXT = (
     "In the spring of 1912 the harbour of the small town was widened, because the ships that carried "
     "timber from the north had become too large for it. The engineers measured the depth of the water "
@@ -64,7 +69,7 @@ class Expected:
     @property
     def bound(self) -> float:
         """The most that another computation may differ, as `distance`."""
-        return min(MOST, max(LEAST, FACTOR * self.noise))
+        return max(min(MOST, max(LEAST, FACTOR * self.noise)), TWICE * self.noise)
 
 
 def prove_trainer(trainer: Trainer, model: Any, tokenizer: Any, most: int) -> Expected:
@@ -87,12 +92,18 @@ def prove_trainer(trainer: Trainer, model: Any, tokenizer: Any, most: int) -> Ex
 
 
 def proof_row(tokenizer: Any, config: Any, most: int) -> tuple[int, ...]:
-    """The row of a model: ordinary text, of at most `most` tokens."""
+    """The row of a model: ordinary text, of at most `most` tokens. Raises `ProofError` where fewer than two can be had:
+    there is no loss then."""
     window = getattr(config.get_text_config(), "sliding_window", None)
     wanted = ROW + window if isinstance(window, int) and ROW + window <= LONGEST else ROW
     text = TEXT
-    while len(ids := tokenizer(text)["input_ids"]) < wanted:
+    while len(ids := tokenizer(text)["input_ids"]) < wanted and len(text) < MOST_TEXT:
         text += text
+    if min(len(ids), most) < 2:
+        why = f"a row has {most} tokens at most: serve with a longer --max-model-len" if most < 2 else (
+            f"the model's tokenizer makes {len(ids)} tokens of {len(text):,} characters of English"
+        )  # fmt: skip
+        raise ProofError(f"nothing can be proved of the loss of this model, and so nothing trained: {why}")
     return tuple(ids[: min(wanted, most)])
 
 

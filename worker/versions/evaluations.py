@@ -48,7 +48,7 @@ class EvaluationError(TandemError):
 
 def checked_name(name: str) -> str:
     """`name`, if a set may be called so. Raises `EvaluationError`."""
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name in (".", ".."):  # answers are kept in a folder of this name
         raise EvaluationError(f"{name[:70]!r} cannot be the name of a set: use 1 to 64 of A-Z a-z 0-9 _ . -")
     return name
 

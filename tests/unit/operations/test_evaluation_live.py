@@ -4,15 +4,21 @@ Real vLLM, and a real worker beside it: tests/server/test_evaluation_server.py, 
 """
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from worker.data.examples import TokenSequence
-from worker.operations.evaluation.cases import Case
+from worker.operations.evaluation.cases import Case, CaseSet
+from worker.operations.evaluation.evaluator import Evaluator, Model
 from worker.operations.evaluation.found import SPARE, At, Found
 from worker.operations.evaluation.live import LiveError, Server
 
@@ -125,6 +131,41 @@ def test_losses_margins_and_answers(fake: Fake) -> None:
     scoring, answering = fake.bodies
     assert scoring["cache_salt"] == answering["cache_salt"] and scoring["store"] is answering["store"] is False
     assert answering["stop_token_ids"] == [END] and answering["max_tokens"] == min(2 * 3 + SPARE, 62)
+
+
+def test_a_long_context_cuts_no_other_answer(fake: Fake) -> None:
+    long = Case(2, "long", (sequence(5),), (), (1,) * 61, (5, END))
+    first, second, third = server(fake).measure([case(1, 6, 6, 6), long, case(3, 5)])
+    rooms = [(len(body["prompt"]), body["max_tokens"]) for body in fake.bodies if "stop_token_ids" in body]
+    assert rooms == [(2, 2 * 4 + SPARE), (1, 64 - 61)]
+    assert (first.score.exact, second.score.exact, third.score.exact) == (False, True, True)
+
+
+def test_half_an_answer_is_a_sentence() -> None:
+    """A server that is killed while it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def half() -> None:
+            client, _ = listening.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{")
+
+        thread = threading.Thread(target=half)
+        thread.start()
+        with pytest.raises(LiveError, match="cannot be asked"):
+            Server(f"http://127.0.0.1:{listening.getsockname()[1]}", str).at()
+        thread.join()
+
+
+def test_what_was_measured_is_said_where_redis_went_away(fake: Fake, tmp_path: Path) -> None:
+    away = redis.Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
+    cases = CaseSet("facts.jsonl", (case(1, 5),), "d1", {})
+    model = Model(tmp_path, None, None, LINEAGE)  # type: ignore[arg-type]
+    evaluator = Evaluator(cases, "facts", model, server(fake), away, tmp_path)
+    result = evaluator.live()
+    assert result.whole is not None and result.whole.loss == 1.0 and evaluator.unstored
+    assert "could not be stored" in result.remarks[0]
 
 
 def test_an_answer_that_goes_on_is_not_the_reference_that_it_begins_with(fake: Fake) -> None:

@@ -11,12 +11,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, TokenSequence
 from worker.model import settle_attention
-from worker.model.head_blocks import PLAIN
+from worker.model.head_blocks import PLAIN, After
 from worker.model.output_head import OutputHead
 from worker.shared_weights.bind import build_model
 from worker.testing.tiny_architectures import ARCHITECTURES
 from worker.trainer.factory import make_trainer
-from worker.trainer.proof import LEAST, MOST, ROW, ProofError, distance, expect, own_loss, prove_trainer
+from worker.trainer.proof import (
+    LEAST,
+    MOST,
+    MOST_TEXT,
+    ROW,
+    ProofError,
+    distance,
+    expect,
+    own_loss,
+    proof_row,
+    prove_trainer,
+)
 from worker.trainer.trainer import Trainer
 
 Make = Callable[[str], Path]
@@ -103,6 +114,17 @@ def test_weights_without_a_finite_loss_prove_nothing(architecture: Make, caplog:
     assert trainer.begin([Example("one", (TokenSequence((1, 2), (False, True)),), 1.0, {})]).rejected
 
 
+def test_huge_logits_are_proved_by_what_rounding_does_to_them(architecture: Make) -> None:
+    """Weights that training led astray: right they are, and what is wrong is still noticed."""
+    trainer, model, tokenizer = parts(architecture("llama"))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    assert prove_trainer(trainer, model, tokenizer, MOST_TOKENS).noise > MOST
+    trainer.head = OutputHead(trainer.head.weight, After(0.9, None, None))
+    with pytest.raises(ProofError):
+        prove_trainer(trainer, model, tokenizer, MOST_TOKENS)
+
+
 def test_the_reference_leaves_its_model_as_it_was(architecture: Make) -> None:
     trainer, _, _ = parts(architecture("llama"))
     trainer.model.train()
@@ -110,6 +132,19 @@ def test_the_reference_leaves_its_model_as_it_was(architecture: Make) -> None:
     expect(trainer.model, (5, 6, 7))
     assert trainer.model.training and trainer.model.config._attn_implementation == "sdpa"
     assert torch.equal(own_loss(trainer, (5, 6, 7)), before)
+
+
+@pytest.mark.parametrize("made, most", [(0, 64), (1, 64), (40, 1), (40, 0)])
+def test_a_row_of_no_loss_is_refused_and_sought_no_longer(architecture: Make, made: int, most: int) -> None:
+    """A tokenizer that has no token for any of these letters makes none of ever so long a text."""
+    config = AutoModelForCausalLM.from_pretrained(architecture("llama")).config
+
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        assert len(text) < 10 * MOST_TEXT
+        return {"input_ids": [1] * made}
+
+    with pytest.raises(ProofError, match="nothing can be proved"):
+        proof_row(tokenizer, config, most)
 
 
 def test_distance_is_that_of_the_worst_stretch() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import redis
 
+from producer.connection import own_words
 from producer.errors import TandemError
 from producer.progress import progress
 from worker.config.hyperparameters import Hyperparameters
@@ -114,6 +115,8 @@ class Evaluator:
         self.cases, self.name, self.model = cases, evaluations.checked_name(name), model
         self.server, self.connection, self.state_dir = server, connection, state_dir
         self.answers, self.keep = answers, keep
+        self.unstored = False
+        """Whether figures that were to be stored are not."""
 
     def live(self) -> Result:
         """At the version that is live. Raises `LiveError`."""
@@ -173,13 +176,23 @@ class Evaluator:
     def _result(
         self, found: list[Found], whole: Evaluation | None, remarks: list[str], *, store: bool = True
     ) -> Result:
-        scores, connection = [one.score for one in found], self.connection if store else None
-        if whole is not None and connection is not None and not self._is_fuller(connection, whole):
-            evaluations.keep(connection, whole, scores)
+        scores = [one.score for one in found]
+        if whole is not None and self.connection is not None and store:
+            remarks = [*remarks, *self._store(self.connection, whole, scores)]
         if whole is not None and self.keep:
             path = kept_answers.keep(self.state_dir, whole, self._texts(found))
             remarks = [*remarks, f"the answers are kept in {path}"]
         return Result(whole, scores, [one.at.version for one in found], found, False, remarks)
+
+    def _store(self, connection: redis.Redis, whole: Evaluation, scores: list[Score]) -> list[str]:
+        """What to say of it: what was measured is said even where Redis went away meanwhile."""
+        try:
+            if not self._is_fuller(connection, whole):
+                evaluations.keep(connection, whole, scores)
+        except redis.RedisError as error:
+            self.unstored = True
+            return [f"the figures could not be stored: Redis does not take them ({own_words(error)})"]
+        return []
 
     def _is_fuller(self, connection: redis.Redis, new: Evaluation) -> bool:
         """Whether what is stored of the same version and content has answers, which `new` was not to ask for."""
