@@ -196,9 +196,14 @@ def test_kept_answers_are_shown_side_by_side(taught: Site, tmp_path: Path) -> No
     assert "sides" not in difference(taught, "0", "3") and "sides" not in difference(taught, "0", "4", "--no-answers")
 
 
-def test_a_rollback_takes_versions_out(taught: Site) -> None:
+def test_a_rollback_takes_versions_out_and_what_was_dropped_is_not_in_an_older_one(
+    taught: Site, tmp_path: Path
+) -> None:
     """The last test of this module: the live version is another one after it."""
-    taught.tandem("rollback", "2")
+    taught.tandem("rollback", "2", "--drop", "x-0")
+    found, said = run(taught, write(tmp_path / "later.jsonl", transcripts("x", 2)), "--at", "1", "--no-answers")
+    assert "made again without 1 transcripts that were dropped since" in said and found["version"] == 1
+    assert evaluations.find(taught.redis, "later", 1, found["lineage"]) is None, "it is not what was live"
     found = json.loads(difference(taught, "4", "5", "--json"))
     assert [one["kind"] for one in found["versions"]] == ["rollback"] and found["removed"] == [3, 4]
     assert "again version 2" in difference(taught, "4", "5")

@@ -8,7 +8,6 @@ Invariants: where a figure comes from is said with it; only what is of one versi
 the worker is taken, and nothing of its is changed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,9 @@ class Evaluator:
                 f"the server at {self.server.url} is another than the one of the run directory: name both of one server"
                 " (--url, --run-dir)"
             )
-        found = self._measured(lambda tell: self._asked(tell))
+        cases, total = self.cases.cases, len(self.cases.cases)
+        with progress(f"evaluating {self.name}", total, "conversations") as shown:
+            found = self.server.measure(cases, answers=self.answers, tell=lambda done: shown.at(done, total))
         versions = sorted({one.at.version for one in found})
         if len(versions) > 1:
             remark = (
@@ -163,27 +164,20 @@ class Evaluator:
         if without := made.rebuilt.plan.without:
             remarks.append(
                 f"version {version} was made again without {len(without)} transcripts that were dropped since: it is"
-                " not quite what was live then"
+                " not what was live then, and its figures are not stored"
             )
         remarks += made.rebuilt.replayed.changed
-        return self._result(made.found, self._whole(made.found, "offline"), remarks)
-
-    def _asked(self, tell: Callable[[int], object]) -> list[Found]:
-        assert self.server is not None
-        return self.server.measure(self.cases.cases, answers=self.answers, tell=tell)
-
-    def _measured(self, measure: Callable[[Callable[[int], object]], list[Found]]) -> list[Found]:
-        total = len(self.cases.cases)
-        with progress(f"evaluating {self.name}", total, "conversations") as shown:
-            return measure(lambda done: shown.at(done, total))
+        return self._result(made.found, self._whole(made.found, "offline"), remarks, store=not without)
 
     def _whole(self, found: list[Found], where: evaluations.Where) -> Evaluation:
         at, scores = found[0].at, [one.score for one in found]
         return evaluations.evaluation(self.name, at.version, at.lineage, self.cases.digest, scores, where)
 
-    def _result(self, found: list[Found], whole: Evaluation | None, remarks: list[str]) -> Result:
+    def _result(
+        self, found: list[Found], whole: Evaluation | None, remarks: list[str], *, store: bool = True
+    ) -> Result:
         scores = [one.score for one in found]
-        if whole is not None and self.connection is not None:
+        if whole is not None and self.connection is not None and store:
             remarks = [*remarks, *self._store(self.connection, whole, scores)]
         if whole is not None and self.keep:
             path = kept_answers.keep(self.state_dir, whole, self._texts(found))
