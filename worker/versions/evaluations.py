@@ -13,6 +13,7 @@ there.
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +34,7 @@ SCORES = 1000
 MANY = 10 * VERSIONS
 """Fields of a set's hash that are read at all: more were not written here."""
 MOST = 2**53
-"""Above any count, version or loss, and what a float holds exactly."""
+"""Above any count or version, and what a float holds exactly."""
 DIGITS = 6
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -255,7 +256,7 @@ def _read(field: bytes | str, raw: Any, name: str | None = None) -> Evaluation |
     try:
         stored = json.loads(raw)
         found = Evaluation(**{one.name: stored[one.name] for one in fields(Evaluation)})
-        sound = stored["format"] == FORMAT and abs(found.loss) < MOST
+        sound = stored["format"] == FORMAT and abs(found.loss) <= sys.float_info.max
         sound = sound and all(type(count := getattr(found, one)) is int and 0 <= count < MOST for one in _COUNTS)
         sound = sound and all(type(getattr(found, one)) is str for one in _WORDS) and name in (None, found.name)
         return found if sound and found.of == _text(field) else None
