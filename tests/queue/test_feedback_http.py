@@ -350,10 +350,10 @@ def test_openapi_shows_examples_that_work(play: Any) -> None:
 
 def test_an_id_that_nobody_queued_is_unknown(play: Any) -> None:
     async def scene(app: Running) -> list[httpx.Response]:
-        return [await app.client.get(f"/v1/feedback/{id}") for id in ("nobody-1", "no%20id")]
+        return [await app.client.get(f"/v1/feedback/{id}") for id in ("nobody-1", "no%20id", "no/id", "no%0Aid%0A")]
 
-    unknown, wrong = play(scene)
-    assert error(unknown) == (404, "id") and error(wrong) == (422, "id")
+    unknown, *wrong = play(scene)
+    assert error(unknown) == (404, "id") and [error(one) for one in wrong] == [(422, "id")] * 3
 
 
 def test_what_a_full_queue_drops_is_said_once_without_a_text(

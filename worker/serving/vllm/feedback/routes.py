@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from producer import AsyncProducer, Outcome, State
 from producer.errors import InvalidTranscriptError, QueueUnavailableError, UnknownCompletionError
@@ -28,6 +29,13 @@ from worker.serving.protocol import FEEDBACK_PATH
 from worker.serving.vllm.feedback import opinions, schema
 from worker.serving.vllm.feedback.keeper import Keeper
 from worker.serving.vllm.feedback.rate import RateLimit
+
+
+class _AnyText(PathConvertor):
+    """Starlette's own `path` stops at a newline."""
+
+    regex = "(?s:.*)"
+
 
 MAX_BODY = 2 * MAX_BYTES
 """Bytes. JSON may escape a text to twice its length and more; a transcript's own limit is half of this."""
@@ -82,7 +90,8 @@ class FeedbackRoutes:
         add = app.add_api_route
         post, get = self._counted(self._post), self._counted(self._get)
         add(FEEDBACK_PATH, post, methods=["POST"], status_code=202, openapi_extra=schema.POST, tags=["feedback"])
-        path = FEEDBACK_PATH + "/{id:path}"  # what has a slash in it is no id either, and is told so
+        register_url_convertor("any", _AnyText())
+        path = FEEDBACK_PATH + "/{id:any}"  # what has a slash or a newline in it is no id either, and is told so
         add(path, get, methods=["GET"], openapi_extra=schema.GET, tags=["feedback"])
 
     def _counted(self, route: Route) -> Route:
