@@ -189,6 +189,7 @@ def test_kept_answers_are_shown_side_by_side(taught: Site, tmp_path: Path) -> No
         run(taught, file, "--at", version, "--keep-answers", "--no-store")
     plain = json.loads(difference(taught, "0", "4", "--set", "sides", "--json"))
     (first, *_) = plain["answers"]
+    assert json.loads(difference(taught, "4", "4", "--set", "sides", "--json"))["answers"] == [], "they are the same"
     assert first["set"] == "sides" and first["before"]["answer"] != first["after"]["answer"]
     text = difference(taught, "0", "4", "--set", "sides")
     assert "version 0 -> 4: " in text and "sides line 1 x-0: What is the number of x 0?" in text
