@@ -80,7 +80,8 @@ def held(site: Site) -> str:
 
 
 def judged(canary: Path, bound: float, **more: Any) -> GuardSettings:
-    return GuardSettings(outliers=0, canary=canary, canary_every=1, canary_bound=bound, **more)
+    sets, bounds = (("canary", canary),), ((None, bound),)
+    return GuardSettings(outliers=0, canary=sets, canary_every=1, canary_bound=bounds, **more)
 
 
 def fail_at(site: Site, canary: Path) -> GuardSettings:

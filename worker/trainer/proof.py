@@ -37,8 +37,8 @@ STRETCH = 16
 LEAST, MOST, FACTOR = 0.02, 0.25, 4.0
 """Nats a token. What is allowed: FACTOR times what rounding does here, between LEAST and MOST."""
 TWICE = 2.0
-"""Times what rounding does, which is allowed in any case: after training went astray, logits may be so large that
-rounding does more than MOST, and a rollback, which mends them, is proved first too."""
+"""Times what rounding does, which is allowed where that is more than MOST: after training went astray, logits may be so
+large, and a rollback, which mends them, is proved first too."""
 ULP = 2.0**-7
 MOST_TEXT = 64 * LONGEST
 """Characters: a tokenizer that makes no row of so many knows no English, and never will."""
@@ -69,7 +69,7 @@ class Expected:
     @property
     def bound(self) -> float:
         """The most that another computation may differ, as `distance`."""
-        return max(min(MOST, max(LEAST, FACTOR * self.noise)), TWICE * self.noise)
+        return min(MOST, max(LEAST, FACTOR * self.noise)) if self.noise <= MOST else TWICE * self.noise
 
 
 def prove_trainer(trainer: Trainer, model: Any, tokenizer: Any, most: int) -> Expected:
