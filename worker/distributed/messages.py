@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 
 from worker.distributed.errors import GroupLostError
-from worker.utils import unix_socket
 
-MAX_MESSAGE = unix_socket.MAX_MESSAGE
+MAX_MESSAGE = 64 * 2**20
 """Bytes. The largest is a batch: tokens, masks and transcripts of a version."""
 
 
@@ -38,9 +37,22 @@ def receive(source: int, seconds: float) -> dict[str, Any]:
     body = torch.empty(size, dtype=torch.uint8)
     _wait(dist.irecv(body, source), seconds)
     try:
-        return unix_socket.unpack(body.numpy().tobytes())
-    except unix_socket.WireError as error:
+        return unpack(body.numpy().tobytes())
+    except ValueError as error:
         raise GroupLostError(f"the replica at place {source} sent what is no message: {error}") from None
+
+
+def unpack(body: bytes) -> dict[str, Any]:
+    """The map in `body`. Raises ValueError for anything else."""
+    if len(body) > MAX_MESSAGE:
+        raise ValueError(f"{len(body)} bytes are over the limit of {MAX_MESSAGE}")
+    try:
+        message = msgpack.unpackb(body, raw=False, strict_map_key=False)
+    except Exception as error:  # msgpack raises several unrelated types on garbage
+        raise ValueError(f"not a msgpack message ({type(error).__name__})") from None
+    if not isinstance(message, dict):
+        raise ValueError(f"a message must be a map, not {type(message).__name__}")
+    return message
 
 
 def _wait(work: Any, seconds: float) -> None:

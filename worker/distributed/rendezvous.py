@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from worker.distributed.errors import GroupLostError, RendezvousError
 from worker.distributed.group import Group
-from worker.utils import unix_socket
+from worker.distributed.messages import unpack
 
 MAX_REPLICAS = 64
 PACE = 0.05
@@ -130,11 +130,11 @@ class Rendezvous:
         """(nonce, hello) of the last time; hello None: made with another secret, or no message at all."""
         raw = bytes(self._store.get(f"{self._leader}/join/{number}"))
         try:
-            message = unix_socket.unpack(raw[: unix_socket.MAX_MESSAGE])
+            message = unpack(raw)
             nonce, body, mac = str(message["nonce"])[:64], bytes(message["hello"]), bytes(message["mac"])
             fine = hmac.compare_digest(mac, self._mac(f"{number} {nonce}", body))
-            return nonce, unix_socket.unpack(body) if fine else None
-        except (unix_socket.WireError, KeyError, TypeError):
+            return nonce, unpack(body) if fine else None
+        except (ValueError, KeyError, TypeError):
             return hashlib.sha256(raw).hexdigest(), None
 
     def _answer(self, nonce: str, answer: dict[str, Any]) -> None:
@@ -176,10 +176,10 @@ class Rendezvous:
             if stopping() or self._store.get("leader").decode() != self._leader:
                 return None
             time.sleep(PACE)
-        message = unix_socket.unpack(bytes(self._store.get(key)))
+        message = unpack(bytes(self._store.get(key)))
         if not hmac.compare_digest(bytes(message["mac"]), self._mac(f"answer {nonce}", bytes(message["answer"]))):
             raise RendezvousError("TANDEM_REPLICAS_SECRET is not that of replica 0: give all replicas the same one")
-        return unix_socket.unpack(bytes(message["answer"]))
+        return unpack(bytes(message["answer"]))
 
     # -- both -----------------------------------------------------------------------------------------------------
 
