@@ -22,6 +22,7 @@ from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.agreement import RedisBehindError, agree, confirm
 from worker.orchestrator.canary import Canary, CanaryStep, load
 from worker.orchestrator.dislikes import DislikeGuard
+from worker.orchestrator.fleet import Lone
 from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.reference_set import reference_examples
 from worker.orchestrator.reports import Tell, log_report
@@ -39,7 +40,7 @@ class WorkerLoop:
     """Of one session, whose weights agree with Redis and the state directory; `lock` is held.
 
     until_empty: stop when the queue is empty. threads: of the CPU; None: as torch has them. hooks, limits:
-    `BatchWorker`'s. tell: is given what was done besides.
+    `BatchWorker`'s. tell: is given what was done besides. fleet: the other replicas; none by default.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class WorkerLoop:
         until_empty: bool,
         hooks: Sequence[Hooks],
         tell: Tell = log_report,
+        fleet: Lone | None = None,
         **limits: Any,
     ) -> None:
         self.connection, self.session, self.lock = connection, session, lock
         self.until_empty, self.hooks, self.limits = until_empty, hooks, limits
-        self.tell = tell
+        self.tell, self.fleet = tell, fleet or Lone()
         rehearsal = ReplayBuffer(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
         self.update = LiveUpdate(
             session,
@@ -66,6 +68,7 @@ class WorkerLoop:
             rehearsal=rehearsal,
             threads=threads,
             confirm=partial(confirm, connection, session),
+            fleet=self.fleet,
         )
         canary = Canary.of(guards, session.builder, self._score)
         going_back = self._go_back if guards.auto_rollback else None
@@ -81,6 +84,7 @@ class WorkerLoop:
             worker = self._worker()
             try:
                 worker.work(burst=self.until_empty)
+                self.fleet.end()
                 return
             except (ledger.LedgerMismatchError, RedisBehindError) as error:
                 if (version := self.session.weights.header.version) == mended:
@@ -107,11 +111,14 @@ class WorkerLoop:
         """Raises `UnavailableError` when the server has gone, `TornWeightsError` when a rollback broke off."""
         cost = self.update.cost
         cost.look()
+        self.fleet.look()
         if self.canary is not None:
             self.canary.take(self.session.weights.header.version)
         pause_switch.wait(
             self.connection, burst=self.until_empty, stopping=lambda: worker.stop_requested, tell=log.warning
         )
+        if self.session.manager.checkpoints.is_due():
+            self.fleet.checkpoint()
         if report := self.session.manager.checkpoints.write_if_due():
             self.tell(report)
 
@@ -139,6 +146,8 @@ class WorkerLoop:
                 self.connection, self.session
             )  # waits for Redis; `RedisBehindError` has `run` commit from the journal
             raise
+        finally:
+            self.fleet.changed()
         self.update.remember()
         return self.session.weights.header.version
 
