@@ -22,7 +22,8 @@ from worker.apollo.gradient_hooks import collecting
 from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
 from worker.apollo.rehearsal import rehearse
 from worker.apollo.saved_groups import plain_groups
-from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, Layout, StateArea
+from worker.apollo.slot_table import SlotTable
+from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, StateArea
 
 T = TypeVar("T")
 
@@ -86,10 +87,9 @@ class ApolloMini(torch.optim.Optimizer):
         self.projection_gap = projection_gap
         self._matrices = matrices
         self._slots = make_slots(self.param_groups, self._matrices)
-        self._by_tensor = _by_tensor(self._slots)
+        self._table = SlotTable(self._slots)
         device = one_device(self._slots)
-        firsts = [slots[0] for slots in self._by_tensor.values()]
-        layout = Layout.of([slot.parameter.shape for slot in firsts], [slot.algorithm for slot in firsts])
+        layout = self._table.layout()
         memory = state if state is not None else torch.zeros(layout.total, dtype=torch.uint8, device=device)
         if memory.device != device:
             raise ApolloError(f"the optimizer's state memory is on {memory.device} and the parameters on {device}")
@@ -127,12 +127,13 @@ class ApolloMini(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parameters = self._parameters()
-        given = grads if grads is not None else [parameter.grad for parameter in parameters]
-        found = [(p, gradient) for p, gradient in zip(parameters, given, strict=True) if gradient is not None]
+        given = grads if grads is not None else [parameter.grad for parameter in self._table.parameters]
+        found = [
+            (p, gradient) for p, gradient in zip(self._table.parameters, given, strict=True) if gradient is not None
+        ]
         self.begin(step_scale)
         try:
-            self._backend.update(self._pairs(found))
+            self._backend.update(self._table.pairs(found))
         except BaseException:
             self.abandon()
             raise
@@ -146,7 +147,7 @@ class ApolloMini(torch.optim.Optimizer):
         The gradients' memory is the graph's input from then on: fill it in place. Needs one `step()` with the same
         gradients before, which compiles the kernels.
         """
-        pairs = self._pairs([(p, p.grad) for p in self._parameters() if p.grad is not None])
+        pairs = self._table.pairs([(p, p.grad) for p in self._table.parameters if p.grad is not None])
         replay = self._backend.capture(pairs)
 
         def step(step_scale: float = 1.0) -> None:
@@ -199,9 +200,7 @@ class ApolloMini(torch.optim.Optimizer):
         """Streaming, several (parameter, gradient) at a time: the same result with fewer launches."""
         if not self._open:
             raise ApolloError("update() outside begin() and finish()")
-        if any(id(parameter) not in self._by_tensor for parameter, _ in pairs):
-            raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
-        self._backend.update(self._pairs(pairs))
+        self._backend.update(self._table.pairs(pairs))
 
     def sweep_order(self) -> list[Tensor]:
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
@@ -209,8 +208,7 @@ class ApolloMini(torch.optim.Optimizer):
 
     def name_of(self, parameter: Tensor) -> str:
         """What errors call it."""
-        first, *others = self._by_tensor[id(parameter)]
-        return first.name.removesuffix("[0]") if others else first.name
+        return self._table.name_of(parameter)
 
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
@@ -248,14 +246,7 @@ class ApolloMini(torch.optim.Optimizer):
             yield
 
     def _trained(self) -> list[Tensor]:
-        return [parameter for parameter in self._parameters() if parameter.requires_grad]
-
-    def _parameters(self) -> list[Tensor]:
-        return [slots[0].parameter for slots in self._by_tensor.values()]
-
-    def _pairs(self, given: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Slot, Tensor]]:
-        """Every slot of these parameters, with the gradient of the whole parameter."""
-        return [(slot, gradient) for parameter, gradient in given for slot in self._by_tensor[id(parameter)]]
+        return [parameter for parameter in self._table.parameters if parameter.requires_grad]
 
     def check(self) -> None:
         """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
@@ -294,7 +285,7 @@ class ApolloMini(torch.optim.Optimizer):
         self.projection_gap = run["projection_gap"]
         self._options = Options(run["seed"], run["stochastic"], self._options.projection)
         self._slots = make_slots(self.param_groups, self._matrices)
-        self._by_tensor = _by_tensor(self._slots)
+        self._table = SlotTable(self._slots)
         self._backend = self._make_backend(self.area.memory.device)
         self._steps = int(self.area.step_count)
         self._open = False
@@ -308,14 +299,6 @@ class ApolloMini(torch.optim.Optimizer):
 
     def _make_backend(self, device: torch.device) -> Backend:
         return backend_for(device, self._slots, self.area, self._options)
-
-
-def _by_tensor(slots: Sequence[Slot]) -> dict[int, list[Slot]]:
-    """id of a parameter -> its slots, in the order of the parameters."""
-    found: dict[int, list[Slot]] = {}
-    for slot in slots:
-        found.setdefault(id(slot.parameter), []).append(slot)
-    return found
 
 
 def _check_scale(step_scale: float) -> None:

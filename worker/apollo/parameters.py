@@ -16,7 +16,8 @@ from torch import Tensor
 from worker.apollo import philox
 from worker.apollo.errors import ApolloError
 from worker.apollo.formulas import root_scale
-from worker.apollo.state_layout import ADAMW, MATRIX_ALGORITHMS, algorithm_for, is_stack, stacked
+from worker.apollo.state_layout import ADAMW, MATRIX_ALGORITHMS, algorithm_for, stacked
+from worker.utils.stacks import is_stack
 
 Projection = Callable[[int, tuple[int, int], int], Tensor]
 """(index of the parameter, shape of P, number of the draw) -> fp32 tensor of that shape."""

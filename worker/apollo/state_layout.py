@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from worker.apollo.errors import ApolloError
+from worker.utils.stacks import is_stack
 
 APOLLO, FACTORED, ADAMW = "apollo", "factored", "adamw"
 MATRIX_ALGORITHMS = (APOLLO, FACTORED)
@@ -27,12 +28,6 @@ MAGIC = int.from_bytes(b"APOLLO.1", "little")
 HEADER_BYTES = 64
 ALIGNMENT = 64
 _STEP, _DIGEST = 1, slice(2, 6)
-
-
-def is_stack(shape: Sequence[int]) -> bool:
-    """Whether a parameter is matrices on top of each other, [E, rows, cols]. A depthwise convolution [C, 1, K] is not:
-    what lies on top of each other there are vectors."""
-    return len(shape) == 3 and min(shape[1:]) > 1
 
 
 def algorithm_for(shape: Sequence[int], matrices: str = APOLLO) -> str:
@@ -155,8 +150,9 @@ class StateArea:
             self.header[0] = MAGIC
         elif int(found[0]) != MAGIC or not torch.equal(found[_DIGEST], digest):
             raise ApolloError(
-                "the optimizer's state memory belongs to other parameters (their shapes, algorithms or order differ): "
-                "attach with the same ones, or hand in zeroed memory to start afresh"
+                "the optimizer's state memory belongs to other parameters (their shapes, algorithms or order differ, "
+                "or an older Tandem wrote it, to which a layer's experts were one tensor): attach with the same ones, "
+                "or hand in zeroed memory to start afresh, as a restarted server does"
             )
 
     @property
