@@ -4,7 +4,7 @@ They are found by what transformers itself declares of a model: whose output it 
 (`_can_record_outputs`, 5.17 to 5.19), not by names of models or of parameters. A gate of a shared expert chooses
 nothing, only how much a token takes of it, so it is none of them.
 
-Must not know: the optimizer, examples.
+Must not know: the optimizer.
 Invariant: nothing is changed but what `freeze_routers` says.
 """
 
