@@ -9,8 +9,8 @@ from replica_parts import FleetSite, feedback
 
 from worker.utils.fault_injection import UPDATE_POINTS
 
-WRITTEN = ("swept", "applied", "resumed")
-"""Points at which the version is made, whatever becomes of the process."""
+TOLD = ("applying", "swept", "applied", "resumed")
+"""Points that a replica passes when replica 0 has said that the version will be made."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def check_killed_follower(site: FleetSite, point: str) -> None:
     assert other.ended() == -signal.SIGKILL, other.said()
     assert "a replica was lost" in said and set(sent) <= set(site.trained())
     version = site.agree()
-    assert (site.manifest(version).get("replicas") == "2") == (point in WRITTEN)
+    assert (site.manifest(version).get("replicas") == "2") == (point in TOLD)
     site.together()
     assert site.all_agree() == version
     assert len(site.trained()) == len(set(site.trained()))

@@ -7,6 +7,7 @@ Invariants: what cannot be reached is said to be so, never guessed; nothing wait
 import json
 import math
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from producer.eviction import Eviction
 from worker.config.guard_options import CANARY, NAME
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
-from worker.versions import evaluations, ledger, lost_jobs
+from worker.versions import evaluations, ledger, lost_jobs, replica_status
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
 from worker.versions.share_status import SHARE, kept, seconds_left
@@ -107,6 +108,7 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "lineage": known.lineage,
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
+        "replicas": _replicas(said),
         "canary_loss": _number(said.get(LOSS)),
         "canary": _canary(said),
         "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
@@ -114,6 +116,11 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "lost": sorted(set(lost)),
         "hold": said[REASON][:MAX_REASON] if REASON in said else None,
     }
+
+
+def _replicas(said: dict[str, str]) -> dict[str, Any] | None:
+    """count, present (replica -> version), unequal, lost; None for a worker alone."""
+    return asdict(members) if (members := replica_status.read(said)) is not None else None
 
 
 def _canary(said: dict[str, str]) -> dict[str, float]:
@@ -198,6 +205,8 @@ def problems(status: dict[str, Any]) -> list[str]:
         found.append("no worker is running: start `tandem worker`")
     if worker and worker["state"] == "dead":
         found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: start `tandem worker`, it takes over")
+    if (replicas := status.get("replicas")) and worker and worker["state"] not in ("none", "dead"):
+        found += _replica_problems(replicas)
     if server["state"] == "unreachable":
         found.append(f"the server cannot be reached: {server['reason']}")
     if server["state"] == "torn":
@@ -207,6 +216,21 @@ def problems(status: dict[str, Any]) -> list[str]:
             found.append("the server has another lineage than Redis: `tandem worker` says what to do")
         elif server["version"] != status["version"]:
             found.append(f"the server is at version {server['version']}, Redis at {status['version']}")
+    return found
+
+
+def _replica_problems(replicas: dict[str, Any]) -> list[str]:
+    count, found = replicas["count"], list[str]()
+    if missing := [str(n) for n in range(count) if n not in replicas["present"]]:
+        found.append(
+            f"{len(missing)} of {count} replicas are not there ({', '.join(missing)}): start `tandem worker --replica` with"
+            " that number; the others go on without"
+        )
+    if times := replicas["unequal"]:
+        found.append(
+            f"replica digest unequal, {times} times since replica 0 was started: it was given the weights of replica 0."
+            " Look for a failing GPU, or for machines that differ; the log of replica 0 says which it was"
+        )
     return found
 
 

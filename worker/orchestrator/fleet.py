@@ -4,11 +4,10 @@
     fleet.begin, agreed          gradients of all parts; journal: a version on every disk; apply, after: live everywhere
     fleet.look()                 between two versions: who is there, who wants to come back
 
-Only replica 0 decides, and only it speaks to Redis. The others (`worker.orchestrator.follower`) do what they are told,
-and every command ends at all of them or at none: what fails at one member alone closes the group, and whoever is there
-forms the next one and is brought to replica 0's weights (`catching_up`).
+Only replica 0 decides, and only its worker speaks to Redis. The others (`follower`) do what they are told, and every
+command ends at all of them or at none: what fails at one member alone closes the group, and whoever is there forms the
+next one and is brought to replica 0's weights (`catching_up`).
 
-Must not know: Redis.
 Invariants: nobody writes before replica 0 has said so, and it says so when all have journaled the version and stand
 still. `attempt` tries again only while no weight of ours was touched.
 """
@@ -17,7 +16,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +32,7 @@ from worker.orchestrator.catching_up import bring_up, hello_of, misfit, standing
 from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
 from worker.trainer.sharing import Alone, Ranks
+from worker.versions.replica_status import Members
 
 log = logging.getLogger("tandem")
 T = TypeVar("T")
@@ -48,19 +47,6 @@ TRIES = 4
 """How often a batch is tried while replicas are lost over it: then it is tried in halves."""
 SHARED = (SharedFailureError, NonFiniteGradientError, BatchError)
 """What every member raises at the same point: it follows from what all of them have."""
-
-
-@dataclass
-class Members:
-    """What is known of the replicas: for status and metrics."""
-
-    count: int = 1
-    present: dict[int, int] = field(default_factory=dict)
-    """Replica -> the version that it said last."""
-    unequal: int = 0
-    """How often a replica's weights were not those of replica 0."""
-    lost: int = 0
-    """How often one was lost."""
 
 
 class Lone:
@@ -138,8 +124,7 @@ class Fleet(Lone):
             except GroupLostError as error:
                 if not left:
                     raise SharedFailureError(f"replicas were lost {TRIES} times over this batch: {error}") from error
-                log.warning("%s: the version is tried again with the replicas that are there", error)
-                self._lost(str(error))
+                self._lost(f"{error}; no weight was touched, and the version is tried again with those who are there")
                 self.session.trainer.forget()
             except BaseException as error:
                 if self._busy and not isinstance(error, SHARED):
@@ -171,8 +156,10 @@ class Fleet(Lone):
 
     def after(self, update: Update) -> None:
         self._begun = False
-        with suppress(GroupLostError):  # the version is live: who was lost is brought to it when it is back
+        try:
             self._tell({"op": "after", "manifest": update.manifest})
+        except GroupLostError as error:
+            self._lost(f"{error}; the version is live, and a lost replica gets it when it is back")
 
     def compared(self) -> None:
         if self.group is None:
@@ -285,6 +272,7 @@ class Fleet(Lone):
 
     def _lost(self, reason: str) -> None:
         self.members.lost += 1
+        log.warning(reason)
         if self._group is not None:
             self._wait, self._expected = REJOIN_SECONDS, set(self._group.members[1:])
         self._close(reason)
@@ -318,4 +306,4 @@ class _Leading(Others):
             self.fleet.group.gather({"clean": True}, PAUSED_SECONDS)
             self.fleet.group.tell({"resume": True}, PAUSED_SECONDS)
         except GroupLostError as error:
-            log.warning("%s, while a version was written: a lost replica gets it when it is back", error)
+            self.fleet._lost(f"{error}, while a version was written: a lost replica gets it when it is back")

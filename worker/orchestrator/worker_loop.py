@@ -31,7 +31,7 @@ from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
 from worker.trainer.teachers import Teachers
 from worker.trainer.threads import TrainingThreads
-from worker.versions import ledger, pause_switch, share_status
+from worker.versions import ledger, pause_switch, replica_status, share_status
 
 log = logging.getLogger("tandem")
 
@@ -73,7 +73,7 @@ class WorkerLoop:
         canary = Canary.of(guards, session.builder, self._score)
         going_back = self._go_back if guards.auto_rollback else None
         self.canary = CanaryStep(canary, connection, going_back, tell) if canary is not None else None
-        self.told = 0.0
+        self.told, self.told_members = 0.0, ""
         share_status.start(connection, self.update.cost.budget)
 
     def run(self) -> None:
@@ -112,6 +112,9 @@ class WorkerLoop:
         cost = self.update.cost
         cost.look()
         self.fleet.look()
+        if (members := self.fleet.members.plain()) != self.told_members:
+            replica_status.tell(self.connection, self.fleet.members)
+            self.told_members = members
         if self.canary is not None:
             self.canary.take(self.session.weights.header.version)
         pause_switch.wait(
