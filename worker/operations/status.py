@@ -19,14 +19,14 @@ from rq.worker import SimpleWorker
 from producer import keys
 from producer.connection import connect, redis_errors, safe_url
 from producer.errors import TandemError
-from producer.eviction import Eviction
+from producer.eviction import LIMIT, POLICY, Eviction
 from worker.config.guard_options import CANARY, NAME
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
 from worker.versions import evaluations, ledger, lost_jobs
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
-from worker.versions.share_status import SHARE, kept, seconds_left
+from worker.versions.share_status import CHARGES, SHARE, UNTIL, kept, seconds_left
 
 SECONDS = 5.0
 """How long Redis may take to answer."""
@@ -38,12 +38,18 @@ LOSS, LOSSES = "canary_loss", "canary_losses"
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
 SHOWN_IDS = 5
+MOST_LOST = 100
+"""Ids of lost transcripts that are told; their number is told whole."""
 MAX_REASON = 500
 """Characters of why training is paused."""
+MOST_BYTES = 65_536
+"""Of a field of `weights:state` that is read: a worker's longest are a few thousand."""
 MOST_CANARIES = 50
 """Canary sets that are told of: their names are labels of a metric."""
 MEMORY = ("used_memory", "maxmemory", "evicted_keys")
 """What is told of Redis' INFO."""
+TOLD = (*NUMBERS, "at", "kind", LOSS, LOSSES, REASON, SHARE, CHARGES, UNTIL, POLICY, LIMIT)
+"""Fields of `weights:state` that are read."""
 RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
@@ -51,7 +57,8 @@ RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
 def gather(redis_url: str, run_dir: Path, searched: int = lost_jobs.KEPT) -> dict[str, Any]:
     """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems.
 
-    searched: how many ids of the queue are looked at for jobs that are gone.
+    What Redis holds is told within bounds: of lost transcripts the number and the first ids. searched: how many ids of
+    the queue are looked at for jobs that are gone.
     """
     status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
     try:
@@ -81,8 +88,7 @@ def _away(error: Exception) -> bool:
 def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
     queue = open_queue(connection)
     known = ledger.state(connection)
-    raw: dict[bytes, bytes] = connection.hgetall(keys.STATE)  # type: ignore[assignment]
-    said = {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
+    said = _said(connection)
     queued = queue.count
     counts = {"queued": queued}
     for name, registry in REGISTRIES.items():
@@ -97,7 +103,7 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
     info = redis_info(connection)
     asked = Eviction.of(info)
     eviction = asked if asked.known else Eviction.of(said)
-    lost = lost_jobs.since(connection, LOST_HOURS) + lost_jobs.queued_without_job(connection, searched)
+    lost = {*lost_jobs.since(connection, LOST_HOURS), *lost_jobs.queued_without_job(connection, searched)}
     return {
         "redis": {name: int(info[name]) for name in MEMORY if info.get(name, "").isdecimal()},
         "queue": counts,
@@ -111,9 +117,22 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "canary": _canary(said),
         "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
         "eviction": {"name": eviction.policy, "policy": str(eviction), "problem": eviction.problem},
-        "lost": sorted(set(lost)),
+        "lost": sorted(lost)[:MOST_LOST],
+        "lost_count": len(lost),
         "hold": said[REASON][:MAX_REASON] if REASON in said else None,
     }
+
+
+def _said(connection: redis.Redis) -> dict[str, str]:
+    """What `weights:state` says, of fields that a worker can have written."""
+    with connection.pipeline(transaction=False) as pipe:
+        for name in TOLD:
+            pipe.hstrlen(keys.STATE, name)
+        sizes = dict(zip(TOLD, pipe.execute(), strict=True))
+    fits = [name for name, size in sizes.items() if size <= MOST_BYTES]
+    values: Any = connection.hmget(keys.STATE, fits)
+    said = {name: raw.decode(errors="replace") for name, raw in zip(fits, values, strict=True) if raw is not None}
+    return said if REASON in fits else said | {REASON: "the reason is too long to be shown"}
 
 
 def _canary(said: dict[str, str]) -> dict[str, float]:
@@ -187,9 +206,10 @@ def problems(status: dict[str, Any]) -> list[str]:
     if problem := (status.get("eviction") or {}).get("problem"):
         found.append(problem)
     if lost := status.get("lost"):
-        more = f" and {len(lost) - SHOWN_IDS:,} more (--json lists them)" if len(lost) > SHOWN_IDS else ""
+        count, listed = status["lost_count"], "them" if status["lost_count"] == len(lost) else f"{len(lost)} of them"
+        more = f" and {count - SHOWN_IDS:,} more (--json lists {listed})" if count > SHOWN_IDS else ""
         found.append(
-            f"{len(lost):,} queued transcripts have no job in Redis: evicted, or deleted; queue them again:"
+            f"{count:,} queued transcripts have no job in Redis: evicted, or deleted; queue them again:"
             f" {', '.join(lost[:SHOWN_IDS])}{more}"
         )
     if status.get("hold"):
