@@ -4,8 +4,6 @@ Must not know: torch, vLLM. Changes nothing it looks at.
 Invariants: what cannot be reached is said to be so, never guessed; nothing waits longer than a few seconds.
 """
 
-import json
-import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +18,9 @@ from producer import keys
 from producer.connection import connect, redis_errors, safe_url
 from producer.errors import TandemError
 from producer.eviction import LIMIT, POLICY, Eviction
-from worker.config.guard_options import CANARY, NAME
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
+from worker.operations import canary_losses
 from worker.versions import evaluations, ledger, lost_jobs
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
@@ -44,8 +42,6 @@ MAX_REASON = 500
 """Characters of why training is paused."""
 MOST_BYTES = 65_536
 """Of a field of `weights:state` that is read: a worker's longest are a few thousand."""
-MOST_CANARIES = 50
-"""Canary sets that are told of: their names are labels of a metric."""
 MEMORY = ("used_memory", "maxmemory", "evicted_keys")
 """What is told of Redis' INFO."""
 TOLD = (*NUMBERS, "at", "kind", LOSS, LOSSES, REASON, SHARE, CHARGES, UNTIL, POLICY, LIMIT)
@@ -114,7 +110,7 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
         "canary_loss": _number(said.get(LOSS)),
-        "canary": _canary(said),
+        "canary": canary_losses.read(said.get(LOSSES), said.get(LOSS)),
         "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
         "eviction": {"name": eviction.policy, "policy": str(eviction), "problem": eviction.problem},
         "lost": sorted(lost)[:MOST_LOST],
@@ -133,18 +129,6 @@ def _said(connection: redis.Redis) -> dict[str, str]:
     values: Any = connection.hmget(keys.STATE, fits)
     said = {name: raw.decode(errors="replace") for name, raw in zip(fits, values, strict=True) if raw is not None}
     return said if REASON in fits else said | {REASON: "the reason is too long to be shown"}
-
-
-def _canary(said: dict[str, str]) -> dict[str, float]:
-    """Losses of the canary sets by name, finite ones, of names that a set can have; an older worker said one number, of
-    the one set that it had."""
-    try:
-        losses = json.loads(said[LOSSES]) if LOSSES in said else {CANARY: said[LOSS]} if LOSS in said else {}
-        found = {name: float(loss) for name, loss in losses.items() if loss is not None and NAME.fullmatch(name)}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        return {}
-    finite = [(name, loss) for name, loss in found.items() if math.isfinite(loss)]
-    return dict(finite[:MOST_CANARIES])
 
 
 def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
