@@ -18,11 +18,12 @@ from torch import Tensor
 
 from worker.apollo.backends import backend_for, one_device
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
-from worker.apollo.gradient_hooks import collecting
+from worker.apollo.gradient_hooks import Pairs, collecting
 from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
 from worker.apollo.rehearsal import rehearse
 from worker.apollo.saved_groups import plain_groups
-from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, Layout, StateArea
+from worker.apollo.slot_table import SlotTable
+from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, StateArea
 
 T = TypeVar("T")
 
@@ -31,12 +32,15 @@ class ApolloMini(torch.optim.Optimizer):
     """APOLLO-Mini (arXiv 2412.05270: rank 1, tensor-wise scaling) for matrices, AdamW with fp32 moments for the rest.
 
     params: tensors, (name, tensor) pairs, or group dicts, all on one device, bfloat16 or float32. They may be row
-    slices of merged weights with any row stride; each is a logical matrix of its own. Gradients may be either, too.
+    slices of merged weights with any row stride; each is a logical matrix of its own. So is each matrix of a stack
+    [E, rows, cols] (a mixture's experts): one without a gradient in a step, all zeros, keeps its weights and its state,
+    and counts its own steps. Gradients may be either, too.
     matrices: "factored" has them take the rule of factored.py, which knows neither b1, scale, gamma nor projections.
     Group keys besides the hyper-parameters: "algorithm" ("apollo" | "factored" | "adamw") overrides the choice by
-    shape; "ids", an int a parameter, names it in every random draw (default: its rank among the sorted names, or its
-    position when nameless); "places", a (first row, first column, full row length) a parameter, says where a shard lies
-    in its unsharded matrix, so that its rounding bits are that matrix's.
+    shape; "ids", an int a parameter, names it in every random draw, together with the number of a matrix in its stack
+    (default: its rank among the sorted names, or its position when nameless); "places", a (first row, first column,
+    full row length) a parameter, says where a shard lies in its unsharded matrix, so that its rounding bits are that
+    matrix's.
     lr: what it means follows `scale`: the update's RMS is about lr * sqrt(scale / min(rows, cols)); scale="auto" is
     min(rows, cols) for each matrix, with which a step is about as long as AdamW's at the same lr. Factored: about lr.
     gamma: the norm-growth limiter's; math.inf switches it off. projection_gap: steps between redraws of P.
@@ -83,9 +87,9 @@ class ApolloMini(torch.optim.Optimizer):
         self.projection_gap = projection_gap
         self._matrices = matrices
         self._slots = make_slots(self.param_groups, self._matrices)
-        self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
+        self._table = SlotTable(self._slots)
         device = one_device(self._slots)
-        layout = Layout.of([s.parameter.shape for s in self._slots], [s.algorithm for s in self._slots])
+        layout = self._table.layout()
         memory = state if state is not None else torch.zeros(layout.total, dtype=torch.uint8, device=device)
         if memory.device != device:
             raise ApolloError(f"the optimizer's state memory is on {memory.device} and the parameters on {device}")
@@ -123,11 +127,13 @@ class ApolloMini(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = grads if grads is not None else [slot.parameter.grad for slot in self._slots]
-        pairs = [(slot, gradient) for slot, gradient in zip(self._slots, given, strict=True) if gradient is not None]
+        given = grads if grads is not None else [parameter.grad for parameter in self._table.parameters]
+        found = [
+            (p, gradient) for p, gradient in zip(self._table.parameters, given, strict=True) if gradient is not None
+        ]
         self.begin(step_scale)
         try:
-            self._backend.update(pairs)
+            self._backend.update(self._table.pairs(found))
         except BaseException:
             self.abandon()
             raise
@@ -141,7 +147,7 @@ class ApolloMini(torch.optim.Optimizer):
         The gradients' memory is the graph's input from then on: fill it in place. Needs one `step()` with the same
         gradients before, which compiles the kernels.
         """
-        pairs = [(slot, slot.parameter.grad) for slot in self._slots if slot.parameter.grad is not None]
+        pairs = self._table.pairs([(p, p.grad) for p in self._table.parameters if p.grad is not None])
         replay = self._backend.capture(pairs)
 
         def step(step_scale: float = 1.0) -> None:
@@ -194,17 +200,15 @@ class ApolloMini(torch.optim.Optimizer):
         """Streaming, several (parameter, gradient) at a time: the same result with fewer launches."""
         if not self._open:
             raise ApolloError("update() outside begin() and finish()")
-        if any(id(parameter) not in self._by_tensor for parameter, _ in pairs):
-            raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
-        self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
+        self._backend.update(self._table.pairs(pairs))
 
     def sweep_order(self) -> list[Tensor]:
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
-        return [slot.parameter for slot in self._backend.order()]
+        return list({id(slot.parameter): slot.parameter for slot in self._backend.order()}.values())
 
     def name_of(self, parameter: Tensor) -> str:
         """What errors call it."""
-        return self._by_tensor[id(parameter)].name
+        return self._table.name_of(parameter)
 
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
@@ -220,15 +224,27 @@ class ApolloMini(torch.optim.Optimizer):
         self._open = False
 
     @contextmanager
-    def streaming(self, bucket_bytes: int = 1 << 30, *, step_scale: float = 1.0) -> Iterator[None]:
+    def streaming(
+        self,
+        bucket_bytes: int = 1 << 30,
+        *,
+        step_scale: float = 1.0,
+        before: Callable[[Pairs], None] = lambda pairs: None,
+    ) -> Iterator[None]:
         """Inside, one `backward` is one step: gradients are applied and freed as they come.
 
         Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
-        applies each at once. step_scale: as for `step`.
+        applies each at once. step_scale: as for `step`. before: is given them first, and may change them in place.
         """
+
+        def use(pairs: Pairs) -> None:
+            if pairs:
+                before(pairs)
+            self.update_many(pairs)
+
         self.begin(step_scale)
         try:
-            with collecting(self._trained(), bucket_bytes, self.update_many):
+            with collecting(self._trained(), bucket_bytes, use):
                 yield
         except BaseException:
             self.abandon()
@@ -242,7 +258,7 @@ class ApolloMini(torch.optim.Optimizer):
             yield
 
     def _trained(self) -> list[Tensor]:
-        return [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
+        return [parameter for parameter in self._table.parameters if parameter.requires_grad]
 
     def check(self) -> None:
         """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
@@ -281,7 +297,7 @@ class ApolloMini(torch.optim.Optimizer):
         self.projection_gap = run["projection_gap"]
         self._options = Options(run["seed"], run["stochastic"], self._options.projection)
         self._slots = make_slots(self.param_groups, self._matrices)
-        self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
+        self._table = SlotTable(self._slots)
         self._backend = self._make_backend(self.area.memory.device)
         self._steps = int(self.area.step_count)
         self._open = False
