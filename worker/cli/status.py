@@ -32,8 +32,8 @@ def line(status: dict[str, Any]) -> str:
         parts.append(f"version {status['version']}{ago}{what}")
         queue = status["queue"]
         parts.append(f"{queue['queued']} queued, {queue['started']} in hand, {queue['failed']} failed")
-        if status.get("lost"):
-            parts[-1] += f", {len(status['lost'])} lost"
+        if status.get("lost_count"):
+            parts[-1] += f", {status['lost_count']:,} lost"
         parts.append(f"worker {status['worker']['state']}{' (paused)' if status.get('hold') else ''}")
         if replicas := status.get("replicas"):
             parts.append(f"{len(replicas['present'])} of {replicas['count']} replicas")

@@ -43,7 +43,7 @@ def _from_redis(status: dict[str, Any], now: float) -> dict[str, dict[tuple[str,
     }
     known = {
         "tandem_queue_oldest_job_age_seconds": status["oldest_job_s"],
-        "tandem_lost_jobs": len(status["lost"]),
+        "tandem_lost_jobs": status["lost_count"],
         "tandem_ledger_transcripts": status["ledger"],
         "tandem_last_version_timestamp_seconds": None if age is None else now - age,
         "tandem_serving_share_asked_ratio": worker.get("serving_share"),
