@@ -71,7 +71,7 @@ class WorkerLoop:
             fleet=self.fleet,
         )
         canary = Canary.of(guards, session.builder, self._score)
-        going_back = self._go_back if guards.auto_rollback else None
+        going_back = self._all_go_back if guards.auto_rollback else None
         self.canary = CanaryStep(canary, connection, going_back, tell) if canary is not None else None
         self.told, self.told_members = 0.0, ""
         share_status.start(connection, self.update.cost.budget)
@@ -138,6 +138,13 @@ class WorkerLoop:
         with self.update.cost.computing():
             return self.session.trainer.score(examples)  # whichever is the trainer then
 
+    def _all_go_back(self, version: int) -> int:
+        """As `_go_back`, and the other replicas with us."""
+        try:
+            return self._go_back(version)
+        finally:
+            self.fleet.changed()
+
     def _go_back(self, version: int) -> int:
         """`version` again, live and committed; the version that it is now."""
         try:
@@ -149,8 +156,6 @@ class WorkerLoop:
                 self.connection, self.session
             )  # waits for Redis; `RedisBehindError` has `run` commit from the journal
             raise
-        finally:
-            self.fleet.changed()
         self.update.remember()
         return self.session.weights.header.version
 
