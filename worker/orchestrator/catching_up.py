@@ -7,7 +7,6 @@
     2. Replica 0 answers: where it stands itself, who gets its weights, and what its journal holds, by version.
     3. Weights, to each who differs. Then each asks for the journal's records that it lacks.
 
-Must not know: Redis.
 Invariants: afterwards lineage, version, weights and state are those of replica 0, bit for bit, and the journal or a
 checkpoint on disk leads to them. The header says APPLYING while tensors come in: whoever is lost then is torn, and is
 brought up again.

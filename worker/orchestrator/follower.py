@@ -2,10 +2,9 @@
 
     Follower(session, meeting).run()
 
-It asks to be let in, is brought to replica 0's weights, and waits for commands. When the group is lost it puts back
+It asks no Redis. It asks to be let in, is brought to replica 0's weights, and waits for commands. When the group is lost it puts back
 what was not written, and asks again: for as long as it takes, since replica 0 may be started again.
 
-Must not know: Redis.
 Invariants: nothing is written before replica 0 says so; a version is journaled here before our server is paused for it;
 what was begun and not written is forgotten, and its journal entry voided, before anything else is done.
 """
