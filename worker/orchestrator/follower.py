@@ -2,7 +2,7 @@
 
     Follower(session, meeting).run()
 
-It asks no Redis. It asks to be let in, is brought to replica 0's weights, and waits for commands. When the group is lost it puts back
+It asks to be let in, is brought to replica 0's weights, and waits for commands. When the group is lost it puts back
 what was not written, and asks again: for as long as it takes, since replica 0 may be started again.
 
 Invariants: nothing is written before replica 0 says so; a version is journaled here before our server is paused for it;
