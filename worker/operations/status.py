@@ -5,6 +5,7 @@ Invariants: what cannot be reached is said to be so, never guessed; nothing wait
 """
 
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from producer.eviction import LIMIT, POLICY, Eviction
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
 from worker.operations import canary_losses
-from worker.versions import evaluations, ledger, lost_jobs
+from worker.versions import evaluations, ledger, lost_jobs, replica_status
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
 from worker.versions.share_status import CHARGES, SHARE, UNTIL, kept, seconds_left
@@ -44,7 +45,7 @@ MOST_BYTES = 65_536
 """Of a field of `weights:state` that is read: a worker's longest are a few thousand."""
 MEMORY = ("used_memory", "maxmemory", "evicted_keys")
 """What is told of Redis' INFO."""
-TOLD = (*NUMBERS, "at", "kind", LOSS, LOSSES, REASON, SHARE, CHARGES, UNTIL, POLICY, LIMIT)
+TOLD = (*NUMBERS, "at", "kind", LOSS, LOSSES, REASON, SHARE, CHARGES, UNTIL, POLICY, LIMIT, replica_status.FIELD)
 """Fields of `weights:state` that are read."""
 RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
@@ -109,6 +110,7 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "lineage": known.lineage,
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
+        "replicas": _replicas(said),
         "canary_loss": _number(said.get(LOSS)),
         "canary": canary_losses.read(said.get(LOSSES), said.get(LOSS)),
         "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
@@ -117,6 +119,11 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "lost_count": len(lost),
         "hold": said[REASON][:MAX_REASON] if REASON in said else None,
     }
+
+
+def _replicas(said: dict[str, str]) -> dict[str, Any] | None:
+    """count, present (replica -> version), unequal, lost; None for a worker alone."""
+    return asdict(members) if (members := replica_status.read(said)) is not None else None
 
 
 def _said(connection: redis.Redis) -> dict[str, str]:
@@ -202,6 +209,8 @@ def problems(status: dict[str, Any]) -> list[str]:
         found.append("no worker is running: start `tandem worker`")
     if worker and worker["state"] == "dead":
         found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: start `tandem worker`, it takes over")
+    if (replicas := status.get("replicas")) and worker and worker["state"] not in ("none", "dead"):
+        found += _replica_problems(replicas)
     if server["state"] == "unreachable":
         found.append(f"the server cannot be reached: {server['reason']}")
     if server["state"] == "torn":
@@ -211,6 +220,21 @@ def problems(status: dict[str, Any]) -> list[str]:
             found.append("the server has another lineage than Redis: `tandem worker` says what to do")
         elif server["version"] != status["version"]:
             found.append(f"the server is at version {server['version']}, Redis at {status['version']}")
+    return found
+
+
+def _replica_problems(replicas: dict[str, Any]) -> list[str]:
+    count, found = replicas["count"], list[str]()
+    if missing := [str(n) for n in range(count) if n not in replicas["present"]]:
+        found.append(
+            f"{len(missing)} of {count} replicas are not there ({', '.join(missing)}): start `tandem worker --replica`"
+            " with that number; the others go on without"
+        )
+    if times := replicas["unequal"]:
+        found.append(
+            f"replica digest unequal, {times} times since replica 0 was started: it was given the weights of replica 0."
+            " Look for a failing GPU, or for machines that differ; the log of replica 0 says which it was"
+        )
     return found
 
 
