@@ -10,6 +10,7 @@ non-finite gradient changes nothing. One matrix's result does not depend on whic
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +20,16 @@ from torch import Tensor
 from worker.apollo.backends import backend_for, one_device
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.gradient_hooks import collecting
-from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
+from worker.apollo.parameters import (
+    Backend,
+    LastUpdate,
+    Options,
+    Projection,
+    Slot,
+    SumOverShards,
+    Totals,
+    make_slots,
+)
 from worker.apollo.rehearsal import rehearse
 from worker.apollo.saved_groups import plain_groups
 from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, Layout, StateArea
@@ -33,10 +43,13 @@ class ApolloMini(torch.optim.Optimizer):
     params: tensors, (name, tensor) pairs, or group dicts, all on one device, bfloat16 or float32. They may be row
     slices of merged weights with any row stride; each is a logical matrix of its own. Gradients may be either, too.
     matrices: "factored" has them take the rule of factored.py, which knows neither b1, scale, gamma nor projections.
+    sum_over_shards: where parameters are parts of matrices that several processes hold, adds tensors up over them, in
+    place; all processes call alike, for the same parameters in the same order.
     Group keys besides the hyper-parameters: "algorithm" ("apollo" | "factored" | "adamw") overrides the choice by
     shape; "ids", an int a parameter, names it in every random draw (default: its rank among the sorted names, or its
     position when nameless); "places", a (first row, first column, full row length) a parameter, says where a shard lies
-    in its unsharded matrix, so that its rounding bits are that matrix's.
+    in its unsharded matrix, so that its rounding bits are that matrix's; "shards", a `Shard` or None a parameter, says
+    which part of a whole each is: its step is then the whole's, up to the order of sums.
     lr: what it means follows `scale`: the update's RMS is about lr * sqrt(scale / min(rows, cols)); scale="auto" is
     min(rows, cols) for each matrix, with which a step is about as long as AdamW's at the same lr. Factored: about lr.
     gamma: the norm-growth limiter's; math.inf switches it off. projection_gap: steps between redraws of P.
@@ -62,6 +75,7 @@ class ApolloMini(torch.optim.Optimizer):
         projection: Projection | None = None,
         state: Tensor | None = None,
         matrices: str = APOLLO,
+        sum_over_shards: SumOverShards | None = None,
     ) -> None:
         if matrices not in MATRIX_ALGORITHMS:
             raise ValueError(f'matrices take "apollo" or "factored", not {matrices!r}')
@@ -85,12 +99,14 @@ class ApolloMini(torch.optim.Optimizer):
         self._slots = make_slots(self.param_groups, self._matrices)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
         device = one_device(self._slots)
-        layout = Layout.of([s.parameter.shape for s in self._slots], [s.algorithm for s in self._slots])
+        slots = self._slots
+        shapes, algorithms = [s.parameter.shape for s in slots], [s.algorithm for s in slots]
+        layout = Layout.of(shapes, algorithms, shards=[s.shard for s in slots])
         memory = state if state is not None else torch.zeros(layout.total, dtype=torch.uint8, device=device)
         if memory.device != device:
             raise ApolloError(f"the optimizer's state memory is on {memory.device} and the parameters on {device}")
         self.area = StateArea(memory, layout)
-        self._options = Options(seed, rounding == "stochastic", projection)
+        self._options = Options(seed, rounding == "stochastic", projection, sum_over_shards)
         self._backend = self._make_backend(device)
         self._steps = int(self.area.step_count)
         self._open = False
@@ -202,6 +218,15 @@ class ApolloMini(torch.optim.Optimizer):
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
         return [slot.parameter for slot in self._backend.order()]
 
+    @property
+    def sum_over_shards(self) -> SumOverShards | None:
+        """What adds tensors up over the processes that hold shards; None where all parameters are whole."""
+        return self._options.sum_over_shards
+
+    def is_shard(self, parameter: Tensor) -> bool:
+        """Whether it is a part of what several processes hold."""
+        return self._by_tensor[id(parameter)].shard is not None
+
     def name_of(self, parameter: Tensor) -> str:
         """What errors call it."""
         return self._by_tensor[id(parameter)].name
@@ -228,7 +253,7 @@ class ApolloMini(torch.optim.Optimizer):
         """
         self.begin(step_scale)
         try:
-            with collecting(self._trained(), bucket_bytes, self.update_many):
+            with collecting(self._trained(), bucket_bytes, self.update_many, self._bytes):
                 yield
         except BaseException:
             self.abandon()
@@ -238,11 +263,15 @@ class ApolloMini(torch.optim.Optimizer):
     @contextmanager
     def dropping(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
         """As `streaming`, but that gradients are dropped where they would be applied: no step, the same memory."""
-        with collecting(self._trained(), bucket_bytes, lambda bucket: None):
+        with collecting(self._trained(), bucket_bytes, lambda bucket: None, self._bytes):
             yield
 
     def _trained(self) -> list[Tensor]:
         return [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
+
+    def _bytes(self, parameter: Tensor) -> int:
+        """Of a gradient; of a shard's, the whole's, so that all processes fill their buckets alike."""
+        return math.prod(self._by_tensor[id(parameter)].whole) * parameter.element_size()
 
     def check(self) -> None:
         """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
@@ -279,7 +308,7 @@ class ApolloMini(torch.optim.Optimizer):
             group.update({k: v for k, v in saved.items() if k != "params"})
         run = state_dict["run"]
         self.projection_gap = run["projection_gap"]
-        self._options = Options(run["seed"], run["stochastic"], self._options.projection)
+        self._options = replace(self._options, seed=run["seed"], stochastic=run["stochastic"])
         self._slots = make_slots(self.param_groups, self._matrices)
         self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
         self._backend = self._make_backend(self.area.memory.device)

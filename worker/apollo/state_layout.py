@@ -3,7 +3,8 @@
     header 64 B: magic, step count t, layout digest (32 B), two spare words, all int64
     prev:  one fp32 a parameter (the limiter's ||U||; unused by AdamW)
     then for each parameter in order two fp32 vectors: m and v, of max(rows, cols) elements each for APOLLO-Mini and of
-    all elements for AdamW; r (rows elements) and c (cols elements) for the factored rule
+    all elements for AdamW; r (rows elements) and c (cols elements) for the factored rule. Of a shard: what this process
+  needs of them
 
 The layout depends on nothing but the parameters' shapes, algorithms and order, so that a restarted trainer finds its
 state again in memory that outlived it. A fresh area is all zero bytes, which is the state before the first step.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from worker.apollo.errors import ApolloError
+from worker.utils.shard import Shard
 
 APOLLO, FACTORED, ADAMW = "apollo", "factored", "adamw"
 MATRIX_ALGORITHMS = (APOLLO, FACTORED)
@@ -32,11 +34,15 @@ def algorithm_for(shape: Sequence[int], matrices: str = APOLLO) -> str:
     return matrices if len(shape) == 2 else ADAMW
 
 
-def moment_lengths(shape: Sequence[int], algorithm: str) -> tuple[int, int]:
-    """Elements of m and of v; of r and of c."""
+def moment_lengths(shape: Sequence[int], algorithm: str, shard: Shard | None = None) -> tuple[int, int]:
+    """Elements of m and of v; of r and of c. shape: of what this process holds; shard: its part of the whole."""
     if algorithm == FACTORED:
         return shape[0], shape[1]
-    length = max(shape) if algorithm == APOLLO else math.prod(shape)
+    if algorithm == APOLLO:
+        whole = shape if shard is None else shard.shape
+        length = shape[0] if whole[0] >= whole[1] else shape[1]
+    else:
+        length = math.prod(shape)
     return length, length
 
 
@@ -55,28 +61,39 @@ class Layout:
 
     @staticmethod
     def of(
-        shapes: Sequence[Sequence[int]], algorithms: Sequence[str] | None = None, matrices: str = APOLLO
+        shapes: Sequence[Sequence[int]],
+        algorithms: Sequence[str] | None = None,
+        matrices: str = APOLLO,
+        shards: Sequence[Shard | None] | None = None,
     ) -> "Layout":
+        parts = shards if shards is not None else [None] * len(shapes)
         names = list(algorithms) if algorithms is not None else [algorithm_for(shape, matrices) for shape in shapes]
-        plan = [(tuple(shape), name) for shape, name in zip(shapes, names, strict=True)]
+        plan = [
+            (tuple(shape), name, *([] if shard is None else [(shard.shape, shard.dim, shard.pieces)]))
+            for shape, name, shard in zip(shapes, names, parts, strict=True)
+        ]
         offset = _align(HEADER_BYTES + 4 * len(plan))
         offsets, lengths = [], []
-        for shape, name in plan:
+        for shape, name, shard in zip(shapes, names, parts, strict=True):
             offsets.append(offset)
-            lengths.append(moment_lengths(shape, name))
+            lengths.append(moment_lengths(shape, name, shard))
             offset += sum(_align(4 * length) for length in lengths[-1])
         return Layout(tuple(offsets), tuple(lengths), offset, hashlib.sha256(repr(plan).encode()).digest())
 
 
 def state_bytes(
-    shapes: Sequence[tuple[int, ...]], algorithms: Sequence[str] | None = None, *, matrices: str = APOLLO
+    shapes: Sequence[tuple[int, ...]],
+    algorithms: Sequence[str] | None = None,
+    *,
+    matrices: str = APOLLO,
+    shards: Sequence[Shard | None] | None = None,
 ) -> int:
     """Bytes of state that `ApolloMini` needs for parameters of these shapes in this order.
 
     `matrices`: what matrices take, "apollo" or "factored". `algorithms` (one of these or "adamw" for each) only where a
-    group overrides the choice by shape.
+    group overrides the choice by shape. shards: which part of a whole each is; None: all of it.
     """
-    return Layout.of(shapes, algorithms, matrices).total
+    return Layout.of(shapes, algorithms, matrices, shards).total
 
 
 def matrices_of(header: Tensor, shapes: Sequence[Sequence[int]]) -> str | None:
