@@ -10,8 +10,9 @@ import os
 import stat
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
+from typing import Any, TypeVar
 
 import click
 
@@ -26,6 +27,13 @@ from .progress import BYTES, Progress, progress
 from .transcript import Transcript
 
 redis_option = click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def format_option(**more: Any) -> Callable[[F], F]:
+    """Click decorator: --format as `format_name`, for every command that reads a file of conversations."""
+    formats = click.Choice([AUTO, *(item.name for item in READ)])
+    return click.option("--format", "format_name", metavar="NAME", type=formats, default=AUTO, **more)
 
 
 KEPT = 100_000
@@ -41,15 +49,7 @@ def _help() -> str:
 @click.command(epilog=_help())
 @click.argument("file", type=click.File("rb"))
 @redis_option
-@click.option(
-    "--format",
-    "format_name",
-    metavar="NAME",
-    type=click.Choice([AUTO, *(item.name for item in READ)]),
-    default=AUTO,
-    show_default=True,
-    help="The file's format, one of those below.",
-)
+@format_option(show_default=True, help="The file's format, one of those below.")
 @click.option(
     "--dislikes",
     type=click.Choice(["learn", "leave-out"]),

@@ -1,6 +1,7 @@
 """The dashboard as a user runs it: a process of its own, asked over HTTP for every page it has."""
 
 import contextlib
+import importlib
 import json
 import re
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 import redis
 from drain_parts import Weights, start
 from patience import PATIENCE
-from rq import Worker
+from rq import Queue, Worker
+from rq.job import Job
 
 from producer import keys
 from producer.client import Producer
@@ -140,6 +142,11 @@ def test_a_jobs_page_has_its_result_and_shows_foreign_html_as_text(site: str, co
     hostile = get_json(f"{site}/0/data/job/hostile.json")
     assert "is not allowed" in hostile["exc_info"] and "script&gt;" in hostile["exc_info"]
     assert "<" not in json.dumps([good, hostile])
+
+
+def test_rqs_own_classes_stay_as_they_are_in_a_process_that_shows_the_dashboard() -> None:
+    importlib.import_module("worker.web.dashboard_config")
+    assert (Queue.job_class, Worker.job_class, Worker.queue_class) == (Job, Job, Queue)
 
 
 def test_requeue_and_delete_work(site: str, connection: redis.Redis, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 import redis
 from patience import PATIENCE
 from producer_parts import TALK, fail, once_blocked, train
-from rq import Queue
 from rq.job import Job
 from rq.results import Result
 
@@ -22,12 +21,6 @@ from producer import (
     WaitTimeoutError,
 )
 from producer.serializer import MsgpackSerializer
-
-
-@pytest.fixture(autouse=True)
-def jobs_are_rq_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dashboard, where another test of this process has loaded it, gives RQ's queues a class of jobs of its own."""
-    monkeypatch.setattr(Queue, "job_class", Job)
 
 
 def test_wait_sleeps_in_redis_until_the_version(producer: Producer, store: redis.Redis) -> None:

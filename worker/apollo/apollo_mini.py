@@ -19,7 +19,7 @@ from torch import Tensor
 
 from worker.apollo.backends import backend_for, one_device
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
-from worker.apollo.gradient_hooks import collecting
+from worker.apollo.gradient_hooks import Pairs, collecting
 from worker.apollo.parameters import (
     Backend,
     LastUpdate,
@@ -245,15 +245,27 @@ class ApolloMini(torch.optim.Optimizer):
         self._open = False
 
     @contextmanager
-    def streaming(self, bucket_bytes: int = 1 << 30, *, step_scale: float = 1.0) -> Iterator[None]:
+    def streaming(
+        self,
+        bucket_bytes: int = 1 << 30,
+        *,
+        step_scale: float = 1.0,
+        before: Callable[[Pairs], None] = lambda pairs: None,
+    ) -> Iterator[None]:
         """Inside, one `backward` is one step: gradients are applied and freed as they come.
 
         Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
-        applies each at once. step_scale: as for `step`.
+        applies each at once. step_scale: as for `step`. before: is given them first, and may change them in place.
         """
+
+        def use(pairs: Pairs) -> None:
+            if pairs:
+                before(pairs)
+            self.update_many(pairs)
+
         self.begin(step_scale)
         try:
-            with collecting(self._trained(), bucket_bytes, self.update_many, self._bytes):
+            with collecting(self._trained(), bucket_bytes, use, self._bytes):
                 yield
         except BaseException:
             self.abandon()

@@ -19,7 +19,7 @@ from worker.checkpoint.checkpoint_writer import CheckpointWriter
 from worker.checkpoint.history import History
 from worker.checkpoint.journal import Journal, JournalError, TornTail
 from worker.checkpoint.rebuild import Rebuilder
-from worker.checkpoint.records import UPDATE_FORMAT, LineageRecord, Measured, UpdateRecord
+from worker.checkpoint.records import DIVIDED_FORMAT, UPDATE_FORMAT, LineageRecord, Measured, UpdateRecord
 from worker.checkpoint.replay import CapacityOf, Make
 from worker.checkpoint.snapshots import HalfRemoved, NoFiles, Snapshots, Trained
 from worker.checkpoint.state_dir import StateDir
@@ -53,9 +53,9 @@ class CheckpointManager:
         self.checkpoints = CheckpointWriter(self.history, weights, policy)
         self.rebuilder = Rebuilder(self.history, weights, make, room)
 
-    def before(self, update: Update, batch: Sequence[Ready], h: Hyperparameters, step: int) -> None:
+    def before(self, update: Update, batch: Sequence[Ready], h: Hyperparameters, step: int, parts: int = 1) -> None:
         """Journal `update`, about to be applied as the optimizer's step after `step`. batch: all that its gradients
-        come from, in order. Raises `JournalError`."""
+        come from, in order; parts: among how many replicas it was divided. Raises `JournalError`."""
         assert update.version is not None
         record = UpdateRecord(
             version=update.version,
@@ -69,7 +69,8 @@ class CheckpointManager:
             rejected=update.rejected,
             h=replay.plain_hyperparameters(h),
             facts=replay.facts(self.weights.state.device),
-            format=UPDATE_FORMAT,
+            format=UPDATE_FORMAT if parts == 1 else DIVIDED_FORMAT,
+            parts=parts,
         )
         self.journal.append(record)
         point("journaled")

@@ -23,6 +23,9 @@ CHECKPOINT = "checkpoint"
 UPDATE_FORMAT = 4
 """Of an update's record: by which rules its batch is trained again (`worker.trainer.weighting`). A record that does not
 say has format 1."""
+DIVIDED_FORMAT = 5
+"""Of a record whose batch was divided among replicas: as 4, with `parts`. An older Tandem would add up in another
+order, so it must not read it."""
 
 Plain = dict[str, Any]
 
@@ -61,6 +64,8 @@ class UpdateRecord(_Record):
     facts: Plain = field(default_factory=dict)
     """torch, threads, machine: what a bitwise repetition needs."""
     format: int = 1
+    parts: int = 1
+    """Among how many replicas the batch was divided: it decides the order of sums."""
     time: float = 0.0
 
 
@@ -150,7 +155,7 @@ def check_format(plain: Mapping[str, Any], path: Path) -> None:
 
     Raises `JournalError`. What says no format is of the first one.
     """
-    known = {Segment.kind: FILE_FORMAT, CHECKPOINT: CHECKPOINT_FORMAT, UpdateRecord.kind: UPDATE_FORMAT}
+    known = {Segment.kind: FILE_FORMAT, CHECKPOINT: CHECKPOINT_FORMAT, UpdateRecord.kind: DIVIDED_FORMAT}
     newest = known.get(str(plain.get("kind")))
     found = plain.get("format", 1)
     if newest is None or (type(found) is int and 1 <= found <= newest):

@@ -21,6 +21,7 @@ from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.batch_capacity import BatchCapacity
 from worker.memory.planner import Way
+from worker.trainer.sharing import Alone, InTurn
 from worker.trainer.trainer import Trainer
 from worker.trainer.weighting import RULES, Rule
 
@@ -89,7 +90,9 @@ def check_fits(records: Sequence[UpdateRecord], dropped: frozenset[str], room: C
     refused = []
     for record in records:
         rule_of(record)
-        examples, ours = unpack_batch(record, dropped), room(hyperparameters(record.h))
+        examples, ours = unpack_batch(record, dropped), replace(room(hyperparameters(record.h)), parts=record.parts)
+        if ours.whole and ours.way == "streaming":  # one process streams one row: see `sharing_of`
+            ours = replace(ours, parts=1)
         if not ours.holds(examples):
             in_burst = replace(ours, way="burst").holds(examples)
             refused.append((ours.needs(examples), record.version, ours, in_burst))
@@ -148,6 +151,7 @@ def replay(
             raise ReplayError(f"version {record.version}: the optimizer stands at {trainer.optimizer.step_count}")
         if not trainer.packed:  # the order of sums is each way's own; on a GPU it is memory that decides
             trainer.way = trained_way(record.manifest)
+        trainer.sharing = sharing_of(record, trainer)
         examples = unpack_batch(record, dropped)
         with _threads(record.facts["threads"]):
             gradients = trainer.begin(examples, rule=rule_of(record)) if examples else None
@@ -161,6 +165,12 @@ def replay(
             found.losses.append(OtherLoss(record.version, gradients.loss, then))
         trained()
     return found
+
+
+def sharing_of(record: UpdateRecord, trainer: Trainer) -> Alone:
+    """How the batch is divided now: as it was, one part after the other. But streamed on a GPU it has to be one row,
+    since there is no room for the sums of parts."""
+    return InTurn(record.parts) if record.parts > 1 and not (trainer.packed and trainer.way == "streaming") else Alone()
 
 
 def rule_of(record: UpdateRecord) -> Rule:

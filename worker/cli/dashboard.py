@@ -11,14 +11,16 @@ from pathlib import Path
 import click
 from werkzeug.serving import make_server
 
-from producer.connection import DEFAULT_URL, resolve_url, safe_url
+from producer.cli import redis_option
+from producer.connection import resolve_url, safe_url
 from producer.errors import TandemError
+from worker.cli.places import run_dir_option, state_dir_option
 from worker.web.app import make_app
 from worker.web.site import Site
 
 
 @click.command()
-@click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
+@redis_option
 @click.option("--host", default="127.0.0.1", help="Address to listen on. There is no password: do not expose it.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9181, help="Port; 0 takes a free one.")
 @click.option("--allow", multiple=True, metavar="NAME", help="Another host name to accept, besides IP addresses.")
@@ -35,8 +37,8 @@ from worker.web.site import Site
     help="Options for `tandem rollback` when the page starts it. On a GPU: the worker's --apply, --memory and"
     " --max-tokens.",
 )
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
+@run_dir_option
+@state_dir_option
 def command(
     redis_url: str | None,
     host: str,

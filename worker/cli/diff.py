@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from worker.checkpoint.state_dir import default_state_dir
+from worker.cli.places import model_dir_option, run_dir_option, state_dir_option
 from worker.operations import difference
 from worker.operations.difference import Between, Moved
 from worker.operations.evaluation import answers
@@ -33,9 +34,9 @@ Said = tuple[str, Answer, Answer]
 @click.option("--set", "name", help="Kept answers of this set (default: of every set that has them at both versions).")
 @click.option("--answers/--no-answers", "with_answers", default=True, help="Show kept answers that changed.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
-@click.option("--model", "model_dir", type=click.Path(path_type=Path), help="Model directory, where no server runs.")
+@run_dir_option
+@state_dir_option
+@model_dir_option
 def command(
     a: int,
     b: int,

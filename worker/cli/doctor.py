@@ -13,6 +13,7 @@ import click
 from producer.cli import redis_option
 from producer.connection import resolve_url
 from worker.cli.doctor_sentences import line, sentence
+from worker.cli.places import run_dir_option, state_dir_option
 from worker.operations.doctor.examination import Subject, examine
 from worker.operations.doctor.finding import Finding, Level
 from worker.utils.unix_socket import default_run_dir
@@ -21,8 +22,8 @@ from worker.utils.unix_socket import default_run_dir
 @click.command()
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM FLAGS]")
 @redis_option
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
+@run_dir_option
+@state_dir_option
 @click.option("--only", "checks", multiple=True, metavar="CHECK", help="Only this check (repeatable), by its name.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def command(

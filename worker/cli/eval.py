@@ -14,12 +14,11 @@ from typing import Any
 import click
 import redis
 
-from producer.cli import redis_option
+from producer.cli import format_option, redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
 from producer.errors import TandemError
-from producer.formats import READ
-from producer.imports import AUTO
 from worker.checkpoint.state_dir import default_state_dir
+from worker.cli.places import model_dir_option, run_dir_option, state_dir_option
 from worker.operations.evaluation import tables
 from worker.operations.evaluation.cases import CaseSet, read_cases
 from worker.operations.evaluation.comparison import compare
@@ -50,23 +49,16 @@ KEY_ENV = "VLLM_API_KEY"
 @click.option("--store/--no-store", default=True, help="Keep the figures in Redis, with their version.")
 @click.option("--history", is_flag=True, help="Also list what is stored of this set, by version.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
-@click.option(
-    "--format",
-    "format_name",
-    metavar="NAME",
-    type=click.Choice([AUTO, *(item.name for item in READ)]),
-    default=AUTO,
-    help="The file's format, as for tandem enqueue.",
-)
+@format_option(help="The file's format, as for tandem enqueue.")
 @click.option("--max-length", type=click.IntRange(16), default=4096, help="Longest conversation, in tokens.")
 @click.option("--url", default=URL, show_default=True, help="Where the server answers HTTP.")
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), help=f"File with the server's --api-key. Default: ${KEY_ENV}."
 )
 @redis_option
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
-@click.option("--model", "model_dir", type=click.Path(path_type=Path), help="Model directory, where no server runs.")
+@run_dir_option
+@state_dir_option
+@model_dir_option
 def command(
     file: BufferedReader,
     name: str | None,

@@ -2,24 +2,19 @@
 
 import os
 import socket
-from pathlib import Path
+from typing import Any
 
 import click
 import redis
 
-from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
 from producer.errors import TandemError
-from worker.config.hyperparameters import Hyperparameters
-from worker.config.update_options import Apply, ApplySettings, apply_option, max_tokens_option, memory_option
+from worker.cli.rebuild_session import rebuild_options, rebuild_session
 from worker.consumer.worker_lock import WorkerLock
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.forgetting import Found, look, take_out
 from worker.orchestrator.reports import sentence
-from worker.orchestrator.session import open_session
 from worker.orchestrator.unlearning import Unlearnt, unlearn
-from worker.utils.unix_socket import default_run_dir
-from worker.versions import ledger
 
 BEYOND = (
     "not looked at: backups, Redis' files on disk until it rewrites them, logs of applications, model directories that"
@@ -33,22 +28,13 @@ BEYOND = (
 @click.argument("user")
 @click.option("--dry-run", is_flag=True, help="Say what would go. Nothing is changed; a worker may be running.")
 @click.option("--redis-only", is_flag=True, help="Leave the weights and the journal as they are: no server is needed.")
-@apply_option
-@max_tokens_option
-@memory_option
-@redis_option
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
+@rebuild_options
 def command(
     user: str,
     dry_run: bool,
     redis_only: bool,
-    apply: Apply,
-    max_tokens: int,
-    memory: float | None,
     redis_url: str | None,
-    run_dir: Path | None,
-    state_dir: Path | None,
+    **options: Any,
 ) -> None:
     """Take out everything of USER: queued transcripts, recorded completions, what was said, the journal's texts, and,
     by making the live version again without them, the weights.
@@ -68,15 +54,7 @@ def command(
         name = f"forget-{socket.gethostname()}-{os.getpid()}"
         with WorkerLock(connection, name) as lock:
             if not redis_only and (found.trained or found.dropped or found.held):
-                with open_session(
-                    run_dir or default_run_dir(),
-                    name,
-                    Hyperparameters(),
-                    state_dir=state_dir,
-                    known=ledger.state(connection),
-                    settings=ApplySettings(apply, memory=memory),
-                    max_tokens=max_tokens,
-                ) as session:
+                with rebuild_session(connection, name, **options) as session:
                     agree(connection, session)
                     found = look(connection, user)
                     unlearnt = unlearn(connection, session, [*found.trained, *found.dropped])

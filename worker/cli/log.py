@@ -17,6 +17,7 @@ from producer.connection import connect, resolve_url
 from producer.errors import TandemError
 from worker.checkpoint import record_file, records
 from worker.checkpoint.state_dir import replace
+from worker.cli.places import run_dir_option, state_dir_option
 from worker.operations.checkpoints import checkpoints
 from worker.operations.checkpoints import state_dir as find_state_dir
 from worker.operations.history import rolled_back
@@ -97,8 +98,8 @@ def _some(ids: list[Any]) -> str:
 @click.option("--name", default="kept", help="What the mark says (with --mark).")
 @click.option("--unmark", type=click.IntRange(1), metavar="VERSION", help="Remove the mark of this checkpoint.")
 @redis_option
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="The worker's state directory.")
+@run_dir_option
+@state_dir_option
 def command(
     count: int,
     as_json: bool,

@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-from producer.connection import DEFAULT_URL, resolve_url
+from producer.cli import redis_option
+from producer.connection import resolve_url
+from worker.cli.places import run_dir_option
 from worker.operations.status import ago_text, gather
 from worker.utils.unix_socket import default_run_dir
 
@@ -46,8 +48,8 @@ def line(status: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--redis", "redis_url", metavar="URL", help=f"Default: $REDIS_URL, else {DEFAULT_URL}.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
+@redis_option
+@run_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
     """Show the state of queue, weights, worker and server, in one line and then in detail, and what is wrong.

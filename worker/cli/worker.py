@@ -12,6 +12,7 @@ import redis
 
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
+from worker.cli.places import run_dir_option
 from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
 from worker.config.retention import policy_of, state_options
@@ -34,7 +35,7 @@ log = logging.getLogger("tandem")
 
 @click.command()
 @redis_option
-@click.option("--run-dir", type=click.Path(path_type=Path), help="The server's run directory.")
+@run_dir_option
 @click.option("--name", help="This worker's name, in errors and dashboards (default: host and pid).")
 @click.option("--max-jobs", type=click.IntRange(1), default=32, help="Most transcripts in a version.")
 @max_tokens_option

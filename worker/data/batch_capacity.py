@@ -7,9 +7,10 @@ than the budget that memory was planned for, rounded up to the next of few lengt
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from worker.config.hyperparameters import Hyperparameters
+from worker.data.division import divided
 from worker.data.examples import Example
 from worker.memory.planner import Way
 
@@ -21,13 +22,15 @@ NARROWEST = 128
 class BatchCapacity:
     """Of one trainer: the lengths of its rows in tokens, whether it packs several sequences into one, and its way.
 
-    by_factors: in streaming, micro-batches whose row is no longer than this go by factors.
+    by_factors: in streaming, micro-batches whose row is no longer than this go by factors. parts: among how many
+    trainers a micro-batch is divided; each takes as much.
     """
 
     sizes: tuple[int, ...]
     packed: bool
     way: Way
     by_factors: int = 0
+    parts: int = 1
 
     @property
     def longest(self) -> int:
@@ -53,6 +56,8 @@ class BatchCapacity:
     def needs(self, examples: Sequence[Example]) -> int:
         """Tokens that one row has to hold: all that are trained, or those of the longest sequence. What a teacher reads
         keeps no graph, and may take rows of its own."""
+        if self.parts > 1:
+            return max(replace(self, parts=1).needs(part) for part in divided(examples, self.parts))
         lengths = [len(sequence.ids) for example in examples for sequence in example.sequences]
         taught = [len(sequence.ids) for example in examples for sequence in example.teachers]
         return max([sum(lengths) if self.whole else max(lengths, default=0), *taught])

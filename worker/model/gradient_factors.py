@@ -15,7 +15,7 @@ autograd would have made, on the same operands in the same layout. Of a layer th
 inputs kept are those of the second time: the first ones were dropped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -200,6 +200,28 @@ class GradientFactors:
     def of(self, weight: Tensor) -> Factors | None:
         """What was kept of it; None if nothing was."""
         return self._kept.get(id(weight))
+
+    def settle(self) -> None:
+        """Everything kept is contiguous afterwards: the layout that it has where it was sent to, and a product's bits
+        may follow the layout. Norms that came with the factors are of one part of them: they are let go."""
+        same: dict[int, Tensor] = {}
+
+        def contiguous(tensor: Tensor) -> Tensor:
+            return same.setdefault(id(tensor), tensor.contiguous())
+
+        for entry in self._kept.values():
+            entry.passes = [
+                (
+                    [Product(contiguous(p.left), contiguous(p.right), p.first) for p in products],
+                    [Rows(contiguous(r.rows), contiguous(r.values)) for r in rows],
+                )
+                for products, rows in entry.passes
+            ]
+        self.known = None
+
+    def replace(self, every: Iterable[Factors]) -> None:
+        """Keep these, and nothing else."""
+        self._kept = {id(entry.weight): entry for entry in every}
 
     def forget(self) -> None:
         """Let go of everything."""

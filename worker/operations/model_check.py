@@ -4,7 +4,8 @@
     table([answer, ...])                                       # the table of docs/models.md
 
 No weight is read: transformers builds the model on the meta device, where it has shapes and no data. What a start
-proves with weights (`worker.trainer.proof`, the server's mapping) is not asked, nor whether vLLM serves the model.
+proves with weights (`worker.trainer.proof`, the server's mapping) is not asked, nor whether vLLM serves the model; what
+is known to be refused there (`UNSHARED`) is said.
 
 Must not know: Redis.
 Invariant: what is refused here is refused at a start too, for the same reason; the converse does not hold.
@@ -32,6 +33,11 @@ from worker.utils import torch_setup
 
 CPU_TOKENS = 4096
 """Of one forward pass on a CPU, padding included: `make_trainer`'s default."""
+UNSHARED = {
+    "phi": "vLLM serves it by its Transformers backend, which computes with the bias of the head while it loads, so"
+    " that the weights cannot be shared with a trainer; `tandem train --model` trains it without a server"
+}
+"""model_type -> why no server's weights can be trained in place, as seen with vLLM 0.32 (docs/models.md)."""
 COLUMNS = ("model", "type", "parameters", "on a CPU", "on a GPU", "after the head")
 
 
@@ -66,7 +72,9 @@ def check_model(folder: Path, gpu_bytes: int, optimizer: Optimizer) -> dict[str,
         compute_buffers(model, torch.device("cpu"))
     except TandemError as error:
         return answer | {"cpu": _refused(error), "gpu": _refused(error)}
-    return answer | {"cpu": _cpu(shapes, optimizer), "gpu": _gpu(folder, gpu_bytes, optimizer)}
+    unshared = UNSHARED.get(config.model_type)
+    cpu = _refused(unshared) if unshared else _cpu(shapes, optimizer)
+    return answer | {"cpu": cpu, "gpu": _gpu(folder, gpu_bytes, optimizer)}
 
 
 def _refused(error: object) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class TokenSums:
             both = torch.stack([found.divergence, found.moved], 1).detach().cpu().double()  # [M, 2]
             self.taught.index_add_(0, batch.examples[teachers.rows(batch)], both)
 
+    def clear(self) -> None:
+        """All zero."""
+        self.nll.zero_()
+        self.taught.zero_()
+
     def fine(self) -> torch.Tensor:
         """bool [examples]: all of it is finite."""
         return torch.isfinite(self.nll).all(1) & torch.isfinite(self.taught).all(1)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +36,15 @@ from worker.trainer.device_time import DeviceTime
 from worker.trainer.factor_sweep import FactorSweep
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.gradients import Gradients, Limit
-from worker.trainer.losses import BY_KIND, Term, imitates
+from worker.trainer.losses import BY_KIND, Term, has_teacher, imitates
+from worker.trainer.sharing import Alone, InTurn, Ranks
 from worker.trainer.teachers import NO_TEACHERS, Teachers
 from worker.trainer.token_sums import TokenSums
 from worker.trainer.weighting import Rule, Weighting, weighted_mean
 from worker.utils.fault_injection import point
 
+Part = tuple[Sequence[Example], Teachers]
+"""What of a micro-batch is computed here at once: all of it, with empty places for what is not; its teachers."""
 NOT_FINITE = "its loss is not finite under the present weights"
 
 
@@ -89,6 +93,8 @@ class Trainer:
         self.replayed = False
         """Whether the layers of the last micro-batch were replayed as CUDA graphs instead of launched."""
         self.device_time = DeviceTime()
+        self.sharing = Alone()
+        """How the work of a micro-batch is divided, and what makes it whole."""
         self._alone = False  # the micro-batch is one row, which may be replayed
         self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
         self._step_scale = 1.0
@@ -114,19 +120,21 @@ class Trainer:
         self.device_time.begin()
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
-            teachers = self._teachers(kept)
-            terms, bad, refused = self._terms(kept, teachers, limit)
+            parts = self._parts(kept)
+            terms, bad, refused = self._terms(kept, parts, limit)
             if refused and not bad:
                 rejected |= refused
                 continue
             if not bad:
                 weighting = rule(kept, terms)
-                sums, bad = self._accumulate(kept, weighting, most, teachers)
+                find = partial(self._accumulate, kept, weighting, most, parts)
+                sums, bad = self.sharing.whole(find)
             if not bad:
+                self._add_up()
                 self._step_scale = weighting.step_scale
                 ids, nll = [one.id for one in kept], sums.means()
                 every = zip(kept, nll, terms, strict=True)
-                parts = [one.weight * term.size(one.sides) for one, term in zip(kept, terms, strict=True)]
+                sizes = [one.weight * term.size(one.sides) for one, term in zip(kept, terms, strict=True)]
                 losses = [mean if imitates(one.kind) else term.loss for one, mean, term in every]
                 return Gradients(
                     loss=weighting.loss(kept, losses),
@@ -136,7 +144,7 @@ class Trainer:
                     losses=dict(zip(ids, losses, strict=True)),
                     rejected=rejected,
                     step_scale=weighting.step_scale,
-                    shares={id: part / (sum(parts) or 1.0) for id, part in zip(ids, parts, strict=True)},
+                    shares={id: size / (sum(sizes) or 1.0) for id, size in zip(ids, sizes, strict=True)},
                     effective_tokens=weighting.effective_tokens,
                 )
             for id, loss in bad.items():
@@ -165,7 +173,7 @@ class Trainer:
         factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        if self.begun == "streaming":
+        if self.begun == "streaming" and not isinstance(self.sharing, InTurn):  # whose gradients are there
             self._stream()
         elif self.begun == "factors":
             self.sweep.apply(self._step_scale)
@@ -225,7 +233,8 @@ class Trainer:
 
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         """Mean NLL per trained token by example id, without gradients; of a correction, of the chosen answer's."""
-        return dict(zip((one.id for one in examples), self._sums(examples).means(), strict=True))
+        sums = self._sums(examples, [(examples, NO_TEACHERS)])
+        return dict(zip((one.id for one in examples), sums.means(), strict=True))
 
     def expectations(self, examples: Sequence[Example]) -> Teachers:
         """What the present weights expect at each trained token of `examples`: for `drift`, whenever."""
@@ -233,15 +242,26 @@ class Trainer:
 
     def drift(self, examples: Sequence[Example], then: Teachers) -> dict[str, float]:
         """KL(then | now) by example id, in nats a trained token. then: what `expectations` found for the same."""
-        taught = self._sums(examples, then).taught[:, 0].tolist()
+        taught = self._sums(examples, [(examples, then)]).taught[:, 0].tolist()
         return {one.id: total / one.trained_tokens for one, total in zip(examples, taught, strict=True)}
 
     @torch.no_grad()
-    def _sums(self, examples: Sequence[Example], teachers: Teachers = NO_TEACHERS) -> TokenSums:
+    def _sums(self, examples: Sequence[Example], parts: Sequence[Part]) -> TokenSums:
         sums = TokenSums(examples)
-        for batch in self._batches(examples):
-            sums.add(batch, self._forward(batch, teachers=teachers), teachers)
+        for part, teachers in parts:
+            for batch in self._batches(part):
+                sums.add(batch, self._forward(batch, teachers=teachers), teachers)
         return sums
+
+    def _parts(self, examples: Sequence[Example]) -> list[Part]:
+        """What is computed here, with what its teachers expect."""
+        parts = self.sharing.divide(examples)
+
+        def taught() -> list[Part]:
+            return [(part, self._teachers(part)) for part in parts]
+
+        read = any(one.teachers and has_teacher(one.kind) for one in examples)
+        return self.sharing.together(taught) if read else taught()
 
     @torch.no_grad()
     def _teachers(self, examples: Sequence[Example]) -> Teachers:
@@ -258,14 +278,14 @@ class Trainer:
         return torch.cat([self._forward(batch).nll.cpu() for batch in self._batches([example])])
 
     def _terms(
-        self, examples: Sequence[Example], teachers: Teachers, limit: Limit | None
+        self, examples: Sequence[Example], parts: Sequence[Part], limit: Limit | None
     ) -> tuple[list[Term], dict[str, float], dict[str, str]]:
         """Loss and slopes of each; which cannot be trained, with its loss; and which `limit` refuses, with its reason.
         Where a slope depends on the weights, all are scored first, a forward pass without gradients; a replay repeats
         it bit for bit."""
         if all(imitates(example.kind) for example in examples):
             return [Term(math.nan) for _ in examples], {}, {}
-        sums = self._sums(examples, teachers)
+        sums, _ = self.sharing.whole(lambda: (self._sums(examples, parts), {}))
         bad = {one.id: math.nan for one, fine in zip(examples, sums.fine().tolist(), strict=True) if not fine}
         terms, refused = [], {}
         for example, answers in zip(examples, sums.answers(), strict=True):
@@ -275,34 +295,54 @@ class Trainer:
         return terms, bad, refused
 
     def _accumulate(
-        self, examples: Sequence[Example], weighting: Weighting, most: float, teachers: Teachers
+        self, examples: Sequence[Example], weighting: Weighting, most: float, parts: Sequence[Part]
     ) -> tuple[TokenSums, dict[str, float]]:
-        """Forward, and in burst backward, over every batch: the sums. Stops before backward of one by
+        """Forward, and in burst backward, over every batch of `parts`: the sums. Stops before backward of one by
         which a loss is not finite or over `most`, in nats per trained token (what is not computed yet could only add to
         it): then the second of the pair says whose, with its loss. Only what is imitated can be over it."""
         bounds = torch.tensor(
             [one.trained_tokens * most if imitates(one.kind) else math.inf for one in examples], dtype=torch.float64
         )
         sums = TokenSums(examples)
-        batches = self._batches(examples)
-        self._alone = len(batches) == 1
+        batches = [self._batches(part) for part, _ in parts]
+        self._alone = sum(map(len, batches)) == 1
         with self._recording():
-            for batch in batches:
-                found = self._forward(batch, weighting.factors, teachers)
-                loss = found.loss
-                sums.add(batch, found, teachers)
-                fine = sums.fine() & (sums.nll[:, 0] <= bounds)
-                if not fine.all():
-                    means = sums.means()
-                    return sums, {examples[i].id: means[i] for i in (~fine).nonzero()[:, 0].tolist()}
-                if self.begun == "streaming":
-                    self._loss = loss if self._loss is None else self._loss + loss
-                else:
-                    self.sweep.factors.begin_pass()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    self.device_time.backward(batch.input_ids.numel())
-                    point("backward")
+            for some, (_, teachers) in zip(batches, parts, strict=True):
+                for batch in some:
+                    found = self._forward(batch, weighting.factors, teachers)
+                    sums.add(batch, found, teachers)
+                    fine = sums.fine() & (sums.nll[:, 0] <= bounds)
+                    if not fine.all():
+                        means = sums.means()
+                        return sums, {examples[i].id: means[i] for i in (~fine).nonzero()[:, 0].tolist()}
+                    self._keep(found.loss, batch)
+                self._part_done()
         return sums, {}
+
+    def _keep(self, loss: torch.Tensor, batch: Batch) -> None:
+        """Of one forward pass: its gradients, or in streaming its graph."""
+        if self.begun == "streaming":
+            self._loss = loss if self._loss is None else self._loss + loss
+            return
+        self.sweep.factors.begin_pass()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.device_time.backward(batch.input_ids.numel())
+        point("backward")
+
+    def _part_done(self) -> None:
+        """A part that is made in turn has gradients of its own, in streaming too: they are added up outside the graph,
+        as those of several replicas are."""
+        if isinstance(self.sharing, InTurn) and self._loss is not None:
+            self._loss.backward()  # type: ignore[no-untyped-call]
+            self._loss = None
+        self.sharing.part_done(self.parameters())
+
+    def _add_up(self) -> None:
+        """Before anything is decided by them: gradients are those of the whole micro-batch. In streaming they come,
+        and are added up, while they are applied."""
+        if self.begun != "streaming" or isinstance(self.sharing, InTurn):
+            factors = self.sweep.factors if self.begun == "factors" else None
+            self.sharing.all_done(self.parameters(), factors)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -319,8 +359,11 @@ class Trainer:
         return self.optimizer.dropping() if self.begun == "streaming" else nullcontext()
 
     def _stream(self) -> None:
-        assert self._loss is not None, "apply() without begin()"
         loss, self._loss = self._loss, None  # the graph is freed on the way
+        if isinstance(self.sharing, Ranks):
+            self.sharing.stream(loss, self.optimizer, self.parameters(), self._step_scale)
+            return
+        assert loss is not None, "apply() without begin()"
         with self.optimizer.streaming(step_scale=self._step_scale):
             loss.backward()  # type: ignore[no-untyped-call]
 
@@ -331,10 +374,11 @@ class Trainer:
 
     def _check_room(self, examples: Sequence[Example]) -> None:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
-        if self.room.whole and not self.room.holds(examples):
+        room = replace(self.room, parts=self.sharing.parts)
+        if room.whole and not room.holds(examples):
             raise BatchError(
-                f"{self.way} makes a version in one forward pass of {self.room.longest} tokens at most, and these"
-                f" transcripts have {self.room.needs(examples)}, with what the chat template repeats: train on fewer"
+                f"{self.way} makes a version in one forward pass of {room.longest} tokens at most, and these"
+                f" transcripts have {room.needs(examples)}, with what the chat template repeats: train on fewer"
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
 

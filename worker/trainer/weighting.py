@@ -69,9 +69,10 @@ def unscaled(examples: Sequence[Example], terms: Sequence[Term]) -> Weighting:
     return Weighting(factors, 1.0, tokens, _effective_tokens(examples, slopes))
 
 
-RULES: dict[int, Rule] = {1: unscaled, 2: weighted_mean, 3: weighted_mean, 4: weighted_mean}
+RULES: dict[int, Rule] = {1: unscaled, 2: weighted_mean, 3: weighted_mean, 4: weighted_mean, 5: weighted_mean}
 """By the format number of the journal's records; those of before there were numbers are 1. Records of 2 hold
-demonstrations alone, for which 3 is the same to the last bit. Records of 4 may hold what has a teacher. The losses of
+demonstrations alone, for which 3 is the same to the last bit. Records of 4 may hold what has a teacher; 5 is 4
+for a batch that was divided among replicas. The losses of
 `worker.trainer.losses`, with their constants, are those of 4; those of 3 among them have not changed."""
 
 

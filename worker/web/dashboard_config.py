@@ -1,8 +1,8 @@
 """Makes rq-dashboard 0.9 understand Tandem's jobs by being imported: `rq-dashboard -c worker.web.dashboard_config`.
 
 The dashboard knows pickle and JSON only: with msgpack jobs several of its pages answer 500, and it would unpickle what
-it reads. Here it gets our serializer and our job class, which runs, imports and unpickles nothing. The names it
-replaces in rq-dashboard are checked below.
+it reads. Here it gets our serializer and our job class, which runs, imports and unpickles nothing. RQ's own classes
+stay as they are; the names that are replaced in rq-dashboard are checked below.
 """
 
 import json
@@ -46,6 +46,13 @@ class DashboardQueue(rq.Queue):
         return job if isinstance(job, FeedbackJob) else None
 
 
+class DashboardWorker(rq.Worker):
+    """What a worker is at is one of our jobs."""
+
+    job_class = FeedbackJob
+    queue_class = DashboardQueue
+
+
 RQ_DASHBOARD_JSON_ENCODER = PlainEncoder
 RQ_DASHBOARD_SHOW_FULL_ARGS = False
 DEPRECATED_OPTIONS: list[str] = []
@@ -64,9 +71,8 @@ def _prepare() -> None:
     web.config.serializer = MsgpackSerializer
     web.Job = DashboardJob
     web.Queue = DashboardQueue
+    web.Worker = DashboardWorker
     web.requeue_job = _requeue
-    rq.Queue.job_class = FeedbackJob
-    rq.Worker.job_class = FeedbackJob
 
 
 _prepare()

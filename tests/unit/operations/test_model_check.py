@@ -76,6 +76,13 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path, config: dict[str, 
         assert not found["cpu"]["trainable"] and not found["gpu"]["trainable"]
 
 
+def test_what_a_server_is_known_to_refuse_is_said_with_what_can_be_done(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi"}))
+    found = check_model(tmp_path, SIZE, "apollo-mini")
+    assert found["head"]["bias"] and not found["cpu"]["trainable"] and not found["gpu"]["trainable"]
+    assert "bias of the head" in found["cpu"]["reason"] and "`tandem train --model`" in found["cpu"]["reason"]
+
+
 def test_the_command_says_it_to_people_and_to_programs(folders: dict[str, Path]) -> None:
     said = CliRunner().invoke(command, [str(folders["qwen3_5-0.8B"])])
     assert (

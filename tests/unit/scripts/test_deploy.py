@@ -51,7 +51,7 @@ def manifest() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((DEPLOY / "kubernetes.yml").read_text()))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kubernetes_validate") is None, reason="pip install kubernetes-validate")
+@pytest.mark.skipif(importlib.util.find_spec("kubernetes_validate") is None, reason="scripts/setup installs it")
 def test_the_manifest_fits_kubernetes_own_schema() -> None:
     import kubernetes_validate
 

@@ -121,6 +121,11 @@ def test_every_view_is_without_barriers_light_and_dark_and_fits_a_phone(page: Pa
         assert page.run("document.querySelectorAll('h1').length") == 1 and page.run("!!document.title")
 
 
+def test_a_barrier_would_be_found(page: Page) -> None:
+    page.run("document.querySelector('main').append(document.createElement('img'))")
+    assert [found.split()[0] for found in barriers(page)] == ["image-alt"]
+
+
 def test_a_person_clicks_through_views_and_back_from_rq_dashboard(page: Page, site: str) -> None:
     def follow(selector: str, leads_to: str) -> None:
         page.run("window.left = true")
@@ -213,5 +218,6 @@ def test_hostile_values_run_nothing(page: Page, site: str, connection: redis.Red
     numbers = [f"/learning/versions/{number}" for number in range(1, last - 2)]
     for view in ["/learning/", "/learning/?x=time", "/learning/versions", *numbers]:
         page.go(site + view)
+        assert page.run("document.querySelectorAll('main h1').length") == 1, f"{view} is no view"
         assert page.run("document.querySelectorAll('main script, main img, main [style]').length") == 0
         assert page.run("document.documentElement.scrollWidth") <= 1280, view

@@ -1,0 +1,146 @@
+"""A group of replicas that stand in one place of the protocol: what they tell each other, and tensors between them.
+
+    group.gather(message, seconds)      every member's message, at the leader (place 0); None elsewhere
+    group.tell(message, seconds)        the leader's message, at every member
+    group.exchange(message)             every member's message, at every member
+    group.copy(tensor, source)          a member's tensor, at every member
+    group.call(), group.called()        a command comes: waiting has no limit, and notices a leader that died
+
+Must not know: Redis, vLLM, versions, the optimizer.
+Invariants: whatever goes wrong on the wire closes the group and is a `GroupLostError`: the others notice, since their
+connections end. A message of the leader goes to each member by itself: one that is gone keeps it from nobody else.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from worker.distributed import messages
+from worker.distributed.errors import GroupLostError
+
+Message = dict[str, Any]
+
+
+class Group:
+    """members: the replicas' numbers, by place; `place`: ours. store: where commands are announced, under `prefix`.
+    seconds: how long a member is waited for."""
+
+    def __init__(self, store: Any, prefix: str, members: Sequence[int], place: int, seconds: float) -> None:
+        self.members, self.place, self.seconds = list(members), place, seconds
+        self._store, self._prefix, self._calls = store, prefix, 0
+        self.closed: str | None = None
+        """Why it is closed; None while it is open."""
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    @property
+    def leads(self) -> bool:
+        return self.place == 0
+
+    @property
+    def others(self) -> range:
+        """The places of the leader's followers."""
+        return range(1, self.size)
+
+    def gather(self, message: Message, seconds: float | None = None) -> list[Message] | None:
+        """Every member's, by place, at the leader."""
+        with self.guarded():
+            if not self.leads:
+                messages.send(message, 0, seconds or self.seconds)
+                return None
+            return [message, *(messages.receive(place, seconds or self.seconds) for place in self.others)]
+
+    def tell(self, message: Message | None = None, seconds: float | None = None) -> Message:
+        """The leader's. Every member that is there has it, also where this raises for one that is not."""
+        if not self.leads:
+            with self.guarded():
+                return messages.receive(0, seconds or self.seconds)
+        assert message is not None
+        failed: Exception | None = None
+        self._check()
+        for place in self.others:
+            try:
+                messages.send(message, place, seconds or self.seconds)
+            except RuntimeError as error:
+                failed = error
+        if failed is not None:
+            self._lose(failed)
+        return message
+
+    def exchange(self, message: Message) -> list[Message]:
+        """Every member's, by place."""
+        gathered = self.gather(message)
+        return list(self.tell({"all": gathered} if gathered is not None else None)["all"])
+
+    def copy(self, tensor: torch.Tensor, source: int) -> None:
+        """`tensor`, contiguous, becomes what it is at place `source`."""
+        with self.guarded():
+            dist.broadcast(tensor, source)
+
+    def all_of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every member's `tensor` (contiguous; of one shape and dtype), by place."""
+        with self.guarded():
+            found = [torch.empty_like(tensor) for _ in self.members]
+            dist.all_gather(found, tensor)
+            return found
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """`tensor` becomes the sum of all, in an order that the library chooses: on a GPU."""
+        with self.guarded():
+            dist.all_reduce(tensor)
+
+    def call(self) -> None:
+        """The leader: a command follows, by `tell`."""
+        self._check()
+        with self.guarded():
+            self._store.set(f"{self._prefix}/call/{self._calls}", b"1")
+            if self._calls > 1:
+                self._store.delete_key(f"{self._prefix}/call/{self._calls - 2}")
+            self._calls += 1
+
+    def called(self, pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
+        """A follower: yields as long as there is no command, a few times a second and more often at first."""
+        self._check()
+        wait = 0.001
+        while True:
+            with self.guarded():
+                if self._store.check([f"{self._prefix}/call/{self._calls}"]):
+                    self._calls += 1
+                    return
+            yield
+            pause(wait)
+            wait = min(wait * 1.2, 0.1)
+
+    def close(self, reason: str = "closed") -> None:
+        """End all connections, so that whoever waits for us is told. Idempotent."""
+        if self.closed is None:
+            self.closed = reason
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What goes wrong inside closes the group, as a `GroupLostError`."""
+        self._check()
+        try:
+            yield
+        except GroupLostError as error:
+            self.close(str(error))
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            self._lose(error)
+
+    def _check(self) -> None:
+        if self.closed is not None:
+            raise GroupLostError(self.closed)
+
+    def _lose(self, error: Exception) -> None:
+        said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        self.close(f"a replica was lost ({said})")
+        raise GroupLostError(str(self.closed)) from error
