@@ -1,6 +1,8 @@
 """A live vLLM with --tensor-parallel-size 2: each rank's part is the checkpoint's, the divided trainer's loss is the
 server's own, and what the ranks write is what the server answers from."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +11,11 @@ from typing import Any
 import pytest
 import rank_program as ranks
 import torch
-from click.testing import CliRunner
-from patience import until
+from patience import PATIENCE, until
 from server_options import GPU
 from shard_parts import part_of, run_ranks
 from test_weights_server import AGREEMENT, post
 
-from worker.cli.main import main
 from worker.shared_weights import bind
 from worker.shared_weights.attach import AttachError, attach
 from worker.testing.server_process import ServerProcess
@@ -47,8 +47,11 @@ def served(server: ServerProcess) -> torch.Tensor:
 def test_a_worker_of_one_process_refuses_it(divided: ServerProcess, redis_url: str) -> None:
     with pytest.raises(AttachError, match="divided over 2 processes"):
         attach(divided.run_dir)
-    result = CliRunner().invoke(main, ["worker", "--run-dir", str(divided.run_dir), "--redis-url", redis_url])
-    assert result.exit_code != 0 and "divided over 2 processes" in result.output
+    command = [sys.executable, "-P", "-m", "worker.cli", "worker", "--run-dir", str(divided.run_dir)]
+    done = subprocess.run(
+        [*command, "--redis-url", redis_url], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode != 0 and "divided over 2 processes" in done.stderr, done.stderr
 
 
 def test_the_ranks_parts_and_losses_are_the_server_s(divided: ServerProcess, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from worker.utils.shard import Shard, assemble
 RANKS, STEPS = 2, 6
 SHAPES = {
     "embed": (48, 16), "gate": (40, 16), "merged": (64, 24), "down": (16, 48), "wide": (24, 96), "tall": (96, 24),
-    "norm": (16,), "A_log": (8,), "conv": (24, 1, 4), "whole": (20, 12),
+    "tall as a whole": (24, 16), "wide as a whole": (16, 24), "norm": (16,), "A_log": (8,), "conv": (24, 1, 4),
+    "whole": (20, 12),
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def parts(name: str, rank: int) -> Shard | None:
         return None
     if name == "embed":  # a padded vocabulary
         return Shard(shape, 0, (((0, 32),), ((32, 16),))[rank])
-    if name in ("down", "tall"):
+    if name in ("down", "tall", "wide as a whole"):
         return Shard(shape, 1, ((shape[1] // 2 * rank, shape[1] // 2),))
     if name in ("merged", "conv"):
         half, start = shape[0] // 8, shape[0] // 4
