@@ -96,7 +96,7 @@ def test_zero_gradient_is_harmless() -> None:
 
 @pytest.mark.parametrize("dtype", [bf16, pytest.param(torch.float32, marks=device_only)])
 def test_streaming_is_burst(dtype: torch.dtype) -> None:
-    golden.check_streaming_is_burst(DEVICE, dtype)
+    golden.check_streaming_is_burst(DEVICE, dtype, steps=3 if INTERPRETED else 6)
 
 
 def test_hooks_are_burst() -> None:
@@ -104,7 +104,7 @@ def test_hooks_are_burst() -> None:
 
 
 def test_step_scale() -> None:
-    golden.check_step_scale(DEVICE)
+    golden.check_step_scale(DEVICE, most_before=0 if INTERPRETED else 2)
 
 
 def test_step_scale_in_every_way() -> None:

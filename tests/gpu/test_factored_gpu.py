@@ -68,7 +68,7 @@ def test_update_rms() -> None:
 @device_only
 def test_every_promise() -> None:
     golden.check_hooks_are_burst(DEVICE, **RULE)
-    golden.check_step_scale(DEVICE, **RULE)
+    golden.check_step_scale(DEVICE, most_before=0 if INTERPRETED else 2, **RULE)
     golden.check_step_scale_in_every_way(DEVICE, **RULE)
     golden.check_nearest_is_the_rounded_fp32_result(DEVICE, **RULE)
     golden.check_stochastic_takes_a_neighbour_without_bias(DEVICE, **RULE)

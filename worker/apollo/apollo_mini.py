@@ -32,7 +32,8 @@ from worker.apollo.parameters import (
 )
 from worker.apollo.rehearsal import rehearse
 from worker.apollo.saved_groups import plain_groups
-from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, Layout, StateArea
+from worker.apollo.slot_table import SlotTable
+from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, StateArea
 
 T = TypeVar("T")
 
@@ -41,15 +42,18 @@ class ApolloMini(torch.optim.Optimizer):
     """APOLLO-Mini (arXiv 2412.05270: rank 1, tensor-wise scaling) for matrices, AdamW with fp32 moments for the rest.
 
     params: tensors, (name, tensor) pairs, or group dicts, all on one device, bfloat16 or float32. They may be row
-    slices of merged weights with any row stride; each is a logical matrix of its own. Gradients may be either, too.
+    slices of merged weights with any row stride; each is a logical matrix of its own. So is each matrix of a stack
+    [E, rows, cols] (a mixture's experts): one without a gradient in a step, all zeros, keeps its weights and its state,
+    and counts its own steps. Gradients may be either, too.
     matrices: "factored" has them take the rule of factored.py, which knows neither b1, scale, gamma nor projections.
     sum_over_shards: where parameters are parts of matrices that several processes hold, adds tensors up over them, in
     place; all processes call alike, for the same parameters in the same order.
     Group keys besides the hyper-parameters: "algorithm" ("apollo" | "factored" | "adamw") overrides the choice by
-    shape; "ids", an int a parameter, names it in every random draw (default: its rank among the sorted names, or its
-    position when nameless); "places", a (first row, first column, full row length) a parameter, says where a shard lies
-    in its unsharded matrix, so that its rounding bits are that matrix's; "shards", a `Shard` or None a parameter, says
-    which part of a whole each is: its step is then the whole's, up to the order of sums.
+    shape; "ids", an int a parameter, names it in every random draw, together with the number of a matrix in its stack
+    (default: its rank among the sorted names, or its position when nameless); "places", a (first row, first column,
+    full row length) a parameter, says where a shard lies in its unsharded matrix, so that its rounding bits are that
+    matrix's; "shards", a `Shard` or None a parameter, says which part of a whole each is: its step is then the whole's,
+    up to the order of sums.
     lr: what it means follows `scale`: the update's RMS is about lr * sqrt(scale / min(rows, cols)); scale="auto" is
     min(rows, cols) for each matrix, with which a step is about as long as AdamW's at the same lr. Factored: about lr.
     gamma: the norm-growth limiter's; math.inf switches it off. projection_gap: steps between redraws of P.
@@ -97,11 +101,9 @@ class ApolloMini(torch.optim.Optimizer):
         self.projection_gap = projection_gap
         self._matrices = matrices
         self._slots = make_slots(self.param_groups, self._matrices)
-        self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
+        self._table = SlotTable(self._slots)
         device = one_device(self._slots)
-        slots = self._slots
-        shapes, algorithms = [s.parameter.shape for s in slots], [s.algorithm for s in slots]
-        layout = Layout.of(shapes, algorithms, shards=[s.shard for s in slots])
+        layout = self._table.layout()
         memory = state if state is not None else torch.zeros(layout.total, dtype=torch.uint8, device=device)
         if memory.device != device:
             raise ApolloError(f"the optimizer's state memory is on {memory.device} and the parameters on {device}")
@@ -139,11 +141,13 @@ class ApolloMini(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = grads if grads is not None else [slot.parameter.grad for slot in self._slots]
-        pairs = [(slot, gradient) for slot, gradient in zip(self._slots, given, strict=True) if gradient is not None]
+        given = grads if grads is not None else [parameter.grad for parameter in self._table.parameters]
+        found = [
+            (p, gradient) for p, gradient in zip(self._table.parameters, given, strict=True) if gradient is not None
+        ]
         self.begin(step_scale)
         try:
-            self._backend.update(pairs)
+            self._backend.update(self._table.pairs(found))
         except BaseException:
             self.abandon()
             raise
@@ -157,7 +161,7 @@ class ApolloMini(torch.optim.Optimizer):
         The gradients' memory is the graph's input from then on: fill it in place. Needs one `step()` with the same
         gradients before, which compiles the kernels.
         """
-        pairs = [(slot, slot.parameter.grad) for slot in self._slots if slot.parameter.grad is not None]
+        pairs = self._table.pairs([(p, p.grad) for p in self._table.parameters if p.grad is not None])
         replay = self._backend.capture(pairs)
 
         def step(step_scale: float = 1.0) -> None:
@@ -210,13 +214,11 @@ class ApolloMini(torch.optim.Optimizer):
         """Streaming, several (parameter, gradient) at a time: the same result with fewer launches."""
         if not self._open:
             raise ApolloError("update() outside begin() and finish()")
-        if any(id(parameter) not in self._by_tensor for parameter, _ in pairs):
-            raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
-        self._backend.update([(self._by_tensor[id(parameter)], gradient) for parameter, gradient in pairs])
+        self._backend.update(self._table.pairs(pairs))
 
     def sweep_order(self) -> list[Tensor]:
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
-        return [slot.parameter for slot in self._backend.order()]
+        return list({id(slot.parameter): slot.parameter for slot in self._backend.order()}.values())
 
     @property
     def sum_over_shards(self) -> SumOverShards | None:
@@ -225,11 +227,11 @@ class ApolloMini(torch.optim.Optimizer):
 
     def is_shard(self, parameter: Tensor) -> bool:
         """Whether it is a part of what several processes hold."""
-        return self._by_tensor[id(parameter)].shard is not None
+        return self._table.first(parameter).shard is not None
 
     def name_of(self, parameter: Tensor) -> str:
         """What errors call it."""
-        return self._by_tensor[id(parameter)].name
+        return self._table.name_of(parameter)
 
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
@@ -279,11 +281,13 @@ class ApolloMini(torch.optim.Optimizer):
             yield
 
     def _trained(self) -> list[Tensor]:
-        return [slot.parameter for slot in self._slots if slot.parameter.requires_grad]
+        return [parameter for parameter in self._table.parameters if parameter.requires_grad]
 
     def _bytes(self, parameter: Tensor) -> int:
         """Of a gradient; of a shard's, the whole's, so that all processes fill their buckets alike."""
-        return math.prod(self._by_tensor[id(parameter)].whole) * parameter.element_size()
+        first = self._table.first(parameter)
+        whole = parameter.numel() if first.shard is None else math.prod(first.whole)
+        return whole * parameter.element_size()
 
     def check(self) -> None:
         """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
@@ -322,7 +326,7 @@ class ApolloMini(torch.optim.Optimizer):
         self.projection_gap = run["projection_gap"]
         self._options = replace(self._options, seed=run["seed"], stochastic=run["stochastic"])
         self._slots = make_slots(self.param_groups, self._matrices)
-        self._by_tensor = {id(slot.parameter): slot for slot in self._slots}
+        self._table = SlotTable(self._slots)
         self._backend = self._make_backend(self.area.memory.device)
         self._steps = int(self.area.step_count)
         self._open = False

@@ -130,7 +130,7 @@ class CpuBackend:
         own = slot.algorithm == FACTORED
         chunks = ((rows, self._widened(gradient[rows], own)) for rows, _ in _chunks(slot))
         if slot.algorithm == FACTORED:
-            return cpu_factored.measure(slot, self.area.moments(slot.index), self._t, chunks)
+            return cpu_factored.measure(slot, self.area.moments(slot.index), self._own_t(slot), chunks)
         squares = 0.0
         wanted = slot.algorithm == APOLLO
         tall = slot.tall
@@ -189,6 +189,7 @@ class CpuBackend:
         )
         previous.fill_(remembered)
         step = self._step_size(slot) * factor
+        self._count(slot)
         self._update_squares += (step * g_norm) ** 2
         self._elements += math.prod(slot.whole)
         if self._is_compiled(slot):
@@ -199,7 +200,8 @@ class CpuBackend:
 
     def _factored(self, slot: Slot, gradient: Tensor, sums: Sums) -> list[Write]:
         """What is left to be written by compiled code."""
-        scaling = cpu_factored.keep(slot, self.area.moments(slot.index), sums, self._t)
+        scaling = cpu_factored.keep(slot, self.area.moments(slot.index), sums, self._own_t(slot))
+        self._count(slot)
         step = self._rate(slot) * scaling.size
         self._update_squares += step**2 * scaling.x_squares
         self._elements += slot.rows * slot.cols
@@ -232,7 +234,7 @@ class CpuBackend:
 
     def _step_size(self, slot: Slot) -> float:
         beta1, beta2 = slot.group["betas"]
-        return formulas.step_size(self._rate(slot), beta1, beta2, self._t)
+        return formulas.step_size(self._rate(slot), beta1, beta2, self._own_t(slot))
 
     def _rate(self, slot: Slot) -> float:
         return formulas.learning_rate(slot.group["lr"], self._step_scale)
@@ -240,6 +242,16 @@ class CpuBackend:
     @property
     def _t(self) -> int:
         return int(self.area.step_count) + 1
+
+    def _own_t(self, slot: Slot) -> int:
+        """The t of the bias correction: of a matrix of a stack, which may have missed steps, its own."""
+        taken = self.area.taken(slot.index)
+        return self._t if taken is None else int(taken) + 1
+
+    def _count(self, slot: Slot) -> None:
+        """A matrix of a stack has taken a step."""
+        if (taken := self.area.taken(slot.index)) is not None:
+            taken.add_(1)
 
     def _decay(self, slot: Slot) -> float:
         return self._rate(slot) * slot.group["weight_decay"]

@@ -171,8 +171,8 @@ class CudaBackend(DeviceTables):
             self.control, BLOCK=self.tiling.chunk, num_warps=4,
         )  # fmt: skip
         decide.matrix_factor[(last - first,)](
-            self.parameters, first, len(self.tables.slots), self.knobs, self.roots, self.area.step_count,
-            self.area.previous, self.statistics, self.partial_norms, self.control, BLOCK=256, num_warps=2,
+            self.parameters, first, len(self.tables.slots), self.knobs, self.roots, self.area.previous, self.statistics,
+            self.partial_norms, self.control, BLOCK=256, num_warps=2,
         )  # fmt: skip
 
     def _write(self, run: Run) -> None:

@@ -25,7 +25,7 @@ def measure(on: CudaBackend, run: Run) -> None:
     if kind.width:
         total, height = tiling.strip
         factored.sum_strip[(end - tile,)](
-            *where, on.knobs, on.area.step_count, on.sides, on.scratch, on.partial_squares,
+            *where, on.knobs, on.sides, on.scratch, on.partial_squares,
             G_TYPE=TRITON[dtype], ALIGNED=kind.aligned, TR=total, BR=height, BC=kind.width,
             STAGES=tiling.strip_stages, num_warps=_warps(on, kind.width),
         )  # fmt: skip
@@ -48,8 +48,8 @@ def decide(on: CudaBackend, runs: Sequence[Run]) -> None:
     for first, last in merge(runs):
         chunk, end = tables.chunk_starts[first], tables.chunk_starts[last]
         factored.follow[(end - chunk,)](
-            on.parameters, on.chunks, chunk, on.knobs, on.area.step_count, on.statistics, on.sides, on.partial_norms,
-            on.control, BLOCK=on.tiling.side, num_warps=2,
+            on.parameters, on.chunks, chunk, on.knobs, on.statistics, on.sides, on.partial_norms, on.control,
+            BLOCK=on.tiling.side, num_warps=2,
         )  # fmt: skip
     wide = [run for run in runs if not run[2].width]
     for run in wide:
@@ -59,8 +59,8 @@ def decide(on: CudaBackend, runs: Sequence[Run]) -> None:
         on.total(first, last, columns.TILE, columns.TILES, on.partial_squares, moved)
     for first, last in merge(runs):
         factored.matrix_size[(last - first,)](
-            on.parameters, first, len(tables.slots), on.knobs, on.area.step_count, on.statistics, on.partial_norms,
-            on.control, BLOCK=256, num_warps=2,
+            on.parameters, first, len(tables.slots), on.knobs, on.statistics, on.partial_norms, on.control,
+            BLOCK=256, num_warps=2,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Invariant: what has not changed is not sent again, and nothing here waits for th
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -63,12 +63,15 @@ class DeviceTables:
         self.told = torch.zeros(columns.CONTROLS.value, dtype=torch.int64, pin_memory=self.pinned)
 
     def draw(self, draw: int) -> None:
-        """Draw every P on the CPU and send them up in one copy."""
+        """Draw every P on the CPU, a stack's together, and send them up in one copy."""
         host = torch.zeros(self.projections.shape, pin_memory=self.pinned)
-        for slot, (start, end) in zip(self.tables.slots, pairwise(self.tables.projections), strict=True):
+        places = zip(self.tables.slots, pairwise(self.tables.projections), strict=True)
+        for _, group in groupby(places, key=lambda place: id(place[0].parameter)):
+            slots, ranges = zip(*group, strict=True)
+            start, end = ranges[0][0], ranges[-1][1]
             if end > start:
-                p = self.options.draw(slot, draw)
-                host[start : start + len(p)] = p
+                p = self.options.draw_all(slots, draw)
+                host[start:end].view(len(slots), -1)[:, : p.shape[1]] = p
         self.projections.copy_(host, non_blocking=True)
         self._drawn = draw
 
@@ -93,9 +96,10 @@ class DeviceTables:
         for position in changed:
             self._bound[position] = entries[position]
         if len(changed) > 4:
-            rows = [entry or (0, 0, 0, 0) for entry in self._bound]
+            first, last = min(changed), max(changed) + 1  # of a bucket of experts among tens of thousands
+            rows = [entry or (0, 0, 0, 0) for entry in self._bound[first:last]]
             host = torch.tensor(rows, dtype=torch.int64, pin_memory=self.pinned)
-            self.bindings.copy_(host, non_blocking=True)
+            self.bindings[first:last].copy_(host, non_blocking=True)
         else:
             for position in changed:
                 for column, value in enumerate(entries[position]):
@@ -105,7 +109,7 @@ class DeviceTables:
 
     def _weight(self, position: int, slot: Slot) -> tuple[int, int]:
         """Address and row stride."""
-        address = slot.parameter.data_ptr()
+        address = slot.parameter.data_ptr() + slot.offset(slot.parameter)
         if self._bound[position] and address == self._bound[position][0]:
             return address, self._bound[position][1]
         weight = slot.matrix(slot.parameter, "the weight")
@@ -116,14 +120,15 @@ class DeviceTables:
     def _gradient(self, position: int, slot: Slot, tensor: Tensor) -> tuple[int, int]:
         """Address and row stride. A gradient whose rows do not start at multiples of 16 bytes is copied if need be."""
         if tensor.is_contiguous() and tensor.dtype in DTYPES and tensor.shape == slot.parameter.shape:
-            gradient, stride = tensor, slot.cols
+            address, stride = tensor.data_ptr() + slot.offset(tensor), slot.cols
         else:
             gradient = slot.matrix(tensor, "the gradient")
-            stride = gradient.stride(0)
-        if self.tables.kinds[position].aligned and (gradient.data_ptr() % 16 or stride % UNIT):
-            gradient, stride = gradient.clone(memory_format=torch.contiguous_format), slot.cols
+            address, stride = gradient.data_ptr(), gradient.stride(0)
+        if self.tables.kinds[position].aligned and (address % 16 or stride % UNIT):
+            gradient = slot.matrix(tensor, "the gradient").clone(memory_format=torch.contiguous_format)
+            address, stride = gradient.data_ptr(), slot.cols
             self._copies.append(gradient)  # alive until the step's launches are queued
-        return gradient.data_ptr(), stride
+        return address, stride
 
 
 def _groups(slots: Sequence[Slot]) -> list[dict[str, Any]]:

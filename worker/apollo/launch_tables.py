@@ -183,12 +183,14 @@ def build(slots: Sequence[Slot], groups: Sequence[int], area: StateArea, tiling:
     rows, projections, sides = [], [0], 0
     for i, (slot, kind, count) in enumerate(zip(order, by_position, counts, strict=True)):
         m, v = area.moments(slot.index)
+        taken = area.taken(slot.index)
         first = slot.place.row * slot.place.full_cols + slot.place.col
         shape = (slot.rows, slot.cols, m.data_ptr(), v.data_ptr(), projections[-1], offsets[i], count.parts)
         ranges = (tile_starts[i], count.tiles, chunk_starts[i], count.chunks)
         where = (slot.id, first, slot.place.full_cols, groups[slot.index], slot.index, out_starts[i], count.out)
         by_row = offsets[i] + _padded(count.parts * slot.cols)
-        rows.append(shape + ranges + where + (sides, by_row, int(kind.width > 0)))  # as in kernels/columns.py
+        steps = ((area.step_count if taken is None else taken).data_ptr(), int(taken is not None))
+        rows.append(shape + ranges + where + (sides, by_row, int(kind.width > 0)) + steps)  # as in kernels/columns.py
         is_projected = kind.shape in (TALL, WIDE)
         projections.append(projections[-1] + (_padded(min(slot.rows, slot.cols)) if is_projected else 0))
         sides += _padded(slot.rows + 2 * slot.cols) if kind.shape == FACTORED else 0

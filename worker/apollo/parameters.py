@@ -1,13 +1,13 @@
 """What the optimizer knows of one parameter, and the small interface that a device's implementation fills.
 
-A slot is a *logical* matrix: a row slice of a merged weight is one slot, with its own s and limiter. Anything that is
-not 2-D is seen as [first dimension, the rest], a vector as one row, so that element numbers are those of the flat
-tensor.
+A slot is a *logical* matrix: a row slice of a merged weight is one slot, with its own s and limiter, and so is each
+expert of a stack [E, rows, cols]. Anything else that is not 2-D is seen as [first dimension, the rest], a vector as one
+row, so that element numbers are those of the flat tensor.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from worker.apollo import philox
 from worker.apollo.errors import ApolloError
 from worker.apollo.formulas import is_tall, root_scale
-from worker.apollo.state_layout import ADAMW, FACTORED, MATRIX_ALGORITHMS, algorithm_for
+from worker.apollo.state_layout import ADAMW, FACTORED, MATRIX_ALGORITHMS, algorithm_for, stacked
 from worker.utils.shard import Shard
+from worker.utils.stacks import is_stack
 
 Projection = Callable[[int, tuple[int, int], int], Tensor]
 """(index of the parameter, shape of P, number of the draw) -> fp32 tensor of that shape."""
@@ -31,6 +32,9 @@ shapes and dtypes in the same order; the sum is the same, bit for bit, on each."
 _PER_PARAMETER = ("ids", "places", "shards")
 """Group keys that hold one entry a parameter."""
 
+EXPERTS_FROM = 1 << 16
+"""The id of expert e of parameter p is p + e times this: ids of parameters are smaller where there is a stack."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -43,7 +47,7 @@ class Place:
 
 @dataclass
 class Slot:
-    """One parameter."""
+    """One parameter, or the matrix number `part` of a stack."""
 
     index: int
     name: str
@@ -54,6 +58,7 @@ class Slot:
     rows: int
     cols: int
     place: Place
+    part: int | None = None
     shard: Shard | None = None
     """Which part of a whole matrix this process holds: `rows` and `cols` are the part's; None: all of it."""
 
@@ -91,14 +96,21 @@ class Slot:
             start += count
         return runs
 
+    def offset(self, tensor: Tensor) -> int:
+        """Bytes from the beginning of `tensor`, of the whole parameter's shape, to this slot's part of it."""
+        return 0 if self.part is None else self.part * tensor.stride(0) * tensor.element_size()
+
     def matrix(self, tensor: Tensor, what: str) -> Tensor:
-        """`tensor`, a weight or a gradient of this parameter, as a [rows, cols] view with unit column stride."""
+        """Of `tensor`, a weight or a gradient of the whole parameter, this slot's [rows, cols], a view with unit column
+        stride."""
         if tensor.dtype not in DTYPES:
             raise ApolloError(f"{what} of {self.name} is {tensor.dtype}: only bfloat16 and float32 are supported")
         if tensor.layout != torch.strided or tensor.shape != self.parameter.shape:
             raise ApolloError(f"{what} of {self.name} must be dense and of shape {list(self.parameter.shape)}")
+        whole = tensor.detach()
+        view: Tensor | None
         try:
-            view = tensor.detach().view(self.rows, self.cols)
+            view = whole.view(self.rows, self.cols) if self.part is None else whole[self.part]
         except RuntimeError:
             view = None
         if view is None or (self.cols > 1 and view.stride(1) != 1):
@@ -131,12 +143,19 @@ class Options:
     def _draw_whole(self, slot: Slot, draw: int) -> Tensor:
         length = min(slot.whole)
         if self.projection is None:
-            return philox.projection(self.seed, slot.id, draw, length)
+            return self.draw_all([slot], draw)[0]
         shape = (1, length) if slot.tall else (length, 1)
         given = self.projection(slot.index, shape, draw)
         if given.dtype != torch.float32 or given.shape != shape:
             raise ApolloError(f"projection() must return float32 of shape {list(shape)} for {slot.name}")
         return given.detach().cpu().flatten()
+
+    def draw_all(self, slots: Sequence[Slot], draw: int) -> Tensor:
+        """P of several matrices of one shape: fp32 [slots, min(rows, cols)], on the CPU."""
+        if self.projection is not None:
+            return torch.stack([self.draw(slot, draw) for slot in slots])
+        length = min(slots[0].whole)
+        return philox.projections(self.seed, [slot.id for slot in slots], draw, length)
 
 
 @dataclass(frozen=True)
@@ -203,47 +222,54 @@ class Backend(Protocol):
 
 
 def make_slots(groups: Sequence[dict[str, Any]], matrices: str) -> list[Slot]:
-    """One slot a parameter, in the order given; `matrices`: what matrices take. Raises `ApolloError` naming what does
-    not fit."""
+    """One slot a parameter, or a matrix of a stack, in the order given; `matrices`: what matrices take. Raises
+    `ApolloError` naming what does not fit."""
     names = [name for group in groups for name in group.get("param_names", ())]
     rank = {name: i for i, name in enumerate(sorted(names))}
     slots: list[Slot] = []
+    number = 0
     for group in groups:
         for key in _PER_PARAMETER:
             if group.get(key) is not None and len(group[key]) != len(group["params"]):
                 raise ApolloError(f'a parameter group\'s "{key}" must have one entry for each of its parameters')
         for i, parameter in enumerate(group["params"]):
-            index = len(slots)
-            name = group["param_names"][i] if "param_names" in group else f"parameter {index}"
+            name = group["param_names"][i] if "param_names" in group else f"parameter {number}"
             algorithm = group.get("algorithm") or algorithm_for(parameter.shape, matrices)
-            slots.append(_make_slot(index, name, i, parameter, group, rank.get(name, index), algorithm))
+            slots += _slots_of(len(slots), name, i, parameter, group, rank.get(name, number), algorithm)
+            number += 1
     return slots
 
 
-def _make_slot(
+def _slots_of(
     index: int, name: str, i: int, parameter: Tensor, group: dict[str, Any], rank: int, algorithm: str
-) -> Slot:
+) -> list[Slot]:
     if algorithm not in (*MATRIX_ALGORITHMS, ADAMW):
         raise ApolloError(f'a parameter group\'s "algorithm" is "apollo", "factored" or "adamw", not {algorithm!r}')
-    if algorithm in MATRIX_ALGORITHMS and parameter.dim() != 2:
+    if algorithm in MATRIX_ALGORITHMS and parameter.dim() != 2 and not is_stack(parameter.shape):
         raise ApolloError(f'{name} has {parameter.dim()} dimensions: "{algorithm}" is for matrices')
     if parameter.dtype not in DTYPES or parameter.numel() == 0:
         raise ApolloError(
             f"{name} is {parameter.dtype} of shape {list(parameter.shape)}: only bfloat16 and float32, not empty"
         )
-    rows, cols = matrix_shape(parameter.shape)
+    count = stacked(parameter.shape, algorithm)
+    rows, cols = matrix_shape(parameter.shape[1:] if count else parameter.shape)
     id = group["ids"][i] if group.get("ids") is not None else rank
     shard = group["shards"][i] if group.get("shards") is not None else None
     if shard is not None:
-        place = _place_of(name, shard, parameter, algorithm)
+        place = _place_of(name, shard, parameter, algorithm, stack=bool(count))
     else:
         place = Place(*group["places"][i]) if group.get("places") is not None else Place(0, 0, cols)
-    slot = Slot(index, name, parameter, group, id, algorithm, rows, cols, place, shard)
-    slot.matrix(parameter, "the weight")  # refuses strides it cannot follow
-    return slot
+    if count and not (0 <= id < EXPERTS_FROM and count <= EXPERTS_FROM):
+        raise ApolloError(f"{name} is a stack of {count} matrices with the id {id}: both are below {EXPERTS_FROM}")
+    whole = Slot(index, name, parameter, group, id, algorithm, rows, cols, place, shard=shard)
+    slots = [whole] if not count else [
+        replace(whole, index=index + e, name=f"{name}[{e}]", id=id + e * EXPERTS_FROM, part=e) for e in range(count)
+    ]  # fmt: skip
+    slots[0].matrix(parameter, "the weight")  # refuses strides it cannot follow
+    return slots
 
 
-def _place_of(name: str, shard: Shard, parameter: Tensor, algorithm: str) -> Place:
+def _place_of(name: str, shard: Shard, parameter: Tensor, algorithm: str, *, stack: bool) -> Place:
     """Where the part's first element lies in the whole. Raises `ApolloError` for what is no part, or is not known."""
     if shard.local != tuple(parameter.shape):
         raise ApolloError(f"{name} has shape {list(parameter.shape)}, and its shard {list(shard.local)}")
@@ -251,6 +277,8 @@ def _place_of(name: str, shard: Shard, parameter: Tensor, algorithm: str) -> Pla
         raise ApolloError(
             f'{name} is divided over processes, which "factored" does not know: serve with --optimizer apollo-mini'
         )
+    if stack:
+        raise ApolloError(f"{name} is a stack of matrices that is divided over processes, which is not known")
     in_rows = shard.dim == 0 and len(shard.shape) > 1
     if not in_rows and (len(shard.pieces) > 1 or len(shard.shape) > 2):
         raise ApolloError(f"{name} is divided into pieces of its columns: only one piece of a matrix's is known")

@@ -14,7 +14,10 @@ def rehearse(slots: Sequence[Slot], make: Callable[[list[dict[str, Any]]], Any])
     smallest: dict[Kind, Slot] = {}
     for slot in sorted(slots, key=lambda slot: slot.rows * slot.cols, reverse=True):
         smallest[kind_of(slot)] = slot
-    tensors = [torch.zeros(slot.parameter.shape).to(slot.parameter) for slot in smallest.values()]
+    tensors = [
+        torch.zeros(slot.parameter.shape if slot.part is None else (slot.rows, slot.cols)).to(slot.parameter)
+        for slot in smallest.values()
+    ]
     groups = [
         {"params": [tensor], "algorithm": slot.algorithm}
         for slot, tensor in zip(smallest.values(), tensors, strict=True)

@@ -21,6 +21,7 @@ from worker.config.optimizers import MATRICES
 from worker.shared_weights.attach import AttachedWeights
 from worker.shared_weights.header import APPLYING
 from worker.utils.fault_injection import point
+from worker.utils.stacks import is_stack
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Rebuilder:
             )
         steps = [self._read(entry) for entry in path]
         self._check_optimizer(version, base, steps)
+        self._check_experts(version, base, steps)
         try:
             self.snapshots.check_layout(base, self.weights.tensors, self.weights.state)
             replay.check_steps(steps, self.snapshots.steps_taken(base))
@@ -114,6 +116,19 @@ class Rebuilder:
                 f" started for {ours}; nothing was changed. Start the server with `tandem serve --optimizer"
                 f" {others[0]}`; or train the weights of a checkpoint with {ours}, as a model of its own:"
                 f" `tandem serve DIRECTORY --optimizer {ours}`"
+            )
+
+    def _check_experts(self, version: int, base: int, steps: list[UpdateRecord]) -> None:
+        """No expert was trained by an older Tandem, to whose optimizer a layer's experts were one tensor: here they
+        would take other steps. Raises `RebuildError`."""
+        if not any(is_stack(tensor.shape) for tensor in self.weights.tensors.values()):
+            return
+        older = any(replay.hyperparameters(record.h).router is None for record in steps)
+        if older or self.snapshots.is_unstacked(base, self.weights.tensors):
+            raise RebuildError(
+                f"version {version} cannot be made: an older Tandem trained it, to whose optimizer a layer's experts"
+                " were one tensor, and here each is a matrix of its own; nothing was changed. Use the Tandem that wrote"
+                " it; or train the weights of a checkpoint as a model of its own: `tandem serve DIRECTORY`"
             )
 
     def _unusable(self, candidate: int, dropped: frozenset[str]) -> str | None:

@@ -222,17 +222,26 @@ class Snapshots:
         """Steps that the optimizer had taken at `version`. Raises `SnapshotError`."""
         if version == 0:
             return 0
-        with safe_open(self._state_file(version), framework="pt") as extra:
-            return state_layout.steps_taken(extra.get_slice("state")[: state_layout.HEADER_BYTES])
+        return state_layout.steps_taken(self._state_header(version))
 
     def matrices(self, version: int, tensors: dict[str, torch.Tensor]) -> str | None:
         """What matrices took in the optimizer of `version`: a name of worker.apollo's, or None where none has run.
         tensors: text name -> tensor, sorted."""
         if version == 0:
             return None
+        return state_layout.matrices_of(self._state_header(version), [tensor.shape for tensor in tensors.values()])
+
+    def is_unstacked(self, version: int, tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether the optimizer's state of `version` is of an older Tandem, to which a layer's experts were one tensor.
+        tensors: as for `matrices`."""
+        return version > 0 and state_layout.is_unstacked(
+            self._state_header(version), [tensor.shape for tensor in tensors.values()]
+        )
+
+    def _state_header(self, version: int) -> torch.Tensor:
         with safe_open(self._state_file(version), framework="pt") as extra:
-            header = extra.get_slice("state")[: state_layout.HEADER_BYTES]
-        return state_layout.matrices_of(header, [tensor.shape for tensor in tensors.values()])
+            header: torch.Tensor = extra.get_slice("state")[: state_layout.HEADER_BYTES]
+        return header
 
     def _state_file(self, version: int) -> Path:
         return self.path(version) / _EXTRA / "state.safetensors"

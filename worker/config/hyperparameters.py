@@ -13,6 +13,7 @@ import click
 from producer.errors import TandemError
 from worker.config.optimizers import DEFAULT, OPTIMIZERS, RATES, WHAT, Optimizer, other_optimizer
 
+Router = Literal["frozen", "trained"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -20,8 +21,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Hyperparameters:
     """One field a flag; see `training_options` for what each means.
 
-    lr, optimizer: None is the default; `settled` puts a name and a number there, and so the journal has them. A journal
-    without an optimizer was written when there was one.
+    lr, optimizer, router: None is the default; `settled` puts names and a number there, and so the journal has them. A
+    journal without an optimizer was written when there was one. One without a router was written when routers were
+    trained, and when a layer's experts were one tensor to the optimizer.
     """
 
     lr: float | None = None
@@ -29,6 +31,7 @@ class Hyperparameters:
     scale: str = "auto"
     warmup: int = 0
     embeddings: str = "apollo"
+    router: Router | None = None
     weight_decay: float = 0.0
     rounding: str = "stochastic"
     seed: int = 0
@@ -53,7 +56,7 @@ class Hyperparameters:
         found = replace(self, optimizer=self.optimizer or of_server or DEFAULT)
         if found.rule != DEFAULT and self.scale != "auto":
             raise TandemError(f"--scale is APOLLO's: leave it out with --optimizer {found.rule}")
-        return replace(found, lr=found.rate)
+        return replace(found, lr=found.rate, router=found.router or "frozen")
 
     def scale_value(self) -> float | str:
         """The optimizer's `scale`: a number, or "auto" for min(rows, cols) of each matrix."""
@@ -105,6 +108,13 @@ def training_options(command: F) -> F:
             type=click.Choice(["apollo", "frozen"]),
             default=defaults.embeddings,
             help="Whether embeddings and output head learn.",
+        ),
+        click.option(
+            "--router",
+            type=click.Choice(["frozen", "trained"]),
+            default="frozen",
+            help="Whether what chooses the experts of a mixture learns. No loss keeps their use even here, so a router"
+            " that learns may come to leave experts out.",
         ),
         click.option("--weight-decay", type=click.FloatRange(0), default=defaults.weight_decay, help="Decoupled."),
         click.option(

@@ -19,6 +19,7 @@ from worker.config.optimizers import MATRICES
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
 from worker.memory.planner import Way
+from worker.model import freeze_routers
 from worker.trainer.trainer import Trainer
 from worker.utils.shard import Shard
 
@@ -61,14 +62,17 @@ def make_trainer(
 
     budget: tokens of one forward pass; by default 4,096 on a CPU and `h.max_length`, at least 8,192, on a GPU, whose
     model must be fused (`worker.model`); `capacity_for` says what that holds. The order of parameters, and with it the
-    layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` says:
-    frozen ones never have a gradient. shards, sum_over_shards: of a model that is divided over processes
-    (`worker.model.sharded`), which parameters are parts of a whole, and what adds up over them.
+    layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` and
+    `h.router` say: frozen ones never have a gradient. Raises `ModelError` where the router is not found that is frozen.
+    shards, sum_over_shards: of a model that is divided over processes (`worker.model.sharded`), which parameters are
+    parts of a whole, and what adds up over them.
     """
     named = sorted(parameters, key=lambda item: item[0])
     for name, parameter in named:
         is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
         parameter.requires_grad_(not (is_table and h.embeddings == "frozen"))
+    if h.router == "frozen":
+        freeze_routers(model)
     divided = {"shards": [shards.get(name) for name, _ in named]} if shards else {}
     optimizer = ApolloMini(
         [{"params": named, **divided}],

@@ -287,11 +287,11 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named(bad: float) -> None:
     assert optimizer.step_count == 2
 
 
-def check_streaming_is_burst(device: str, dtype: torch.dtype = torch.bfloat16, **more) -> None:
-    """Whatever the order in which the gradients come."""
+def check_streaming_is_burst(device: str, dtype: torch.dtype = torch.bfloat16, steps: int = 6, **more) -> None:
+    """Whatever the order in which the gradients come, and over a redraw of projections."""
     weights = mixed_weights()
-    gradients = [[g.to(dtype) for g in step] for step in given_gradients([tuple(w.shape) for w in weights], 6)]
-    options = {"lr": 1e-3, "projection_gap": 4, "weight_decay": 0.01} | more
+    gradients = [[g.to(dtype) for g in step] for step in given_gradients([tuple(w.shape) for w in weights], steps)]
+    options = {"lr": 1e-3, "projection_gap": steps - 2, "weight_decay": 0.01} | more
     burst = run(weights, gradients, device, **options)
     parameters = [torch.nn.Parameter(w.clone().to(device)) for w in weights]
     optimizer = ApolloMini(parameters, **options)
@@ -349,8 +349,11 @@ def test_update_rms() -> None:
     check_update_rms(CPU)
 
 
-def check_step_scale(device: str, **options) -> None:
-    """It multiplies the step and nothing else: from weights of zero the step is the weights, and half of it exact."""
+def check_step_scale(device: str, most_before: int = 2, **options) -> None:
+    """It multiplies the step and nothing else: from weights of zero the step is the weights, and half of it exact.
+
+    most_before: steps at full length that come before it.
+    """
     shapes = [(64, 32), (24, 48), (20,), (6, 1, 4)]
     gradients = given_gradients(shapes, 3)
 
@@ -367,7 +370,7 @@ def check_step_scale(device: str, **options) -> None:
         return moved, optimizer.area.memory.clone(), optimizer.last_update.update_rms
 
     for front in (False, True):
-        for before in ((), (1.0,), (1.0, 1.0)):
+        for before in ((1.0,) * count for count in range(most_before + 1)):
             whole, memory, rms = taught(*before, 1.0, front=front)
             half, half_memory, half_rms = taught(*before, 0.5, front=front)
             assert all(w.abs().min() > 0 and torch.equal(h, w / 2) for h, w in zip(half, whole, strict=True))

@@ -214,6 +214,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"shards": [Shard((8, 4), 0, ((0, 5),))]}, r"has shape \[4, 4\], and its shard \[5, 4\]"),
     ({"shards": [Shard((4, 8), 1, ((0, 2), (4, 2)))]}, "pieces of its columns"),
     ({"shards": [Shard((8, 4), 0, ((0, 4),))], "algorithm": "factored"}, "--optimizer apollo-mini"),
+    ({"params": [("w", torch.zeros(2, 4, 4))], "shards": [Shard((4, 4, 4), 0, ((0, 2),))]}, "stack of matrices"),
 ]
 
 

@@ -45,7 +45,7 @@ def parts(
     bound = build_model(folder, tensors)
     if settled:
         settle_attention(bound)
-    h = Hyperparameters(max_length=MOST_TOKENS).settled()
+    h = Hyperparameters(max_length=MOST_TOKENS, router="trained").settled()
     return make_trainer(bound, list(bound.named_parameters()), tokenizer, h, state=None), model, tokenizer
 
 

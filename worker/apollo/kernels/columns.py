@@ -24,7 +24,9 @@ OUT_TILES = tl.constexpr(17)
 SIDES = tl.constexpr(18)  # offset into what the factored rule knows of rows and columns
 ROW_SCRATCH = tl.constexpr(19)  # offset of its partial sums by row; those by column are at SCRATCH, PARTS of them
 STRIP = tl.constexpr(20)  # 1 where one program sees whole rows
-COLUMNS = tl.constexpr(21)
+STEPS = tl.constexpr(21)  # address of its step count: that of all, or its own
+OWN_STEPS = tl.constexpr(22)  # 1 where it is its own: a matrix of a stack
+COLUMNS = tl.constexpr(23)
 
 # Columns of the binding table, int64 [parameters, BINDINGS]: what may differ from step to step.
 WEIGHT = tl.constexpr(0)

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from worker.apollo.kernels.columns import BETA1, BETA2, EPS, RATE
+from worker.apollo.kernels.columns import BETA1, BETA2, EPS, OWN_STEPS, RATE, STEPS
 
 TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -31,6 +31,19 @@ def moments(m, v, r, knob):
     m = beta1.to(tl.float32) * m + (1 - beta1).to(tl.float32) * r
     v = beta2.to(tl.float32) * v + (1 - beta2).to(tl.float32) * (r * r)
     return m, v, tl.div_rn(m, tl.sqrt_rn(v) + tl.load(knob + EPS).to(tl.float32))
+
+
+@triton.jit
+def steps_of(parameter):
+    """How many steps this parameter has taken before this one."""
+    return tl.load(tl.load(parameter + STEPS).to(tl.pointer_type(tl.int64)))
+
+
+@triton.jit
+def count_own(parameter, steps):
+    """A matrix of a stack has taken one step more than `steps`: the last that one of its kernels does with it."""
+    at = tl.load(parameter + STEPS).to(tl.pointer_type(tl.int64))
+    tl.store(at, steps + 1, tl.load(parameter + OWN_STEPS) != 0)
 
 
 @triton.jit

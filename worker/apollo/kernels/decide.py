@@ -28,7 +28,7 @@ from worker.apollo.kernels.columns import (
     M,
     V,
 )
-from worker.apollo.kernels.common import moments, step_size
+from worker.apollo.kernels.common import count_own, moments, step_size, steps_of
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -91,7 +91,7 @@ def update_moments(
 
 @triton.jit(do_not_specialize=["first", "count"])
 def matrix_factor(
-    parameters, first, count, knobs, roots, steps, previous, statistics, partial_norms, control,
+    parameters, first, count, knobs, roots, previous, statistics, partial_norms, control,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """formulas.matrix_factor, in float64: statistics[FACTOR] and the limiter's memory, for one matrix."""
@@ -119,7 +119,9 @@ def matrix_factor(
         floor = LIMITER_FLOOR * tl.sqrt(length.to(tl.float64))
         tl.store(memory, tl.maximum(factor * g_norm, floor).to(tl.float32))
 
-        factor *= tl.where(front != 0, 1.0, root) * step_size(knob, tl.load(steps) + 1)
+        steps = steps_of(parameter)
+        factor *= tl.where(front != 0, 1.0, root) * step_size(knob, steps + 1)
+        count_own(parameter, steps)
         tl.store(statistics + FACTOR * count + position, factor.to(tl.float32))
         tl.store(statistics + MOVED * count + position, (factor * factor * squares).to(tl.float32))
         tl.store(statistics + WRITTEN * count + position, 1.0)

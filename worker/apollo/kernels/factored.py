@@ -41,13 +41,13 @@ from worker.apollo.kernels.columns import (
     M,
     V,
 )
-from worker.apollo.kernels.common import fold, pointer, power
+from worker.apollo.kernels.common import count_own, fold, pointer, power, steps_of
 
 
 @triton.jit
 def correction(knob, steps):
     """factored.correction, in float64, of the step after `steps`."""
-    return 1 - power(tl.load(knob + BETA2), tl.load(steps) + 1)
+    return 1 - power(tl.load(knob + BETA2), steps + 1)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def column_factor(c, corrected, eps):
 
 @triton.jit(do_not_specialize=["first"])
 def sum_strip(
-    parameters, bindings, tiles, first, knobs, steps, sides, scratch, partial_squares,
+    parameters, bindings, tiles, first, knobs, sides, scratch, partial_squares,
     G_TYPE: tl.constexpr, ALIGNED: tl.constexpr, TR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def sum_strip(
         tl.multiple_of(stride, 8)
     g = pointer(tl.load(binding + GRADIENT), G_TYPE, ALIGNED)
     knob = knobs + tl.load(parameter + GROUP) * KNOBS
-    corrected = correction(knob, steps).to(tl.float32)
+    corrected = correction(knob, steps_of(parameter)).to(tl.float32)
     eps = tl.load(knob + EPS).to(tl.float32)
     kept = tl.load(parameter + M).to(tl.pointer_type(tl.float32))
     side = sides + tl.load(parameter + SIDES)
@@ -197,7 +197,7 @@ def collapse(
 
 @triton.jit(do_not_specialize=["first"])
 def follow(
-    parameters, chunks, first, knobs, steps, statistics, sides, partial_norms, control,
+    parameters, chunks, first, knobs, statistics, sides, partial_norms, control,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """r of BLOCK rows, or c of BLOCK columns; a or b in place of the means; the chunk's shares of the sum of r and of
@@ -210,7 +210,7 @@ def follow(
         rows, cols = tl.load(parameter + ROWS), tl.load(parameter + COLS)
         side = sides + tl.load(parameter + SIDES)
         knob = knobs + tl.load(parameter + GROUP) * KNOBS
-        corrected = correction(knob, steps).to(tl.float32)
+        corrected = correction(knob, steps_of(parameter)).to(tl.float32)
         eps = tl.load(knob + EPS).to(tl.float32)
         in_rows = tl.cdiv(rows, BLOCK)
         if number < in_rows:
@@ -269,7 +269,7 @@ def square_update(
 
 @triton.jit(do_not_specialize=["first", "count"])
 def matrix_size(
-    parameters, first, count, knobs, steps, statistics, partial_norms, control,
+    parameters, first, count, knobs, statistics, partial_norms, control,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """factored.matrix_factor times the rate, in float64: statistics[FACTOR] of one matrix.
@@ -290,7 +290,9 @@ def matrix_size(
         x_squares = tl.sum(squares, 0) + tl.load(moved).to(tl.float64)
         knob = knobs + tl.load(parameter + GROUP) * KNOBS
         rows, cols = tl.load(parameter + ROWS).to(tl.float64), tl.load(parameter + COLS).to(tl.float64)
+        steps = steps_of(parameter)
         root = tl.sqrt(tl.sum(r_sums, 0) / rows / correction(knob, steps))
+        count_own(parameter, steps)
         size = tl.load(knob + RATE) * root / tl.maximum(1.0, root * tl.sqrt(x_squares / (rows * cols)))
         tl.store(statistics + FACTOR * count + position, size.to(tl.float32))
         tl.store(moved, (size * size * x_squares).to(tl.float32))
