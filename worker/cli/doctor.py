@@ -24,7 +24,9 @@ from worker.utils.unix_socket import default_run_dir
 @redis_option
 @run_dir_option
 @state_dir_option
-@click.option("--only", "checks", multiple=True, metavar="CHECK", help="Only this check (repeatable), by its name.")
+@click.option(
+    "--only", "checks", multiple=True, metavar="CHECK", help="Only the check of exactly this name. May be repeated."
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
 def command(
     flags: tuple[str, ...],
