@@ -253,7 +253,7 @@ def _backward(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool
             moments.append([inputs, done, ("one layer's backward pass", again * tokens)])
         everything = (FACTORS, (head + _layer_factors(config, config.layers)) * tokens)
         moments.append([everything, ("one layer's backward pass", again * tokens)])
-        return _buffer(config, tables), max(moments, key=_sum)
+        return _buffer(config, tables) + 2 * config.stacks(), max(moments, key=_sum)
     matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
     gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)
     gradients += _bucket(config) if way == "streaming" else 0
@@ -268,7 +268,7 @@ def _embeddings(config: TextConfig, tokens: int, way: Way, kept: int, tables: bo
     rows: list[tuple[str, float]] = [("hidden states and their gradient", HIDDEN * config.hidden * tokens)]
     if way == "factors":
         everything = _table_factors(config, tables) + _layer_factors(config, config.layers)
-        return _buffer(config, tables), [*rows, (FACTORS, everything * tokens)]
+        return _buffer(config, tables) + 2 * config.stacks(), [*rows, (FACTORS, everything * tokens)]
     table = _table_bytes(config) * (2 if config.tied else 1) if tables else 0
     return table + (_bucket(config) if way == "streaming" else 0), rows
 
