@@ -94,6 +94,8 @@ def make_room(
     given = parse_flags(options)
     if where := said_by_user(given):
         return Share([], [f"{where} says what vLLM takes: nothing is set aside for the trainer beyond that"])
+    if trainer_memory is None and given.get("--tensor-parallel-size", ["1"])[-1:] != ["1"]:
+        raise LaunchError(f"the trainer's share of a divided model is not computed: {WAY_OUT}")
     if trainer_memory == 0:
         return Share([], ["nothing is set aside for the trainer (--trainer-memory 0)"])
     return share_of(model, given, trainer_memory, total_memory(environment), optimizer)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from worker.serving.expert_kernels import refused_backend
 from worker.serving.vllm_flags import LaunchError, json_config, parse_flags
 
-_ONE_RANK = "one GPU serves and trains; more ranks are not built yet"
+_ONE_RANK = "of vLLM's ways to use several GPUs, only --tensor-parallel-size is known to the trainer"
 _ONE_API = "the control socket and the versions in answers need exactly one API process"
 _OFFLOADED = "offloaded weights are not where the trainer would write"
 _ALLOCATOR = "its allocator moves the weights, and memory from it cannot be shared"
@@ -25,7 +25,6 @@ REFUSED: dict[str, tuple[str, str | None]] = {
     "--enable-sleep-mode": (_ALLOCATOR, None),
     "--enable-cumem-allocator": (_ALLOCATOR, None),
     "--quantization": ("quantized weights cannot be trained in place", None),
-    "--tensor-parallel-size": (_ONE_RANK, "1"),
     "--pipeline-parallel-size": (_ONE_RANK, "1"),
     "--data-parallel-size": (_ONE_RANK, "1"),
     "--nnodes": (_ONE_RANK, "1"),
@@ -35,6 +34,9 @@ REFUSED: dict[str, tuple[str, str | None]] = {
     "--data-parallel-hybrid-lb": (_ONE_RANK, None),
     "--data-parallel-multi-port-external-lb": (_ONE_RANK, None),
     "--enable-elastic-ep": (_ONE_RANK, None),
+    "--enable-expert-parallel": (_ONE_RANK, None),
+    "--prefill-context-parallel-size": (_ONE_RANK, "1"),
+    "--decode-context-parallel-size": (_ONE_RANK, "1"),
     "--cpu-offload-gb": (_OFFLOADED, "0"),
     "--offload-group-size": (_OFFLOADED, "0"),
     "--kv-transfer-config": (_KEPT_ELSEWHERE, None),

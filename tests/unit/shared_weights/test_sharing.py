@@ -285,7 +285,8 @@ def test_vllm_s_own_ways_of_sending_weights_are_refused(owner: Owner) -> None:
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--dtype float32": ({"dtype": "float32"}, {}),
-    "--tensor-parallel-size 2": ({}, {"parallel_config.tensor_parallel_size": 2}),
+    "--decode-context-parallel-size 2": ({}, {"parallel_config.decode_context_parallel_size": 2}),
+    "--enable-expert-parallel": ({}, {"parallel_config.enable_expert_parallel": True}),
     "--pipeline-parallel-size 2": ({}, {"parallel_config.pipeline_parallel_size": 2}),
     "--data-parallel-size 2": ({}, {"parallel_config.data_parallel_size": 2}),
     "--quantization fp8": ({}, {"model_config.quantization": "fp8"}),
