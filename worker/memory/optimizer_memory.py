@@ -5,7 +5,7 @@ Must not know: torch. Invariant: `state_bytes` is what worker.apollo.state_bytes
 
 import math
 
-from worker.memory.model_config import TextConfig
+from worker.memory.traced_sizes import Sizes
 
 SCRATCH = 0.006
 """The optimizer's scratch, in bytes a parameter: about 150 MB at 27B (worker/apollo/cuda.py)."""
@@ -15,7 +15,7 @@ STRIP = 128
 (worker.apollo.launch_tables.Tiling)."""
 
 
-def state_bytes(config: TextConfig, optimizer: str = "apollo-mini") -> int:
+def state_bytes(config: Sizes, optimizer: str = "apollo-mini") -> int:
     """Bytes of the state, without importing torch: 68 MB at 27B, 52 MB with "factored"."""
     shapes = config.parameters().values()
     return _align(64 + 4 * len(shapes)) + sum(
@@ -23,7 +23,7 @@ def state_bytes(config: TextConfig, optimizer: str = "apollo-mini") -> int:
     )
 
 
-def scratch_bytes(config: TextConfig, optimizer: str) -> float:
+def scratch_bytes(config: Sizes, optimizer: str) -> float:
     """Bytes of the scratch."""
     if optimizer != "factored":
         return SCRATCH * config.count()
