@@ -54,7 +54,8 @@ def resolve_url(url: str | None) -> str:
 
 
 def _with_password(url: str, path: str) -> str:
-    """`url` with the first line of the file at `path` as its password, unless it has one."""
+    """`url` with the one line of the file at `path` as its password, unless it has one; ends of lines and a byte-order
+    mark, which editors add, are none of it."""
     scheme, mark, rest = url.partition("://")
     end = min((rest.find(sign) for sign in "/?#" if sign in rest), default=len(rest))
     user, _, host = rest[:end].rpartition("@")
@@ -63,11 +64,14 @@ def _with_password(url: str, path: str) -> str:
     if "password" in dict(parse_qsl(rest[end:].partition("?")[2])):
         return url
     try:
-        password = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        password = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RedisUrlError(f"{PASSWORD_FILE}: {path} cannot be read as text ({type(error).__name__})") from None
-    if not password or "\n" in password:
-        raise RedisUrlError(f"{PASSWORD_FILE}: {path} must be one line, the password of REDIS_URL's user")
+    if not password or not password.isprintable():  # UTF-16 without a mark is full of NULs
+        raise RedisUrlError(
+            f"{PASSWORD_FILE}: {path} must be one line of UTF-8 without control characters, the password of REDIS_URL's"
+            " user"
+        )
     return f"{scheme}://{user}:{quote(password, safe='')}@{host}{rest[end:]}"
 
 

@@ -51,7 +51,9 @@ def examined(site: Site, *options: str, url: str | None = None, state: Path | No
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert (site.store.url.partition("@")[0].rpartition(":")[2]) not in result.output, "the password"
     found = json.loads(result.output)
-    return {one["check"]: one for one in found["findings"]} | {"code": result.exit_code}
+    by_name = {one["check"]: one for one in found["findings"]}
+    assert len(by_name) == len(found["findings"]), "--only picks one check by its name"
+    return by_name | {"code": result.exit_code}
 
 
 def faults(found: dict[str, Any]) -> list[str]:
@@ -109,7 +111,9 @@ def test_one_check_alone_decides_the_exit_code(site: Site) -> None:
     alone = examined(site, "--only", "worker")
     assert alone == {"worker": ANY, "code": 1} and "start `tandem worker`" in alone["worker"]["mend"]
     wrong = CliRunner().invoke(doctor.command, ["--redis", site.store.url, "--only", "nothing"])
-    assert wrong.exit_code == 2 and "no check is called nothing" in wrong.output
+    assert wrong.exit_code == 2 and "no check is called nothing\n" in wrong.output
+    away = CliRunner().invoke(doctor.command, ["--redis", "redis://127.0.0.1:1/0", "--only", "clock"])
+    assert away.exit_code == 2 and "not made while it does not answer" in away.output
 
 
 def test_it_shows_one_line_a_check(site: Site) -> None:
@@ -124,6 +128,34 @@ def test_an_evicting_redis(site: Site) -> None:
         assert faults(found) == ["eviction"]
         assert "allkeys-lru" in found["eviction"]["what"] and "noeviction" in found["eviction"]["mend"]
         assert any(line.startswith("fault") and line.endswith("and in redis.conf") for line in lines(site))
+
+
+def test_a_key_of_another_type(site: Site) -> None:
+    """Another program's, under a name of ours: nothing else is said to be wrong with Redis."""
+    site.redis.rename("weights:state", "aside")
+    site.redis.set("weights:state", "mine")
+    try:
+        found = examined(site)
+    finally:
+        site.redis.rename("aside", "weights:state")
+    assert faults(found) == ["keys"] and "weights:state is a string, and a hash is kept" in found["keys"]["what"]
+    assert "DEL weights:state" in found["keys"]["mend"]
+    assert "rights" not in found["clock"]["what"] + found["clock"]["mend"], "nobody lacks a right"
+    assert examined(site)["keys"]["level"] == "ok"
+
+
+def test_a_checkpoint_whose_files_are_gone(site: Site) -> None:
+    assert examined(site)["checkpoints"]["values"] == {"count": 1}
+    (checkpoint,) = (path for path in (site.state / "checkpoints").iterdir() if path.name.isdigit())
+    for path in (checkpoint / "model.safetensors", checkpoint / "tandem" / "meta.msgpack"):
+        aside = path.rename(site.state / "aside")
+        try:
+            found = examined(site)
+        finally:
+            aside.rename(path)
+        assert faults(found) == ["checkpoints"] and found["checkpoints"]["values"]["path"] == str(checkpoint)
+        assert found["checkpoints"]["what"].endswith(f"1 of its files: {path.relative_to(checkpoint)}")
+        assert "delete the folder" in found["checkpoints"]["mend"]
 
 
 def test_redis_that_keeps_nothing(site: Site) -> None:

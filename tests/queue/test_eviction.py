@@ -142,6 +142,31 @@ def test_an_evicted_job_is_reported_by_its_id(redis_url: str, connection: redis.
     assert (producer.wait("b", timeout=0), looked_at(redis_url, tmp_path)["lost"]) == (2, [long_id])
 
 
+def test_of_many_lost_ids_status_tells_the_number_and_the_first(
+    redis_url: str, connection: redis.Redis, tmp_path: Path
+) -> None:
+    ids = [f"x{i:03}" for i in range(230)]
+    connection.rpush(f"rq:queue:{keys.QUEUE}", *ids)
+    found = looked_at(redis_url, tmp_path)
+    assert found["lost"] == ids[:100] and found["lost_count"] == 230 and ", 230 lost" in line(found)
+    assert any("230 queued transcripts" in said and "225 more (--json lists 100 of them)" in said
+               for said in found["problems"])  # fmt: skip
+
+
+def test_what_somebody_planted_in_redis_is_read_within_bounds(
+    redis_url: str, connection: redis.Redis, tmp_path: Path
+) -> None:
+    connection.hset(keys.STATE, mapping={"lineage": "a" * 32, "loss": "1.5", "canary_losses": '{"a": 1}'})
+    connection.hset(keys.STATE, mapping={f"of-somebody-else-{i}": "x" * 1000 for i in range(2000)})
+    connection.hset(keys.LOST, mapping={f"l{i}": "2099-01-01T00:00:00Z" for i in range(30_000)})
+    before = connection.info("stats")["total_net_output_bytes"]
+    found = looked_at(redis_url, tmp_path)
+    assert connection.info("stats")["total_net_output_bytes"] - before < 1_500_000
+    assert found["canary"] == {"a": 1.0} and 9_000 <= found["lost_count"] <= 10_000 and len(found["lost"]) == 100
+    connection.hset(keys.STATE, "hold", "x" * 100_000)
+    assert looked_at(redis_url, tmp_path)["hold"] == "the reason is too long to be shown"
+
+
 def test_a_trained_id_is_not_lost_and_the_memory_is_bounded(
     connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,7 @@ def test_the_state_is_the_headers(server: ServerProcess, control: ServerControl)
 
 def test_a_second_trainer_is_refused_by_the_firsts_name(server: ServerProcess, control: ServerControl) -> None:
     with pytest.raises(ServerError, match=r"trainer 'test' \(process \d+, since .*stop it first"):
-        ServerControl(server.run_dir, "second").connect()
+        ServerControl(server.run_dir, "second").connect(leaving=0)
     control.pause()  # the first still holds its place
     control.resume(control.state()["version"])
     control.close()

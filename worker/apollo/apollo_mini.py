@@ -10,6 +10,7 @@ non-finite gradient changes nothing. One matrix's result does not depend on whic
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +20,16 @@ from torch import Tensor
 from worker.apollo.backends import backend_for, one_device
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.gradient_hooks import Pairs, collecting
-from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, Totals, make_slots
+from worker.apollo.parameters import (
+    Backend,
+    LastUpdate,
+    Options,
+    Projection,
+    Slot,
+    SumOverShards,
+    Totals,
+    make_slots,
+)
 from worker.apollo.rehearsal import rehearse
 from worker.apollo.saved_groups import plain_groups
 from worker.apollo.slot_table import SlotTable
@@ -36,11 +46,14 @@ class ApolloMini(torch.optim.Optimizer):
     [E, rows, cols] (a mixture's experts): one without a gradient in a step, all zeros, keeps its weights and its state,
     and counts its own steps. Gradients may be either, too.
     matrices: "factored" has them take the rule of factored.py, which knows neither b1, scale, gamma nor projections.
+    sum_over_shards: where parameters are parts of matrices that several processes hold, adds tensors up over them, in
+    place; all processes call alike, for the same parameters in the same order.
     Group keys besides the hyper-parameters: "algorithm" ("apollo" | "factored" | "adamw") overrides the choice by
     shape; "ids", an int a parameter, names it in every random draw, together with the number of a matrix in its stack
     (default: its rank among the sorted names, or its position when nameless); "places", a (first row, first column,
     full row length) a parameter, says where a shard lies in its unsharded matrix, so that its rounding bits are that
-    matrix's.
+    matrix's; "shards", a `Shard` or None a parameter, says which part of a whole each is: its step is then the whole's,
+    up to the order of sums.
     lr: what it means follows `scale`: the update's RMS is about lr * sqrt(scale / min(rows, cols)); scale="auto" is
     min(rows, cols) for each matrix, with which a step is about as long as AdamW's at the same lr. Factored: about lr.
     gamma: the norm-growth limiter's; math.inf switches it off. projection_gap: steps between redraws of P.
@@ -66,6 +79,7 @@ class ApolloMini(torch.optim.Optimizer):
         projection: Projection | None = None,
         state: Tensor | None = None,
         matrices: str = APOLLO,
+        sum_over_shards: SumOverShards | None = None,
     ) -> None:
         if matrices not in MATRIX_ALGORITHMS:
             raise ValueError(f'matrices take "apollo" or "factored", not {matrices!r}')
@@ -94,7 +108,7 @@ class ApolloMini(torch.optim.Optimizer):
         if memory.device != device:
             raise ApolloError(f"the optimizer's state memory is on {memory.device} and the parameters on {device}")
         self.area = StateArea(memory, layout)
-        self._options = Options(seed, rounding == "stochastic", projection)
+        self._options = Options(seed, rounding == "stochastic", projection, sum_over_shards)
         self._backend = self._make_backend(device)
         self._steps = int(self.area.step_count)
         self._open = False
@@ -206,6 +220,15 @@ class ApolloMini(torch.optim.Optimizer):
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
         return list({id(slot.parameter): slot.parameter for slot in self._backend.order()}.values())
 
+    @property
+    def sum_over_shards(self) -> SumOverShards | None:
+        """What adds tensors up over the processes that hold shards; None where all parameters are whole."""
+        return self._options.sum_over_shards
+
+    def is_shard(self, parameter: Tensor) -> bool:
+        """Whether it is a part of what several processes hold."""
+        return self._table.first(parameter).shard is not None
+
     def name_of(self, parameter: Tensor) -> str:
         """What errors call it."""
         return self._table.name_of(parameter)
@@ -244,7 +267,7 @@ class ApolloMini(torch.optim.Optimizer):
 
         self.begin(step_scale)
         try:
-            with collecting(self._trained(), bucket_bytes, use):
+            with collecting(self._trained(), bucket_bytes, use, self._bytes):
                 yield
         except BaseException:
             self.abandon()
@@ -254,11 +277,17 @@ class ApolloMini(torch.optim.Optimizer):
     @contextmanager
     def dropping(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
         """As `streaming`, but that gradients are dropped where they would be applied: no step, the same memory."""
-        with collecting(self._trained(), bucket_bytes, lambda bucket: None):
+        with collecting(self._trained(), bucket_bytes, lambda bucket: None, self._bytes):
             yield
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self._table.parameters if parameter.requires_grad]
+
+    def _bytes(self, parameter: Tensor) -> int:
+        """Of a gradient; of a shard's, the whole's, so that all processes fill their buckets alike."""
+        first = self._table.first(parameter)
+        whole = parameter.numel() if first.shard is None else math.prod(first.whole)
+        return whole * parameter.element_size()
 
     def check(self) -> None:
         """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
@@ -295,7 +324,7 @@ class ApolloMini(torch.optim.Optimizer):
             group.update({k: v for k, v in saved.items() if k != "params"})
         run = state_dict["run"]
         self.projection_gap = run["projection_gap"]
-        self._options = Options(run["seed"], run["stochastic"], self._options.projection)
+        self._options = replace(self._options, seed=run["seed"], stochastic=run["stochastic"])
         self._slots = make_slots(self.param_groups, self._matrices)
         self._table = SlotTable(self._slots)
         self._backend = self._make_backend(self.area.memory.device)

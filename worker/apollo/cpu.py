@@ -3,6 +3,10 @@
 Every sum, and so every decision, is torch's. The bf16 weights of a large model are written by compiled_write.py, all
 else (small models, fp32 weights, rounding to nearest) by torch, in `_write`. Both give the same bits.
 
+Of a matrix that is divided over processes, R and the norms are added up over them (`Options.sum_over_shards`): after
+the pass over the gradients, after N is known, and for the totals. A matrix that a process holds as a whole is computed
+as if there were no others.
+
 Bitwise repeatable for a fixed number of threads.
 """
 
@@ -27,9 +31,12 @@ COMPILED_FROM = 1 << 24
 loading the compiler takes half a second of every start."""
 
 
-def _chunks(rows: int, cols: int) -> Iterator[slice]:
-    step = max(1, CHUNK // cols)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _chunks(slot: Slot) -> Iterator[tuple[slice, int]]:
+    """(rows, number of the first in the whole matrix) of one chunk after the other."""
+    step = max(1, CHUNK // slot.cols)
+    for rows, number in slot.runs:
+        for start in range(rows.start, rows.stop, step):
+            yield slice(start, min(start + step, rows.stop)), number + start - rows.start
 
 
 class CpuBackend:
@@ -42,7 +49,10 @@ class CpuBackend:
         self._projections: dict[int, Tensor] = {}
         self._totals = Totals(0.0, 0.0, 0)
         self._update_squares = self._weight_squares = 0.0
+        self._parts = torch.zeros(2, dtype=torch.float64)  # of the same two: what shards contribute
         self._elements = 0
+        if any(slot.shard is not None for slot in slots) and options.sum_over_shards is None:
+            raise ApolloError("parameters are shards, and no sum_over_shards says what the others hold")
         written = sum(s.rows * s.cols for s in slots if s.parameter.dtype == torch.bfloat16)
         wanted = options.stochastic and written >= COMPILED_FROM
         self._kernel = compiled_write.load() if wanted else None
@@ -62,14 +72,18 @@ class CpuBackend:
         if draw != self._drawn:
             self._drawn, self._projections = draw, {}
         self._update_squares = self._weight_squares = 0.0
+        self._parts.zero_()
         self._elements = 0
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         pairs = [(slot, slot.matrix(gradient, "the gradient")) for slot, gradient in pairs]
-        measured = [self._measure(slot, gradient) for slot, gradient in pairs]
+        measured = self._add_up(pairs, [self._measure(slot, gradient) for slot, gradient in pairs])
         for (slot, _), (_, g_norm) in zip(pairs, measured, strict=True):
             if not math.isfinite(g_norm):
                 raise NonFiniteGradientError(slot.name)
+        norms = self._follow(
+            [(s, r) for (s, _), (r, g_norm) in zip(pairs, measured, strict=True) if isinstance(r, Tensor) and g_norm]
+        )
         later: list[Write] = []
         for (slot, gradient), (found, g_norm) in zip(pairs, measured, strict=True):
             if found is None:
@@ -79,13 +93,16 @@ class CpuBackend:
             elif isinstance(found, Sums):
                 later += self._factored(slot, gradient, found)
             else:
-                later += self._apollo(slot, gradient, found, g_norm)
+                later += self._apollo(slot, gradient, *norms[slot.index], g_norm)
         if later:  # all at once: torch's threads still spin for a moment after each of its operations
             self._write_all(later)
 
     def finish(self) -> None:
         self.area.step_count.add_(1)
-        self._totals = Totals(self._update_squares, self._weight_squares, self._elements)
+        if self.options.sum_over_shards is not None:
+            self.options.sum_over_shards([self._parts])
+        moved, weight = self._parts.tolist()
+        self._totals = Totals(self._update_squares + moved, self._weight_squares + weight, self._elements)
 
     def check(self) -> None:
         pass  # update() has raised already
@@ -111,13 +128,13 @@ class CpuBackend:
     def _measure(self, slot: Slot, gradient: Tensor) -> tuple[Tensor | Sums | None, float]:
         """One pass over the gradient: (R, ||G||); the factored rule's sums in place of R, nothing for AdamW."""
         own = slot.algorithm == FACTORED
-        chunks = ((rows, self._widened(gradient[rows], own)) for rows in _chunks(slot.rows, slot.cols))
+        chunks = ((rows, self._widened(gradient[rows], own)) for rows, _ in _chunks(slot))
         if slot.algorithm == FACTORED:
             return cpu_factored.measure(slot, self.area.moments(slot.index), self._own_t(slot), chunks)
         squares = 0.0
         wanted = slot.algorithm == APOLLO
-        tall = formulas.is_tall(slot.rows, slot.cols)
-        r = torch.zeros(max(slot.rows, slot.cols) if wanted else 0)
+        tall = slot.tall
+        r = torch.zeros((slot.rows if tall else slot.cols) if wanted else 0)
         for rows, g in chunks:
             squares += float(torch.linalg.vector_norm(g)) ** 2
             if wanted and tall:
@@ -126,32 +143,59 @@ class CpuBackend:
                 r += formulas.project(g, self._projection(slot)[rows], tall)
         return r if wanted else None, math.sqrt(squares) if squares >= 0 else squares  # NaN stays NaN
 
-    def _apollo(self, slot: Slot, gradient: Tensor, r: Tensor, g_norm: float) -> list[Write]:
+    def _add_up(
+        self, pairs: Sequence[tuple[Slot, Tensor]], measured: list[tuple[Tensor | Sums | None, float]]
+    ) -> list[tuple[Tensor | Sums | None, float]]:
+        """What was measured of shards, over all processes: R in place, and the whole matrix's ||G||."""
+        if self.options.sum_over_shards is None:
+            return measured
+        slots = [slot for slot, _ in pairs]
+        squares = [norm**2 if slot.shard else 0.0 for slot, (_, norm) in zip(slots, measured, strict=True)]
+        total = torch.tensor(squares, dtype=torch.float64)
+        projected = [r for slot, (r, _) in zip(slots, measured, strict=True) if isinstance(r, Tensor) and slot.sums_r]
+        self.options.sum_over_shards([total, *projected])
+        return [
+            (found, math.sqrt(square) if slot.shard and square >= 0 else square if slot.shard else norm)
+            for slot, (found, norm), square in zip(slots, measured, total.tolist(), strict=True)
+        ]
+
+    def _follow(self, found: Sequence[tuple[Slot, Tensor]]) -> dict[int, tuple[float, float]]:
+        """Moments follow R; (||N||, ||R||) of the whole matrix by the slot's index."""
+        norms = {}
+        for slot, r in found:
+            m, v = self.area.moments(slot.index)
+            formulas.update_moments(m, v, r, *slot.group["betas"])
+            n = formulas.normalised(m, v, slot.group["eps"])
+            norms[slot.index] = float(torch.linalg.vector_norm(n)), float(torch.linalg.vector_norm(r))
+        if self.options.sum_over_shards is not None:
+            parts = [slot.index for slot, _ in found if slot.sums_norms]
+            total = torch.tensor([norms[index] for index in parts], dtype=torch.float64).view(-1, 2).square_()
+            self.options.sum_over_shards([total])
+            norms |= {index: (a, b) for index, (a, b) in zip(parts, total.sqrt().tolist(), strict=True)}
+        return norms
+
+    def _apollo(self, slot: Slot, gradient: Tensor, n_norm: float, r_norm: float, g_norm: float) -> list[Write]:
         """What is left to be written by compiled code."""
-        m, v = self.area.moments(slot.index)
         previous = self.area.previous[slot.index : slot.index + 1]
-        beta1, beta2 = slot.group["betas"]
-        formulas.update_moments(m, v, r, beta1, beta2)
-        n = formulas.normalised(m, v, slot.group["eps"])
         factor, remembered = formulas.matrix_factor(
-            float(torch.linalg.vector_norm(n)),
-            float(torch.linalg.vector_norm(r)),
+            n_norm,
+            r_norm,
             g_norm,
             float(previous),
             slot.root,
             slot.group["scale_front"],
             slot.group["gamma"],
-            formulas.limiter_floor(slot.rows, slot.cols),
+            formulas.limiter_floor(*slot.whole),
         )
         previous.fill_(remembered)
         step = self._step_size(slot) * factor
         self._count(slot)
         self._update_squares += (step * g_norm) ** 2
-        self._elements += slot.rows * slot.cols
+        self._elements += math.prod(slot.whole)
         if self._is_compiled(slot):
-            return [self._later(slot, rows, gradient[rows], step) for rows in _chunks(slot.rows, slot.cols)]
-        for rows in _chunks(slot.rows, slot.cols):
-            self._write(slot, rows, gradient[rows].float(), step)
+            return [self._later(slot, rows, number, gradient[rows], step) for rows, number in _chunks(slot)]
+        for rows, number in _chunks(slot):
+            self._write(slot, rows, number, gradient[rows].float(), step)
         return []
 
     def _factored(self, slot: Slot, gradient: Tensor, sums: Sums) -> list[Write]:
@@ -162,27 +206,31 @@ class CpuBackend:
         self._update_squares += step**2 * scaling.x_squares
         self._elements += slot.rows * slot.cols
         later: list[Write] = []
-        for rows in _chunks(slot.rows, slot.cols):
+        for rows, number in _chunks(slot):
             scales = scaling.rows[rows], scaling.cols
             if self._is_compiled(slot):
-                later.append(self._later(slot, rows, gradient[rows], step, scales))
+                later.append(self._later(slot, rows, number, gradient[rows], step, scales))
             else:
-                self._write(slot, rows, gradient[rows].float() * scales[0][:, None] * scales[1], step)
+                self._write(slot, rows, number, gradient[rows].float() * scales[0][:, None] * scales[1], step)
         return later
 
     def _adamw(self, slot: Slot, gradient: Tensor) -> None:
         """AdamW in the same terms: U = N, with R = G."""
         m, v = (state.view(slot.rows, slot.cols) for state in self.area.moments(slot.index))
         step = self._step_size(slot)
-        for rows in _chunks(slot.rows, slot.cols):
+        for rows, number in _chunks(slot):
             formulas.update_moments(m[rows], v[rows], gradient[rows].float(), *slot.group["betas"])
             n = formulas.normalised(m[rows], v[rows], slot.group["eps"])
-            self._update_squares += (step * float(torch.linalg.vector_norm(n))) ** 2
-            if self._is_compiled(slot):
-                self._write_all([self._later(slot, rows, n, step)])
+            moved = (step * float(torch.linalg.vector_norm(n))) ** 2
+            if slot.shard is None:
+                self._update_squares += moved
             else:
-                self._write(slot, rows, n, step)
-        self._elements += slot.rows * slot.cols
+                self._parts[0] += moved
+            if self._is_compiled(slot):
+                self._write_all([self._later(slot, rows, number, n, step)])
+            else:
+                self._write(slot, rows, number, n, step)
+        self._elements += math.prod(slot.whole)
 
     def _step_size(self, slot: Slot) -> float:
         beta1, beta2 = slot.group["betas"]
@@ -208,20 +256,30 @@ class CpuBackend:
     def _decay(self, slot: Slot) -> float:
         return self._rate(slot) * slot.group["weight_decay"]
 
-    def _weigh(self, value: Tensor) -> None:
+    def _weigh(self, slot: Slot, value: Tensor) -> None:
         """Count some rows of a weight, fp32 and not yet written."""
-        self._weight_squares += float(torch.linalg.vector_norm(value)) ** 2
+        squares = float(torch.linalg.vector_norm(value)) ** 2
+        if slot.shard is None:
+            self._weight_squares += squares
+        else:
+            self._parts[1] += squares
 
     def _is_compiled(self, slot: Slot) -> bool:
         return self._kernel is not None and slot.parameter.dtype == torch.bfloat16
 
     def _later(
-        self, slot: Slot, rows: slice, direction: Tensor, step: float, scales: tuple[Tensor, Tensor] | None = None
+        self,
+        slot: Slot,
+        rows: slice,
+        number: int,
+        direction: Tensor,
+        step: float,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Write:
         """What `_write` does, but that the weights are still to be written."""
         weight, place = slot.matrix(slot.parameter, "the weight")[rows], slot.place
-        self._weigh(self._widened(weight))
-        first = (place.row + rows.start) * place.full_cols + place.col
+        self._weigh(slot, self._widened(weight))
+        first = number * place.full_cols + place.col
         draw = (self.options.seed, self._t, slot.id)
         return Write(weight, direction, step, self._decay(slot), *draw, first, place.full_cols, scales)
 
@@ -229,22 +287,22 @@ class CpuBackend:
         assert self._kernel is not None
         compiled_write.write_all(writes, self._kernel)
 
-    def _write(self, slot: Slot, rows: slice, direction: Tensor, step: float) -> None:
-        """W <- apply(W, direction), rounded as asked, for some rows."""
+    def _write(self, slot: Slot, rows: slice, number: int, direction: Tensor, step: float) -> None:
+        """W <- apply(W, direction), rounded as asked, for some rows, the first of which is the whole's row `number`."""
         weight = slot.matrix(slot.parameter, "the weight")[rows]
         value = weight.float() if weight.dtype != torch.float32 else weight
-        self._weigh(value)
+        self._weigh(slot, value)
         formulas.apply(value, direction, step, self._decay(slot))
         if weight.dtype == torch.float32:
             return
         if self.options.stochastic:
-            value = philox.round_stochastic(value, self._bits(slot, rows))
+            value = philox.round_stochastic(value, self._bits(slot, rows.stop - rows.start, number))
         weight.copy_(value)  # rounds to nearest what is still fp32
 
-    def _bits(self, slot: Slot, rows: slice) -> Tensor:
-        """Rounding bits of these rows: int32 [rows, cols]."""
-        place, count = slot.place, rows.stop - rows.start
-        first = (place.row + torch.arange(rows.start, rows.stop)) * place.full_cols + place.col
+    def _bits(self, slot: Slot, count: int, number: int) -> Tensor:
+        """Rounding bits of `count` rows from the whole's row `number` on: int32 [count, cols]."""
+        place = slot.place
+        first = (number + torch.arange(count)) * place.full_cols + place.col
         if slot.cols == place.full_cols:  # consecutive rows are consecutive elements
             bits = philox.rounding_bits(self.options.seed, self._t, slot.id, first[:1], count * slot.cols)
         else:

@@ -10,9 +10,11 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def collecting(parameters: Sequence[Tensor], bucket_bytes: int, use: Callable[[Pairs], None]) -> Iterator[None]:
+def collecting(
+    parameters: Sequence[Tensor], bucket_bytes: int, use: Callable[[Pairs], None], size: Callable[[Tensor], int]
+) -> Iterator[None]:
     """Inside, gradients leave `parameters` as they come, and go to `use` when they are `bucket_bytes` or more; what is
-    left goes at the end. `use` must not keep the list."""
+    left goes at the end. `use` must not keep the list. size: bytes that the gradient of a parameter counts for."""
     bucket: Pairs = []
 
     def flush() -> None:
@@ -23,7 +25,7 @@ def collecting(parameters: Sequence[Tensor], bucket_bytes: int, use: Callable[[P
         assert parameter.grad is not None
         bucket.append((parameter, parameter.grad))
         parameter.grad = None
-        if sum(gradient.nbytes for _, gradient in bucket) >= bucket_bytes:
+        if sum(size(parameter) for parameter, _ in bucket) >= bucket_bytes:
             flush()
 
     hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]

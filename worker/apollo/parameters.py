@@ -15,8 +15,9 @@ from torch import Tensor
 
 from worker.apollo import philox
 from worker.apollo.errors import ApolloError
-from worker.apollo.formulas import root_scale
-from worker.apollo.state_layout import ADAMW, MATRIX_ALGORITHMS, algorithm_for, stacked
+from worker.apollo.formulas import is_tall, root_scale
+from worker.apollo.state_layout import ADAMW, FACTORED, MATRIX_ALGORITHMS, algorithm_for, stacked
+from worker.utils.shard import Shard
 from worker.utils.stacks import is_stack
 
 Projection = Callable[[int, tuple[int, int], int], Tensor]
@@ -24,7 +25,11 @@ Projection = Callable[[int, tuple[int, int], int], Tensor]
 
 DTYPES = (torch.bfloat16, torch.float32)
 
-_PER_PARAMETER = ("ids", "places")
+SumOverShards = Callable[[list[Tensor]], None]
+"""Adds each tensor up, in place, over the processes that hold the shards. All call it alike, with tensors of the same
+shapes and dtypes in the same order; the sum is the same, bit for bit, on each."""
+
+_PER_PARAMETER = ("ids", "places", "shards")
 """Group keys that hold one entry a parameter."""
 
 EXPERTS_FROM = 1 << 16
@@ -54,10 +59,42 @@ class Slot:
     cols: int
     place: Place
     part: int | None = None
+    shard: Shard | None = None
+    """Which part of a whole matrix this process holds: `rows` and `cols` are the part's; None: all of it."""
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """[rows, cols] of the whole matrix, which decides everything about it."""
+        return (self.rows, self.cols) if self.shard is None else matrix_shape(self.shard.shape)
+
+    @property
+    def tall(self) -> bool:
+        return is_tall(*self.whole)
 
     @property
     def root(self) -> float:
-        return root_scale(self.group["scale"], self.rows, self.cols)
+        return root_scale(self.group["scale"], *self.whole)
+
+    @property
+    def sums_r(self) -> bool:
+        """Whether R is a sum over the shards: the side that is projected away is divided."""
+        return self.shard is not None and (self.shard.dim == 1) == self.tall
+
+    @property
+    def sums_norms(self) -> bool:
+        """Whether R and N are parts: the side that is kept is divided."""
+        return self.shard is not None and not self.sums_r
+
+    @property
+    def runs(self) -> list[tuple[range, int]]:
+        """(rows, number of the first in the whole matrix) of each run of consecutive rows."""
+        if self.shard is None or self.shard.dim == 1 or len(self.shard.shape) < 2:
+            return [(range(self.rows), self.place.row)]
+        runs, start = [], 0
+        for first, count in self.shard.pieces:
+            runs.append((range(start, start + count), first))
+            start += count
+        return runs
 
     def offset(self, tensor: Tensor) -> int:
         """Bytes from the beginning of `tensor`, of the whole parameter's shape, to this slot's part of it."""
@@ -93,13 +130,21 @@ class Options:
     seed: int
     stochastic: bool
     projection: Projection | None
+    sum_over_shards: SumOverShards | None = None
 
     def draw(self, slot: Slot, draw: int) -> Tensor:
-        """P of `slot` for the `draw`-th redraw: fp32 [min(rows, cols)], on the CPU. Never stored with the state."""
-        length = min(slot.rows, slot.cols)
+        """P of `slot` for the `draw`-th redraw: fp32 [min(rows, cols)], on the CPU. Never stored with the state. Of a
+        shard whose projected side is divided, its part of the whole matrix's P."""
+        whole = self._draw_whole(slot, draw)
+        if slot.shard is None or not slot.sums_r:
+            return whole
+        return torch.cat([whole[first : first + count] for first, count in slot.shard.pieces])
+
+    def _draw_whole(self, slot: Slot, draw: int) -> Tensor:
+        length = min(slot.whole)
         if self.projection is None:
             return self.draw_all([slot], draw)[0]
-        shape = (1, length) if slot.rows >= slot.cols else (length, 1)
+        shape = (1, length) if slot.tall else (length, 1)
         given = self.projection(slot.index, shape, draw)
         if given.dtype != torch.float32 or given.shape != shape:
             raise ApolloError(f"projection() must return float32 of shape {list(shape)} for {slot.name}")
@@ -109,7 +154,7 @@ class Options:
         """P of several matrices of one shape: fp32 [slots, min(rows, cols)], on the CPU."""
         if self.projection is not None:
             return torch.stack([self.draw(slot, draw) for slot in slots])
-        length = min(slots[0].rows, slots[0].cols)
+        length = min(slots[0].whole)
         return philox.projections(self.seed, [slot.id for slot in slots], draw, length)
 
 
@@ -209,12 +254,33 @@ def _slots_of(
     count = stacked(parameter.shape, algorithm)
     rows, cols = matrix_shape(parameter.shape[1:] if count else parameter.shape)
     id = group["ids"][i] if group.get("ids") is not None else rank
-    place = Place(*group["places"][i]) if group.get("places") is not None else Place(0, 0, cols)
+    shard = group["shards"][i] if group.get("shards") is not None else None
+    if shard is not None:
+        place = _place_of(name, shard, parameter, algorithm, stack=bool(count))
+    else:
+        place = Place(*group["places"][i]) if group.get("places") is not None else Place(0, 0, cols)
     if count and not (0 <= id < EXPERTS_FROM and count <= EXPERTS_FROM):
         raise ApolloError(f"{name} is a stack of {count} matrices with the id {id}: both are below {EXPERTS_FROM}")
-    whole = Slot(index, name, parameter, group, id, algorithm, rows, cols, place)
+    whole = Slot(index, name, parameter, group, id, algorithm, rows, cols, place, shard=shard)
     slots = [whole] if not count else [
         replace(whole, index=index + e, name=f"{name}[{e}]", id=id + e * EXPERTS_FROM, part=e) for e in range(count)
     ]  # fmt: skip
     slots[0].matrix(parameter, "the weight")  # refuses strides it cannot follow
     return slots
+
+
+def _place_of(name: str, shard: Shard, parameter: Tensor, algorithm: str, *, stack: bool) -> Place:
+    """Where the part's first element lies in the whole. Raises `ApolloError` for what is no part, or is not known."""
+    if shard.local != tuple(parameter.shape):
+        raise ApolloError(f"{name} has shape {list(parameter.shape)}, and its shard {list(shard.local)}")
+    if algorithm == FACTORED:
+        raise ApolloError(
+            f'{name} is divided over processes, which "factored" does not know: serve with --optimizer apollo-mini'
+        )
+    if stack:
+        raise ApolloError(f"{name} is a stack of matrices that is divided over processes, which is not known")
+    in_rows = shard.dim == 0 and len(shard.shape) > 1
+    if not in_rows and (len(shard.pieces) > 1 or len(shard.shape) > 2):
+        raise ApolloError(f"{name} is divided into pieces of its columns: only one piece of a matrix's is known")
+    full_cols = matrix_shape(shard.shape)[1]
+    return Place(shard.pieces[0][0], 0, full_cols) if in_rows else Place(0, shard.pieces[0][0], full_cols)

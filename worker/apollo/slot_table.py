@@ -24,7 +24,8 @@ class SlotTable:
 
     def layout(self) -> Layout:
         """Of their state."""
-        return Layout.of([p.shape for p in self.parameters], [first.algorithm for first in self._firsts])
+        shapes, algorithms = [p.shape for p in self.parameters], [first.algorithm for first in self._firsts]
+        return Layout.of(shapes, algorithms, shards=[first.shard for first in self._firsts])
 
     def pairs(self, given: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Slot, Tensor]]:
         """Every slot of these parameters, with the gradient of the whole parameter. Raises `ApolloError` for a tensor
@@ -33,7 +34,11 @@ class SlotTable:
             raise ApolloError("update() was given a tensor that is not one of the optimizer's parameters")
         return [(slot, gradient) for parameter, gradient in given for slot in self._slots[id(parameter)]]
 
+    def first(self, parameter: Tensor) -> Slot:
+        """The slot of this parameter, or the first of its stack."""
+        return self._slots[id(parameter)][0]
+
     def name_of(self, parameter: Tensor) -> str:
         """As the optimizer was told it."""
-        first = self._slots[id(parameter)][0]
+        first = self.first(parameter)
         return first.name if first.part is None else first.name.removesuffix("[0]")

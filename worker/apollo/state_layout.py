@@ -4,7 +4,8 @@
     prev:  one fp32 an entry (the limiter's ||U||; unused by AdamW)
     taken: one int64 a matrix of a stack, its own step count; nothing of it where there is no stack
     then for each entry in order two fp32 vectors: m and v, of max(rows, cols) elements each for APOLLO-Mini and of
-    all elements for AdamW; r (rows elements) and c (cols elements) for the factored rule
+    all elements for AdamW; r (rows elements) and c (cols elements) for the factored rule. Of a shard, the part of
+    these that belongs to it, or all where the divided side is projected away
 
 A parameter is one entry. Only a stack of matrices (a mixture's experts, [E, rows, cols]) is E of them, in their order.
 The layout depends on nothing but the parameters' shapes, algorithms and order, so that a restarted trainer finds its
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from worker.apollo.errors import ApolloError
+from worker.utils.shard import Shard
 from worker.utils.stacks import is_stack
 
 APOLLO, FACTORED, ADAMW = "apollo", "factored", "adamw"
@@ -41,11 +43,15 @@ def stacked(shape: Sequence[int], algorithm: str) -> int:
     return shape[0] if algorithm in MATRIX_ALGORITHMS and is_stack(shape) else 0
 
 
-def moment_lengths(shape: Sequence[int], algorithm: str) -> tuple[int, int]:
-    """Elements of m and of v; of r and of c."""
+def moment_lengths(shape: Sequence[int], algorithm: str, shard: Shard | None = None) -> tuple[int, int]:
+    """Elements of m and of v; of r and of c. shape: of what this process holds; shard: its part of the whole."""
     if algorithm == FACTORED:
         return shape[0], shape[1]
-    length = max(shape) if algorithm == APOLLO else math.prod(shape)
+    if algorithm == APOLLO:
+        whole = shape if shard is None else shard.shape
+        length = shape[0] if whole[0] >= whole[1] else shape[1]
+    else:
+        length = math.prod(shape)
     return length, length
 
 
@@ -66,20 +72,27 @@ class Layout:
 
     @staticmethod
     def of(
-        shapes: Sequence[Sequence[int]], algorithms: Sequence[str] | None = None, matrices: str = APOLLO
+        shapes: Sequence[Sequence[int]],
+        algorithms: Sequence[str] | None = None,
+        matrices: str = APOLLO,
+        shards: Sequence[Shard | None] | None = None,
     ) -> "Layout":
+        parts = shards if shards is not None else [None] * len(shapes)
         names = list(algorithms) if algorithms is not None else [algorithm_for(shape, matrices) for shape in shapes]
-        plan = [(tuple(shape), name) for shape, name in zip(shapes, names, strict=True)]
-        entries: list[tuple[tuple[int, ...], str, bool]] = []
-        for shape, name in plan:
-            count = stacked(shape, name)
-            entries += [(shape[1:], name, True)] * count if count else [(shape, name, False)]
+        plan = [
+            (tuple(shape), name, *([] if shard is None else [(shard.shape, shard.dim, shard.pieces)]))
+            for shape, name, shard in zip(shapes, names, parts, strict=True)
+        ]
+        entries: list[tuple[tuple[int, ...], str, Shard | None, bool]] = []
+        for given, name, shard in zip(shapes, names, parts, strict=True):
+            count, shape = stacked(given, name), tuple(given)
+            entries += [(shape[1:], name, None, True)] * count if count else [(shape, name, shard, False)]
         offset = counts = _align(HEADER_BYTES + 4 * len(entries))
         offset += _align(8 * sum(in_stack for *_, in_stack in entries))
         offsets, lengths, taken = [], [], []
-        for shape, name, in_stack in entries:
+        for shape, name, shard, in_stack in entries:
             offsets.append(offset)
-            lengths.append(moment_lengths(shape, name))
+            lengths.append(moment_lengths(shape, name, shard))
             taken.append(counts if in_stack else None)
             counts += 8 * in_stack
             offset += sum(_align(4 * length) for length in lengths[-1])
@@ -88,14 +101,18 @@ class Layout:
 
 
 def state_bytes(
-    shapes: Sequence[tuple[int, ...]], algorithms: Sequence[str] | None = None, *, matrices: str = APOLLO
+    shapes: Sequence[tuple[int, ...]],
+    algorithms: Sequence[str] | None = None,
+    *,
+    matrices: str = APOLLO,
+    shards: Sequence[Shard | None] | None = None,
 ) -> int:
     """Bytes of state that `ApolloMini` needs for parameters of these shapes in this order.
 
     `matrices`: what matrices take, "apollo" or "factored". `algorithms` (one of these or "adamw" for each) only where a
-    group overrides the choice by shape.
+    group overrides the choice by shape. shards: which part of a whole each is; None: all of it.
     """
-    return Layout.of(shapes, algorithms, matrices).total
+    return Layout.of(shapes, algorithms, matrices, shards).total
 
 
 def matrices_of(header: Tensor, shapes: Sequence[Sequence[int]]) -> str | None:

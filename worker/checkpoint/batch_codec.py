@@ -77,18 +77,23 @@ def unpack_batch(record: UpdateRecord, dropped: frozenset[str]) -> list[Example]
         raise ReplayError(
             f"version {record.version} cannot be trained again: its transcripts have expired (--keep-transcripts)"
         )
-    return [
-        Example(
-            item["id"],
-            tuple(_sequence(*s) for s in item["sequences"]),
-            item["weight"],
-            {},
-            item.get("kind", "demonstration"),
-            tuple(_sequence(*s) for s in item.get("teachers", [])),
-        )
-        for item in record.batch
-        if item["id"].removeprefix(PREFIX) not in dropped
-    ]
+    return [_example(item) for item in record.batch if item["id"].removeprefix(PREFIX) not in dropped]
+
+
+def ready_of(item: dict[str, Any]) -> Ready:
+    """One of what `pack_batch` made."""
+    return Ready(_example(item), item["transcript"])
+
+
+def _example(item: dict[str, Any]) -> Example:
+    return Example(
+        item["id"],
+        tuple(_sequence(*s) for s in item["sequences"]),
+        item["weight"],
+        {},
+        item.get("kind", "demonstration"),
+        tuple(_sequence(*s) for s in item.get("teachers", [])),
+    )
 
 
 def _plain(sequence: TokenSequence) -> list[Any]:

@@ -48,12 +48,14 @@ class CheckpointWriter:
 
     def write_if_due(self) -> Written | NotWritten | None:
         """One, when the policy says so; None when it does not."""
+        return self.try_write() if self.is_due() else None
+
+    def is_due(self) -> bool:
+        """Whether the policy asks for one now."""
         version = self.weights.header.version
         done = max([0, self._tried, *self.snapshots.versions()])
         minutes = (time.monotonic() - self._since) / 60
-        if version <= done or (version - done < self.policy.every and minutes < self.policy.minutes):
-            return None
-        return self.try_write()
+        return version > done and (version - done >= self.policy.every or minutes >= self.policy.minutes)
 
     def try_write(self) -> Written | NotWritten | None:
         """`write`, or why there is none. It is tried again when the next one is due, not before every batch."""

@@ -24,13 +24,15 @@ class StateError(TandemError):
     """The state directory cannot be used; the message names it and says what to do."""
 
 
-def default_state_dir(model: Path) -> Path:
-    """$TANDEM_STATE_DIR, else a folder for `model` (by its resolved path) below the user's state directory."""
+def default_state_dir(model: Path, replica: int = 0) -> Path:
+    """$TANDEM_STATE_DIR, else a folder for `model` (by its resolved path) below the user's state directory. Replicas
+    from 1 on have one of their own beside it."""
+    own = f"-replica-{replica}" if replica else ""
     if configured := os.environ.get("TANDEM_STATE_DIR"):
-        return Path(configured)
+        return Path(configured + own)
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     resolved = model.resolve()
-    return Path(home) / "tandem" / f"{resolved.name}-{hashlib.sha256(bytes(resolved)).hexdigest()[:8]}"
+    return Path(home) / "tandem" / f"{resolved.name}-{hashlib.sha256(bytes(resolved)).hexdigest()[:8]}{own}"
 
 
 class StateDir:

@@ -19,6 +19,7 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
         "Redis does not let this user ask ({command})",
         "give the worker's user the rights in docs/redis.md",
     ),
+    Fact.REDIS_REFUSED: ("Redis answered with an error: {said}", ""),
     Fact.NO_REDIS: ("Redis does not say which worker runs", ""),
     Fact.KEEPS_KEYS: ("{policy}, {used} used of {limit}", ""),
     Fact.EVICTS: (
@@ -36,6 +37,11 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
     Fact.RIGHTS_MISSING: (
         "the user of the URL lacks {count} of the commands of a {role}: {first}",
         "ACL SETUSER with the {role}'s rules in docs/redis.md, or give the URL of another user",
+    ),
+    Fact.KEY_TYPES: ("{count} are there, each of the type that Tandem and RQ keep", ""),
+    Fact.KEY_TYPE_WRONG: (
+        "{key} is a {found}, and a {expected} is kept there: another program writes it",
+        "give Tandem a database of its own, or stop that program and DEL {key} if nothing in it is wanted",
     ),
     Fact.QUICK: ("{seconds:.4f} s a round trip", ""),
     Fact.SLOW: ("{seconds:.3f} s a round trip, and a transcript waits for about ten", "put Redis nearer to the worker"),
@@ -131,6 +137,12 @@ SENTENCES: dict[Fact, tuple[str, str]] = {
     Fact.OTHER_MODEL: (
         "{path} is of another model than {model}",
         "serve the model that it began with, or name another directory with --state-dir",
+    ),
+    Fact.CHECKPOINTS: ("{count}, each with all its files", ""),
+    Fact.CHECKPOINT_FILES_GONE: (
+        "the checkpoint {path} lacks {count} of its files: {first}",
+        "bring them back from a backup, or delete the folder: older checkpoints and the journal make its version again,"
+        " where they reach back so far",
     ),
     Fact.ROOM: ("{free} free, {checkpoint} for the next checkpoint, {journal} for the journal's next file", ""),
     Fact.ROOM_SMALL: (

@@ -32,9 +32,11 @@ def line(status: dict[str, Any]) -> str:
         parts.append(f"version {status['version']}{ago}{what}")
         queue = status["queue"]
         parts.append(f"{queue['queued']} queued, {queue['started']} in hand, {queue['failed']} failed")
-        if status.get("lost"):
-            parts[-1] += f", {len(status['lost'])} lost"
+        if status.get("lost_count"):
+            parts[-1] += f", {status['lost_count']:,} lost"
         parts.append(f"worker {status['worker']['state']}{' (paused)' if status.get('hold') else ''}")
+        if replicas := status.get("replicas"):
+            parts.append(f"{len(replicas['present'])} of {replicas['count']} replicas")
         if status["worker"].get("serving_share") is not None:
             kept_, asked = status["worker"]["serving_kept"], status["worker"]["serving_share"]
             parts.append(f"serving kept {100 * kept_:.1f} % of the last minute, asked for {100 * asked:.4g} %")
@@ -61,7 +63,7 @@ def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(status, indent=2, default=str))
     else:
         click.echo(line(status))
-        for name in ("queue", "last_update", "canary", "worker", "server"):
+        for name in ("queue", "last_update", "canary", "worker", "replicas", "server"):
             if status.get(name):
                 shown = {key: value for key, value in status[name].items() if value is not None}
                 click.echo(f"  {name:12}" + ", ".join(f"{key} {_short(value)}" for key, value in shown.items()))

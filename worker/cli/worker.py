@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import redis
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
 from worker.cli.places import run_dir_option
+from worker.cli.replicas import check_together, follow, meeting_of
 from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
+from worker.config.replica_options import placed, replica_options, replica_settings_of
 from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.operations.worker_metrics import WorkerMetrics
 from worker.orchestrator.agreement import agree
+from worker.orchestrator.fleet import Fleet
 from worker.orchestrator.reports import log_report
 from worker.orchestrator.session import open_session
 from worker.orchestrator.worker_loop import WorkerLoop
@@ -61,6 +65,7 @@ log = logging.getLogger("tandem")
 @click.option(
     "--metrics-host", default="127.0.0.1", help="Address for --metrics-port. Everybody who reaches it can read."
 )
+@replica_options
 @state_options
 @guard_options
 @apply_options
@@ -85,8 +90,25 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     cpu_threads = TrainingThreads(threads)
     policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
-    name = name or f"{socket.gethostname()}-{os.getpid()}"
-    url, run_dir = resolve_url(redis_url), run_dir or default_run_dir()
+    replica = replica_settings_of(options)
+    check_together(replica, settings)
+    name = name or f"{socket.gethostname()}-{os.getpid()}" + (f"-replica-{replica.number}" if replica else "")
+    run_dir = placed(run_dir or default_run_dir(), replica)
+    state_dir = placed(state_dir, replica) if state_dir is not None else None
+    opening = partial(
+        open_session,
+        run_dir,
+        name,
+        Hyperparameters(**options),
+        state_dir=state_dir,
+        policy=policy,
+        settings=settings,
+        max_tokens=max_tokens,
+    )
+    if replica is not None and replica.follows:
+        follow(replica, opening, policy)
+        return
+    url = resolve_url(redis_url)
     connection = connect(url, redis.Redis.from_url)
     with redis_errors(safe_url(url)):
         check_kind(connection, safe_url(url))
@@ -101,27 +123,27 @@ def command(
             log.info(taken_over)
         stack.callback(lock.release)
         tell = metrics.telling(log_report)
-        session = stack.enter_context(
-            open_session(
-                run_dir,
-                name,
-                Hyperparameters(**options),
-                state_dir=state_dir,
-                policy=policy,
-                known=ledger.state(connection),
-                new_lineage=new_lineage,
-                settings=settings,
-                max_tokens=max_tokens,
-                tell=tell,
-            )
-        )
+        session = stack.enter_context(opening(known=ledger.state(connection), new_lineage=new_lineage, tell=tell))
         agree(connection, session, new_lineage=new_lineage, tell=tell)
         metrics.began(session.weights.header.version, session.manager.folder)
+        fleet = None
+        if replica is not None:
+            fleet = Fleet(session, meeting_of(replica), replica.wait)
+            max_tokens *= replica.count  # a replica's part is as long as a lone worker's version
         limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
         limits["history"] = policy.history
         hooks, empty = [LogHooks(), metrics], until_empty or burst
         loop = WorkerLoop(
-            connection, session, lock, guards, cpu_threads, until_empty=empty, hooks=hooks, tell=tell, **limits
+            connection,
+            session,
+            lock,
+            guards,
+            cpu_threads,
+            until_empty=empty,
+            hooks=hooks,
+            tell=tell,
+            fleet=fleet,
+            **limits,
         )
         loop.run()
         if policy.at_stop and (report := session.manager.checkpoints.try_write()):

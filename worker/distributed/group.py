@@ -4,6 +4,7 @@
     group.tell(message, seconds)        the leader's message, at every member
     group.exchange(message)             every member's message, at every member
     group.copy(tensor, source)          a member's tensor, at every member
+    group.hand(tensor, place), take     a tensor from one to one; say, hear: a message
     group.call(), group.called()        a command comes: waiting has no limit, and notices a leader that died
 
 Must not know: Redis, vLLM, versions, the optimizer.
@@ -72,6 +73,28 @@ class Group:
         if failed is not None:
             self._lose(failed)
         return message
+
+    def say(self, message: Message, place: int) -> None:
+        """To one member."""
+        with self.guarded():
+            messages.send(message, place, self.seconds)
+
+    def hear(self, place: int) -> Message:
+        """From one member."""
+        with self.guarded():
+            return messages.receive(place, self.seconds)
+
+    def hand(self, tensor: torch.Tensor, place: int) -> None:
+        """A tensor of any layout, to one member."""
+        with self.guarded():
+            dist.send(tensor.contiguous(), place)
+
+    def take(self, tensor: torch.Tensor, place: int) -> None:
+        """Into a tensor of any layout, from one member."""
+        with self.guarded():
+            found = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            dist.recv(found, place)
+            tensor.copy_(found)
 
     def exchange(self, message: Message) -> list[Message]:
         """Every member's, by place."""

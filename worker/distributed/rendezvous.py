@@ -21,7 +21,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -104,10 +104,11 @@ class Rendezvous:
         keys = {n: f"{self._leader}/join/{n}" for n in range(1, self.count)}
         return [n for n, key in keys.items() if self._store.check([key]) and self._asked(n)[0] != self._answered.get(n)]
 
-    def form(self, wait: float, fits: Check, stopping: Callable[[], bool] = lambda: False) -> Group | None:
-        """Replica 0: a group of those who ask within `wait` seconds, as soon as all do; None if nobody does."""
+    def form(self, expected: Collection[int], wait: float, fits: Check) -> Group | None:
+        """Replica 0: a group of those who ask, as soon as all who are `expected` do, and at the latest after `wait`
+        seconds; None if nobody does. Raises `GroupLostError` where one of them is gone again."""
         deadline = time.monotonic() + wait
-        while len(self.asking()) < self.count - 1 and time.monotonic() < deadline and not stopping():
+        while not set(expected) <= set(self.asking()) and time.monotonic() < deadline:
             time.sleep(PACE)
         let_in: dict[int, str] = {}
         for number in self.asking():

@@ -68,6 +68,10 @@ class TracedSizes:
         """As `TextConfig.count`."""
         return sum(math.prod(shape) for shape in self.named.values())
 
+    def stacks(self) -> int:
+        """As `TextConfig.stacks`: what has experts is not traced."""
+        return 0
+
     @staticmethod
     def of(found: Mapping[str, Any]) -> "TracedSizes":
         """From its fields in JSON's types."""
@@ -81,6 +85,12 @@ class TracedSizes:
 
 
 Sizes = TextConfig | TracedSizes
+NOT_SEEN = "no GPU has trained such a model yet"
+
+
+def has_run(sizes: Sizes) -> bool:
+    """Whether a GPU has trained such a model, and its plan was compared with what it took: a dense Qwen3.5."""
+    return isinstance(sizes, TextConfig) and sizes.experts is None
 
 
 def read_sizes(path: Path) -> Sizes:

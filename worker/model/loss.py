@@ -7,6 +7,9 @@ gradients, which are therefore rounded to the weights' dtype once, however many 
 Two losses, for different tokens of one pass: the cross entropy with the token that came, and the divergence from a
 teacher's distribution (`worker.model.soft_targets`).
 
+Where the vocabulary is divided over processes (`worker.model.vocabulary_shard`), each goes through its own rows; the
+sums, the target's logit and the gradient of the hidden states are added up over them.
+
 Must not know: examples, the optimizer.
 Invariants: the loss of each token is that of `cross_entropy(head(hidden).float())` up to the order of sums, where the
 head does what the model's own forward does after the hidden states (`worker.model.output_head`); nothing of size [N, V]
@@ -15,6 +18,7 @@ product with the matrix, not a bit is other.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from worker.model.head_blocks import PLAIN, After, blocks_of, logits_of
 from worker.model.soft_targets import Soft
+from worker.model.vocabulary_shard import VocabularyShard
 
 Keep = Callable[[Tensor, Tensor, int], None]
 """Takes the gradient of a block of logits [N, B], the hidden states [N, H], and the block's first row of the head."""
@@ -56,13 +61,19 @@ def head_loss(
     keep: Keep | None = None,
     soft: Soft | None = None,
     after: After = PLAIN,
+    vocabulary: VocabularyShard | None = None,
 ) -> HeadLoss:
     """hidden: [N, H]; weight: the head's [V, H], of the same dtype; targets: int64 [N]; factors: fp32 [N].
 
     keep: in backward it gets, block by block, what the head's gradient is the product of; the head then gets none.
-    soft: which of the tokens have a teacher, and what it expects there. after: what follows the product.
+    soft: which of the tokens have a teacher, and what it expects there. after: what follows the product. vocabulary:
+    which rows of the head `weight` has (and the bias of `after`), where it is one process's part; targets and words of
+    a teacher are those of the whole.
     """
-    return HeadLoss(*_HeadLoss.apply(hidden, weight, after.bias, targets, factors, keep, soft, after))
+    if vocabulary is not None:
+        targets = vocabulary.local(targets)
+        soft = None if soft is None else replace(soft, ids=vocabulary.local(soft.ids))
+    return HeadLoss(*_HeadLoss.apply(hidden, weight, after.bias, targets, factors, keep, soft, after, vocabulary))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -77,6 +88,7 @@ class _HeadLoss(torch.autograd.Function):
         keep: Keep | None,
         soft: Soft | None,
         after: After,
+        vocabulary: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = torch.arange(len(targets), device=hidden.device)  # [N]
         sums = torch.full((len(targets),), -torch.inf, device=hidden.device)  # log-sum-exp so far [N]
@@ -95,7 +107,10 @@ class _HeadLoss(torch.autograd.Function):
             top = torch.where(listed, logits[at], top)
             logits.index_put_(at, torch.where(listed, -torch.inf, 0.0), accumulate=True)  # what is left: all others
             sums = torch.logaddexp(sums, logits.logsumexp(1))
-        ctx.keep, ctx.soft, ctx.after = keep, soft, after
+        if vocabulary is not None:
+            sums, own = vocabulary.log_sum_exp(sums), vocabulary.total(own)
+            top = None if top is None else vocabulary.total(top)
+        ctx.keep, ctx.soft, ctx.after, ctx.vocabulary = keep, soft, after, vocabulary
         if soft is None or top is None:
             nll = sums - own
             ctx.save_for_backward(hidden, weight, targets, factors, sums)
@@ -158,5 +173,7 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(d_logits.T, hidden, out=d_weight[start : start + len(block)])
             elif ctx.keep is not None:
                 ctx.keep(d_logits, hidden, start)
+        if d_hidden is not None and ctx.vocabulary is not None:
+            d_hidden = ctx.vocabulary.total(d_hidden)
         to = d_hidden.to(hidden.dtype) if d_hidden is not None else None
-        return to, d_weight, d_bias, None, None, None, None, None
+        return to, d_weight, d_bias, None, None, None, None, None, None

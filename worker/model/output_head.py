@@ -23,6 +23,7 @@ from torch import Tensor
 
 from producer.errors import TandemError
 from worker.model.head_blocks import After
+from worker.model.vocabulary_shard import VocabularyShard
 
 ROWS = 4
 CLOSE = 1e-4
@@ -40,6 +41,8 @@ class OutputHead:
     weight: Tensor
     """[V, H]"""
     after: After
+    vocabulary: VocabularyShard | None = None
+    """Which rows of the whole head `weight` has, where it is one process's part."""
 
 
 class _Output:
@@ -86,7 +89,7 @@ def head_of(model: Any) -> OutputHead:
     scale, cap = _fit(kind, found.float(), logits)
     if before != 1.0 and head.bias is not None:
         raise HeadError(f"{kind} scales its hidden states before a head with a bias: not trainable here")
-    return OutputHead(head.weight, After(before * scale, cap, head.bias))
+    return OutputHead(head.weight, After(before * scale, cap, head.bias), getattr(model, "vocabulary", None))
 
 
 def _probe(head: torch.nn.Linear) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -1,8 +1,9 @@
 """Puts the kernels into a transformers model on a GPU, and chooses what is recomputed in backward.
 
 Any model: torch's variable-length FlashAttention, and liger's RMSNorm, SwiGLU and GeGLU for the parts that compute just
-that; the rest stays as transformers wrote it. Qwen3.5: liger's own change of it, and fla for the gated delta net and
-its convolution. The loss is `worker.model.loss`. No GPU has run any other model than Qwen3.5 yet.
+that; the rest stays as transformers wrote it. Qwen3.5: liger's own change of it, fla for the gated delta net and its
+convolution, and torch's grouped products for a mixture's experts. The loss is `worker.model.loss`. No GPU has run any
+other model than a dense Qwen3.5 yet.
 Invariants: parameters stay the very tensors they were; a kernel that is missing is an error that says what to install,
 never a slower way taken unasked. What only a trace of the model shows is refused there (`worker.model.layer_trace`).
 """
@@ -18,6 +19,7 @@ import torch
 from packaging.version import Version
 
 from worker.model import attention, gated_delta_net
+from worker.model.experts import group_experts
 from worker.model.fused_parts import Kernels, fuse_parts, liger_kernels
 from worker.model.layers import recompute
 from worker.model.model_error import ModelError
@@ -25,7 +27,7 @@ from worker.model.model_error import ModelError
 log = logging.getLogger("tandem")
 
 INSTALL = "pip install 'tandem-worker[worker]' installs it on a GPU machine"
-QWEN = "qwen3_5_text"
+QWEN = ("qwen3_5_text", "qwen3_5_moe_text")
 
 
 def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0, kernels: Kernels | None = None) -> None:
@@ -33,11 +35,12 @@ def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0, kernels: Ker
 
     kept: for a row of so many tokens, how many of the last layers keep their activations for backward; the others keep
     only their input and are computed again. kernels: for norms and MLPs of other models than Qwen3.5; by default
-    liger's. Raises ModelError.
+    liger's. Raises ModelError, ExpertsError.
     """
-    if model.config.get_text_config().model_type == QWEN:
+    kind = model.config.get_text_config().model_type
+    if kind in QWEN:
         require()
-        _fuse_qwen(model)
+        _fuse_qwen(model, kind)
     else:
         if kernels is None:
             require_package("liger_kernel", "liger-kernel", "0.8.5")
@@ -47,12 +50,15 @@ def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0, kernels: Ker
     recompute(model, kept)
 
 
-def _fuse_qwen(model: Any) -> None:
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen3_5
+def _fuse_qwen(model: Any, kind: str) -> None:
+    from liger_kernel import transformers as liger
 
-    apply_liger_kernel_to_qwen3_5(
-        rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=model
-    )
+    chosen = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False, "rms_norm": True}
+    if kind == "qwen3_5_text":
+        liger.apply_liger_kernel_to_qwen3_5(**chosen, swiglu=True, model=model)
+    else:
+        liger.apply_liger_kernel_to_qwen3_5_moe(**chosen, swiglu=False, model=model)  # it would take the experts, too
+        group_experts(model)
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.forward = MethodType(gated_delta_net.forward, layer.linear_attn)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from worker.model.head_blocks import PLAIN, After, blocks_of, logits_of
+from worker.model.vocabulary_shard import VocabularyShard
 
 TOP = 64
 """Words of a teacher that are told apart; TRL's default is 100. Part of the journal's format: a replay computes them
@@ -46,10 +47,12 @@ class Soft:
 
 
 @torch.no_grad()
-def teacher_targets(hidden: Tensor, weight: Tensor, after: After = PLAIN) -> Soft:
+def teacher_targets(
+    hidden: Tensor, weight: Tensor, after: After = PLAIN, vocabulary: VocabularyShard | None = None
+) -> Soft:
     """hidden: [M, H], the last states before each token; weight: the head's [V, H]; after: what follows their product.
-    NaN where hidden is not finite."""
-    count = min(TOP, len(weight) - 1)
+    vocabulary: which rows of it `weight` has, where it is one process's part. NaN where hidden is not finite."""
+    count = min(TOP, (len(weight) if vocabulary is None else vocabulary.words) - 1)
     sums = torch.full((len(hidden),), -torch.inf, device=hidden.device)  # [M]
     best = torch.zeros(len(hidden), 0, device=hidden.device)  # the largest logits so far [M, <= K]
     ids = torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)
@@ -60,6 +63,9 @@ def teacher_targets(hidden: Tensor, weight: Tensor, after: After = PLAIN) -> Sof
         both, places = torch.cat([best, values], 1), torch.cat([ids, columns + start], 1)
         best, chosen = both.topk(min(count, both.shape[1]), 1)
         ids = places.gather(1, chosen)
+    if vocabulary is not None:
+        sums = vocabulary.log_sum_exp(sums)
+        best, ids = vocabulary.most_likely(best, ids, count)
     log_q = best - sums[:, None]  # [M, K]
     known = log_q.logsumexp(1, keepdim=True).clamp(max=-LEAST)
     others = torch.log(-torch.expm1(known))

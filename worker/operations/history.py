@@ -16,6 +16,7 @@ from typing import Any
 import redis
 
 from producer import keys
+from worker.operations import canary_losses
 from worker.versions import ledger
 
 MOST = 300
@@ -81,7 +82,9 @@ class Version:
 
 @dataclass(frozen=True)
 class Happening:
-    """An event that is about no new version. kind: canary | held | resumed | another's word."""
+    """An event that is about no new version. kind: canary | held | resumed | another's word.
+
+    Of a canary: losses: of each set by name; failed: the sets beyond their bounds, where the worker says which."""
 
     kind: str
     at: float
@@ -89,6 +92,8 @@ class Happening:
     loss: float | None = None
     passed: bool = True
     reason: str = ""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    failed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -167,13 +172,19 @@ def _happenings(events: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterable[
             continue
         said = {_text(name): _text(value)[:MAX_WORD] for name, value in fields.items()}
         at = as_number(_text(entry_id).partition("-")[0])
+        long = {n: _text(fields[n]) for n in (b"losses", b"failed") if len(fields.get(n, b"")) in range(1, MAX_TEXT)}
+        losses = canary_losses.read(long.get(b"losses"), said.get("loss"))
+        passed = said.get("passed") != "0"
+        failed = frozenset(_ids(long.get(b"failed", "")) or ()) & losses.keys()
         yield Happening(
             kind=said.get("kind", "?"),
             at=(at or 0.0) / 1000,
             version=_whole(said.get("version", "")),
             loss=as_number(said.get("loss", "")),
-            passed=said.get("passed") != "0",
+            passed=passed,
             reason=said.get("reason", ""),
+            losses=losses,
+            failed=frozenset(losses) if not passed and len(losses) == 1 else failed,
         )
 
 

@@ -43,7 +43,7 @@ def _from_redis(status: dict[str, Any], now: float) -> dict[str, dict[tuple[str,
     }
     known = {
         "tandem_queue_oldest_job_age_seconds": status["oldest_job_s"],
-        "tandem_lost_jobs": len(status["lost"]),
+        "tandem_lost_jobs": status["lost_count"],
         "tandem_ledger_transcripts": status["ledger"],
         "tandem_last_version_timestamp_seconds": None if age is None else now - age,
         "tandem_serving_share_asked_ratio": worker.get("serving_share"),
@@ -53,6 +53,12 @@ def _from_redis(status: dict[str, Any], now: float) -> dict[str, dict[tuple[str,
         "tandem_redis_evicted_keys_total": memory.get("evicted_keys"),
         "tandem_redis_may_evict": eviction["problem"] is not None,
     }
+    if replicas := status.get("replicas"):
+        known |= {
+            "tandem_replicas": replicas["count"],
+            "tandem_replicas_present": len(replicas["present"]),
+            "tandem_replica_digest_unequal": replicas["unequal"],
+        }
     found |= {name: {(): float(value)} for name, value in known.items() if value is not None}
     found["tandem_canary_loss"] = {(name,): loss for name, loss in status["canary"].items()}
     for name, figure in EVALUATED.items():

@@ -4,9 +4,8 @@ Must not know: torch, vLLM. Changes nothing it looks at.
 Invariants: what cannot be reached is said to be so, never guessed; nothing waits longer than a few seconds.
 """
 
-import json
-import math
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from rq.worker import SimpleWorker
 from producer import keys
 from producer.connection import connect, redis_errors, safe_url
 from producer.errors import TandemError
-from producer.eviction import Eviction
-from worker.config.guard_options import CANARY, NAME
+from producer.eviction import LIMIT, POLICY, Eviction
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
-from worker.versions import evaluations, ledger, lost_jobs
+from worker.operations import canary_losses
+from worker.versions import evaluations, ledger, lost_jobs, replica_status
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
-from worker.versions.share_status import SHARE, kept, seconds_left
+from worker.versions.share_status import CHARGES, SHARE, UNTIL, kept, seconds_left
 
 SECONDS = 5.0
 """How long Redis may take to answer."""
@@ -38,12 +37,16 @@ LOSS, LOSSES = "canary_loss", "canary_losses"
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
 SHOWN_IDS = 5
+MOST_LOST = 100
+"""Ids of lost transcripts that are told; their number is told whole."""
 MAX_REASON = 500
 """Characters of why training is paused."""
-MOST_CANARIES = 50
-"""Canary sets that are told of: their names are labels of a metric."""
+MOST_BYTES = 65_536
+"""Of a field of `weights:state` that is read: a worker's longest are a few thousand."""
 MEMORY = ("used_memory", "maxmemory", "evicted_keys")
 """What is told of Redis' INFO."""
+TOLD = (*NUMBERS, "at", "kind", LOSS, LOSSES, REASON, SHARE, CHARGES, UNTIL, POLICY, LIMIT, replica_status.FIELD)
+"""Fields of `weights:state` that are read."""
 RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
@@ -51,7 +54,8 @@ RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
 def gather(redis_url: str, run_dir: Path, searched: int = lost_jobs.KEPT) -> dict[str, Any]:
     """Everything, as plain data: redis, queue, version, lineage, last_update, worker, server, problems.
 
-    searched: how many ids of the queue are looked at for jobs that are gone.
+    What Redis holds is told within bounds: of lost transcripts the number and the first ids. searched: how many ids of
+    the queue are looked at for jobs that are gone.
     """
     status: dict[str, Any] = {"redis": {"url": safe_url(redis_url), "reachable": False}}
     try:
@@ -81,8 +85,7 @@ def _away(error: Exception) -> bool:
 def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
     queue = open_queue(connection)
     known = ledger.state(connection)
-    raw: dict[bytes, bytes] = connection.hgetall(keys.STATE)  # type: ignore[assignment]
-    said = {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
+    said = _said(connection)
     queued = queue.count
     counts = {"queued": queued}
     for name, registry in REGISTRIES.items():
@@ -97,7 +100,7 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
     info = redis_info(connection)
     asked = Eviction.of(info)
     eviction = asked if asked.known else Eviction.of(said)
-    lost = lost_jobs.since(connection, LOST_HOURS) + lost_jobs.queued_without_job(connection, searched)
+    lost = {*lost_jobs.since(connection, LOST_HOURS), *lost_jobs.queued_without_job(connection, searched)}
     return {
         "redis": {name: int(info[name]) for name in MEMORY if info.get(name, "").isdecimal()},
         "queue": counts,
@@ -107,25 +110,32 @@ def _from_redis(connection: redis.Redis, searched: int) -> dict[str, Any]:
         "lineage": known.lineage,
         "last_update": {"at": at, "age_s": _age(at), "kind": said.get("kind"), **how, **update} if at else None,
         "worker": _resting(_worker(connection, queue), said),
+        "replicas": _replicas(said),
         "canary_loss": _number(said.get(LOSS)),
-        "canary": _canary(said),
+        "canary": canary_losses.read(said.get(LOSSES), said.get(LOSS)),
         "evaluations": [one.plain() for one in evaluations.latest(connection, known.lineage)],
         "eviction": {"name": eviction.policy, "policy": str(eviction), "problem": eviction.problem},
-        "lost": sorted(set(lost)),
+        "lost": sorted(lost)[:MOST_LOST],
+        "lost_count": len(lost),
         "hold": said[REASON][:MAX_REASON] if REASON in said else None,
     }
 
 
-def _canary(said: dict[str, str]) -> dict[str, float]:
-    """Losses of the canary sets by name, finite ones, of names that a set can have; an older worker said one number, of
-    the one set that it had."""
-    try:
-        losses = json.loads(said[LOSSES]) if LOSSES in said else {CANARY: said[LOSS]} if LOSS in said else {}
-        found = {name: float(loss) for name, loss in losses.items() if loss is not None and NAME.fullmatch(name)}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        return {}
-    finite = [(name, loss) for name, loss in found.items() if math.isfinite(loss)]
-    return dict(finite[:MOST_CANARIES])
+def _replicas(said: dict[str, str]) -> dict[str, Any] | None:
+    """count, present (replica -> version), unequal, lost; None for a worker alone."""
+    return asdict(members) if (members := replica_status.read(said)) is not None else None
+
+
+def _said(connection: redis.Redis) -> dict[str, str]:
+    """What `weights:state` says, of fields that a worker can have written."""
+    with connection.pipeline(transaction=False) as pipe:
+        for name in TOLD:
+            pipe.hstrlen(keys.STATE, name)
+        sizes = dict(zip(TOLD, pipe.execute(), strict=True))
+    fits = [name for name, size in sizes.items() if size <= MOST_BYTES]
+    values: Any = connection.hmget(keys.STATE, fits)
+    said = {name: raw.decode(errors="replace") for name, raw in zip(fits, values, strict=True) if raw is not None}
+    return said if REASON in fits else said | {REASON: "the reason is too long to be shown"}
 
 
 def _resting(worker: dict[str, Any], said: dict[str, str]) -> dict[str, Any]:
@@ -187,9 +197,10 @@ def problems(status: dict[str, Any]) -> list[str]:
     if problem := (status.get("eviction") or {}).get("problem"):
         found.append(problem)
     if lost := status.get("lost"):
-        more = f" and {len(lost) - SHOWN_IDS:,} more (--json lists them)" if len(lost) > SHOWN_IDS else ""
+        count, listed = status["lost_count"], "them" if status["lost_count"] == len(lost) else f"{len(lost)} of them"
+        more = f" and {count - SHOWN_IDS:,} more (--json lists {listed})" if count > SHOWN_IDS else ""
         found.append(
-            f"{len(lost):,} queued transcripts have no job in Redis: evicted, or deleted; queue them again:"
+            f"{count:,} queued transcripts have no job in Redis: evicted, or deleted; queue them again:"
             f" {', '.join(lost[:SHOWN_IDS])}{more}"
         )
     if status.get("hold"):
@@ -198,6 +209,8 @@ def problems(status: dict[str, Any]) -> list[str]:
         found.append("no worker is running: start `tandem worker`")
     if worker and worker["state"] == "dead":
         found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: start `tandem worker`, it takes over")
+    if (replicas := status.get("replicas")) and worker and worker["state"] not in ("none", "dead"):
+        found += _replica_problems(replicas)
     if server["state"] == "unreachable":
         found.append(f"the server cannot be reached: {server['reason']}")
     if server["state"] == "torn":
@@ -207,6 +220,21 @@ def problems(status: dict[str, Any]) -> list[str]:
             found.append("the server has another lineage than Redis: `tandem worker` says what to do")
         elif server["version"] != status["version"]:
             found.append(f"the server is at version {server['version']}, Redis at {status['version']}")
+    return found
+
+
+def _replica_problems(replicas: dict[str, Any]) -> list[str]:
+    count, found = replicas["count"], list[str]()
+    if missing := [str(n) for n in range(count) if n not in replicas["present"]]:
+        found.append(
+            f"{len(missing)} of {count} replicas are not there ({', '.join(missing)}): start `tandem worker --replica`"
+            " with that number; the others go on without"
+        )
+    if times := replicas["unequal"]:
+        found.append(
+            f"replica digest unequal, {times} times since replica 0 was started: it was given the weights of replica 0."
+            " Look for a failing GPU, or for machines that differ; the log of replica 0 says which it was"
+        )
     return found
 
 

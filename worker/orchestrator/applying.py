@@ -20,7 +20,23 @@ from worker.shared_weights.header import LeaseLostError
 from worker.utils.fault_injection import point
 
 
-def apply_update(session: Session, update: Update) -> dict[str, float]:
+class Others:
+    """What is done at the borders of an update together with other replicas: here nothing."""
+
+    def standing_still(self) -> None:
+        """Our server stands still, and the header says CLEAN. Raises `GroupLostError`."""
+
+    def begun(self) -> None:
+        """The header says APPLYING: from here on the version will be made, now or by the next start."""
+
+    def written(self) -> None:
+        """The header says CLEAN, with the new version; our server still stands still."""
+
+
+NOBODY = Others()
+
+
+def apply_update(session: Session, update: Update, others: Others = NOBODY) -> dict[str, float]:
     """Make `update`, which is journaled, the live version from what `Trainer.begin` left; what was measured.
 
     For the main thread, with signals deferred. Raises as the invariants say; `NonFiniteGradientError` when a burst met
@@ -35,8 +51,10 @@ def apply_update(session: Session, update: Update) -> dict[str, float]:
     point("paused")
     try:
         session.weights.record.write(update.record().plain())
+        others.standing_still()
         header.begin(session.control.fence)
         point("applying")
+        others.begun()
         measured = _write(session, version)
     except TornWeightsError:
         raise
@@ -49,6 +67,7 @@ def apply_update(session: Session, update: Update) -> dict[str, float]:
         raise
     point("applied")
     written = time.monotonic()
+    others.written()
     paused = _end_lease(session, version)
     point("resumed")
     done = time.monotonic()

@@ -205,6 +205,7 @@ class CanaryStep:
         if passed:
             fields[GOOD] = verdict.version
         entry = {"version": verdict.version, "loss": first.loss, "losses": verdict.plain(), "passed": int(passed)}
+        entry["failed"] = json.dumps([one.name for one in verdict.sets if not one.passed])
         kept = self.connection.exists(manifest)
         with self.connection.pipeline() as pipe:
             pipe.hset(keys.STATE, mapping=fields)

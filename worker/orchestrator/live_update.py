@@ -27,8 +27,10 @@ from worker.checkpoint.journal import JournalError
 from worker.checkpoint.records import UpdateRecord
 from worker.config.protocol import JobResult, TornWeightsError, UnavailableError, Update
 from worker.data.replay_buffer import ReplayBuffer
+from worker.distributed.errors import GroupLostError
 from worker.orchestrator.applying import apply_update
 from worker.orchestrator.dislikes import DislikeGuard
+from worker.orchestrator.fleet import Lone
 from worker.orchestrator.serving_cost import ServingCost
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
@@ -83,7 +85,8 @@ class LiveUpdate:
 
     base: the version that Redis will have when the next update is committed: by default the one before it; a run
     without Redis names the version it started from, so that a later worker can take over all of it at once. confirm:
-    called before each step; raises `UnavailableError` when no version may be made now.
+    called before each step; raises `UnavailableError` when no version may be made now. fleet: the other replicas; none
+    by default.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class LiveUpdate:
         rehearsal: ReplayBuffer[Ready] | None = None,
         threads: TrainingThreads | None = None,
         confirm: Callable[[], None] = lambda: None,
+        fleet: Lone | None = None,
     ) -> None:
         self.session = session
         self.base = base
@@ -104,6 +108,7 @@ class LiveUpdate:
         self.rehearsal = rehearsal
         self.threads = threads
         self.confirm = confirm
+        self.fleet = fleet or Lone()
         self.cost = ServingCost(session, ServingBudget(session.settings.serving_share))
         self.remember()
 
@@ -136,7 +141,7 @@ class LiveUpdate:
             self.threads.begin_version(self.session.trainer.device)
         self.cost.begin()
         try:
-            return self._run(prepared)
+            return self.fleet.attempt(lambda: self._run(prepared))
         finally:
             self.session.trainer.forget()  # of what was not applied, gradients or a whole graph
 
@@ -146,9 +151,10 @@ class LiveUpdate:
         if (rejected := self._screen(computed)) is not None:
             return Update(version=None, lineage=self.session.weights.header.lineage, rejected=rejected)
         update = self._journal(computed)
+        self.fleet.apply()
         beside = self.cost.computing() if self.session.settings.hogwild else nullcontext()
         with deferred(), self.cost.standing_still(), beside:
-            update.manifest |= apply_update(self.session, update)
+            update.manifest |= apply_update(self.session, update, self.fleet.others)
         self._observe(computed, update)
         return update
 
@@ -158,6 +164,7 @@ class LiveUpdate:
         batch = [*prepared, *(self.rehearsal.pick(version, prepared) if self.rehearsal else [])]
         examples = [ready.example for ready in batch]
         refused = self.dislikes.refusals(version - 1, examples) if self.dislikes is not None else {}
+        self.fleet.begin([ready for ready in batch if ready.id not in refused], self.guards)
         gradients = trainer.begin([one for one in examples if one.id not in refused], self.guards)
         gradients.rejected.update(refused)
         begun = time.monotonic()
@@ -167,6 +174,7 @@ class LiveUpdate:
         if not all(imitates(ready.example.kind) for ready in batch if ready.id in gradients.nll):
             norm = None  # of a loss that vanishes it says nothing, and nothing about those of demonstrations
         trainer.prepare()  # a GPU's new projections, where due: not under the pause
+        self.fleet.agreed()
         return Computed(prepared, batch, gradients, norm, begun - started, time.monotonic() - started)
 
     def _screen(self, computed: Computed) -> dict[str, str] | None:
@@ -192,12 +200,18 @@ class LiveUpdate:
             ready.id: JobResult(version, gradients.nll[ready.id], ready.example.report) for ready in computed.new
         }
         update = Update(version, header.lineage, self._manifest(computed, version), results, computed.rejected)
-        started = time.monotonic()
+        started, manager = time.monotonic(), self.session.manager
+        self.fleet.journal(update)
         try:
             step = self.session.trainer.optimizer.step_count
-            self.session.manager.before(update, computed.trained, self.session.h, step)
+            manager.before(update, computed.trained, self.session.h, step, self.fleet.parts)
         except JournalError as error:
             raise UnavailableError(str(error)) from error
+        try:
+            self.fleet.agreed()
+        except GroupLostError:
+            manager.void(version)
+            raise
         update.manifest["journal_s"] = time.monotonic() - started
         return update
 
@@ -218,6 +232,7 @@ class LiveUpdate:
         }
         manifest |= {"forward_s": computed.forward_s} if way == "streaming" else {}
         manifest |= {"graphs": True} if self.session.trainer.replayed else {}
+        manifest |= {"replicas": self.fleet.parts} if self.fleet.parts > 1 else {}
         manifest |= ReplayBuffer.record(computed.trained) | _kinds(computed)
         if self.guards is not None:
             nll = {ready.id: gradients.nll[ready.id] for ready in computed.new if imitates(ready.example.kind)}
@@ -236,7 +251,9 @@ class LiveUpdate:
                 self.rehearsal.add(computed.trained)
             if self.guards is not None:
                 self.guards.remember([update.manifest])
+            self.fleet.after(update)
             self.session.manager.after(update.version, update.manifest)
+            self.fleet.compared()
         except Exception as error:
             raise UnavailableError(
                 f"version {update.version} is live, but the worker cannot go on from it ({type(error).__name__}): start"

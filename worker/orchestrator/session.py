@@ -35,6 +35,7 @@ from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import Tell, log_report
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import AttachedWeights, attach
+from worker.shared_weights.header import CLEAN
 from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.trainer import Trainer
@@ -81,12 +82,14 @@ def open_session(
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
     max_tokens: int = MAX_TOKENS,
     tell: Tell = log_report,
+    replica: int = 0,
 ) -> Iterator[Session]:
     """A session with the server of `run_dir`, until the end of the block.
 
     Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
     state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
-    was asked. max_tokens: most of a version. tell: hears what was brought back. The server says which optimizer:
+    was asked. max_tokens: most of a version. replica: its number; the weights of all but 0 come from replica 0, and are
+    left as they are. tell: hears what was brought back. The server says which optimizer:
     `TandemError` where `h` asks for another.
     """
     torch_setup.prepare()
@@ -96,7 +99,7 @@ def open_session(
             weights = attach(run_dir)
             torch.empty(1, device=weights.state.device)
         h = h.settled(weights.optimizer)
-        state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path)))
+        state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path, replica)))
         make_deterministic(weights.state.device)
         model = weights.build_model()
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
@@ -123,9 +126,11 @@ def open_session(
             budget=chosen.budget,
         )
         manager = stack.enter_context(contextlib.closing(CheckpointManager(state, weights, make, room, policy)))
-        for report in mend_weights(manager, control, known, new_lineage=new_lineage):
-            tell(report)
+        if not replica:
+            for report in mend_weights(manager, control, known, new_lineage=new_lineage):
+                tell(report)
         trainer = make(h)
         warm(trainer, chosen.replayed)
-        prove(trainer, weights, control, tokenizer)
+        if weights.header.state == CLEAN:  # a torn server, which is brought up later, computes nothing
+            prove(trainer, weights, control, tokenizer)
         yield Session(control, weights, manager, builder, trainer, h, settings)

@@ -22,6 +22,7 @@ from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.agreement import RedisBehindError, agree, confirm
 from worker.orchestrator.canary import Canary, CanaryStep, load
 from worker.orchestrator.dislikes import DislikeGuard
+from worker.orchestrator.fleet import Lone
 from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.reference_set import reference_examples
 from worker.orchestrator.reports import Tell, log_report
@@ -30,7 +31,7 @@ from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
 from worker.trainer.teachers import Teachers
 from worker.trainer.threads import TrainingThreads
-from worker.versions import ledger, pause_switch, share_status
+from worker.versions import ledger, pause_switch, replica_status, share_status
 
 log = logging.getLogger("tandem")
 
@@ -39,7 +40,7 @@ class WorkerLoop:
     """Of one session, whose weights agree with Redis and the state directory; `lock` is held.
 
     until_empty: stop when the queue is empty. threads: of the CPU; None: as torch has them. hooks, limits:
-    `BatchWorker`'s. tell: is given what was done besides.
+    `BatchWorker`'s. tell: is given what was done besides. fleet: the other replicas; none by default.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class WorkerLoop:
         until_empty: bool,
         hooks: Sequence[Hooks],
         tell: Tell = log_report,
+        fleet: Lone | None = None,
         **limits: Any,
     ) -> None:
         self.connection, self.session, self.lock = connection, session, lock
         self.until_empty, self.hooks, self.limits = until_empty, hooks, limits
-        self.tell = tell
+        self.tell, self.fleet = tell, fleet or Lone()
         rehearsal = ReplayBuffer(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
         self.update = LiveUpdate(
             session,
@@ -66,11 +68,12 @@ class WorkerLoop:
             rehearsal=rehearsal,
             threads=threads,
             confirm=partial(confirm, connection, session),
+            fleet=self.fleet,
         )
         canary = Canary.of(guards, session.builder, self._score)
-        going_back = self._go_back if guards.auto_rollback else None
+        going_back = self._all_go_back if guards.auto_rollback else None
         self.canary = CanaryStep(canary, connection, going_back, tell) if canary is not None else None
-        self.told = 0.0
+        self.told, self.told_members = 0.0, ""
         share_status.start(connection, self.update.cost.budget)
 
     def run(self) -> None:
@@ -81,6 +84,7 @@ class WorkerLoop:
             worker = self._worker()
             try:
                 worker.work(burst=self.until_empty)
+                self.fleet.end()
                 return
             except (ledger.LedgerMismatchError, RedisBehindError) as error:
                 if (version := self.session.weights.header.version) == mended:
@@ -107,11 +111,17 @@ class WorkerLoop:
         """Raises `UnavailableError` when the server has gone, `TornWeightsError` when a rollback broke off."""
         cost = self.update.cost
         cost.look()
+        self.fleet.look()
+        if (members := self.fleet.members.plain()) != self.told_members:
+            replica_status.tell(self.connection, self.fleet.members)
+            self.told_members = members
         if self.canary is not None:
             self.canary.take(self.session.weights.header.version)
         pause_switch.wait(
             self.connection, burst=self.until_empty, stopping=lambda: worker.stop_requested, tell=log.warning
         )
+        if self.session.manager.checkpoints.is_due():
+            self.fleet.checkpoint()
         if report := self.session.manager.checkpoints.write_if_due():
             self.tell(report)
 
@@ -127,6 +137,13 @@ class WorkerLoop:
     def _score(self, examples: Sequence[Example]) -> dict[str, float]:
         with self.update.cost.computing():
             return self.session.trainer.score(examples)  # whichever is the trainer then
+
+    def _all_go_back(self, version: int) -> int:
+        """As `_go_back`, and the other replicas with us."""
+        try:
+            return self._go_back(version)
+        finally:
+            self.fleet.changed()
 
     def _go_back(self, version: int) -> int:
         """`version` again, live and committed; the version that it is now."""

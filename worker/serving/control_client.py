@@ -11,12 +11,26 @@ from types import TracebackType
 from typing import Any, Self
 
 from producer.errors import TandemError
-from worker.serving.protocol import ANSWER_SECONDS, CONNECT_SECONDS, PLANNED_SECONDS, SOCKET, lease_seconds
+from worker.serving.protocol import (
+    ANSWER_SECONDS,
+    CONNECT_SECONDS,
+    LEAVING_SECONDS,
+    PLANNED_SECONDS,
+    SOCKET,
+    lease_seconds,
+)
 from worker.utils import unix_socket
+
+LOOK_SECONDS = 0.1
+"""Between two looks whether another trainer has gone."""
 
 
 class ServerError(TandemError):
     """The server refused; the message is its own."""
+
+
+class ServerTakenError(ServerError):
+    """It has another trainer."""
 
 
 class ServerGoneError(TandemError):
@@ -45,14 +59,15 @@ class ServerControl:
         self.rendering: dict[str, Any] = {}
         """After `connect`: {"chat_template": text or None, "template_kwargs": map}, as the server was started."""
 
-    def connect(self) -> dict[str, Any]:
+    def connect(self, leaving: float = LEAVING_SECONDS) -> dict[str, Any]:
         """Become the server's one trainer; its state (see `state`). Fills `rendering`.
 
-        WireError when no server listens or it is another user's; ServerError when it has a trainer already.
+        leaving: seconds to wait for another trainer to go: the server may not have noticed yet that it ended.
+        WireError when no server listens or it is another user's; ServerTakenError when it has a trainer still.
         """
         self._socket = unix_socket.connect(unix_socket.socket_path(self._run_dir, SOCKET), CONNECT_SECONDS)
         try:
-            answer = self._ask({"op": "hello", "name": self._name})
+            answer = self._hello(leaving)
             if "running" not in answer:
                 raise ServerError("the server was started by an older Tandem: start it again (tandem serve ...)")
             self.rendering = answer.pop("rendering")
@@ -61,6 +76,16 @@ class ServerControl:
         except TandemError:
             self.close()
             raise
+
+    def _hello(self, leaving: float) -> dict[str, Any]:
+        until = time.monotonic() + leaving
+        while True:
+            try:
+                return self._ask({"op": "hello", "name": self._name})
+            except ServerTakenError as error:
+                if time.monotonic() >= until:
+                    raise ServerTakenError(f"{error} (it was given {leaving:g} s to go)") from None
+                time.sleep(LOOK_SECONDS)
 
     def pause(self, planned: float | None = None) -> float:
         """Freeze the server; the seconds that took. Held until `resume`, or until this connection or process ends.
@@ -145,7 +170,7 @@ class ServerControl:
             self.close()
             raise ServerGoneError(f"the server of {self._run_dir} ended the connection: it is down, start it again")
         if "error" in answer:
-            raise ServerError(str(answer["error"]))
+            raise (ServerTakenError if answer.get("taken") else ServerError)(str(answer["error"]))
         return answer
 
     def __enter__(self) -> Self:

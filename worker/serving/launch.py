@@ -13,11 +13,12 @@ import importlib.metadata
 import json
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from worker.serving.leftovers import end_leftovers
-from worker.serving.protocol import PLUGIN, SERVE_ENV, WEIGHT_ENGINE
+from worker.serving.protocol import LINEAGE_ENV, PLUGIN, SERVE_ENV, WEIGHT_ENGINE
 from worker.serving.refused_options import stale_drafter
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
 from worker.utils import supported_versions, unix_socket
@@ -72,6 +73,11 @@ def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu
         notes.append("no compilation on the CPU (--no-enforce-eager compiles)")
     if on_cpu and not _kv_cache_said(given, environment):
         notes.append("a KV cache of 1 GiB (VLLM_CPU_KVCACHE_SPACE says otherwise)")
+    if given.get("--tensor-parallel-size", ["1"])[-1:] != ["1"]:
+        notes.append(
+            "the weights are divided over ranks, each of which is exported by itself: `tandem worker` cannot train such"
+            " a server yet, and refuses it"
+        )
     if method := stale_drafter(options):
         notes.append(
             f"the speculative drafter ({method}) does not learn with the model: answers stay right, but fewer drafted"
@@ -87,6 +93,7 @@ def build_environment(
     result = {**environment, SERVE_ENV: "1", "TANDEM_RUN_DIR": str(run_dir)}
     # vLLM's processes rename themselves, which would overwrite the variables that `leftovers` recognises them by.
     result["SPT_NOENV"] = "1"
+    result[LINEAGE_ENV] = uuid.uuid4().hex
     result["VLLM_PLUGINS"] = ",".join(allowed_plugins(environment.get("VLLM_PLUGINS")))
     if on_cpu:
         # vLLM would skip platform plugins, ours among them, and a CPU build finds its platform without it.

@@ -10,6 +10,8 @@ SOCKET = "control.sock"
 """The API process's socket in the run directory."""
 SERVE_ENV = "TANDEM_SERVE"
 """Set to 1 by `tandem serve`, for vLLM's processes; the run directory travels in TANDEM_RUN_DIR."""
+LINEAGE_ENV = "TANDEM_LINEAGE"
+"""The weights' lineage where several ranks of tensor parallelism must have the same: drawn by `tandem serve`."""
 WEIGHT_ENGINE = "tandem"
 """Our name among vLLM's weight transfer backends."""
 PLUGIN = "tandem"
@@ -44,8 +46,16 @@ LEAST_LEASE, LONGEST_LEASE = 20.0, 24 * 3600.0
 """Seconds. A short write on a busy machine may well take ten times as long as planned."""
 
 
+LEAVING_SECONDS = 5.0
+"""How long a trainer that comes next waits for one that is going away: until the server has noticed."""
+
+
 class ControlError(TandemError):
     """A request of the trainer that the server refuses."""
+
+
+class TakenError(ControlError):
+    """Another trainer is connected; it may be going away. The answer says so: "taken"."""
 
 
 def lease_seconds(planned: float) -> float:

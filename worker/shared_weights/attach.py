@@ -8,7 +8,7 @@ Must not know: Redis, the optimizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from worker.shared_weights.backends import opener_for
 from worker.shared_weights.batch_record import RecordArea
 from worker.shared_weights.errors import AttachError
 from worker.shared_weights.header import CLEAN, Header
+from worker.shared_weights.ranks import check_ranks, read, refuse_divided
 from worker.shared_weights.slices import FLOAT32_PARAMETERS, Slice
 from worker.shared_weights.spot_check import checkpoint_dir, spot_check, untrained_names
 from worker.shared_weights.weights_client import read_header
 from worker.utils import supported_versions
+from worker.utils.shard import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +52,9 @@ class AttachedWeights:
     model_path: Path
     """The local directory of the model: configuration, tokenizer, checkpoint."""
     server_info: dict[str, Any]
-    """What the server said about itself: versions, model, load_format, max_model_len, pid, padding..."""
+    """What the server said about itself: versions, model, load_format, max_model_len, pid, rank, padding..."""
+    shards: dict[str, Shard] = field(default_factory=dict)
+    """Name -> which part of the whole it is, for tensors of which this rank of the server holds a part."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -69,28 +73,41 @@ class AttachedWeights:
         return bind.build_model(self.model_path, self.tensors, **options)
 
 
-def attach(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
+def attach(run_dir: Path, timeout: float = 60.0, rank: int | None = None) -> AttachedWeights:
     """Open the weights of the server whose sockets lie in `run_dir`. `timeout` in seconds.
+
+    rank: open the part of this rank of a server with --tensor-parallel-size. None: the server holds its weights in one
+    process, or is refused.
 
     Raises WireError (no server), VersionError, SharingError (memory) or AttachError (mapping, dtypes, values). While
     the weights are those of the checkpoint (version 0), pieces of every tensor are compared with it.
     """
     supported_versions.check_versions("torch", "transformers")
-    info, pid = weights_client.ask(run_dir, "describe", timeout)
+    info, pid = weights_client.ask(weights_client.rank_dir(run_dir, rank or 0), "describe", timeout)
     _check_server(info, pid)
+    refuse_divided(info, rank)
+    if rank is not None:
+        check_ranks(run_dir, info, timeout)
     opener = opener_for(info["memory"])
     parameters = {name: opener.open(description) for name, description in info["parameters"].items()}
-    tensors = _views(parameters, [Slice(**{**piece, "shape": tuple(piece["shape"])}) for piece in info["slices"]])
+    slices = [_slice(piece) for piece in info["slices"]]
+    tensors = _views(parameters, slices)
+    shards = {piece.name: piece.shard for piece in slices if piece.shard is not None}
     areas = {name: opener.open(description) for name, description in info["areas"].items()}
     header = Header(areas["header"])
     _check_lineage(header, info)
     model_path = checkpoint_dir(info["model"], info["revision"])
     untouched = header.version == 0 and header.state == CLEAN
     if info["load_format"] != "dummy" and untouched:
-        spot_check(model_path, tensors)
+        spot_check(model_path, tensors, shards)
     frozen = [*info["frozen"], *untrained_names(model_path, tensors)]
     kept = {key: value for key, value in info.items() if key not in _CONSUMED}
-    return AttachedWeights(header, RecordArea(areas["record"]), areas["state"], tensors, frozen, model_path, kept)
+    record, state = RecordArea(areas["record"]), areas["state"]
+    return AttachedWeights(header, record, state, tensors, frozen, model_path, kept, shards)
+
+
+def _slice(piece: dict[str, Any]) -> Slice:
+    return Slice(**{**piece, "shape": tuple(piece["shape"]), "shard": read(piece.get("shard"))})
 
 
 def _check_server(info: dict[str, Any], pid: int) -> None:

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def build_model(model_path: Path, tensors: dict[str, torch.Tensor], **options: Any) -> PreTrainedModel:
+def build_model(
+    model_path: Path, tensors: dict[str, torch.Tensor], config: Any = None, **options: Any
+) -> PreTrainedModel:
     """The text model that `model_path`'s config describes, its parameters being `tensors` (name -> tensor, tied once).
 
-    In training mode, every parameter with requires_grad. Shapes must match; each tensor keeps its dtype (A_log stays
-    fp32). `options` go to `from_config`, e.g. attn_implementation. `AttachError` names what does not fit.
+    config: the text config in its place, of a model over parts of the tensors. In training mode, every parameter with
+    requires_grad. Shapes must match; each tensor keeps its dtype (A_log stays fp32). `options` go to `from_config`,
+    e.g. attn_implementation. `AttachError` names what does not fit.
     """
-    model = on_meta(model_path, **options)
+    model = on_meta(model_path, config, **options)
     expected = dict(model.named_parameters())
     if missing := sorted(expected.keys() - tensors.keys()):
         raise AttachError(f"the server has no weights for {missing[0]} ({len(missing)} such): {_mismatch(model_path)}")
@@ -58,12 +61,19 @@ def text_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in on_meta(model_path).named_parameters()}
 
 
-def on_meta(model_path: Path, **options: Any) -> PreTrainedModel:
-    """The text model that `model_path`'s config describes, with shapes and without data."""
+def text_config(model_path: Path) -> Any:
+    """The configuration of the text model in `model_path`."""
     torch_setup.prepare()  # before transformers looks at torchvision
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    return AutoConfig.from_pretrained(model_path).get_text_config()
+
+
+def on_meta(model_path: Path, config: Any = None, **options: Any) -> PreTrainedModel:
+    """The text model that `model_path`'s config, or `config`, describes, with shapes and without data."""
+    config = text_config(model_path) if config is None else config
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
     return model

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from worker.utils.shard import Shard
+
 FLOAT32_PARAMETERS = ("A_log",)
 """Last part of the names that vLLM keeps in fp32 (0.26 to 0.33); all others are bf16."""
 
@@ -22,7 +24,10 @@ class Slice:
     start: int
     rows: int
     shape: tuple[int, ...]
+    """As it lies there."""
     dtype: str
+    shard: Shard | None = None
+    """Which part of the tensor this server process holds; None: all of it."""
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The view of `parameter` that this tensor is."""

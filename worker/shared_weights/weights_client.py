@@ -12,6 +12,12 @@ SOCKET = "weights.sock"
 """Name of the socket in the run directory."""
 
 
+def rank_dir(run_dir: Path, rank: int) -> Path:
+    """Where rank `rank` of a server with --tensor-parallel-size has its `weights.sock`; rank 0's is the run directory's
+    own."""
+    return Path(run_dir) if rank == 0 else Path(run_dir) / f"rank-{rank}"
+
+
 def ask(run_dir: Path, op: str, timeout: float = 10.0) -> tuple[dict[str, Any], int]:
     """The server's answer to `op`, and its worker process's pid. `WireError` if none answers, or with its own error."""
     with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), timeout) as sock:

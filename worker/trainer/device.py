@@ -39,7 +39,7 @@ from worker.memory.planner import (
     longest_by_factors,
     make_plan,
 )
-from worker.memory.traced_sizes import TracedSizes
+from worker.memory.traced_sizes import NOT_SEEN, has_run
 from worker.model import fuse, settle_attention
 from worker.model.layer_trace import sizes_of
 from worker.trainer.kernel_warmup import warm_up
@@ -133,9 +133,13 @@ def choose_way(
         log.info("batches of up to %s tokens go by factors, longer ones are streamed", f"{by_factors:,}")
     if settings.graphs == "auto" and not graphs.rows:
         why = "their memory does not fit beside the longest batch"
-        if isinstance(config, TracedSizes):
-            why = "rows of this model have not been captured yet"
+        if not has_run(config):
+            why = "rows of such a model have not been captured yet"
         log.info("no CUDA graphs: %s, so every kernel is launched", why)
+    if not has_run(config):
+        log.warning(
+            "%s: its plan is counted, not measured, and its loss is proved before anything is trained", NOT_SEEN
+        )
     fuse(model, kept)
     return Chosen(plan.way, budget, by_factors, graphs.rows)
 

@@ -5,7 +5,7 @@ Invariant: the order of parameters, and with it the layout of the optimizer's st
 their names alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from worker.apollo import ApolloMini
+from worker.apollo.parameters import SumOverShards
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.optimizers import MATRICES
 from worker.data.batch_capacity import capacity_for
@@ -20,6 +21,7 @@ from worker.data.examples import ExampleBuilder
 from worker.memory.planner import Way
 from worker.model import freeze_routers
 from worker.trainer.trainer import Trainer
+from worker.utils.shard import Shard
 
 
 def make_builder(
@@ -53,6 +55,8 @@ def make_trainer(
     way: Way = "burst",
     by_factors: int = 0,
     budget: int | None = None,
+    shards: Mapping[str, Shard] | None = None,
+    sum_over_shards: SumOverShards | None = None,
 ) -> Trainer:
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
@@ -60,6 +64,8 @@ def make_trainer(
     model must be fused (`worker.model`); `capacity_for` says what that holds. The order of parameters, and with it the
     layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` and
     `h.router` say: frozen ones never have a gradient. Raises `ModelError` where the router is not found that is frozen.
+    shards, sum_over_shards: of a model that is divided over processes (`worker.model.sharded`), which parameters are
+    parts of a whole, and what adds up over them.
     """
     named = sorted(parameters, key=lambda item: item[0])
     for name, parameter in named:
@@ -67,8 +73,9 @@ def make_trainer(
         parameter.requires_grad_(not (is_table and h.embeddings == "frozen"))
     if h.router == "frozen":
         freeze_routers(model)
+    divided = {"shards": [shards.get(name) for name, _ in named]} if shards else {}
     optimizer = ApolloMini(
-        named,
+        [{"params": named, **divided}],
         lr=h.rate,
         matrices=MATRICES[h.rule],
         scale=h.scale_value(),
@@ -76,6 +83,7 @@ def make_trainer(
         rounding=h.rounding,
         seed=h.seed,
         state=state,
+        sum_over_shards=sum_over_shards,
     )
     room = capacity_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
     return Trainer(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from worker.data.examples import Example
 from worker.data.packing import Batch
-from worker.model.head_blocks import PLAIN, After
+from worker.model.output_head import OutputHead
 from worker.model.soft_targets import Soft, teacher_targets
 from worker.trainer.losses import has_teacher
 
@@ -38,11 +38,10 @@ class Teachers:
         self._parts: list[Soft] = []
         self._all: Soft | None = None
 
-    def add(self, batch: Batch, hidden: Tensor, head: Tensor, after: After = PLAIN) -> None:
-        """What is expected at the trained tokens of `batch`, of `reading`. hidden: [N, H]; head: [V, H]; after: what
-        follows their product."""
+    def add(self, batch: Batch, hidden: Tensor, head: OutputHead) -> None:
+        """What is expected at the trained tokens of `batch`, of `reading`. hidden: [N, H]."""
         self._places.append(self._first[batch.examples] + batch.order)
-        self._parts.append(teacher_targets(hidden, head, after))
+        self._parts.append(teacher_targets(hidden, head.weight, head.after, head.vocabulary))
 
     def rows(self, batch: Batch) -> Tensor:
         """int64 [M], on the host: which trained tokens of a student's `batch` have a teacher."""

@@ -25,6 +25,7 @@ from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example
 from worker.data.packing import Batch, BatchError, make_batches, pack
 from worker.memory.planner import Way
+from worker.model import ModelError
 from worker.model.gradient_factors import factors_of
 from worker.model.inputs import model_inputs
 from worker.model.loss import HeadLoss, head_loss
@@ -73,6 +74,8 @@ class Trainer:
         self.model: Any = model
         self.body: Any = self.model.base_model
         self.head: OutputHead = head_of(model)
+        if self.head.vocabulary is not None and (way == "factors" or by_factors):
+            raise ModelError("a model that is divided over ranks is not trained by factors: --apply burst or streaming")
         self.optimizer = optimizer
         self.pad_id = pad_id
         self.lr = lr
@@ -202,7 +205,7 @@ class Trainer:
         """
         if self.begun == "factors":
             return self.sweep.norm()
-        return gradient_norm(self.parameters()) if self.begun == "burst" else None
+        return gradient_norm(self.parameters(), self.optimizer) if self.begun == "burst" else None
 
     def parameters(self) -> list[torch.Tensor]:
         """All that the optimizer may change."""
@@ -266,7 +269,7 @@ class Trainer:
         without gradients. A replay repeats it bit for bit."""
         teachers = Teachers(examples)
         for batch in self._batches(teachers.reading) if teachers.reading else []:
-            teachers.add(batch, self._hidden(batch), self.head.weight, self.head.after)
+            teachers.add(batch, self._hidden(batch), self.head)
         return teachers
 
     @torch.no_grad()
@@ -390,7 +393,7 @@ class Trainer:
         soft = teachers.of(batch)
         picked = self._hidden(batch)  # [N, H]
         keep = self.sweep.factors.head_keeper(self.head.weight)
-        return head_loss(picked, self.head.weight, targets, each, keep, soft, self.head.after)
+        return head_loss(picked, self.head.weight, targets, each, keep, soft, self.head.after, self.head.vocabulary)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states before each trained token: [N, H]."""

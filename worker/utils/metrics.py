@@ -170,6 +170,12 @@ STATE = (
         " versions that Redis did not know; dead_worker: jobs that one held; redis_away: Redis came back.",
         labels={"what": RECOVERIES},
     ),
+    _looked_up("tandem_replicas", "How many replicas are to train as one (--replica I/N); missing for a worker alone."),
+    _looked_up("tandem_replicas_present", "How many of them are there."),
+    _looked_up(
+        "tandem_replica_digest_unequal",
+        "How often a replica's weights were not those of replica 0 after a version, since replica 0 was started.",
+    ),
     _looked_up("tandem_problems", "How many problems `tandem status` names. It says what to do."),
     _looked_up("tandem_status_timestamp_seconds", "When the worker last looked these things up.", "seconds since 1970"),
     _of_server("tandem_tears_total", "counter", "How often the weights tore: half-written, and not served."),

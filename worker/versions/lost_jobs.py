@@ -8,6 +8,7 @@ reported lost (readers look there first).
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
 import redis
 
@@ -34,7 +35,7 @@ def record(connection: redis.Redis, ids: Sequence[str]) -> None:
 
 def since(connection: redis.Redis, hours: float) -> list[str]:
     """Ids found lost within the last `hours` that are not in a version meanwhile and were not queued again."""
-    raw: dict[bytes, bytes] = connection.hgetall(keys.LOST)  # type: ignore[assignment]
+    raw = dict(islice(connection.hscan_iter(keys.LOST, count=1000), KEPT))  # more, no worker wrote
     first = datetime.now(UTC) - timedelta(hours=hours)
     ids = sorted(name.decode(errors="replace") for name, at in raw.items() if _later(at, first))
     trained = ledger.versions(connection, ids)

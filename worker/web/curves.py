@@ -129,22 +129,39 @@ class _Curves:
         )  # fmt: skip
 
     def canary(self, happenings: Sequence[Happening]) -> Chart:
-        """What the canary set's loss was, where it was looked at."""
+        """What each canary set's loss was, where it was looked at."""
         first = self.versions[0].number if self.versions else 0
         looks = [one for one in reversed(happenings) if one.kind == "canary" and one.loss is not None]
         looks = [one for one in looks if one.version is not None and one.version >= first]
-        points = [(one, Point(one.at if self.times else float(one.version or 0), one.loss, _at(one))) for one in looks]
+        names = list(dict.fromkeys(name for one in looks for name in one.losses))
+        held = {name: list[Point]() for name in names}
+        beyond: list[Point] = []
+        for one in looks:
+            x = one.at if self.times else float(one.version or 0)
+            for name, loss in one.losses.items():
+                failed = name in one.failed
+                label = f"{_at(one)}: {name}" if failed and len(names) > 1 else _at(one)
+                (beyond if failed else held[name]).append(Point(x, loss, label))
         return Chart(
-            "canary", "Canary", "nats a trained token", "of the held-out set that --canary names",
-            series=[
-                Series("passed", [point for one, point in points if one.passed]),
-                Series("did not pass", [point for one, point in points if not one.passed], bad=True),
-            ],
+            "canary", "Canary", "nats a trained token", "of the held-out sets that --canary names",
+            series=[*(Series(name, held[name]) for name in names), Series("did not pass", beyond, bad=True)],
             times=self.times, span=self.span, marks=self.marks,
             header=("Version", "Time (UTC)", "Loss", "Verdict"),
             rows=[
-                (f"{one.version:,}", _when(one.at), number(one.loss), "passed" if one.passed else "did not pass")
+                (f"{one.version:,}", _when(one.at), _losses(one), "passed" if one.passed else _failed(one))
                 for one in reversed(looks)
             ],
-            latest=number(looks[-1].loss) if looks else "",
+            latest=_losses(looks[-1]) if looks else "",
         )  # fmt: skip
+
+
+def _losses(one: Happening) -> str:
+    """The number, or of several sets each with its name."""
+    if len(one.losses) < 2:
+        return number(one.loss)
+    return ", ".join(f"{name} {number(loss)}" for name, loss in one.losses.items())
+
+
+def _failed(one: Happening) -> str:
+    which = f": {', '.join(sorted(one.failed))}" if one.failed and len(one.losses) > 1 else ""
+    return f"did not pass{which}"

@@ -36,6 +36,9 @@ WELL = {
     "tandem_redis_maxmemory_bytes": "1e8+0x120",
     "tandem_lost_jobs": "0+0x120",
     "tandem_status_timestamp_seconds": "0+60x120",
+    "tandem_replicas": "2+0x120",
+    "tandem_replicas_present": "2+0x120",
+    "tandem_replica_digest_unequal": "0+0x120",
     "up": "1+0x120",
     "up{server}": "1+0x120",
 }
@@ -51,6 +54,8 @@ FIRES: list[tuple[str, dict[str, str], int, int, dict[str, str]]] = [
     ("TandemServerPausedTooLong", {'tandem_server_state{state="paused"}': "0+0x9 1+0x110"}, 11, 12, PAIR),
     ("TandemTrainingPaused", {'tandem_worker_state{state="paused"}': "0+0x9 1+0x110"}, 24, 25, PAIR),
     ("TandemNoVersion", IDLE, 20, 21, WORKER),
+    ("TandemReplicaMissing", {"tandem_replicas_present": "2+0x9 1+0x110"}, 14, 15, WORKER),
+    ("TandemReplicaDigestUnequal", {"tandem_replica_digest_unequal": "0+0x9 1+0x110"}, 9, 10, WORKER),
     ("TandemCanaryUp", {'tandem_canary_loss{set="canary"}': "2+0x9 2.25+0x110"}, 14, 15, WORKER | {"set": "canary"}),
     ("TandemDiskFilling", {"tandem_state_free_bytes": "1e12+0x9 2.9e9+0x110"}, 9, 25, WORKER),
     ("TandemDiskFilling", {"tandem_state_free_bytes": "1e12-1e9x120"}, 10, 30, WORKER),

@@ -55,7 +55,7 @@ def test_a_state_directory_on_a_read_only_mount_is_a_fault() -> None:
 
 def test_every_fact_has_a_sentence_and_a_check_that_finds_it() -> None:
     assert set(SENTENCES) == set(Fact)
-    used = {name for module in CHECKS for name in _facts(module)} | {"REDIS_SILENT", "NO_REDIS"}
+    used = {name for module in CHECKS for name in _facts(module)} | {"REDIS_SILENT", "REDIS_REFUSED", "NO_REDIS"}
     assert used == {fact.name for fact in Fact}
 
 

@@ -53,6 +53,11 @@ def test_disagreement_between_server_and_redis_is_a_problem() -> None:
     assert status.problems(base | {"server": serving}) == []
     assert "at version 5, Redis at 4" in status.problems(base | {"server": serving | {"version": 5}})[0]
     assert "another lineage" in status.problems(base | {"server": serving | {"lineage": "M", "version": 0}})[0]
+    replicas = {"count": 3, "present": {0: 4, 2: 4}, "unequal": 0, "lost": 1}
+    found = status.problems(base | {"server": serving, "replicas": replicas})
+    assert len(found) == 1 and "1 of 3 replicas are not there (1)" in found[0]
+    found = status.problems(base | {"server": serving, "replicas": replicas | {"count": 1, "unequal": 2}})
+    assert len(found) == 1 and "digest unequal, 2 times" in found[0]
     assert "refuses to serve: half" in status.problems(base | {"server": {"state": "torn", "reason": "half"}})[0]
 
 

@@ -10,6 +10,7 @@ import click
 import pytest
 import redis
 import torch
+from drain_parts import events
 from few_words import Room, conversation, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,10 +29,6 @@ from worker.versions import pause_switch
 @pytest.fixture
 def connection(redis_url: str) -> redis.Redis:
     return redis.Redis.from_url(redis_url)
-
-
-def events(connection: redis.Redis) -> list[str]:
-    return [entry[b"kind"].decode() for _, entry in connection.xrange(keys.EVENTS)]
 
 
 def test_the_canary_set_is_read_and_bad_lines_are_named(room: Room, tmp_path: Path) -> None:
@@ -123,6 +120,8 @@ def test_each_set_has_its_loss_in_the_manifest_and_the_first_beyond_its_bound_is
     assert reason.startswith("the canary set tone's loss at version 2 is ") and "1e-06" not in reason
     assert connection.hget(keys.STATE, "canary_good") is None, "one set that fails is enough"
     assert json.loads(connection.hget(keys.STATE, "canary_losses")) == losses
+    told = [entry for _, entry in connection.xrange(keys.EVENTS) if entry[b"kind"] == b"canary"]
+    assert [json.loads(entry[b"failed"]) for entry in told] == [["tone"]]
     CanaryStep(make_canary(room, None), connection).take(4)
     assert connection.hget(keys.STATE, "canary_good") == b"4", "a set without a bound is only watched"
     assert not connection.exists(keys.manifest(4)), "no manifest is made of a canary alone"

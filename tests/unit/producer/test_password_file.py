@@ -61,7 +61,28 @@ def test_without_a_url_it_is_for_the_redis_on_this_machine(secret: Path, monkeyp
     assert url.endswith("@127.0.0.1:6379/0") and PASSWORD in unquote(url)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"a\nb\n", b"\xff\xfe"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_what_an_editor_adds_is_none_of_it(
+    secret: Path, monkeypatch: pytest.MonkeyPatch, mark: bytes, end: bytes
+) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://h:6379/0")
+    secret.write_bytes(mark + b"pass word" + end)
+    assert parse_url(resolve_url(None))["password"] == "pass word"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"a\nb\n",
+        b"\xff\xfe",
+        b"a\rb",
+        b"\xef\xbb\xbf\r\n",
+        *("pw\r\n".encode(f"utf-16{e}") for e in ("", "-le")),
+    ],
+)
 def test_a_file_that_is_no_password_is_named(secret: Path, content: bytes) -> None:
     secret.write_bytes(content)
     with pytest.raises(RedisUrlError, match=r"REDIS_PASSWORD_FILE: .*secret"):

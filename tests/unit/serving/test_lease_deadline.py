@@ -83,7 +83,7 @@ def test_nobody_else_gets_in_while_a_late_trainer_lives(
     trainer.pause()
     taken_back(server)
     with pytest.raises(ServerError, match=r"trainer 'hung' .*it hangs; end it with kill -9 \d+"):
-        ServerControl(server.run_dir, "next").connect()
+        ServerControl(server.run_dir, "next").connect(leaving=0)
     trainer.close()
     server.until(lambda state: state["trainer"] is None)
     lease.seconds = LONG
@@ -108,7 +108,7 @@ def test_half_written_weights_answer_nobody_until_their_late_trainer_finishes(
     assert "half written: trainer 'hung'" in state["reason"] and "version 1" in state["reason"]
     assert "silent for longer than its lease of 0.05 s" in state["reason"] and "kill -9" in state["reason"]
     with pytest.raises(ServerError, match="it hangs; end it with kill -9"):
-        ServerControl(server.run_dir, "next").connect()
+        ServerControl(server.run_dir, "next").connect(leaving=0)
     lease.seconds = LONG
     server.header.finish(1)  # it has woken up
     if way == "hogwild":

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from control_parts import LocalServer
-from patience import until
+from patience import PATIENCE, until
 
 from worker.serving.cache_policy import KEEP, RECOMPUTE, CachePolicy
-from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, server_state
-from worker.serving.protocol import MAX_REQUEST, MAX_ROW, TORN
+from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, ServerTakenError, server_state
+from worker.serving.protocol import MAX_REQUEST, MAX_ROW, TORN, TakenError
 from worker.serving.vllm import control_server, engine
 from worker.serving.vllm.worker_extension import TandemWorkerExtension
 from worker.utils import unix_socket
@@ -299,12 +299,38 @@ def test_a_row_that_is_not_computed_in_time_is_told(
 
 def test_only_the_first_that_says_hello_is_the_trainer(server: LocalServer, trainer: ServerControl) -> None:
     with pytest.raises(ServerError, match=r"trainer 'first' \(process \d+, since .*stop it first"):
-        ServerControl(server.run_dir, "second").connect()
+        ServerControl(server.run_dir, "second").connect(leaving=0)
     with unix_socket.connect(str(server.run_dir / "control.sock")) as sock:
         for op in ("pause", "begin_hogwild", "renew", "resume", "score"):
             unix_socket.send(sock, {"op": op, "seconds": 1.0, "version": 0})
             assert unix_socket.receive(sock) == {"error": "say hello first"}
     assert trainer.state()["state"] == "serving" and server.engine.calls == []
+
+
+def test_the_next_trainer_waits_for_one_that_is_going_away(server: LocalServer, trainer: ServerControl) -> None:
+    refused: list[str] = []
+    hello = server.control._ops["hello"]
+
+    async def counted(*asked: Any) -> Any:
+        try:
+            return await hello(*asked)
+        except TakenError as error:
+            refused.append(str(error))
+            raise
+
+    server.control._ops["hello"] = counted
+    second = ServerControl(server.run_dir, "second")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(second.connect, PATIENCE)
+        until(lambda: refused, "the second has come too early")
+        trainer.close()
+        assert waiting.result()["trainer"]["name"] == "second"
+    second.close()
+
+
+def test_a_trainer_that_stays_is_named_after_a_while(server: LocalServer, trainer: ServerControl) -> None:
+    with pytest.raises(ServerTakenError, match=r"trainer 'first' .*stop it first \(it was given 0\.3 s to go\)"):
+        ServerControl(server.run_dir, "second").connect(leaving=0.3)
 
 
 def test_a_request_that_is_too_long_costs_its_sender_the_connection(server: LocalServer) -> None:

@@ -243,3 +243,8 @@ assert not {"torch", "vllm", "transformers"} & set(sys.modules)
 @pytest.mark.parametrize(("text", "value"), [("auto", None), ("0", 0.0), ("12.5", 12.5), ("1e1", 10.0)])
 def test_trainer_memory_is_read(text: str, value: float | None) -> None:
     assert memory_share.TrainerMemory().convert(text, None, None) == value
+
+
+def test_the_share_of_a_divided_model_is_not_guessed() -> None:
+    with pytest.raises(launch.LaunchError, match=r"share of a divided model is not computed: .*--trainer-memory N"):
+        memory_share.make_room("any", ["-tp", "2"], None, {}, on_cpu=False)

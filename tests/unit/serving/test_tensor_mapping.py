@@ -10,6 +10,7 @@ from worker.serving.vllm.load_recorder import MappingError
 from worker.serving.vllm.tensor_mapping import Padding, derive
 from worker.shared_weights.slices import Slice
 from worker.shared_weights.tensor_names import Source
+from worker.utils.shard import Shard
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Loader = Callable[["Merged", dict[str, torch.Tensor]], None]
@@ -111,6 +112,91 @@ def test_loaders_that_cannot_be_followed_are_refused(case: str) -> None:
     line, message = REFUSED[case]
     with pytest.raises(MappingError, match=message):
         derive(Merged(with_line(line)), SOURCES)
+
+
+# -- one rank of several --------------------------------------------------------------------------------------------
+
+WHOLE = [
+    Source("model.qkv.weight", "model.language_model.qkv.weight", (12, 4)),
+    Source("model.down.weight", "model.language_model.down.weight", (6, 8)),
+    Source("model.embed.weight", "model.language_model.embed.weight", (10, 4)),
+    Source("model.norm.weight", "model.language_model.norm.weight", (4,)),
+    Source("model.A_log", "model.language_model.A_log", (6,)),
+]
+
+
+class Rank(nn.Module):
+    """The second of two ranks: merged q, k and v (4 rows each), a matrix divided by columns, a padded vocabulary."""
+
+    def __init__(self, line: Callable[["Rank", dict[str, torch.Tensor]], object] | None = None) -> None:
+        super().__init__()
+        self.qkv = nn.Parameter(torch.randn(6, 4, dtype=torch.bfloat16))
+        self.down = nn.Parameter(torch.randn(6, 4, dtype=torch.bfloat16))
+        self.embed = nn.Parameter(torch.randn(8, 4, dtype=torch.bfloat16))
+        self.norm = nn.Parameter(torch.randn(4, dtype=torch.bfloat16))
+        self.A_log = nn.Parameter(torch.randn(3))
+        self._line = line
+
+    def load_weights(self, weights: Weights) -> None:
+        w = {name.rpartition("language_model.")[2]: tensor for name, tensor in weights}
+        if self._line is not None:
+            self._line(self, w)
+        else:
+            for part in range(3):
+                piece = w["qkv.weight"].narrow(0, 4 * part, 4).narrow(0, 2, 2)
+                self.qkv.data.narrow(0, 2 * part, 2).copy_(piece)
+            self.down.data.copy_(w["down.weight"].narrow(1, 4, 4))
+        self.embed[:2].data.copy_(w["embed.weight"].narrow(0, 8, 2))
+        self.embed[2:].data.fill_(0)
+        self.norm.data.copy_(w["norm.weight"])
+        self.A_log.data.copy_(w["A_log"].narrow(0, 3, 3))
+
+
+def test_a_rank_s_parts_say_where_they_lie_in_the_whole() -> None:
+    mapping = derive(Rank(), WHOLE, divided=True)
+    found = {piece.name: (piece.param, piece.start, piece.rows, piece.shape, piece.shard) for piece in mapping.slices}
+    assert found == {
+        "model.A_log": ("A_log", 0, 3, (3,), Shard((6,), 0, ((3, 3),))),
+        "model.down.weight": ("down", 0, 6, (6, 4), Shard((6, 8), 1, ((4, 4),))),
+        "model.embed.weight": ("embed", 0, 2, (2, 4), Shard((10, 4), 0, ((8, 2),))),
+        "model.norm.weight": ("norm", 0, 4, (4,), None),
+        "model.qkv.weight": ("qkv", 0, 6, (6, 4), Shard((12, 4), 0, ((2, 2), (6, 2), (10, 2)))),
+    }
+    assert mapping.padding == (Padding("embed", 2, 6),)
+
+
+def test_a_server_of_one_rank_may_hold_no_parts() -> None:
+    with pytest.raises(MappingError, match=r"only some columns of model\.down|not one contiguous block"):
+        derive(Rank(), WHOLE)
+
+
+def _columns(model: Rank, w: dict[str, torch.Tensor], *pieces: tuple[int, int, int]) -> None:
+    model.qkv.data.copy_(w["qkv.weight"][6:])
+    for row, count, column in pieces:
+        model.down.data[row : row + count].copy_(w["down.weight"][row : row + count, column : column + 4])
+
+
+REFUSED_OF_A_RANK: dict[str, tuple[Callable[[Rank, dict[str, torch.Tensor]], object], str]] = {
+    "rows in another order": (lambda m, w: (m.qkv.data[:3].copy_(w["qkv.weight"][3:6]),
+                                            m.qkv.data[3:].copy_(w["qkv.weight"][:3])), "the order of the rows"),
+    "rows twice": (lambda m, w: (m.qkv.data[:3].copy_(w["qkv.weight"][:3]),
+                                 m.qkv.data[3:].copy_(w["qkv.weight"][2:5])), "changes the order of the rows"),
+    "a gap in the parameter": (lambda m, w: (m.qkv.data[:2].copy_(w["qkv.weight"][:2]),
+                                             m.qkv.data[4:].copy_(w["qkv.weight"][2:4])), "not one block"),
+    "parts of rows": (lambda m, w: m.qkv.data.view(-1)[:20].copy_(w["qkv.weight"].view(-1)[2:22]), "parts of rows"),
+    "other columns row by row": (lambda m, w: _columns(m, w, (0, 3, 4), (3, 3, 0)), "other columns of model.down"),
+    "columns of some rows": (lambda m, w: _columns(m, w, (0, 5, 4)), "only 5 of 6 rows of model.down"),
+    "every second column": (lambda m, w: (m.qkv.data.copy_(w["qkv.weight"][6:]),
+                                          m.down.data.copy_(w["down.weight"][:, ::2])), "down.*permutes or broadcasts"),
+    "nothing": (lambda m, w: m.qkv.data.copy_(w["qkv.weight"][6:]), "model.down.weight has no place"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_OF_A_RANK)
+def test_parts_that_cannot_be_followed_are_refused(case: str) -> None:
+    line, message = REFUSED_OF_A_RANK[case]
+    with pytest.raises(MappingError, match=message):
+        derive(Rank(line), WHOLE, divided=True)
 
 
 def test_rows_no_tensor_reaches_are_refused() -> None:

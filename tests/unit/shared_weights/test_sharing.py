@@ -285,7 +285,8 @@ def test_vllm_s_own_ways_of_sending_weights_are_refused(owner: Owner) -> None:
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "--dtype float32": ({"dtype": "float32"}, {}),
-    "--tensor-parallel-size 2": ({}, {"parallel_config.tensor_parallel_size": 2}),
+    "--decode-context-parallel-size 2": ({}, {"parallel_config.decode_context_parallel_size": 2}),
+    "--enable-expert-parallel": ({}, {"parallel_config.enable_expert_parallel": True}),
     "--pipeline-parallel-size 2": ({}, {"parallel_config.pipeline_parallel_size": 2}),
     "--data-parallel-size 2": ({}, {"parallel_config.data_parallel_size": 2}),
     "--quantization fp8": ({}, {"model_config.quantization": "fp8"}),
@@ -328,6 +329,20 @@ def test_allocators_that_cuda_ipc_cannot_share_are_refused(owner: Owner, variabl
         message = owner.ask(config=plain, device="cuda", environment={variable: setting})
         assert message is not None and f"{variable}={setting}" in message
     assert owner.ask(config=plain, device="cuda", environment={variable: "expandable_segments:False"}) is None
+
+
+def test_kernels_that_may_rearrange_experts_are_refused_on_a_gpu(
+    owner: Owner, architecture: Callable[[str], Path]
+) -> None:
+    """On vLLM's own configuration: what reached it by a file, or what it would choose by itself."""
+    mixture = {"model": str(architecture("qwen3_moe"))}
+    backend = "kernel_config.moe_backend"
+    for name in ("auto", "flashinfer_trtllm"):
+        message = owner.ask(config=mixture, device="cuda", set={backend: name})
+        assert message is not None and f"--moe-backend {name} may rearrange" in message and "use triton" in message
+        assert owner.ask(config={"model": str(owner.models["text"])}, device="cuda", set={backend: name}) is None
+        assert owner.ask(config=mixture, set={backend: name}) is None
+    assert owner.ask(config=mixture, device="cuda", set={backend: "triton"}) is None
 
 
 def test_freezing_compiled_weights_is_refused(owner: Owner) -> None:

@@ -12,7 +12,9 @@ from flask.testing import FlaskClient
 from page_parts import SCRIPT, plant, plant_hostile
 
 from producer import Producer, keys
-from worker.operations.status import MOST_CANARIES, gather
+from worker.operations import canary_losses
+from worker.operations.status import gather
+from worker.versions import pause_switch
 from worker.web.app import make_app
 
 SECRET = "what the user said in confidence"
@@ -86,7 +88,29 @@ def test_canary_sets_that_no_worker_can_have_are_not_told_of(connection: redis.R
     losses = {"<b>": 1.0, "two words": 1.0} | {f"set-{i}": 1.0 for i in range(1000)}
     connection.hset(keys.STATE, "canary_losses", json.dumps(losses))
     told = gather(redis_url, Path("/nowhere"))["canary"]
-    assert list(told) == [f"set-{i}" for i in range(MOST_CANARIES)], "each is a label's value in the metrics"
+    assert list(told) == [f"set-{i}" for i in range(canary_losses.MOST)], "each is a label's value in the metrics"
+
+
+def test_each_canary_set_is_drawn_and_the_one_that_failed_is_named(
+    client: FlaskClient, connection: redis.Redis
+) -> None:
+    plant(connection, 4)
+    for version, facts, tone in ((2, 0.5, 1.5), (3, 0.4, 2.5), (4, 0.3, 1.25)):
+        entry = {"version": version, "loss": facts, "losses": json.dumps({"facts": facts, "tone": tone})}
+        entry |= {"passed": int(tone < 2), "failed": json.dumps(["tone"] if tone > 2 else [])}
+        with connection.pipeline() as pipe:
+            pause_switch.announce(pipe, "canary", entry)
+            pipe.execute()
+    _, text = get(client, "/learning/")
+    chart = text.partition('<figure id="chart-canary"')[2].partition("</figure>")[0]
+    legend = chart.partition('<ul class="legend"')[2].partition("</ul>")[0]
+    assert re.findall(r"</svg> ([^<]+)</li>", legend) == ["facts", "tone", "did not pass"]
+    points = re.findall(r'class="point (\w+)"[^>]*><title>([^<]*)</title>', chart)
+    assert [name for name, _ in points] == ["s0"] * 3 + ["s1"] * 2 + ["bad"]
+    assert points[-1][1].startswith("version 3") and points[-1][1].endswith("tone: did not pass 2.500")
+    assert "facts 0.3000, tone 1.250" in chart and "did not pass: tone" in chart
+    one = get(client, "/learning/versions/3")[1]
+    assert "the canary sets: facts loss" in one and one.count("(beyond its bound)") == 1
 
 
 def test_a_name_is_allowed_in_any_case(redis_url: str, tmp_path: Path) -> None:

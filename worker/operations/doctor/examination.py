@@ -69,18 +69,22 @@ def _redis(client: redis.Redis) -> Iterator[Finding]:
     checks: dict[str, Callable[[], Finding]] = {
         "worker's rights": lambda: check_rights(client, "worker"),
         "producer's rights": lambda: check_rights(client, "producer"),
+        "keys": lambda: redis_checks.check_types(client),
         "latency": lambda: redis_checks.check_latency(client),
         "clock": lambda: redis_checks.check_clock(client),
     }
     for name, check in checks.items():
         try:
             yield check()
-        except redis.RedisError as error:
+        except redis.exceptions.NoPermissionError as error:
             yield unchecked(name, Fact.REDIS_SILENT, command="a command", said=own_words(error))
+        except redis.RedisError as error:
+            yield unchecked(name, Fact.REDIS_REFUSED, said=own_words(error))
 
 
 def _state(given: Path | None, server: ServerView) -> Iterator[Finding]:
     folder = state_checks.state_dir_of(given, server)
     yield state_checks.check_state(folder)
     yield state_checks.check_formats(folder, server.model)
+    yield state_checks.check_checkpoints(folder)
     yield state_checks.check_room(folder, server.model)

@@ -14,27 +14,31 @@ ON_A_GPU = ("fla",)
 """Not needed beside vLLM's CPU build."""
 
 
+NAMES = {"redis": "redis-py"}
+"""Package -> name of its check, where another check has the package's."""
+
+
 def check_packages() -> list[Finding]:
     """One finding for each package of `SUPPORTED`."""
     return [_check(package) for package in SUPPORTED]
 
 
 def _check(package: str) -> Finding:
-    supported = SUPPORTED[package]
+    supported, check = SUPPORTED[package], NAMES.get(package, package)
     try:
         name, version = distribution(package)
     except VersionError as error:
         if package in ON_A_GPU and _is_cpu_build():
-            return unchecked(package, Fact.PACKAGE_MISSING, package=package)
-        return fault(package, Fact.PACKAGE_REFUSED, said=str(error))
+            return unchecked(check, Fact.PACKAGE_MISSING, package=package)
+        return fault(check, Fact.PACKAGE_REFUSED, said=str(error))
     try:
         check_versions(package)
     except VersionError as error:
-        return fault(package, Fact.PACKAGE_REFUSED, said=str(error), name=name, version=version)
+        return fault(check, Fact.PACKAGE_REFUSED, said=str(error), name=name, version=version)
     values = {"name": name, "version": version, "tested": supported.tested}
     if not _is_tested(version, supported.tested):
-        return warning(package, Fact.PACKAGE_UNTESTED, **values)
-    return ok(package, Fact.PACKAGE, **values)
+        return warning(check, Fact.PACKAGE_UNTESTED, **values)
+    return ok(check, Fact.PACKAGE, **values)
 
 
 def _is_tested(version: str, tested: str) -> bool:

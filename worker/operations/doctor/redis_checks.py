@@ -1,4 +1,5 @@
-"""Redis: whether it answers, is new enough, evicts nothing, keeps what it is given, answers soon, and has our time.
+"""Redis: whether it answers, is new enough, evicts nothing, keeps what it is given, has keys of the right types,
+answers soon, and has our time.
 
 Must not know: torch, vLLM. Invariant: only reads.
 """
@@ -26,6 +27,15 @@ NEARLY_FULL = 0.9
 OFF, FAR_OFF = 2.0, 30.0
 """Seconds between two clocks: ages begin to be wrong; the signs of life of a worker (every 10 s) do."""
 PINGS = 5
+TYPES = {
+    f"rq:queue:{keys.QUEUE}": "list",
+    **{f"rq:{kind}:{keys.QUEUE}": "zset" for kind in ("wip", "finished", "failed", "deferred", "scheduled")},
+    **dict.fromkeys((keys.VERSION, keys.WORKER_LOCK, keys.COMPLETION_BYTES), "string"),
+    **dict.fromkeys((keys.STATE, keys.LEDGER, keys.DROPPED, keys.LOST, keys.FEEDBACK_USERS), "hash"),
+    **dict.fromkeys((keys.COMPLETIONS, keys.EVALUATIONS), "zset"),
+    keys.EVENTS: "stream",
+}
+"""What each key with a fixed name is (docs/redis.md)."""
 
 
 def open_redis(url: str) -> redis.Redis:
@@ -87,6 +97,18 @@ def check_persistence(info: Mapping[str, str]) -> Finding:
     if info["aof_enabled"] != "1":
         return warning("persistence", Fact.NO_APPENDONLY)
     return ok("persistence", Fact.PERSISTENT)
+
+
+def check_types(client: redis.Redis) -> Finding:
+    """Whether every key that is there is what Tandem or RQ keeps in it. Raises redis errors."""
+    with client.pipeline(transaction=False) as pipe:
+        for key in TYPES:
+            pipe.type(key)
+        found = [kind.decode() for kind in pipe.execute()]
+    for (key, expected), kind in zip(TYPES.items(), found, strict=True):
+        if kind not in ("none", expected):
+            return fault("keys", Fact.KEY_TYPE_WRONG, key=key, found=kind, expected=expected)
+    return ok("keys", Fact.KEY_TYPES, count=sum(kind != "none" for kind in found))
 
 
 def check_latency(client: redis.Redis) -> Finding:

@@ -1,7 +1,8 @@
-"""The worker's state directory: whether it can be used, in which formats its files are, and what room they have.
+"""The worker's state directory: whether it can be used, in which formats its files are, whether checkpoints have their
+files, and what room there is.
 
 Must not know: torch, vLLM, Redis. Invariants: only reads, and takes no lock, so that it works beside a worker; of a
-journal it reads the first record of each file, and the last file whole.
+journal it reads the first record of each file, and the last file whole; of a checkpoint what it says of itself.
 """
 
 import os
@@ -20,8 +21,10 @@ from worker.operations.doctor.server_view import ServerView
 
 SPARE = 1.05
 """Of a checkpoint's size: what a checkpoint wants to be free (`Snapshots`)."""
-META = "meta.msgpack"
-"""What a checkpoint says of itself, in its folder `tandem`."""
+EXTRA, META = "tandem", "meta.msgpack"
+"""Of a checkpoint: its folder with what is Tandem's, and the file there that says what the checkpoint is."""
+SHOWN = 3
+"""How many missing files a finding names."""
 BATCH_BYTES = 16 * 2**20
 """More than the journal's record of a large batch takes."""
 
@@ -85,6 +88,31 @@ def check_formats(folder: Path | None, model: Path | None) -> Finding:
     return ok("formats", Fact.FORMATS, files=len(files))
 
 
+def check_checkpoints(folder: Path | None) -> Finding:
+    """Whether every checkpoint has the files that it names; what is in them is not compared."""
+    name = "checkpoints"
+    if folder is None or not os.access(folder, os.R_OK | os.X_OK):
+        return unchecked(name, Fact.STATE_UNKNOWN if folder is None else Fact.FORMATS_UNREAD, path=str(folder))
+    found = _checkpoints(folder)
+    for path in found:
+        try:
+            gone = _gone(path)
+        except (TandemError, OSError) as error:
+            return fault(name, Fact.FORMAT_REFUSED, said=str(error))
+        if gone and path.exists():  # not one that a worker deletes just now
+            return fault(name, Fact.CHECKPOINT_FILES_GONE, path=str(path), count=len(gone), first=gone[:SHOWN])
+    return ok(name, Fact.CHECKPOINTS, count=len(found))
+
+
+def _gone(checkpoint: Path) -> list[str]:
+    """Files that `checkpoint` names and has not. Raises `JournalError`, OSError."""
+    meta = checkpoint / EXTRA / META
+    if not meta.exists():
+        return [f"{EXTRA}/{META}"]
+    named = record_file.read(meta, 0).get("files")
+    return [name for name in (named if isinstance(named, dict) else ()) if not (checkpoint / name).is_file()]
+
+
 def check_room(folder: Path | None, model: Path | None) -> Finding:
     """Free space against the next checkpoint (as large as the model's files) and the journal's next file. Bytes."""
     if folder is None:
@@ -112,9 +140,14 @@ def _to_read(folder: Path) -> Iterator[Path]:
     yield from _metas(folder)
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+
+
 def _metas(folder: Path) -> list[Path]:
-    checkpoints = sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
-    return [path / "tandem" / META for path in checkpoints]
+    """Those that are there; `check_checkpoints` tells of the others."""
+    found = [path / EXTRA / META for path in _checkpoints(folder)]
+    return [path for path in found if path.exists()]
 
 
 def _telling_records(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from producer.errors import TandemError
 from worker.config.optimizers import optimizer_of
 from worker.serving.cache_policy import CachePolicy
 from worker.serving.memory_share import share_of_environment
-from worker.serving.protocol import LONGEST_LEASE, MAX_ROW, SCORE_SECONDS, SERVING, SOCKET, ControlError
+from worker.serving.protocol import LONGEST_LEASE, MAX_ROW, SCORE_SECONDS, SERVING, SOCKET, ControlError, TakenError
 from worker.serving.vllm.engine import Engine
 from worker.serving.vllm.framing import peer_pid, receive, send
 from worker.serving.vllm.lease import Leases
@@ -133,6 +133,8 @@ class Control:
     async def _answered(self, op: str, work: Awaitable[Reply]) -> Reply:
         try:
             return await work
+        except TakenError as error:
+            return {"error": str(error), "taken": True}
         except TandemError as error:
             return {"error": str(error)}
         except Exception as error:
@@ -146,7 +148,7 @@ class Control:
         if not isinstance(name, str) or not 0 < len(name) <= 100 or not name.isprintable():
             raise ControlError("hello: name must be 1 to 100 printable characters")
         if self._trainer is not None and self._trainer is not connection:
-            raise ControlError(f"{self._trainer} is connected to this server already: {self._way_out()}")
+            raise TakenError(f"{self._trainer} is connected to this server already: {self._way_out()}")
         connection.name = name
         self._trainer = connection
         self._state.trainer(True)

@@ -1,7 +1,8 @@
 """Watches a model's own loader: records every write into its parameters, and lets none of them happen.
 
 The loader is fed meta tensors (shapes without data). A write is understood when it copies a piece of one of them,
-unchanged in layout, into a piece of a parameter, or fills a piece with zeros (vocabulary padding). Anything else,
+unchanged in layout, into a piece of a parameter, or fills a piece with zeros (vocabulary padding). A piece is a run of
+elements, or some columns of a matrix: the part of a layer that tensor parallelism divides by its inputs. Anything else,
 such as a permuted or computed value, is refused by the parameter's name: the trainer could not train it in place.
 
 Checked on the Qwen3.5 loaders of vLLM 0.26.0 and 0.32.0. Must not know: vLLM, transformers.
@@ -34,6 +35,8 @@ class Write:
     """The tensor copied from, or None for zeros."""
     source_start: int = 0
     """Element of the source that the copied piece starts at."""
+    columns: int | None = None
+    """Where the piece is some columns of whole rows of a matrix: how many."""
 
 
 class Recorder(TorchDispatchMode):
@@ -49,6 +52,7 @@ class Recorder(TorchDispatchMode):
         self._starts = [start for start, _, _ in placed]
         self._placed = placed
         self._sources = {tensor.untyped_storage()._cdata: name for name, tensor in sources.items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in sources.items()}
         self._device = next(iter(parameters.values())).device
 
     def __torch_dispatch__(
@@ -93,12 +97,23 @@ class Recorder(TorchDispatchMode):
                 f"parameter {param}: the loader fills it with a computed value, not with a piece of a checkpoint"
                 " tensor; such a parameter cannot be trained in place"
             )
+        if source.shape == target.shape and _is_columns(source, self._shapes[name]):
+            return Write(param, start, target.numel(), name, int(source.storage_offset()), source.shape[1])
         if not source.is_contiguous() or source.shape != target.shape:
             raise MappingError(
                 f"parameter {param}: the loader permutes or broadcasts {name} into it ({tuple(source.shape)} with"
                 f" strides {source.stride()} into {tuple(target.shape)}); a view cannot undo that"
             )
         return Write(param, start, target.numel(), name, int(source.storage_offset()))
+
+
+def _is_columns(piece: torch.Tensor, whole: tuple[int, ...]) -> bool:
+    """Whether `piece` is some, not all, of the columns of a matrix of shape `whole`, for some of its rows."""
+    if len(whole) != 2 or piece.dim() != 2 or piece.shape[1] == whole[1]:
+        return False
+    first = int(piece.storage_offset()) % whole[1]
+    rows_apart = piece.shape[0] == 1 or piece.stride(0) == whole[1]
+    return rows_apart and piece.stride(1) == 1 and first + piece.shape[1] <= whole[1]
 
 
 def _fills_with_zero(func: Any, args: tuple[Any, ...]) -> bool:

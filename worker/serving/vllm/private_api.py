@@ -76,6 +76,13 @@ def while_building(vllm_config: Any) -> AbstractContextManager[None]:
     return context
 
 
+def tensor_parallel_rank() -> tuple[int, int]:
+    """(rank, ranks) of this worker process in the group that divides the model."""
+    names = ("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size")
+    rank, ranks = (int(lookup("vllm.distributed", name)()) for name in names)
+    return rank, ranks
+
+
 def on_cpu() -> bool:
     """Whether this vLLM runs on its CPU backend."""
     return bool(lookup("vllm.platforms", "current_platform").is_cpu())

@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from producer.errors import TandemError
+from worker.serving.expert_kernels import SHARED, rearranged
 
 PARALLEL_SIZES = (
-    "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
     "prefill_context_parallel_size",
+    "decode_context_parallel_size",
 )
-"""Each must be 1: the weights then lie whole in one process."""
+"""Each must be 1: a rank of tensor parallelism then holds a part of every layer, and each part once."""
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "instanttensor", "runai_streamer", "fastsafetensors")
 """Formats that put plain safetensors checkpoints (or random values) into parameters of the server's own."""
 
@@ -28,10 +29,10 @@ class RefusedFlagError(TandemError):
 def refuse_unshareable(vllm_config: Any, device_type: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raise `RefusedFlagError` naming every flag of `vllm_config` (a vLLM VllmConfig) that stands in the way."""
     reasons = [*_parallel(vllm_config.parallel_config), *_model(vllm_config), *_memory(vllm_config)]
-    reasons += _caches(vllm_config)
+    reasons += [*_caches(vllm_config), *_tensor_parallel(vllm_config)]
     reasons += _compiler(vllm_config.compilation_config.inductor_compile_config, device_type, environment)
     if device_type == "cuda":
-        reasons += _allocator(environment)
+        reasons += [*_allocator(environment), *_experts(vllm_config)]
     if reasons:
         raise RefusedFlagError("the weights of this server cannot be trained: " + "; ".join(reasons))
 
@@ -41,6 +42,14 @@ def _parallel(config: Any) -> Iterator[str]:
         size = getattr(config, flag, 1)
         if size != 1:
             yield f"--{flag.replace('_', '-')} {size} splits or repeats them over processes: use 1"
+    if getattr(config, "enable_expert_parallel", False):
+        yield "--enable-expert-parallel puts whole experts on one rank each: serve without it"
+
+
+def _tensor_parallel(config: Any) -> Iterator[str]:
+    """What does not go with weights that are divided over ranks."""
+    if config.parallel_config.tensor_parallel_size > 1 and config.speculative_config is not None:
+        yield "--speculative-config with --tensor-parallel-size was not tried: serve without one of them"
 
 
 def _model(config: Any) -> Iterator[str]:
@@ -80,6 +89,13 @@ def _caches(config: Any) -> Iterator[str]:
         )
     if getattr(config.cache_config, "calculate_kv_scales", False):
         yield "--calculate-kv-scales computes the scales once, for weights that change: serve without it"
+
+
+def _experts(config: Any) -> Iterator[str]:
+    """Kernels that want the experts in another layout; what "auto" chooses depends on the device."""
+    backend = getattr(getattr(config, "kernel_config", None), "moe_backend", SHARED[0])
+    if getattr(config.model_config, "is_moe", False) and backend not in SHARED:
+        yield rearranged(backend)
 
 
 def _compiler(options: Mapping[str, Any], device_type: str, environment: Mapping[str, str]) -> Iterator[str]:

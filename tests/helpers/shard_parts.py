@@ -1,0 +1,59 @@
+"""Parts of the tests of tensor parallelism: how vLLM divides a Qwen3.5, and runs of `rank_program.py`."""
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from patience import PATIENCE
+
+from worker.utils.shard import Shard
+
+COLUMNS = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+WHOLE = ("norm.weight", "layernorm.weight")
+
+
+def part_of(name: str, shape: Sequence[int], config: Any, rank: int, ranks: int) -> Shard | None:
+    """What rank `rank` of vLLM has of tensor `name`, by `config`, a Qwen3.5's text config; None: all of it."""
+    if name.endswith(WHOLE):
+        return None
+    if name.endswith(("k_proj.weight", "v_proj.weight")) and config.num_key_value_heads < ranks:
+        return None
+    if name.endswith(COLUMNS):
+        return Shard(tuple(shape), 1, (_slice(0, shape[1], rank, ranks),))
+    sizes = [shape[0]]
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        sizes = [keys, keys, shape[0] - 2 * keys]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return Shard(tuple(shape), 0, tuple(_slice(s, n, rank, ranks) for s, n in zip(starts, sizes, strict=True)))
+
+
+def _slice(start: int, size: int, rank: int, ranks: int) -> tuple[int, int]:
+    return start + size // ranks * rank, size // ranks
+
+
+def divide(
+    tensors: Mapping[str, torch.Tensor], config: Any, rank: int, ranks: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Shard]]:
+    """A rank's parts, in memory of their own, and which parts they are, where a tensor is divided."""
+    shards = {name: part_of(name, tensor.shape, config, rank, ranks) for name, tensor in tensors.items()}
+    parts = {
+        name: tensor.clone() if (shard := shards[name]) is None else shard.of(tensor).clone()
+        for name, tensor in tensors.items()
+    }
+    return parts, {name: shard for name, shard in shards.items() if shard is not None}
+
+
+def run_ranks(folder: Path, model: Path, *scenarios: str, ranks: int = 2) -> dict[str, list[dict[str, Any]]]:
+    """Scenario -> what each rank's process found, in the order of the ranks."""
+    program = str(Path(__file__).with_name("rank_program.py"))
+    command = [sys.executable, program, str(ranks), str(folder), str(model), *scenarios]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {
+        scenario: [torch.load(folder / f"{scenario}-{rank}.pt", weights_only=False) for rank in range(ranks)]
+        for scenario in scenarios
+    }

@@ -1,0 +1,99 @@
+"""Several workers that train as one: the flags, torchrun's environment, and what they mean together.
+
+Must not know: torch, Redis.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from producer.errors import TandemError
+
+F = TypeVar("F", bound=Callable[..., Any])
+RENDEZVOUS = "127.0.0.1:29400"
+SECRET = "TANDEM_REPLICAS_SECRET"
+"""Environment: what all replicas of a fleet know."""
+PLACE = "{replica}"
+"""In --run-dir and --state-dir: this replica's number."""
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """number: this replica's, of `count`; 0 decides. rendezvous: HOST:PORT of replica 0. timeout: seconds that a
+    replica which hangs is waited for. wait: seconds that the first group is waited for. kept: torchrun keeps the
+    store."""
+
+    number: int
+    count: int
+    rendezvous: str
+    timeout: float
+    wait: float
+    secret: str = ""
+    kept: bool = False
+
+    @property
+    def follows(self) -> bool:
+        return self.number > 0
+
+
+def replica_options(command: F) -> F:
+    """Click decorator: adds the flags that `replica_settings_of` reads."""
+    options = [
+        click.option(
+            "--replica",
+            metavar="I/N",
+            help="This worker is replica I (from 0) of N, each on a server of its own, which train as one. Replica 0"
+            f" reads the queue. {PLACE} in --run-dir and --state-dir becomes I. Default under torchrun: its rank.",
+        ),
+        click.option(
+            "--rendezvous",
+            metavar="HOST:PORT",
+            default=RENDEZVOUS,
+            help="Where replica 0 listens for the others. Anybody who reaches it could change gradients: use a private"
+            f" network, and the same {SECRET} for all.",
+        ),
+        click.option(
+            "--replica-timeout",
+            type=click.FloatRange(10),
+            default=300.0,
+            help="Seconds until a replica that hangs is given up; one that ends is noticed at once.",
+        ),
+        click.option(
+            "--replica-wait",
+            type=click.FloatRange(0),
+            default=60.0,
+            help="Seconds that replica 0 waits at its start for the others. Later ones join between two versions.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def replica_settings_of(options: dict[str, Any], environment: Mapping[str, str] = os.environ) -> ReplicaSettings | None:
+    """Takes its flags out of a command's options; None for a worker alone. Raises `TandemError`."""
+    replica, rendezvous = options.pop("replica"), options.pop("rendezvous")
+    timeout, wait = options.pop("replica_timeout"), options.pop("replica_wait")
+    kept = False
+    if replica is None and "TORCHELASTIC_RUN_ID" in environment:
+        replica = f"{environment['RANK']}/{environment['WORLD_SIZE']}"
+        rendezvous = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+        kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if replica is None:
+        return None
+    number, _, count = replica.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise TandemError(f"--replica {replica}: write I/N, with I from 0 to N - 1")
+    if int(count) == 1:
+        return None
+    secret = environment.get(SECRET, "")
+    return ReplicaSettings(int(number), int(count), rendezvous, timeout, wait, secret, kept)
+
+
+def placed(path: Path, settings: ReplicaSettings | None) -> Path:
+    """`path`, with this replica's number where it says so."""
+    return path if settings is None else Path(str(path).replace(PLACE, str(settings.number)))
