@@ -6,7 +6,7 @@
 liger's own `apply_liger_kernel_to_*` are not called: they exchange classes of transformers' modules for the whole
 process, and with them those of the model that the proof at attach compares with (`worker.trainer.proof`).
 
-Must not know: the optimizer, examples.
+Must not know: the optimizer.
 Invariant: only `forward` of single modules changes; linear layers are called as modules, so that others may watch them.
 """
 

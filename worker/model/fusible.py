@@ -6,7 +6,7 @@
 A module is called with small tensors of its own, on the CPU, and what it makes of them is compared with the formula. So
 no name of a model or of a class is needed, and a part that computes anything else is left as transformers wrote it.
 
-Must not know: the optimizer, examples.
+Must not know: the optimizer.
 Invariants: no parameter is read or written; a norm is found only if the formula has the same bits in bf16.
 """
 

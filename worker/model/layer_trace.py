@@ -10,7 +10,7 @@ counted. All of it is proportional to the tokens, but for the gradients of param
 It shows as well what packed rows would lose, and this is refused by name: a layer that mixes tokens elsewhere than in
 transformers' attention, whose attention is not told where sequences begin, or whose window reaches only a mask.
 
-Must not know: the optimizer, the server, examples.
+Must not know: the optimizer, the server.
 Invariant: what is counted for a layer follows from its class, its shapes and the kernels alone.
 """
 

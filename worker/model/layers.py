@@ -1,6 +1,6 @@
 """The decoder layers of a model, found by structure, and which of them are computed again in backward.
 
-Must not know: the optimizer, examples.
+Must not know: the optimizer.
 Invariant: nothing is computed otherwise; only what is kept for backward changes.
 """
 

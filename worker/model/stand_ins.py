@@ -5,7 +5,7 @@
     attend_by_sequence(q, k, v, packing, ...)   # varlen FlashAttention, one sequence after another
     attend_on_meta(q, k, v)                     # the same without data
 
-Must not know: models.
+Must not know: the optimizer.
 Invariants: norm, gate and the attention of the meta device keep for backward what the kernels keep (liger 0.8.5: a
 norm's input and one fp32 number a row; gate and up, into which backward writes their gradients. FlashAttention 2: q, k,
 v, output and one fp32 number a row and head), and there their backward takes what the kernels' takes.
