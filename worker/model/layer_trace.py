@@ -57,14 +57,13 @@ def sizes_of(folder: Path) -> Sizes:
         return trace(on_meta(folder))
 
 
-def trace(model: Any, *, fused: bool = True) -> TracedSizes:
-    """Of `model`, a causal language model on the meta device, which is not to be used any more. fused: with the kernels
-    of a GPU; else as transformers wrote it, but for attention. Raises ModelError."""
+def trace(model: Any) -> TracedSizes:
+    """Of `model`, a causal language model on the meta device, which is not to be used any more. Raises ModelError,
+    AttentionError."""
     named = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     refuse_unpackable(model)
     without_dropout(model).train()
-    if fused:
-        fuse_parts(model, STAND_INS)
+    fuse_parts(model, STAND_INS)
     layers = list(layers_of(model))
     kinds = _kinds(model, layers)
     costs = {kind: _costs(*call) for kind, call in _calls(model, layers, kinds).items()}
