@@ -76,6 +76,16 @@ class Slot:
         return root_scale(self.group["scale"], *self.whole)
 
     @property
+    def kept(self) -> int:
+        """Elements of R, m and v here."""
+        return self.rows if self.tall else self.cols
+
+    @property
+    def projected(self) -> int:
+        """Elements of P here."""
+        return self.cols if self.tall else self.rows
+
+    @property
     def sums_r(self) -> bool:
         """Whether R is a sum over the shards: the side that is projected away is divided."""
         return self.shard is not None and (self.shard.dim == 1) == self.tall
@@ -151,7 +161,8 @@ class Options:
         return given.detach().cpu().flatten()
 
     def draw_all(self, slots: Sequence[Slot], draw: int) -> Tensor:
-        """P of several matrices of one shape: fp32 [slots, min(rows, cols)], on the CPU."""
+        """P of several matrices of one shape: fp32 [slots, min(rows, cols)], on the CPU; of whole ones, if any is a
+        shard."""
         if self.projection is not None:
             return torch.stack([self.draw(slot, draw) for slot in slots])
         length = min(slots[0].whole)
