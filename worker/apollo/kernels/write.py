@@ -128,11 +128,10 @@ def apply_adamw(
         value -= update
         value -= tl.load(knob + DECAY).to(tl.float32) * value
         if STOCHASTIC:
-            numbered = tl.load(parameter + FIRST) + numbered_rows(row, pieces_of(parameter)) * tl.load(
-                parameter + FULL_COLS
-            )
+            numbered = numbered_rows(row, pieces_of(parameter)) * tl.load(parameter + FULL_COLS)
+            numbered += tl.load(parameter + FIRST) + col
             step, id = (tl.load(steps) + 1).to(tl.uint32), tl.load(parameter + ID).to(tl.uint32)
-            bits = bits_of_elements(numbered + col, step, id, key0.to(tl.uint32), key1.to(tl.uint32))
+            bits = bits_of_elements(numbered, step, id, key0.to(tl.uint32), key1.to(tl.uint32))
             tl.store(w, rounded(value, bits), there)
         else:
             tl.store(w, value.to(W_TYPE), there)
