@@ -111,7 +111,9 @@ def test_one_check_alone_decides_the_exit_code(site: Site) -> None:
     alone = examined(site, "--only", "worker")
     assert alone == {"worker": ANY, "code": 1} and "start `tandem worker`" in alone["worker"]["mend"]
     wrong = CliRunner().invoke(doctor.command, ["--redis", site.store.url, "--only", "nothing"])
-    assert wrong.exit_code == 2 and "no check is called nothing" in wrong.output
+    assert wrong.exit_code == 2 and "no check is called nothing\n" in wrong.output
+    away = CliRunner().invoke(doctor.command, ["--redis", "redis://127.0.0.1:1/0", "--only", "clock"])
+    assert away.exit_code == 2 and "not made while it does not answer" in away.output
 
 
 def test_it_shows_one_line_a_check(site: Site) -> None:

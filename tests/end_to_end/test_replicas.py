@@ -1,12 +1,21 @@
 """Two and three workers that train as one, each on a server of its own (the stand-in); whoever is killed, whenever."""
 
+import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos_processes import Forked
+from durable_parts import LEARNING, QUIET, transcripts
+from patience import until
 from replica_parts import FleetSite, feedback
 
+from worker.checkpoint.file_digests import fingerprint
+from worker.checkpoint.journal import Journal
+from worker.checkpoint.state_dir import StateDir
+from worker.shared_weights.attach import attach
 from worker.utils.fault_injection import UPDATE_POINTS
 
 TOLD = ("applying", "swept", "applied", "resumed")
@@ -82,3 +91,164 @@ def test_a_replica_killed_at_any_point(site: FleetSite, point: str) -> None:
 @pytest.mark.parametrize("point", UPDATE_POINTS)
 def test_replica_0_killed_at_any_point(site: FleetSite, point: str) -> None:
     check_killed_leader(site, point)
+
+
+def background(site: FleetSite, *options: str) -> Forked:
+    """Replica 0's worker, which goes on until it is told to stop."""
+    return site.start("worker", *site.replica(0), *LEARNING, *QUIET, "--max-jobs", "3", *options)
+
+
+def stop(leader: Forked, site: FleetSite) -> str:
+    os.kill(leader.pid, signal.SIGTERM)
+    assert leader.ended() == 0, leader.said()
+    for follower in site.followers.values():
+        assert follower.ended() == 0, follower.said()
+    return leader.said()
+
+
+def to_version(site: FleetSite, version: int, leader: Forked) -> None:
+    until(lambda: site.producer.version() >= version or not leader.alive(), f"version {version}")
+    assert leader.alive(), leader.said()
+
+
+@pytest.mark.slow
+def test_a_version_that_was_streamed_by_half_of_them_is_made_by_the_next_start(site: FleetSite) -> None:
+    sent = site.send("s", 3)
+    other = site.follow(1, "--apply", "streaming", fault="applying")
+    said = site.lead("--apply", "streaming", code=1)
+    assert other.ended() == -signal.SIGKILL and "weights are torn" in said
+    site.is_torn()
+    assert "replicas 0, 1 of 2 train together" in site.together("--apply", "streaming")
+    assert site.all_agree() == 1 and sorted(site.trained()) == sorted(sent)
+    site.send("t", 6)
+    site.together("--apply", "streaming")
+    before = site.standing(0)
+    assert site.all_agree() == 3 and site.manifest(3)["way"] == "streaming"
+    site.restart_server()
+    site.work(*QUIET)
+    assert site.standing(0) == before
+
+
+@pytest.mark.slow
+def test_a_rollback_and_what_is_forgotten_reach_every_replica(site: FleetSite) -> None:
+    marys = {"id": "mary-0", "messages": transcripts("m", 1)[0]["messages"], "meta": {"user": "mary"}}
+    marys["messages"][0]["content"] = "the patient said something private"
+    site.producer.enqueue(**marys)
+    site.send("r", 8)
+    site.together()
+    assert site.all_agree() == 3 and b"something private" in journal(site, 1)
+    site.tandem("rollback", "2", "--drop", "r-0")
+    assert site.standing(0) != site.standing(1)
+    site.together()
+    assert site.all_agree() == 4
+    site.tandem("forget", "mary", code=1)  # a checkpoint has her still, and says so
+    site.send("s", 3)
+    site.together()
+    assert site.all_agree() == 6
+    assert b"something private" not in journal(site, 0) + journal(site, 1)
+    before = site.standing(0)
+    site.restart_server()
+    site.work("--state-dir", str(site.state_of(1)), "--no-checkpoint-at-stop")
+    assert site.standing(0) == before
+
+
+def journal(site: FleetSite, number: int) -> bytes:
+    return b"".join(path.read_bytes() for path in site.state_of(number).rglob("*.journal"))
+
+
+@pytest.mark.slow
+def test_one_that_joins_late_writes_a_checkpoint_where_the_journal_no_longer_goes_back_to_the_start(
+    site: FleetSite,
+) -> None:
+    site.send("a", 12)
+    short = ["--checkpoint-every", "1", "--keep-checkpoints", "2", "--history", "1"]
+    site.work("--no-checkpoint-at-stop", *short)  # alone: six versions
+    assert 1 not in entries(site, 0)
+    site.send("b", 3)
+    site.together()
+    assert site.all_agree() == 7 and not {*entries(site, 1)} - {6, 7}
+    before, ledger = site.standing(0), site.ledger()
+    site.restart_server()
+    site.redis.flushall()
+    site.work("--state-dir", str(site.state_of(1)), "--no-checkpoint-at-stop")
+    assert site.standing(0) == before and site.ledger() == ledger
+
+
+def entries(site: FleetSite, number: int) -> list[int]:
+    """Versions in a replica's journal."""
+    with StateDir(site.state_of(number)) as state:
+        found = Journal(state.journal, fingerprint(site.model))
+        found.close()
+        return sorted(found.entries)
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_equal_are_said_and_made_equal(site: FleetSite) -> None:
+    site.send("u", 1)
+    site.follow(1)
+    leader = background(site)
+    to_version(site, 1, leader)
+    attach(site.run_dir_of(1)).tensors["model.norm.weight"][0] += 1
+    site.send("v", 1)
+    to_version(site, 2, leader)
+    site.send("w", 1)
+    to_version(site, 3, leader)
+    status = json.loads(site.tandem("status", "--json", code=1))
+    assert status["replicas"]["unequal"] == 1 and list(status["replicas"]["present"]) == ["0", "1"]
+    assert any("replica digest unequal" in problem for problem in status["problems"])
+    said = stop(leader, site)
+    assert "replica digest unequal: replica 1 has other weights than replica 0 at version 2" in said
+    assert site.all_agree() == 3 and site.manifest(3)["replicas"] == "2"
+
+
+@pytest.mark.slow
+def test_servers_redis_and_replicas_that_go_away_under_three(tmp_path: Path, tiny_model: Path) -> None:
+    site = FleetSite(tmp_path, tiny_model, 3)
+    try:
+        sent = site.send("a", 3)
+        for number in (1, 2):
+            site.follow(number)
+        leader = background(site)
+        to_version(site, 1, leader)
+        site.servers[1].kill()  # its worker ends and says so; the others go on
+        assert site.followers[1].ended() == 1 and "Start the server again" in site.followers[1].said()
+        sent += site.send("b", 3)
+        to_version(site, 2, leader)
+        assert site.manifest(2)["replicas"] == "2"
+        site.restart_other_server(1)
+        site.follow(1)  # a new server: lineage and weights come from replica 0
+        until(lambda: "is one of" in site.followers[1].said(), "it is let in")
+        site.store.kill()
+        site.store.start()
+        sent += site.send("c", 3)
+        to_version(site, 3, leader)
+        assert site.manifest(3)["replicas"] == "3"
+        stop(leader, site)
+        assert site.all_agree() == 3 and sorted(site.trained()) == sorted(sent)
+    finally:
+        site.close()
+
+
+@pytest.mark.slow
+def test_one_that_hangs_while_servers_stand_still_is_left_behind_and_comes_back(site: FleetSite) -> None:
+    sent = site.send("h", 3)
+    other = site.follow(1, fault="paused:1:stop")
+    leader = background(site)
+    to_version(site, 1, leader)
+    assert site.manifest(1).get("replicas") is None and sorted(site.trained()) == sorted(sent)
+    os.kill(other.pid, signal.SIGCONT)
+    until(lambda: other.said().count("is one of") == 2 or not other.alive(), "it is back")
+    site.send("i", 3)
+    to_version(site, 2, leader)
+    stop(leader, site)
+    assert site.all_agree() == 2 and site.manifest(2)["replicas"] == "2"
+
+
+@pytest.mark.slow
+def test_one_with_other_flags_is_refused_and_the_others_go_on(site: FleetSite) -> None:
+    site.send("x", 1)
+    other = site.follow(1, "--lr", "1e-5")
+    assert "replicas 0 of 2 train together from version 0 on; not there: 1" in site.lead("--replica-wait", "20")
+    assert other.ended() == 1
+    assert "refused by replica 0: --lr is 1e-05 there and 0.0003 here" in other.said()
+    assert site.agree() == 1

@@ -207,3 +207,8 @@ if __name__ == "__main__":
         heartbeat=0.5,
     )
     worker.work(burst="--burst" in sys.argv)
+
+
+def events(connection: redis.Redis) -> list[str]:
+    """The kinds of the entries of `weights:events`, oldest first."""
+    return [entry[b"kind"].decode() for _, entry in connection.xrange(keys.EVENTS)]

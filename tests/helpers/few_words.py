@@ -40,7 +40,7 @@ def open_room(tiny_model: Path) -> Iterator[Room]:
 def learn_the_words(room: Room) -> None:
     """Train the model on the few words above."""
     trainer, builder = room
-    for step in range(30):
+    for step in range(15):
         trainer.begin([builder.build(conversation(8 * step + i), f"warm-{8 * step + i}") for i in range(8)])
         trainer.apply()
 

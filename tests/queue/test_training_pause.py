@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import redis
 from click.testing import CliRunner
-from drain_parts import Lines, Weights, start
+from drain_parts import Lines, Weights, events, start
 
 from producer import Producer, keys
 from worker.cli.pause import command as pause_command
@@ -18,10 +18,6 @@ from worker.versions import pause_switch
 @pytest.fixture
 def connection(redis_url: str) -> redis.Redis:
     return redis.Redis.from_url(redis_url)
-
-
-def events(connection: redis.Redis) -> list[str]:
-    return [entry[b"kind"].decode() for _, entry in connection.xrange(keys.EVENTS)]
 
 
 def test_training_on_hold_loses_no_job_and_goes_on_when_resumed(redis_url: str, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from patience import until
 from server_options import GPU
 from test_weights_server import IDS, served
 from transformers import AutoModelForCausalLM
@@ -20,7 +19,6 @@ from worker.checkpoint.checkpoint_writer import Written
 from worker.cli.train import train_attached
 from worker.config.hyperparameters import Hyperparameters
 from worker.orchestrator.session import Session, open_session
-from worker.serving.control_client import server_state
 from worker.testing.server_process import ServerProcess
 from worker.testing.tiny_architectures import ARCHITECTURES
 from worker.trainer.proof import own_loss
@@ -57,13 +55,9 @@ def apart(session: Session, server: ServerProcess) -> float:
     return float((own_loss(session.trainer, IDS) + served(server)).abs().mean())
 
 
-def alone(server: ServerProcess) -> None:
-    """Until the server has noticed that its last trainer is gone."""
-    until(lambda: server_state(server.run_dir)["trainer"] is None, "notice that the trainer is gone")
-
-
 def learn(server: ServerProcess, folder: Path, state: Path, close: float) -> tuple[Path, torch.Tensor]:
-    """Train a line in eight steps: the checkpoint, and what the server then says of IDS."""
+    """Train a line in eight steps: the checkpoint, and what the server then says of IDS. Each session is opened right
+    after the one before."""
     state.mkdir()
     with open_session(server.run_dir, "test", H, state_dir=state) as session:
         bound_is_the_checkpoint(session, folder)
@@ -71,9 +65,7 @@ def learn(server: ServerProcess, folder: Path, state: Path, close: float) -> tup
         (state / "chat.jsonl").write_text(json.dumps(CHAT))
         sequence = session.builder.build(_transcript(), "one").sequences[0]
         before = session.control.score(sequence.ids)
-    alone(server)
     train_attached(str(state / "chat.jsonl"), server.run_dir, H, count=8, batch=1, state_dir=state)
-    alone(server)
     with open_session(server.run_dir, "test", H, state_dir=state) as session:
         assert apart(session, server) < close
         after = session.control.score(sequence.ids)

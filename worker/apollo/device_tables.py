@@ -70,8 +70,7 @@ class DeviceTables:
             slots, ranges = zip(*group, strict=True)
             start, end = ranges[0][0], ranges[-1][1]
             if end > start:
-                divided = slots[0].shard is not None
-                p = self.options.draw(slots[0], draw)[None] if divided else self.options.draw_all(slots, draw)
+                p = self.options.draw_all(slots, draw)
                 host[start:end].view(len(slots), -1)[:, : p.shape[1]] = p
         self.projections.copy_(host, non_blocking=True)
         self._drawn = draw

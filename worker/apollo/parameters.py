@@ -153,7 +153,7 @@ class Options:
     def _draw_whole(self, slot: Slot, draw: int) -> Tensor:
         length = min(slot.whole)
         if self.projection is None:
-            return self.draw_all([slot], draw)[0]
+            return philox.projection(self.seed, slot.id, draw, length)
         shape = (1, length) if slot.tall else (length, 1)
         given = self.projection(slot.index, shape, draw)
         if given.dtype != torch.float32 or given.shape != shape:
@@ -161,12 +161,10 @@ class Options:
         return given.detach().cpu().flatten()
 
     def draw_all(self, slots: Sequence[Slot], draw: int) -> Tensor:
-        """P of several matrices of one shape: fp32 [slots, min(rows, cols)], on the CPU; of whole ones, if any is a
-        shard."""
-        if self.projection is not None:
+        """`draw` of several matrices of one shape, together where they are whole: fp32 [slots, length of one]."""
+        if self.projection is not None or any(slot.shard is not None for slot in slots):
             return torch.stack([self.draw(slot, draw) for slot in slots])
-        length = min(slots[0].whole)
-        return philox.projections(self.seed, [slot.id for slot in slots], draw, length)
+        return philox.projections(self.seed, [slot.id for slot in slots], draw, min(slots[0].whole))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from producer.connection import resolve_url
 from worker.cli.doctor_sentences import line, sentence
 from worker.cli.places import run_dir_option, state_dir_option
 from worker.operations.doctor.examination import Subject, examine
-from worker.operations.doctor.finding import Finding, Level
+from worker.operations.doctor.finding import Fact, Finding, Level
 from worker.utils.unix_socket import default_run_dir
 
 
@@ -44,15 +44,17 @@ def command(
     """
     folder = (run_dir or default_run_dir()).absolute()
     subject = Subject(resolve_url(redis_url), folder, state_dir, flags, os.environ)
-    found = []
+    found, answers = [], False
     for finding in examine(subject):
+        answers |= finding.fact == Fact.REDIS_ANSWERS
         if checks and finding.check not in checks:
             continue
         found.append(finding)
         if not as_json:
             click.echo(line(finding))
     if unknown := set(checks) - {finding.check for finding in found}:
-        raise click.BadParameter(f"no check is called {', '.join(sorted(unknown))}", param_hint="--only")
+        why = "" if answers else " (those of Redis are not made while it does not answer)"
+        raise click.BadParameter(f"no check is called {', '.join(sorted(unknown))}{why}", param_hint="--only")
     faults = sum(finding.level == Level.FAULT for finding in found)
     if as_json:
         click.echo(json.dumps({"faults": faults, "findings": [_plain(finding) for finding in found]}, indent=2))

@@ -13,6 +13,7 @@ from producer.cli import redis_option
 from producer.connection import checked_url, resolve_url, safe_url
 from worker.config.optimizers import DEFAULT, OPTIMIZER_ENV, OPTIMIZERS, WHAT
 from worker.serving.cache_policy import CachePolicy, cache_options
+from worker.serving.expert_kernels import kernel_options
 from worker.serving.feedback_options import check_feedback, feedback_options, options_of
 from worker.serving.launch import (
     build_environment,
@@ -87,7 +88,8 @@ def command(
     lock(run_dir, model, tell=say)
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
     share = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu, optimizer)
-    options, notes = [*options, *share.options], [*notes, *share.notes]
+    kernels = kernel_options(model, vllm_options, on_cpu)
+    options, notes = [*options, *share.options, *kernels.options], [*notes, *share.notes, *kernels.notes]
     environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
     environment |= policy.environment() | share.environment() | {OPTIMIZER_ENV: optimizer} | variables
     notes += feedback.notes(safe_url(resolve_url(redis_url)))

@@ -14,6 +14,7 @@ connections end. A message of the leader goes to each member by itself: one that
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class Group:
         self._store, self._prefix, self._calls = store, prefix, 0
         self.closed: str | None = None
         """Why it is closed; None while it is open."""
+        self.lost: set[int] = set()
+        """Members that the leader knows to be gone."""
 
     @property
     def size(self) -> int:
@@ -55,7 +58,7 @@ class Group:
             if not self.leads:
                 messages.send(message, 0, seconds or self.seconds)
                 return None
-            return [message, *(messages.receive(place, seconds or self.seconds) for place in self.others)]
+            return [message, *(self._from(place, seconds or self.seconds) for place in self.others)]
 
     def tell(self, message: Message | None = None, seconds: float | None = None) -> Message:
         """The leader's. Every member that is there has it, also where this raises for one that is not."""
@@ -63,15 +66,17 @@ class Group:
             with self.guarded():
                 return messages.receive(0, seconds or self.seconds)
         assert message is not None
-        failed: Exception | None = None
         self._check()
+        lost: list[str] = []
         for place in self.others:
             try:
                 messages.send(message, place, seconds or self.seconds)
             except RuntimeError as error:
-                failed = error
-        if failed is not None:
-            self._lose(failed)
+                self.lost.add(self.members[place])
+                lost.append(f"replica {self.members[place]} was lost ({_reason(error)})")
+        if lost:
+            self.close("; ".join(lost))
+            raise GroupLostError(str(self.closed))
         return message
 
     def say(self, message: Message, place: int) -> None:
@@ -136,6 +141,8 @@ class Group:
                 if self._store.check([f"{self._prefix}/call/{self._calls}"]):
                     self._calls += 1
                     return
+                if self._store.check([f"{self._prefix}/closed"]):
+                    raise GroupLostError("replica 0 closed the group")
             yield
             pause(wait)
             wait = min(wait * 1.2, 0.1)
@@ -144,6 +151,9 @@ class Group:
         """End all connections, so that whoever waits for us is told. Idempotent."""
         if self.closed is None:
             self.closed = reason
+            if self.leads:  # who waits for a command waits at the store, and sees no connection end
+                with contextlib.suppress(Exception):
+                    self._store.set(f"{self._prefix}/closed", b"1")
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
 
@@ -157,13 +167,24 @@ class Group:
             self.close(str(error))
             raise
         except (RuntimeError, ValueError, TypeError) as error:
-            self._lose(error)
+            self.close(f"a replica was lost ({_reason(error)})")
+            raise GroupLostError(str(self.closed)) from None
+
+    def _from(self, place: int, seconds: float) -> Message:
+        try:
+            return messages.receive(place, seconds)
+        except RuntimeError:
+            self.lost.add(self.members[place])
+            raise
 
     def _check(self) -> None:
         if self.closed is not None:
             raise GroupLostError(self.closed)
 
-    def _lose(self, error: Exception) -> None:
-        said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        self.close(f"a replica was lost ({said})")
-        raise GroupLostError(str(self.closed)) from error
+
+def _reason(error: Exception) -> str:
+    """What it says. What it holds on to is let go of: an unfinished transfer would keep the group's connections open,
+    and nobody would learn that it is closed."""
+    traceback.clear_frames(error.__traceback__)
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return said.partition("] ")[2].partition(". This is typically")[0][:300] or said[:300]

@@ -1,7 +1,8 @@
 """What one layer's forward pass keeps for its backward pass, and what the backward pass adds: bytes a token, bf16.
 
 Counted from the model's sizes for fused norms and SwiGLU, FlashAttention and fla's delta net; without these kernels it
-is a multiple. Must not know: the optimizer. All of it is proportional to the tokens.
+is a multiple. A mixture's experts are counted for transformers' grouped products, as if every token took as many as it
+may. Must not know: the optimizer. All of it is proportional to the tokens.
 """
 
 from worker.memory.model_config import ATTENTION, TextConfig
@@ -14,25 +15,44 @@ def saved(config: TextConfig, kind: str) -> tuple[int, int]:
     """What forward keeps for backward: (first half: norm and mixer, second half: norm and MLP), inputs included."""
     hidden = 2 * config.hidden
     mixer = _attention_saved(config) if kind == ATTENTION else _gdn_saved(config)
-    return 2 * hidden + mixer, 2 * hidden + 6 * config.intermediate
+    return 2 * hidden + mixer, 2 * hidden + _mlp_saved(config)
 
 
 def extra(config: TextConfig, kind: str) -> int:
     """What backward has beside all that is saved, at its largest; the MLP's part is freed before the mixer's turn."""
     mixer = _attention_extra(config) if kind == ATTENTION else _gdn_extra(config)
     streams = 6 * config.hidden  # the gradients of the residual stream and of the norm's output, twice
-    return streams + max(6 * config.intermediate, mixer - saved(config, kind)[1])
+    return streams + max(_mlp_extra(config), mixer - saved(config, kind)[1])
 
 
 def factors(config: TextConfig, kind: str) -> int:
     """What a layer's matrices leave in place of their gradients: the inputs of its linear layers, which the mixer's
-    projections share, and so the MLP's; and the gradients of their outputs."""
+    projections share, and so the MLP's; and the gradients of their outputs. Stacks of experts leave none."""
     hidden = config.hidden
     mlp = hidden + config.intermediate + 2 * config.intermediate + hidden
     if kind == ATTENTION:
         return 2 * (mlp + hidden + config.queries + 2 * config.queries + 2 * config.keys + hidden)
     values, heads = config.linear_values, config.linear_value_heads
     return 2 * (mlp + hidden + values + config.conv + values + 2 * heads + hidden)
+
+
+def _mlp_saved(config: TextConfig) -> int:
+    """Gate, up and their product. Of a mixture also, for each expert that a token takes, its input, gate and up, the
+    gate's SiLU, the product, and the output before it is weighed; the router's numbers; the shared expert's output
+    before and after its gate, whose SwiGLU is not fused."""
+    plain, experts = 6 * config.intermediate, config.experts
+    if experts is None:
+        return plain
+    taken = experts.taken * (4 * config.hidden + 8 * experts.intermediate + 32)
+    return plain + taken + 10 * experts.count + 2 * config.intermediate + 4 * config.hidden
+
+
+def _mlp_extra(config: TextConfig) -> int:
+    """Their gradients; of what tokens take of experts, in the order of tokens and in that of experts."""
+    plain, experts = 6 * config.intermediate, config.experts
+    if experts is None:
+        return plain
+    return plain + experts.taken * (8 * config.hidden + 8 * experts.intermediate) + 8 * experts.count
 
 
 def _gdn_saved(config: TextConfig) -> int:

@@ -61,7 +61,7 @@ def graphs_beside(
     """The graphs that fit into `free_bytes` with a trainer by `way` of rows of `sizes`: the longest rows first, then no
     recomputation before it. by_factors: in streaming, short rows go by factors where they fit. costs: of
     `make_plan`."""
-    if way == "streaming" and not by_factors:
+    if (way == "streaming" and not by_factors) or config.experts:  # of a mixture nobody has captured a row
         return NO_GRAPHS
     short: Way = "factors" if way == "streaming" else way
     longest = make_plan(config, max(sizes), way=way, kept=0, **costs).total

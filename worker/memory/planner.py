@@ -253,7 +253,7 @@ def _backward(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool
             moments.append([inputs, done, ("one layer's backward pass", again * tokens)])
         everything = (FACTORS, (head + _layer_factors(config, config.layers)) * tokens)
         moments.append([everything, ("one layer's backward pass", again * tokens)])
-        return _buffer(config, tables), max(moments, key=_sum)
+        return _formed(config, tables), max(moments, key=_sum)
     matrices = [2 * math.prod(shape) for kind in kinds for shape in config.layer(kind).values()]
     gradients = max(matrices) + (_table_bytes(config) if tables and config.tied else 0)
     gradients += _bucket(config) if way == "streaming" else 0
@@ -268,7 +268,7 @@ def _embeddings(config: TextConfig, tokens: int, way: Way, kept: int, tables: bo
     rows: list[tuple[str, float]] = [("hidden states and their gradient", HIDDEN * config.hidden * tokens)]
     if way == "factors":
         everything = _table_factors(config, tables) + _layer_factors(config, config.layers)
-        return _buffer(config, tables), [*rows, (FACTORS, everything * tokens)]
+        return _formed(config, tables), [*rows, (FACTORS, everything * tokens)]
     table = _table_bytes(config) * (2 if config.tied else 1) if tables else 0
     return table + (_bucket(config) if way == "streaming" else 0), rows
 
@@ -306,6 +306,11 @@ def _buffer(config: TextConfig, tables: bool) -> int:
     """Where products are formed: a bucket of them, or the largest matrix."""
     matrices = [2 * math.prod(shape) for kind in set(config.layers) for shape in config.layer(kind).values()]
     return max(_bucket(config), *matrices, _table_bytes(config) if tables else 0)
+
+
+def _formed(config: TextConfig, tables: bool) -> int:
+    """Gradients by factors, once the layers are done: the buffer, and those of experts, which have no factors."""
+    return _buffer(config, tables) + 2 * config.stacks()
 
 
 def _sum(rows: list[tuple[str, float]]) -> float:

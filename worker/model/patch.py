@@ -1,7 +1,7 @@
 """Puts the kernels into a transformers Qwen3.5 text model on a GPU, and chooses what is recomputed in backward.
 
-fla: the gated delta net and its convolution. torch: variable-length FlashAttention. liger: RMSNorm and SwiGLU. The loss
-is `worker.model.loss`.
+fla: the gated delta net and its convolution. torch: variable-length FlashAttention, and a mixture's experts as grouped
+products. liger: RMSNorm, and SwiGLU where there are no experts. The loss is `worker.model.loss`.
 Invariants: parameters stay the very tensors they were; a kernel that is missing is an error that says what to install,
 never a slower way taken unasked.
 """
@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from producer.errors import TandemError
 from worker.model import attention, gated_delta_net
+from worker.model.experts import group_experts
 
 INSTALL = "pip install 'tandem-worker[worker]' installs it on a GPU machine"
 
@@ -26,20 +27,24 @@ class ModelError(TandemError):
 
 
 def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0) -> None:
-    """Change `model`, a Qwen3_5ForCausalLM in training mode on a GPU, in place; it then takes packed rows only.
+    """Change `model`, a Qwen3_5ForCausalLM or Qwen3_5MoeForCausalLM in training mode on a GPU, in place; it then takes
+    packed rows only. No GPU has run a mixture yet.
 
     kept: for a row of so many tokens, how many of the last layers keep their activations for backward; the others keep
     only their input and are computed again. Raises ModelError.
     """
     kind = model.config.get_text_config().model_type
-    if kind != "qwen3_5_text":
+    if kind not in ("qwen3_5_text", "qwen3_5_moe_text"):
         raise ModelError(f"the model is a {kind}: on a GPU Tandem trains Qwen3.5's text models (qwen3_5_text)")
     require()
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen3_5
+    from liger_kernel import transformers as liger
 
-    apply_liger_kernel_to_qwen3_5(
-        rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=model
-    )
+    chosen = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False, "rms_norm": True}
+    if kind == "qwen3_5_text":
+        liger.apply_liger_kernel_to_qwen3_5(**chosen, swiglu=True, model=model)
+    else:
+        liger.apply_liger_kernel_to_qwen3_5_moe(**chosen, swiglu=False, model=model)  # it would take the experts, too
+        group_experts(model)
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.forward = MethodType(gated_delta_net.forward, layer.linear_attn)

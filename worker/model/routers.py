@@ -47,7 +47,8 @@ def _routers(model: torch.nn.Module) -> tuple[list[torch.nn.Module], bool]:
     for name, module in model.named_modules():
         if any(_matches(one, name, module) for one in wanted):
             declared = True
-            if not _is_stacked(module) and 2 * _count(module) <= _count(parents[id(module)]):
+            parent = parents.get(id(module), module)
+            if not _is_stacked(module) and 2 * _count(module) <= _count(parent):
                 found.append(module)
     return found, declared
 

@@ -274,7 +274,7 @@ class Fleet(Lone):
         self.members.lost += 1
         log.warning(reason)
         if self._group is not None:
-            self._wait, self._expected = REJOIN_SECONDS, set(self._group.members[1:])
+            self._wait, self._expected = REJOIN_SECONDS, set(self._group.members[1:]) - self._group.lost
         self._close(reason)
 
     def _close(self, reason: str) -> None:

@@ -7,7 +7,6 @@ are 10^9 of them.
 """
 
 import math
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import ConfigError, TextConfig
 from worker.memory.optimizer_memory import state_bytes
 from worker.memory.planner import CONTEXT_BYTES, Plan, gigabytes, make_plan, weight_bytes
-from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
+from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags, said
 
 MARGIN = 3_000_000_000
 """Left to neither: vLLM takes more than its own account says, for CUDA graphs and kernels, and the more so the longer
@@ -93,8 +92,8 @@ def make_room(
             )
         return Share([], [])
     given = parse_flags(options)
-    if said := said_by_user(given):
-        return Share([], [f"{said} says what vLLM takes: nothing is set aside for the trainer beyond that"])
+    if where := said_by_user(given):
+        return Share([], [f"{where} says what vLLM takes: nothing is set aside for the trainer beyond that"])
     if trainer_memory is None and given.get("--tensor-parallel-size", ["1"])[-1:] != ["1"]:
         raise LaunchError(f"the trainer's share of a divided model is not computed: {WAY_OUT}")
     if trainer_memory == 0:
@@ -123,18 +122,7 @@ def share_of(
 
 def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
     """What on the command line, or in the file of its --config, says how much memory vLLM takes."""
-    for flag in given:
-        if len(flag) > 3 and any(known.startswith(flag) for known in KV_FLAGS):  # argparse takes beginnings
-            return flag
-    names = "|".join(re.escape(flag.removeprefix("--")).replace(r"\-", "[-_]") for flag in KV_FLAGS)
-    for file in given.get("--config", ()):
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            continue  # vLLM reads it next, and says what is wrong with it
-        if found := re.search(rf"^\s*[\"']?({names})[\"']?\s*:", text, re.MULTILINE):
-            return f"{found[1]} in {file}"
-    return None
+    return said(given, KV_FLAGS)
 
 
 def default_plan(config: TextConfig, total: int, optimizer: str = "apollo-mini") -> Plan:

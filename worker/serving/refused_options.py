@@ -4,10 +4,10 @@ They are refused by name before anything is loaded. What vLLM makes of configura
 again beside the weights (serving/vllm/unsupported_flags.py). Must not know: vLLM, torch.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 
-from worker.serving.vllm_flags import LaunchError, parse_flags
+from worker.serving.expert_kernels import refused_backend
+from worker.serving.vllm_flags import LaunchError, json_config, parse_flags
 
 _ONE_RANK = "of vLLM's ways to use several GPUs, only --tensor-parallel-size is known to the trainer"
 _ONE_API = "the control socket and the versions in answers need exactly one API process"
@@ -60,7 +60,10 @@ WITHOUT_DRAFTER = ("ngram", "[ngram]", "ngram_gpu", "suffix")
 
 def check_options(options: Sequence[str], environment: Mapping[str, str]) -> None:
     """Raise LaunchError naming the first option or variable that breaks sharing or control."""
-    for flag, values in parse_flags(options).items():
+    given = parse_flags(options)
+    if reason := refused_backend(given):
+        raise LaunchError(reason)
+    for flag, values in given.items():
         # --some-config.field is vLLM's way to write one field of --some-config.
         reason, harmless = REFUSED.get(flag.partition(".")[0], (None, None))
         if reason and (not values or any(value != harmless for value in values)):
@@ -81,17 +84,8 @@ def stale_drafter(options: Sequence[str]) -> str | None:
     """The method of speculative decoding in `options` whose drafter training leaves as it is; None without one."""
     given = parse_flags(options)
     named = given.get("--spec-method", []) + given.get("--speculative-config.method", [])
-    configs = [_config(text) for text in given.get("--speculative-config", [])]
+    configs = [json_config(text) for text in given.get("--speculative-config", [])]
     named += [str(config["method"]) for config in configs if "method" in config]
     asked = any(flag.partition(".")[0] in ("--speculative-config", "--spec-model", "--spec-method") for flag in given)
     method = named[-1] if named else "a draft model"
     return method if asked and method not in WITHOUT_DRAFTER else None
-
-
-def _config(text: str) -> dict[str, object]:
-    """A configuration that is written as JSON; empty where it is none, which vLLM will say better."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

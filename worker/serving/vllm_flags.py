@@ -3,7 +3,10 @@
 Must not know: vLLM, torch.
 """
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from producer.errors import TandemError
 
@@ -32,6 +35,31 @@ def parse_flags(options: Sequence[str]) -> dict[str, list[str]]:
         elif current is not None:
             current.append(option)
     return flags
+
+
+def said(given: Mapping[str, Sequence[str]], flags: Sequence[str]) -> str | None:
+    """Where the user said one of `flags`: on the command line, or in the file of its --config; None where nowhere."""
+    for flag in given:
+        if len(flag) > 3 and any(known.startswith(flag) for known in flags):  # argparse takes beginnings
+            return flag
+    names = "|".join(re.escape(flag.removeprefix("--")).replace(r"\-", "[-_]") for flag in flags)
+    for file in given.get("--config", ()):
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            continue  # vLLM reads it next, and says what is wrong with it
+        if found := re.search(rf"^\s*[\"']?({names})[\"']?\s*:", text, re.MULTILINE):
+            return f"{found[1]} in {file}"
+    return None
+
+
+def json_config(text: str) -> dict[str, object]:
+    """A configuration that is written as JSON; empty where it is none, which vLLM will say better."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_number(text: str) -> bool:

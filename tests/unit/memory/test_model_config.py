@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.memory.model_config import ConfigError, TextConfig
+from worker.memory.model_config import ConfigError, TextConfig, has_experts
 from worker.utils.torch_setup import prepare
 
 FOLDER = Path(__file__).parents[2] / "data" / "configs"
@@ -26,12 +26,13 @@ def contents(size: str = "0.8B") -> dict[str, Any]:
     return json.loads((FOLDER / f"qwen3_5-{size}.json").read_text())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, "35B-A3B"])
 def test_names_and_shapes_are_those_of_transformers_model(size: str) -> None:
     prepare()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    text = contents(size)["text_config"]
+    whole = contents(size)
+    text = whole.get("text_config", whole)
     config = AutoConfig.for_model(**text)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -67,7 +68,8 @@ def test_a_wrong_field_is_refused_by_name_or_not_used(field: str, value: object)
         (b"\xff", "cannot be read"),
         (b"[]", "must be an object"),
         (b'{"model_type": "llama"}', "model_type is 'llama'"),
-        (b'{"model_type": "qwen3_5_moe"}', "only Qwen3.5"),
+        (b'{"model_type": "qwen3_moe"}', "only Qwen3.5 (qwen3_5, qwen3_5_moe)"),
+        (b'{"model_type": "qwen3_5_moe"}', "hidden_size must be a positive whole number, not None"),
         (b'{"model_type": "qwen3_5", "text_config": 1}', "text_config must be an object"),
         (b'{"model_type": "qwen3_5"}', "hidden_size must be a positive whole number, not None"),
     ],
@@ -78,6 +80,31 @@ def test_another_file_is_refused(tmp_path: Path, text: bytes, said: str) -> None
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
         TextConfig.read(path)
     assert str(path) in str(refused.value)
+
+
+def test_a_mixture_s_missing_field_is_refused_by_name() -> None:
+    for field in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        config = contents("35B-A3B")
+        del config[field]
+        with pytest.raises(ConfigError, match=f": {field} must be a positive whole number, not None"):
+            TextConfig.of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"num_experts": 128}, True),
+        ({"text_config": {"num_local_experts": 8}}, True),
+        ({"n_routed_experts": 64}, True),
+        ({"moe_num_experts": [64, 64]}, True),
+        ({"num_experts": 0}, False),
+        ({"num_experts": None, "hidden_size": 8}, False),
+        ({"text_config": 1}, False),
+        ({}, False),
+    ],
+)
+def test_any_mixture_is_known_by_its_config(config: dict[str, Any], found: bool) -> None:
+    assert has_experts(config) == found
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import click
 import pytest
 import redis
 import torch
+from drain_parts import events
 from few_words import Room, conversation, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,10 +29,6 @@ from worker.versions import pause_switch
 @pytest.fixture
 def connection(redis_url: str) -> redis.Redis:
     return redis.Redis.from_url(redis_url)
-
-
-def events(connection: redis.Redis) -> list[str]:
-    return [entry[b"kind"].decode() for _, entry in connection.xrange(keys.EVENTS)]
 
 
 def test_the_canary_set_is_read_and_bad_lines_are_named(room: Room, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from worker.serving import launch
+from worker.serving.expert_kernels import kernel_options
 from worker.serving.refused_options import check_options
 from worker.testing.server_process import ServerFailedError, ServerProcess
 from worker.utils import unix_socket
@@ -150,6 +151,47 @@ def test_launching_imports_neither_torch_nor_vllm() -> None:
 def serve(*arguments: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "worker.cli", "serve", *arguments, "--run-dir", str(run_dir)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def of_experts(folder: Path, **fields: object) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    return str(folder)
+
+
+def test_a_mixture_s_kernel_is_chosen_on_a_gpu(tmp_path: Path) -> None:
+    """One that leaves the experts' weights as they are; for nobody who said another that does, nor a dense model."""
+    mixture = of_experts(tmp_path / "mixture", model_type="qwen3_moe", num_experts=128)
+    dense = of_experts(tmp_path / "dense", model_type="llama")
+    triton = ["--moe-backend", "triton"]
+    found = kernel_options(mixture, ["--port", "80"], on_cpu=False)
+    assert found.options == triton and "rearrange" in found.notes[0]
+    assert kernel_options(mixture, ["--moe-backend", "auto"], on_cpu=False).options == triton
+    for model, options, on_cpu in [
+        (mixture, [], True),
+        (dense, [], False),
+        (str(tmp_path / "none"), [], False),
+        (mixture, ["--moe_backend=batched-triton"], False),
+        (mixture, ["--kernel-config", '{"moe_backend": "triton"}'], False),
+        (mixture, ["--kernel-config.moe_backend", "triton"], False),
+    ]:
+        assert kernel_options(model, options, on_cpu) == ([], [])
+    (tmp_path / "vllm.yaml").write_text("port: 80\nmoe-backend: triton\n")
+    assert kernel_options(mixture, ["--config", str(tmp_path / "vllm.yaml")], on_cpu=False) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--moe-backend", "flashinfer_cutlass"],
+        ["--moe_backend=FlashInfer-TRTLLM"],
+        ["--kernel-config", '{"moe_backend": "aiter"}'],
+        ["--kernel-config.moe_backend", "deep_gemm"],
+    ],
+)
+def test_kernels_that_rearrange_the_experts_are_refused(options: list[str]) -> None:
+    with pytest.raises(launch.LaunchError, match=r"^--moe-backend cannot be used .* may rearrange .*: use triton$"):
+        check_options(options, {})
 
 
 def test_errors_are_one_line_and_exit_code_1(tmp_path: Path) -> None:

@@ -331,6 +331,20 @@ def test_allocators_that_cuda_ipc_cannot_share_are_refused(owner: Owner, variabl
     assert owner.ask(config=plain, device="cuda", environment={variable: "expandable_segments:False"}) is None
 
 
+def test_kernels_that_may_rearrange_experts_are_refused_on_a_gpu(
+    owner: Owner, architecture: Callable[[str], Path]
+) -> None:
+    """On vLLM's own configuration: what reached it by a file, or what it would choose by itself."""
+    mixture = {"model": str(architecture("qwen3_moe"))}
+    backend = "kernel_config.moe_backend"
+    for name in ("auto", "flashinfer_trtllm"):
+        message = owner.ask(config=mixture, device="cuda", set={backend: name})
+        assert message is not None and f"--moe-backend {name} may rearrange" in message and "use triton" in message
+        assert owner.ask(config={"model": str(owner.models["text"])}, device="cuda", set={backend: name}) is None
+        assert owner.ask(config=mixture, set={backend: name}) is None
+    assert owner.ask(config=mixture, device="cuda", set={backend: "triton"}) is None
+
+
 def test_freezing_compiled_weights_is_refused(owner: Owner) -> None:
     message = owner.ask(config={"model": str(owner.models["text"])}, environment={"TORCHINDUCTOR_FREEZING": "1"})
     assert message is not None and "TORCHINDUCTOR_FREEZING=1" in message

@@ -81,7 +81,7 @@ def test_gradient_norm_is_that_of_all_gradients_together(room: Room) -> None:
     before = weights_of(trainer)
     trainer.begin([builder.build(conversation(5), "five")])
     expected = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters if p.grad is not None))
-    assert expected > 0 and gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
+    assert expected > 0 and gradient_norm(parameters) == pytest.approx(expected, rel=1e-4), "to fp32's sums"
     assert torch.equal(before, weights_of(trainer))
     guards = Guards(minimum=16)
     guards.remember([Guards.measures({}, expected, 8.0)] * 4)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from producer.errors import TandemError
+from worker.serving.expert_kernels import SHARED, rearranged
 
 PARALLEL_SIZES = (
     "pipeline_parallel_size",
@@ -31,7 +32,7 @@ def refuse_unshareable(vllm_config: Any, device_type: str, environment: Mapping[
     reasons += [*_caches(vllm_config), *_tensor_parallel(vllm_config)]
     reasons += _compiler(vllm_config.compilation_config.inductor_compile_config, device_type, environment)
     if device_type == "cuda":
-        reasons += _allocator(environment)
+        reasons += [*_allocator(environment), *_experts(vllm_config)]
     if reasons:
         raise RefusedFlagError("the weights of this server cannot be trained: " + "; ".join(reasons))
 
@@ -88,6 +89,13 @@ def _caches(config: Any) -> Iterator[str]:
         )
     if getattr(config.cache_config, "calculate_kv_scales", False):
         yield "--calculate-kv-scales computes the scales once, for weights that change: serve without it"
+
+
+def _experts(config: Any) -> Iterator[str]:
+    """Kernels that want the experts in another layout; what "auto" chooses depends on the device."""
+    backend = getattr(getattr(config, "kernel_config", None), "moe_backend", SHARED[0])
+    if getattr(config.model_config, "is_moe", False) and backend not in SHARED:
+        yield rearranged(backend)
 
 
 def _compiler(options: Mapping[str, Any], device_type: str, environment: Mapping[str, str]) -> Iterator[str]:

@@ -1,0 +1,99 @@
+"""Replicas meet where they were told to, nowhere else, and strangers are not let in."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from patience import PATIENCE, until
+from replica_parts import free_port
+
+from worker.distributed.checksum import checksum
+from worker.distributed.errors import RendezvousError
+from worker.distributed.messages import MAX_MESSAGE, unpack
+from worker.distributed.rendezvous import Address, Rendezvous
+
+
+def fits(hello: dict[str, Any]) -> str | None:
+    return None if hello.get("model") == "tiny" else "model is another one"
+
+
+@pytest.fixture
+def leader() -> Iterator[Rendezvous]:
+    made = Rendezvous(Address("127.0.0.1", free_port()), 0, 3, seconds=30, secret="ours")
+    made.open()
+    yield made
+    made.close()
+
+
+def asking(leader: Rendezvous, secret: str, hello: dict[str, Any]) -> str:
+    """What replica 1 is told that asks with these."""
+    other = Rendezvous(leader.address, 1, 3, seconds=30, secret=secret)
+    found: list[str] = []
+
+    def ask() -> None:
+        try:
+            other.join(hello, lambda: False)
+        except RendezvousError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until(lambda: leader.asking() == [1], "it asks")
+    assert leader.form([1], PATIENCE, fits) is None and leader.asking() == []
+    thread.join(PATIENCE)
+    other.close()
+    return found[0]
+
+
+def test_another_secret_or_another_model_is_refused_in_a_sentence(leader: Rendezvous) -> None:
+    assert "TANDEM_REPLICAS_SECRET is not that of replica 0" in asking(leader, "theirs", {"model": "tiny"})
+    assert "replica 1 is refused by replica 0: model is another one" in asking(leader, "ours", {"model": "large"})
+
+
+def test_what_is_no_message_is_refused_too(leader: Rendezvous) -> None:
+    for nonsense in (b"", b"\x80", b"\xc1garbage", b"x" * 100_000):
+        leader._store.set(f"{leader._leader}/join/2", nonsense)
+        assert leader.asking() == [2] and leader.form([2], 0, fits) is None and leader.asking() == []
+
+
+def test_nobody_is_waited_for_longer_than_said(leader: Rendezvous) -> None:
+    assert leader.form([1, 2], 0.1, fits) is None
+
+
+def test_it_listens_on_the_address_that_was_named_alone(leader: Rendezvous) -> None:
+    port = f"{leader.address.port:04X}"
+    with open("/proc/net/tcp") as v4, open("/proc/net/tcp6") as v6:
+        listening = [line.split()[1] for line in [*v4, *v6] if line.split()[3] == "0A"]
+    assert [one for one in listening if one.endswith(f":{port}")] == [f"0100007F:{port}"]
+
+
+def test_an_address_in_use_and_one_that_is_none_are_said(leader: Rendezvous) -> None:
+    with pytest.raises(RendezvousError, match="cannot be used"):
+        Rendezvous(leader.address, 0, 3, seconds=30).open()
+    for text in ("host", "host:", ":1", "host:70000", "host:x"):
+        with pytest.raises(RendezvousError, match="write HOST:PORT"):
+            Address.parse(text)
+    assert Address.parse("[::1]:29400") == Address("::1", 29400)
+    assert Address("127.0.0.9", 1).is_loopback and not Address("10.0.0.5", 1).is_loopback
+
+
+def test_messages_are_bounded_maps() -> None:
+    for body in (b"", b"\xc1", b"\x01", b"\x93\x01\x02", b"x" * (MAX_MESSAGE + 1)):
+        with pytest.raises(ValueError, match=r"limit|map|msgpack"):
+            unpack(body)
+    assert unpack(b"\x81\xa1a\x01") == {"a": 1}
+
+
+def test_a_checksum_sees_one_bit_in_any_tensor() -> None:
+    tensors = [torch.arange(6, dtype=torch.bfloat16).view(2, 3), torch.arange(4.0), torch.arange(9, dtype=torch.uint8)]
+    known = checksum(tensors)
+    assert checksum([one.clone() for one in tensors]) == known
+    assert checksum([torch.nn.functional.pad(tensors[0], (0, 2))[:, :3], *tensors[1:]]) == known, "any strides"
+    for tensor in tensors:
+        flat = tensor.view(torch.uint8).view(-1)
+        flat[-1] ^= 1
+        assert checksum(tensors) != known
+        flat[-1] ^= 1
+    assert checksum(tensors) == known
