@@ -1,33 +1,41 @@
 """What one layer's forward pass keeps for its backward pass, and what the backward pass adds: bytes a token, bf16.
 
-Counted from the model's sizes for fused norms and SwiGLU, FlashAttention and fla's delta net; without these kernels it
-is a multiple. A mixture's experts are counted for transformers' grouped products, as if every token took as many as it
-may. Must not know: the optimizer. All of it is proportional to the tokens.
+Of a Qwen3.5 counted from its sizes for fused norms and SwiGLU, FlashAttention and fla's delta net; without these
+kernels it is a multiple. A mixture's experts are counted for transformers' grouped products, as if every token took as
+many as it may. Of any other model a trace has counted it (`worker.memory.traced_sizes`). Must not know: the optimizer.
+All of it is proportional to the tokens.
 """
 
 from worker.memory.model_config import ATTENTION, TextConfig
+from worker.memory.traced_sizes import Sizes, TracedSizes
 
 CHUNK = 64
 """Tokens of one chunk of fla's delta net: its backward pass has one state a chunk."""
 
 
-def saved(config: TextConfig, kind: str) -> tuple[int, int]:
+def saved(config: Sizes, kind: str) -> tuple[int, int]:
     """What forward keeps for backward: (first half: norm and mixer, second half: norm and MLP), inputs included."""
+    if isinstance(config, TracedSizes):
+        return config.kinds[kind].saved, 0
     hidden = 2 * config.hidden
     mixer = _attention_saved(config) if kind == ATTENTION else _gdn_saved(config)
     return 2 * hidden + mixer, 2 * hidden + _mlp_saved(config)
 
 
-def extra(config: TextConfig, kind: str) -> int:
+def extra(config: Sizes, kind: str) -> int:
     """What backward has beside all that is saved, at its largest; the MLP's part is freed before the mixer's turn."""
+    if isinstance(config, TracedSizes):
+        return config.kinds[kind].extra
     mixer = _attention_extra(config) if kind == ATTENTION else _gdn_extra(config)
     streams = 6 * config.hidden  # the gradients of the residual stream and of the norm's output, twice
     return streams + max(_mlp_extra(config), mixer - saved(config, kind)[1])
 
 
-def factors(config: TextConfig, kind: str) -> int:
+def factors(config: Sizes, kind: str) -> int:
     """What a layer's matrices leave in place of their gradients: the inputs of its linear layers, which the mixer's
     projections share, and so the MLP's; and the gradients of their outputs. Stacks of experts leave none."""
+    if isinstance(config, TracedSizes):
+        return config.kinds[kind].factors
     hidden = config.hidden
     mlp = hidden + config.intermediate + 2 * config.intermediate + hidden
     if kind == ATTENTION:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from worker.memory.model_config import TextConfig
 from worker.memory.planner import SLACK, STEP, Way, layers_bytes, make_plan
+from worker.memory.traced_sizes import Sizes, has_run
 
 LONGEST = 2048
 """Tokens of the longest row that is captured."""
@@ -36,21 +36,21 @@ class Graphs:
 NO_GRAPHS = Graphs()
 
 
-def host_bound(config: TextConfig, sizes: Sequence[int]) -> list[int]:
+def host_bound(config: Sizes, sizes: Sequence[int]) -> list[int]:
     """Those of `sizes`, in tokens, whose rows wait for the host."""
     shapes = [config.layer(kind).values() for kind in config.layers]
     layer = sum(math.prod(shape) for layer in shapes for shape in layer) / len(shapes)
     return [size for size in sizes if size <= LONGEST and size * layer <= HOST_BOUND]
 
 
-def held_bytes(config: TextConfig, tokens: int, *, way: Way, kept: int) -> int:
+def held_bytes(config: Sizes, tokens: int, *, way: Way, kept: int) -> int:
     """What the graphs of rows of up to `tokens` tokens hold: shorter rows use the memory of the longest."""
     held = layers_bytes(config, tokens, way=way, kept=kept) * (1 + SLACK) + GRAPH_BYTES
     return math.ceil(held / STEP) * STEP
 
 
 def graphs_beside(
-    config: TextConfig,
+    config: Sizes,
     sizes: Sequence[int],
     free_bytes: int,
     *,
@@ -61,7 +61,9 @@ def graphs_beside(
     """The graphs that fit into `free_bytes` with a trainer by `way` of rows of `sizes`: the longest rows first, then no
     recomputation before it. by_factors: in streaming, short rows go by factors where they fit. costs: of
     `make_plan`."""
-    if (way == "streaming" and not by_factors) or config.experts:  # of a mixture nobody has captured a row
+    if not has_run(config):
+        return NO_GRAPHS  # nobody has captured a row of it
+    if way == "streaming" and not by_factors:
         return NO_GRAPHS
     short: Way = "factors" if way == "streaming" else way
     longest = make_plan(config, max(sizes), way=way, kept=0, **costs).total

@@ -63,6 +63,10 @@ class Experts:
         }
 
 
+class OtherModelError(ConfigError):
+    """It is of another model than Qwen3.5."""
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The text model's sizes; `layers` names each layer's kind, GDN or ATTENTION. intermediate: of a layer's MLP; in
@@ -90,7 +94,7 @@ class TextConfig:
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES + MIXTURES:
             known = f"{MODEL_TYPES[0]}, {MIXTURES[0]}"
-            raise ConfigError(f"{where}: model_type is {model_type!r}, and only Qwen3.5 ({known}) is known")
+            raise OtherModelError(f"{where}: model_type is {model_type!r}, and only Qwen3.5 ({known}) is known")
         text = config.get("text_config", config)
         if not isinstance(text, Mapping):
             raise ConfigError(f"{where}: text_config must be an object")
@@ -131,6 +135,11 @@ class TextConfig:
     def conv(self) -> int:
         """Channels of the delta net's convolution: queries, keys and values."""
         return 2 * self.linear_keys + self.linear_values
+
+    @property
+    def exact(self) -> int:
+        """Parameters that the server holds in fp32: A_log."""
+        return self.layers.count(GDN) * self.linear_value_heads
 
     def tables(self) -> Shapes:
         """Embeddings, and the head where it is a parameter of its own."""

@@ -5,7 +5,7 @@ Must not know: torch. Invariant: `state_bytes` is what worker.apollo.state_bytes
 
 import math
 
-from worker.memory.model_config import TextConfig
+from worker.memory.traced_sizes import Sizes
 from worker.utils.stacks import is_stack
 
 SCRATCH = 0.006
@@ -19,7 +19,7 @@ PART, TILE_BYTES, ENTRY_BYTES = 512, 0.0025, 400
 take in bytes a parameter, and the rest of its tables."""
 
 
-def state_bytes(config: TextConfig, optimizer: str = "apollo-mini") -> int:
+def state_bytes(config: Sizes, optimizer: str = "apollo-mini") -> int:
     """Bytes of the state, without importing torch: 68 MB at 27B, 52 MB with "factored"."""
     shapes = list(config.parameters().values())
     stacked = [shape for shape in shapes if is_stack(shape)]
@@ -31,7 +31,7 @@ def state_bytes(config: TextConfig, optimizer: str = "apollo-mini") -> int:
     return _align(64 + 4 * (len(shapes) - len(stacked) + counts)) + _align(8 * counts) + moments
 
 
-def scratch_bytes(config: TextConfig, optimizer: str) -> float:
+def scratch_bytes(config: Sizes, optimizer: str) -> float:
     """Bytes of the scratch."""
     shapes = list(config.parameters().values())
     plain = SCRATCH * (config.count() - config.stacks())

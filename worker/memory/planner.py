@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from producer.errors import TandemError
 from worker.memory.activations import extra, factors, saved
-from worker.memory.model_config import GDN, TextConfig
 from worker.memory.optimizer_memory import scratch_bytes, state_bytes
+from worker.memory.traced_sizes import Sizes
 
 CONTEXT_BYTES = 1_150_000_000
 """The CUDA context, the libraries' workspaces and loaded kernels of one process: 1.11 GB were measured at 27B."""
@@ -117,7 +117,7 @@ class Plan:
 
 
 def make_plan(
-    config: TextConfig,
+    config: Sizes,
     tokens: int,
     *,
     way: Way,
@@ -153,7 +153,7 @@ def make_plan(
 
 
 def choose(
-    config: TextConfig,
+    config: Sizes,
     budget_tokens: int,
     free_bytes: int,
     apply: Apply = "auto",
@@ -185,14 +185,14 @@ def choose(
     raise MemoryPlanError(_refusal(least, free_bytes, most, way_out))
 
 
-def layers_kept(config: TextConfig, tokens: int, free_bytes: int, *, way: Way, **costs: Any) -> int:
+def layers_kept(config: Sizes, tokens: int, free_bytes: int, *, way: Way, **costs: Any) -> int:
     """How many of the last layers can keep their activations in a pass of `tokens` tokens: the most that fit. costs: of
     `make_plan`."""
     at = partial(make_plan, config, tokens, way=way, **costs)
     return max((kept for kept in range(len(config.layers) + 1) if at(kept=kept).total <= free_bytes), default=0)
 
 
-def longest_by_factors(config: TextConfig, sizes: Sequence[int], free_bytes: int, **costs: Any) -> int:
+def longest_by_factors(config: Sizes, sizes: Sequence[int], free_bytes: int, **costs: Any) -> int:
     """The longest of `sizes`, in tokens, for whose row the factors fit into `free_bytes`, layers recomputed; 0 if none.
 
     They write in less time than streaming, whose writes wait for a whole backward pass, so they are taken where they
@@ -202,16 +202,16 @@ def longest_by_factors(config: TextConfig, sizes: Sequence[int], free_bytes: int
     return max((size for size in sizes if at(tokens=size).total <= free_bytes), default=0)
 
 
-def layers_bytes(config: TextConfig, tokens: int, *, way: Way, kept: int) -> float:
+def layers_bytes(config: Sizes, tokens: int, *, way: Way, kept: int) -> float:
     """What forward and backward of the layers alone take at their peak, and in burst all of their gradients: nothing of
     embeddings, head, loss and buffer."""
     _, activations = _backward(config, tokens, way, kept, tables=False)
     return _sum(activations) + (_gradient_bytes(config, tables=False) if way == "burst" else 0)
 
 
-def weight_bytes(config: TextConfig) -> int:
+def weight_bytes(config: Sizes) -> int:
     """Bytes of the text model's weights as the server holds them."""
-    return 2 * config.count() + 2 * config.layers.count(GDN) * config.linear_value_heads
+    return 2 * config.count() + 2 * config.exact
 
 
 # -- the three moments: (gradients in flight, activations by name), in bytes ------------------------------------------
@@ -219,7 +219,7 @@ def weight_bytes(config: TextConfig) -> int:
 Moment = tuple[float, list[tuple[str, float]]]
 
 
-def _loss(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
+def _loss(config: Sizes, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
     """Everything the forward pass kept, one block of logits, and the head's gradient or its factors."""
     logits = 4 * LOSS_BLOCKS * min(LOSS_BLOCK, tokens * config.vocab)
     # before and after the last norm, the gathered rows and their gradient in bf16, and its sum over blocks in fp32
@@ -231,7 +231,7 @@ def _loss(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) ->
     return (_table_bytes(config) if tables else 0), rows
 
 
-def _backward(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
+def _backward(config: Sizes, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
     """Everything the forward pass kept, and what the backward pass of the last layer adds to it; or, if that is more,
     of the first recomputed one, before which the kept ones have been freed. Factors grow from the last layer to the
     first while activations go, so that one of the ends is the largest.
@@ -262,7 +262,7 @@ def _backward(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool
     return gradients, max(moments, key=_sum)
 
 
-def _embeddings(config: TextConfig, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
+def _embeddings(config: Sizes, tokens: int, way: Way, kept: int, tables: bool) -> Moment:
     """The table's gradient; tied, that of the head beside it. The layers are done, and nothing of them is left but
     factors."""
     rows: list[tuple[str, float]] = [("hidden states and their gradient", HIDDEN * config.hidden * tokens)]
@@ -276,7 +276,7 @@ def _embeddings(config: TextConfig, tokens: int, way: Way, kept: int, tables: bo
 MOMENTS = {"in the loss": _loss, "in a layer's backward pass": _backward, "at the embeddings": _embeddings}
 
 
-def _held(config: TextConfig, tokens: int, kept: int) -> list[tuple[str, float]]:
+def _held(config: Sizes, tokens: int, kept: int) -> list[tuple[str, float]]:
     """What the forward pass leaves for backward."""
     again = len(config.layers) - kept
     each = {kind: sum(saved(config, kind)) for kind in set(config.layers)}
@@ -291,24 +291,24 @@ def _held(config: TextConfig, tokens: int, kept: int) -> list[tuple[str, float]]
 FACTORS = "factors of the matrices' gradients"
 
 
-def _layer_factors(config: TextConfig, layers: Sequence[str]) -> int:
+def _layer_factors(config: Sizes, layers: Sequence[str]) -> int:
     """Bytes a token of these layers' factors."""
     each = {kind: factors(config, kind) for kind in set(layers)}
     return sum(each[kind] for kind in layers)
 
 
-def _table_factors(config: TextConfig, tables: bool) -> int:
+def _table_factors(config: Sizes, tables: bool) -> int:
     """Bytes a token: the head's input and the gradient of its logits, and the gradient of the embeddings' rows."""
     return 2 * (config.vocab + 2 * config.hidden) if tables else 0
 
 
-def _buffer(config: TextConfig, tables: bool) -> int:
+def _buffer(config: Sizes, tables: bool) -> int:
     """Where products are formed: a bucket of them, or the largest matrix."""
     matrices = [2 * math.prod(shape) for kind in set(config.layers) for shape in config.layer(kind).values()]
     return max(_bucket(config), *matrices, _table_bytes(config) if tables else 0)
 
 
-def _formed(config: TextConfig, tables: bool) -> int:
+def _formed(config: Sizes, tables: bool) -> int:
     """Gradients by factors, once the layers are done: the buffer, and those of experts, which have no factors."""
     return _buffer(config, tables) + 2 * config.stacks()
 
@@ -320,15 +320,15 @@ def _sum(rows: list[tuple[str, float]]) -> float:
 # -- small parts ------------------------------------------------------------------------------------------------------
 
 
-def _table_bytes(config: TextConfig) -> int:
+def _table_bytes(config: Sizes) -> int:
     return 2 * config.vocab * config.hidden
 
 
-def _gradient_bytes(config: TextConfig, tables: bool) -> int:
+def _gradient_bytes(config: Sizes, tables: bool) -> int:
     return 2 * config.count() - (0 if tables else _table_bytes(config) * len(config.tables()))
 
 
-def _bucket(config: TextConfig) -> int:
+def _bucket(config: Sizes) -> int:
     return min(BUCKET_BYTES, 2 * config.count() - _table_bytes(config) * len(config.tables()))
 
 

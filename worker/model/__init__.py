@@ -5,7 +5,8 @@ It knows no optimizer and no server; on a CPU transformers' own code runs as it 
 """
 
 from worker.model.attention_choice import settle_attention
-from worker.model.patch import ModelError, fuse
+from worker.model.model_error import ModelError
+from worker.model.patch import fuse
 from worker.model.routers import freeze_routers
 
 __all__ = ["ModelError", "freeze_routers", "fuse", "settle_attention"]

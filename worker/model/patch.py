@@ -1,13 +1,16 @@
-"""Puts the kernels into a transformers Qwen3.5 text model on a GPU, and chooses what is recomputed in backward.
+"""Puts the kernels into a transformers model on a GPU, and chooses what is recomputed in backward.
 
-fla: the gated delta net and its convolution. torch: variable-length FlashAttention, and a mixture's experts as grouped
-products. liger: RMSNorm, and SwiGLU where there are no experts. The loss is `worker.model.loss`.
+Any model: torch's variable-length FlashAttention, and liger's RMSNorm, SwiGLU and GeGLU for the parts that compute just
+that; the rest stays as transformers wrote it. Qwen3.5: liger's own change of it, fla for the gated delta net and its
+convolution, and torch's grouped products for a mixture's experts. The loss is `worker.model.loss`. No GPU has run any
+other model than a dense Qwen3.5 yet.
 Invariants: parameters stay the very tensors they were; a kernel that is missing is an error that says what to install,
-never a slower way taken unasked.
+never a slower way taken unasked. What only a trace of the model shows is refused there (`worker.model.layer_trace`).
 """
 
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -15,28 +18,39 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from producer.errors import TandemError
 from worker.model import attention, gated_delta_net
 from worker.model.experts import group_experts
+from worker.model.fused_parts import Kernels, fuse_parts, liger_kernels
+from worker.model.layers import recompute
+from worker.model.model_error import ModelError
+
+log = logging.getLogger("tandem")
 
 INSTALL = "pip install 'tandem-worker[worker]' installs it on a GPU machine"
+QWEN = ("qwen3_5_text", "qwen3_5_moe_text")
 
 
-class ModelError(TandemError):
-    """A kernel package is missing or of a version that cannot be used, or the model is not a Qwen3.5."""
-
-
-def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0) -> None:
-    """Change `model`, a Qwen3_5ForCausalLM or Qwen3_5MoeForCausalLM in training mode on a GPU, in place; it then takes
-    packed rows only. No GPU has run a mixture yet.
+def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0, kernels: Kernels | None = None) -> None:
+    """Change `model`, a causal language model in training mode on a GPU, in place; it then takes packed rows only.
 
     kept: for a row of so many tokens, how many of the last layers keep their activations for backward; the others keep
-    only their input and are computed again. Raises ModelError.
+    only their input and are computed again. kernels: for norms and MLPs of other models than Qwen3.5; by default
+    liger's. Raises ModelError, ExpertsError.
     """
     kind = model.config.get_text_config().model_type
-    if kind not in ("qwen3_5_text", "qwen3_5_moe_text"):
-        raise ModelError(f"the model is a {kind}: on a GPU Tandem trains Qwen3.5's text models (qwen3_5_text)")
-    require()
+    if kind in QWEN:
+        require()
+        _fuse_qwen(model, kind)
+    else:
+        if kernels is None:
+            require_package("liger_kernel", "liger-kernel", "0.8.5")
+            kernels = liger_kernels()
+        log.info("fused kernels for %d norms and %d MLPs", *fuse_parts(model, kernels))
+    model.set_attn_implementation(attention.register())
+    recompute(model, kept)
+
+
+def _fuse_qwen(model: Any, kind: str) -> None:
     from liger_kernel import transformers as liger
 
     chosen = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False, "rms_norm": True}
@@ -48,20 +62,13 @@ def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0) -> None:
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.forward = MethodType(gated_delta_net.forward, layer.linear_attn)
-    model.set_attn_implementation(attention.register())
-    _recompute(model, kept)
 
 
 def require() -> None:
-    """Raises ModelError naming the first kernel package that is missing or does not work here, and what to do."""
-    for name, package, first in (
-        ("fla", "flash-linear-attention", "0.6.0"),
-        ("liger_kernel", "liger-kernel", "0.8.5"),
-    ):
-        if importlib.util.find_spec(name) is None:
-            raise ModelError(f"{package} is not installed, and training Qwen3.5 on a GPU needs it: {INSTALL}")
-        if Version(found := importlib.metadata.version(package)) < Version(first):
-            raise ModelError(f"{package} {found} is too old, {first} is needed: {INSTALL}")
+    """Of Qwen3.5: raises ModelError naming the first kernel package that is missing or does not work here, and what to
+    do."""
+    require_package("fla", "flash-linear-attention", "0.6.0")
+    require_package("liger_kernel", "liger-kernel", "0.8.5")
     triton = Version(importlib.metadata.version("triton"))
     hopper = torch.cuda.get_device_capability()[0] == 9
     if hopper and Version("3.4") <= triton < Version("3.7.1"):
@@ -75,18 +82,9 @@ def require() -> None:
             )
 
 
-def _recompute(model: Any, kept: Callable[[int], int]) -> None:
-    # Non-reentrant checkpoints stop a layer's recomputation at the last tensor that backward needs, which spares the
-    # down projection. There is no dropout, so the state of the random generators is not kept.
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    layers = model.model.layers
-
-    def choose(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The last layers are those whose activations backward frees first."""
-        embeds = kwargs.get("inputs_embeds")  # [B, T, H]
-        tokens = kwargs["input_ids"].numel() if embeds is None else embeds.shape[:2].numel()
-        first = len(layers) - kept(tokens)
-        for number, layer in enumerate(layers):
-            layer.gradient_checkpointing = number < first
-
-    model.model.register_forward_pre_hook(choose, with_kwargs=True)
+def require_package(name: str, package: str, first: str) -> None:
+    """Raises ModelError where the module `name` of `package` is not there, or older than version `first`."""
+    if importlib.util.find_spec(name) is None:
+        raise ModelError(f"{package} is not installed, and training on a GPU needs it: {INSTALL}")
+    if Version(found := importlib.metadata.version(package)) < Version(first):
+        raise ModelError(f"{package} {found} is too old, {first} is needed: {INSTALL}")

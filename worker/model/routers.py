@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from worker.model.patch import ModelError
+from worker.model.model_error import ModelError
 from worker.utils.stacks import is_stack
 
 LOGITS = "router_logits"

@@ -22,9 +22,10 @@ from producer.errors import TandemError
 from worker.apollo import state_bytes
 from worker.config.optimizers import MATRICES, Optimizer
 from worker.config.update_options import MAX_TOKENS
-from worker.memory.model_config import TextConfig
-from worker.memory.optimizer_memory import state_bytes as qwen_state_bytes
+from worker.memory.optimizer_memory import state_bytes as planned_state_bytes
 from worker.memory.planner import gigabytes, weight_bytes
+from worker.memory.traced_sizes import NOT_SEEN, has_run
+from worker.model.layer_trace import sizes_of
 from worker.model.output_head import head_of
 from worker.serving.memory_share import default_plan, flags_for, with_graphs
 from worker.shared_weights.bind import compute_buffers
@@ -49,7 +50,7 @@ def check_model(folder: Path, gpu_bytes: int, optimizer: Optimizer) -> dict[str,
     """Of the model whose config.json is in `folder`, in JSON's types. gpu_bytes: of the device, server included.
 
     {"model", "type", "parameters", "head", "cpu": {"trainable", "reason"} or {"trainable", "way", "tokens", "bytes"},
-    "gpu": the same}. Raises `CheckError`.
+    "gpu": the same, with "seen": whether a GPU has trained such a model}. Raises `CheckError`.
     """
     torch_setup.prepare()  # before transformers looks at torchvision
     from transformers import AutoConfig
@@ -73,8 +74,9 @@ def check_model(folder: Path, gpu_bytes: int, optimizer: Optimizer) -> dict[str,
     except TandemError as error:
         return answer | {"cpu": _refused(error), "gpu": _refused(error)}
     unshared = UNSHARED.get(config.model_type)
-    cpu = _refused(unshared) if unshared else _cpu(shapes, optimizer)
-    return answer | {"cpu": cpu, "gpu": _gpu(folder, gpu_bytes, optimizer)}
+    if unshared:
+        return answer | {"cpu": _refused(unshared), "gpu": _refused(unshared)}
+    return answer | {"cpu": _cpu(shapes, optimizer), "gpu": _gpu(folder, gpu_bytes, optimizer)}
 
 
 def _refused(error: object) -> dict[str, Any]:
@@ -104,14 +106,15 @@ def _cpu(shapes: dict[str, tuple[int, ...]], optimizer: Optimizer) -> dict[str, 
 def _gpu(folder: Path, total: int, optimizer: Optimizer) -> dict[str, Any]:
     """As `tandem serve` plans it beside a server that takes the rest of `total` bytes."""
     try:
-        config = TextConfig.read(folder / "config.json")
+        config = sizes_of(folder)
         plan = with_graphs(default_plan(config, total, optimizer), config, total, optimizer)
-        weights, state = weight_bytes(config), qwen_state_bytes(config, optimizer)
+        weights, state = weight_bytes(config), planned_state_bytes(config, optimizer)
         flags_for(total, weights + state, plan.total, plan.title())
     except TandemError as error:
         return _refused(str(error).removeprefix(f"{folder / 'config.json'}: "))
     parts = {"weights": weights, "optimizer": state, "trainer": plan.total}
-    return {"trainable": True, "way": plan.way, "tokens": MAX_TOKENS, "bytes": parts | {"total": sum(parts.values())}}
+    found = {"trainable": True, "way": plan.way, "tokens": MAX_TOKENS, "seen": has_run(config)}
+    return found | {"bytes": parts | {"total": sum(parts.values())}}
 
 
 def sentences(answer: dict[str, Any], gpu_bytes: int) -> list[str]:
@@ -128,6 +131,7 @@ def sentences(answer: dict[str, Any], gpu_bytes: int) -> list[str]:
         lines.append(
             f"  {where}: yes, by {found['way']}, up to {found['tokens']:,} tokens a pass; {gigabytes(size['total'])}"
             f" ({parts}{'; activations come on top' if device == 'cpu' else ''})"
+            f"{'' if found.get('seen', True) else f'; {NOT_SEEN}'}"
         )
     return lines
 
@@ -141,7 +145,8 @@ def table(answers: Sequence[dict[str, Any]]) -> str:
 
 def _cell(found: dict[str, Any]) -> str:
     if found["trainable"]:
-        return f"{found['way']}, {gigabytes(found['bytes']['total'])}, {found['tokens']:,} tokens"
+        seen = "" if found.get("seen", True) else "; not run yet"
+        return f"{found['way']}, {gigabytes(found['bytes']['total'])}, {found['tokens']:,} tokens{seen}"
     return f"no: {found['reason']}"
 
 

@@ -18,9 +18,10 @@ import click
 from worker.config.update_options import MAX_TOKENS
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.graphs import graphs_beside
-from worker.memory.model_config import ConfigError, TextConfig
+from worker.memory.model_config import ConfigError
 from worker.memory.optimizer_memory import state_bytes
 from worker.memory.planner import CONTEXT_BYTES, Plan, gigabytes, make_plan, weight_bytes
+from worker.memory.traced_sizes import Sizes, read_sizes
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags, said
 
 MARGIN = 3_000_000_000
@@ -112,7 +113,7 @@ def share_of(
     if trainer_memory is not None:
         return flags_for(total, 0, math.ceil(trainer_memory * 1e9), "--trainer-memory")
     try:
-        config = TextConfig.read(find_config(model, given))
+        config = read_sizes(find_config(model, given))
     except (ConfigError, LaunchError) as error:
         raise LaunchError(f"the trainer's share cannot be computed: {error}; {WAY_OUT}") from None
     plan = with_graphs(default_plan(config, total, optimizer), config, total, optimizer)
@@ -125,14 +126,14 @@ def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
     return said(given, KV_FLAGS)
 
 
-def default_plan(config: TextConfig, total: int, optimizer: str = "apollo-mini") -> Plan:
+def default_plan(config: Sizes, total: int, optimizer: str = "apollo-mini") -> Plan:
     """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
     at = partial(make_plan, config, MAX_TOKENS, kept=0, optimizer=optimizer)
     burst = at(way="burst")
     return burst if 4 * burst.total <= total else at(way="streaming")
 
 
-def with_graphs(plan: Plan, config: TextConfig, total: int, optimizer: str = "apollo-mini") -> Plan:
+def with_graphs(plan: Plan, config: Sizes, total: int, optimizer: str = "apollo-mini") -> Plan:
     """`plan` beside CUDA graphs of short rows, if these take at most one part in `GRAPHS_PART` of the KV cache."""
     cache = max(0, total - weight_bytes(config) - state_bytes(config, optimizer) - plan.total - MARGIN)
     graphs = graphs_beside(

@@ -28,7 +28,6 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.graphs import NO_GRAPHS, graphs_beside
-from worker.memory.model_config import TextConfig
 from worker.memory.planner import (
     CONTEXT_BYTES,
     SERVER_MEMORY,
@@ -40,7 +39,9 @@ from worker.memory.planner import (
     longest_by_factors,
     make_plan,
 )
+from worker.memory.traced_sizes import NOT_SEEN, has_run
 from worker.model import fuse, settle_attention
+from worker.model.layer_trace import sizes_of
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.parallel_compile import parallel_compile
 from worker.trainer.trainer import Trainer
@@ -89,12 +90,13 @@ def choose_way(
 ) -> Chosen:
     """Plan the memory, prepare `model` (transformers', on the shared weights), and say which way fits.
 
-    max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError, ConfigError.
+    max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError,
+    AttentionError, ConfigError.
     """
     if device.type == "cpu":
         settle_attention(model)
         return Chosen("burst" if settings.apply == "auto" else settings.apply)
-    config = TextConfig.read(model_path / "config.json")
+    config = sizes_of(model_path)
     sizes = sizes_up_to(max(max_tokens, h.max_length))
     budget = sizes[-1]
     free, whole = torch.cuda.mem_get_info(device)
@@ -130,7 +132,14 @@ def choose_way(
     if by_factors:
         log.info("batches of up to %s tokens go by factors, longer ones are streamed", f"{by_factors:,}")
     if settings.graphs == "auto" and not graphs.rows:
-        log.info("no CUDA graphs: their memory does not fit beside the longest batch, so every kernel is launched")
+        why = "their memory does not fit beside the longest batch"
+        if not has_run(config):
+            why = "rows of such a model have not been captured yet"
+        log.info("no CUDA graphs: %s, so every kernel is launched", why)
+    if not has_run(config):
+        log.warning(
+            "%s: its plan is counted, not measured, and its loss is proved before anything is trained", NOT_SEEN
+        )
     fuse(model, kept)
     return Chosen(plan.way, budget, by_factors, graphs.rows)
 

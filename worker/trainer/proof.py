@@ -1,6 +1,7 @@
 """The proof that what is trained is the model's own loss: one short row, token by token, by several computations.
 
-    expected = prove_trainer(trainer, model, tokenizer, most)     # transformers' own forward against ours
+    expected = prove_trainer(trainer, model, tokenizer, most)     # transformers' own forward against ours; where rows
+                                                                  # are packed, of a sequence behind another as well
     check_loss(expected, nll, "...", "...")                       # and anybody else's
 
 `expect` also measures how far rounding alone moves the loss: plain bf16 code with every linear layer's output moved by
@@ -32,6 +33,8 @@ ROW = 64
 """Tokens of the row; a model with a sliding window takes as many more than the window."""
 LONGEST = 1536
 """Tokens of the longest row: a longer window is not reached."""
+BEFORE = 32
+"""Tokens of a sequence that stands before the row, where rows are packed."""
 STRETCH = 16
 """Tokens over which differences are averaged: one token may be off by chance, a stretch is not."""
 LEAST, MOST, FACTOR = 0.02, 0.25, 4.0
@@ -66,6 +69,10 @@ class Expected:
     noise: float
     """How far rounding moves it, as `distance`."""
 
+    def beginning(self, tokens: int) -> Expected:
+        """Of the first `tokens` predicted tokens alone: none of them sees a later one."""
+        return Expected(self.ids[: tokens + 1], self.nll[:tokens], self.noise)
+
     @property
     def bound(self) -> float:
         """The most that another computation may differ, as `distance`."""
@@ -88,6 +95,14 @@ def prove_trainer(trainer: Trainer, model: Any, tokenizer: Any, most: int) -> Ex
         "the loss that Tandem would train",
         "Tandem does not know something that this model's forward does: it cannot be trained by this version",
     )
+    if trainer.packed:
+        found = packed_loss(trainer, expected.ids)
+        check_loss(
+            expected.beginning(len(found)),
+            found,
+            "the loss of a sequence that shares its row with another",
+            "Something in this model reaches from one sequence into the next: it cannot be trained in packed rows",
+        )
     return expected
 
 
@@ -128,6 +143,16 @@ def own_loss(trainer: Trainer, ids: Sequence[int]) -> Tensor:
     """By the very code that trains: fp32 [T - 1], on the host."""
     mask = (False, *[True] * (len(ids) - 1))
     return trainer.token_nll(Example("proof", (TokenSequence(tuple(ids), mask),), 1.0, {}))
+
+
+def packed_loss(trainer: Trainer, ids: Sequence[int]) -> Tensor:
+    """As `own_loss`, of a sequence that stands behind another one in the same packed row. A row that does not hold both
+    takes the beginning of `ids`: [at most T - 1]."""
+    before = tuple(ids[-min(BEFORE, len(ids)) :])
+    after = tuple(ids[: trainer.room.longest - len(before)])
+    sequences = [TokenSequence(some, (False, *[True] * (len(some) - 1))) for some in (before, after)]
+    nll = trainer.token_nll(Example("proof", tuple(sequences), 1.0, {}))
+    return nll[len(before) - 1 :]
 
 
 def distance(one: Tensor, other: Tensor) -> float:

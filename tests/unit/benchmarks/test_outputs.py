@@ -86,7 +86,8 @@ def test_no_file_hides_a_module_of_the_standard_library() -> None:
 
 
 def test_benchmarks_import_in_one_direction() -> None:
-    wanted: dict[str, set[str]] = {name: {*imported(tree)} & sources().keys() for name, tree in sources().items()}
+    found = sources()
+    wanted: dict[str, set[str]] = {name: {*imported(tree)} & found.keys() for name, tree in found.items()}
     while leaves := [name for name, others in wanted.items() if not others & wanted.keys()]:
         for name in leaves:
             del wanted[name]

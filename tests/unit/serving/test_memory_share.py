@@ -203,8 +203,8 @@ def test_the_share_comes_from_the_models_directory(tmp_path: Path) -> None:
     added, (note,), _ = memory_share.share_of("unknown/model", {}, 20.5, total)  # no config needed
     assert added == ["--gpu-memory-utilization", "0.844"]
     assert "20.50 GB to the trainer" in note
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(launch.LaunchError, match=r"model_type is 'llama'.*--trainer-memory N \(GB\)"):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    with pytest.raises(launch.LaunchError, match=r"hidden_size must be .*--trainer-memory N \(GB\)"):
         memory_share.share_of(str(tmp_path), {}, None, total)
 
 

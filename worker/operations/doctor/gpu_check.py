@@ -10,8 +10,8 @@ from typing import Any
 
 from producer.errors import TandemError
 from worker.config.update_options import MAX_TOKENS
-from worker.memory.model_config import TextConfig
 from worker.memory.planner import make_plan
+from worker.memory.traced_sizes import read_sizes
 from worker.operations.doctor.finding import Fact, Finding, fault, ok, unchecked
 from worker.operations.doctor.server_view import ServerView
 from worker.serving.memory_share import share_of_environment
@@ -47,7 +47,7 @@ def judge(share: int, needed: int, free: int | None) -> Finding:
 def least_needed(server: ServerView) -> int:
     """What a trainer of the served model takes in streaming, all layers recomputed. Raises `ConfigError`."""
     assert server.model is not None
-    config = TextConfig.read(server.model / "config.json")
+    config = read_sizes(server.model / "config.json")
     optimizer = str(server.described.get("optimizer", "apollo-mini"))
     return make_plan(config, MAX_TOKENS, way="streaming", kept=0, optimizer=optimizer).total
 

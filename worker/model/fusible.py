@@ -1,0 +1,163 @@
+"""The parts of a model that liger has kernels for, found by asking the modules themselves what they compute.
+
+    for norm in norms_of(model): ...      # an RMSNorm, with its epsilon, offset and rounding
+    for mlp in gated_mlps_of(model): ...  # down(activation(gate(x)) * up(x)), gate and up apart or in one matrix
+
+A module is called with small tensors of its own, on the CPU, and what it makes of them is compared with the formula. So
+no name of a model or of a class is needed, and a part that computes anything else is left as transformers wrote it.
+
+Must not know: the optimizer.
+Invariants: no parameter is read or written; a norm is found only if the formula has the same bits in bf16.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worker.model.stand_ins import Activation, activate, rms_norm
+
+ROWS = 16
+EPSILONS = ("variance_epsilon", "eps", "epsilon")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm: x / RMS(x) * (offset + weight). wide: rounded once, at the end."""
+
+    module: nn.Module
+    eps: float
+    offset: float
+    wide: bool
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """An MLP whose gate goes through `activation`. up None: `gate` makes both, the gate first."""
+
+    module: nn.Module
+    gate: nn.Linear
+    up: nn.Linear | None
+    down: nn.Linear
+    activation: Activation
+
+
+def norms_of(model: nn.Module) -> Iterator[Norm]:
+    """All in `model`, which may be on any device."""
+    known: dict[tuple[Any, ...], tuple[float, bool] | None] = {}
+    for module in model.modules():
+        if (eps := _epsilon(module)) is None:
+            continue
+        key = type(module), eps, tuple(module.weight.shape)  # type: ignore[arg-type]
+        if key not in known:
+            known[key] = _ask_norm(module, eps)
+        if (found := known[key]) is not None:
+            yield Norm(module, eps, *found)
+
+
+def gated_mlps_of(model: nn.Module) -> Iterator[GatedMlp]:
+    """All in `model`, which may be on any device."""
+    for module in model.modules():
+        linears = [child for child in module.children() if type(child) is nn.Linear]
+        if len(linears) not in (2, 3) or any(_has_parameters(child, linears) for child in module.children()):
+            continue
+        if (found := _ask_mlp(module, linears)) is not None:
+            yield found
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """Of what may be a norm: one vector, no children, and an epsilon by one of its usual names."""
+    named = dict(module.named_parameters())
+    if list(named) != ["weight"] or named["weight"].dim() != 1 or [*module.children(), *module.buffers()]:
+        return None
+    values = [getattr(module, name, None) for name in EPSILONS]
+    return next((float(value) for value in values if isinstance(value, float)), None)
+
+
+@torch.no_grad()
+def _ask_norm(module: nn.Module, eps: float) -> tuple[float, bool] | None:
+    """(offset, wide), if it is one. Rows are small, too, so that the epsilon is seen."""
+    size = next(module.parameters()).numel()
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-4, 2, ROWS)[:, None]
+    x = (torch.randn(ROWS, size, generator=generator) * scales).to(torch.bfloat16)[None]  # [1, ROWS, n]
+    weight = torch.randn(size, generator=generator).to(torch.bfloat16)
+    try:
+        found = torch.func.functional_call(module, {"weight": weight}, (x,))
+    except Exception:  # it wants something else
+        return None
+    for offset in (0.0, 1.0):
+        for wide in (False, True):
+            if isinstance(found, Tensor) and torch.equal(found, rms_norm(x, weight, eps, offset, wide)):
+                return offset, wide
+    return None
+
+
+# -- MLPs -------------------------------------------------------------------------------------------------------------
+
+
+def _has_parameters(child: nn.Module, linears: list[nn.Linear]) -> bool:
+    return child not in linears and next(child.parameters(), None) is not None
+
+
+def _ask_mlp(module: nn.Module, linears: list[nn.Linear]) -> GatedMlp | None:
+    """Its linear layers hand over chosen numbers, in every order that their shapes allow."""
+    outs = {id(one): one.out_features for one in linears}
+    for down in linears:
+        others = [one for one in linears if one is not down]
+        wide = {outs[id(one)] for one in others}
+        if len(wide) != 1 or down.in_features * (2 if len(others) == 1 else 1) != wide.pop():
+            continue
+        for gate, up in [(others[0], None)] if len(others) == 1 else [(others[0], others[1]), (others[1], others[0])]:
+            for activation in ("silu", "gelu_tanh"):
+                candidate = GatedMlp(module, gate, up, down, activation)  # type: ignore[arg-type]
+                if _computes(candidate):
+                    return candidate
+    return None
+
+
+@torch.no_grad()
+def _computes(mlp: GatedMlp) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (3 * torch.randn(1, ROWS, 8, generator=generator) for _ in range(2))
+    reached: list[Tensor] = []
+
+    def last(x: Tensor) -> Tensor:
+        reached.append(x)
+        return torch.zeros_like(x)
+
+    stand_ins: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [(mlp.down, last)]
+    if mlp.up is None:
+        stand_ins.append((mlp.gate, lambda x: torch.cat([a, b], -1)))
+    else:
+        stand_ins += [(mlp.gate, lambda x: a), (mlp.up, lambda x: b)]
+    with ExitStack() as stack:
+        for linear, forward in stand_ins:
+            stack.enter_context(replaced(linear, forward))
+        try:
+            found = mlp.module(torch.zeros(1, ROWS, 8))
+        except Exception:  # it wants something else
+            return False
+    if len(reached) != 1 or not isinstance(found, Tensor) or bool(found.any()):
+        return False
+    return torch.allclose(reached[0], activate(a, mlp.activation) * b, rtol=1e-6, atol=1e-7)
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `module` computes `forward`."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
