@@ -1,5 +1,6 @@
 """Replicas started as they should not be: two of one number, or one with the state directory of another time."""
 
+import json
 import os
 import shutil
 import signal
@@ -44,6 +45,24 @@ def test_two_workers_of_one_number_do_not_put_each_other_out(site: FleetSite) ->
     os.kill(leader.pid, signal.SIGTERM)
     assert leader.ended() == second.ended() == 0, leader.said() + second.said()
     assert site.standing(0) == site.standing(2) and site.manifest(1)["replicas"] == "2"
+
+
+def test_a_replica_comes_back_while_training_is_paused(site: FleetSite) -> None:
+    """Its torn server would else refuse requests until somebody resumes."""
+    leader = site.start("worker", *site.replica(0), *LEARNING, *QUIET)
+    torn = site.follow(1, fault="swept")
+    site.send("a", 3)
+    assert torn.ended() == -signal.SIGKILL
+    until(lambda: site.producer.version() == 1 or not leader.alive(), "version 1")
+    site.tandem("pause")
+    until(lambda: "training is paused" in leader.said() or not leader.alive(), "it is paused")
+    back = site.follow(1)
+    until(lambda: "is one of" in back.said() or not back.alive(), "it is let in")
+    assert site.all_agree() == 1
+    status = json.loads(site.tandem("status", "--json", code=1))
+    assert status["replicas"]["present"] == {"0": 1, "1": 1} and status["hold"]
+    os.kill(leader.pid, signal.SIGTERM)
+    assert leader.ended() == back.ended() == 0, leader.said() + back.said()
 
 
 def test_a_state_directory_of_another_time_leads_to_the_weights_of_replica_0_all_the_same(site: FleetSite) -> None:
