@@ -29,12 +29,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console()
 
 
-def campaign(folder: Path, model: Path, *, real: bool, seed: int, kills: int, transcripts: int) -> dict[str, Any]:
+def campaign(
+    folder: Path, model: Path, *, real: bool, seed: int, kills: int, transcripts: int, replicas: int = 1
+) -> dict[str, Any]:
     """One campaign and its audit; the report as plain data, which is also left in the folder."""
     name = "vLLM" if real else "stand-in"
     settings = {"seed": seed, "kills": kills, "transcripts": transcripts, "server": name}
+    settings |= {"replicas": replicas} if replicas > 1 else {}
     _check_settings(folder, settings)
-    cluster = Cluster(folder, model, real=real, options=OPTIONS)
+    cluster = Cluster(folder, model, real=real, options=OPTIONS, replicas=replicas)
     started = time.monotonic()
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
     try:
@@ -82,9 +85,10 @@ def _print(report: dict[str, Any], verdict: Verdict) -> None:
 @click.option("--kills", type=click.IntRange(0), default=200, help="Kills on the stand-in.")
 @click.option("--real-vllm-kills", type=click.IntRange(0), default=20, help="Kills on real vLLM, besides.")
 @click.option("--transcripts", type=click.IntRange(1), default=2000, help="On the stand-in; a tenth of it on vLLM.")
+@click.option("--replicas", type=click.IntRange(1, 2), default=1, help="2: with a second server, killed as well.")
 @click.option("--seed", type=int, default=0, help="Of the plan of kills.")
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="State and logs; goes on if it exists.")
-def main(kills: int, real_vllm_kills: int, transcripts: int, seed: int, folder: Path) -> None:
+def main(kills: int, real_vllm_kills: int, transcripts: int, replicas: int, seed: int, folder: Path) -> None:
     """See the module."""
     from worker.testing.tiny_model import make_tiny
 
@@ -95,11 +99,15 @@ def main(kills: int, real_vllm_kills: int, transcripts: int, seed: int, folder: 
         make_tiny(model)
     failed = False
     if kills:
-        report = campaign(folder / "s", model, real=False, seed=seed, kills=kills, transcripts=transcripts)
+        report = campaign(
+            folder / "s", model, real=False, seed=seed, kills=kills, transcripts=transcripts, replicas=replicas
+        )
         failed |= bool(report["problems"])
     if real_vllm_kills:
         count = max(transcripts // 10, 10 * real_vllm_kills)
-        report = campaign(folder / "v", model, real=True, seed=seed, kills=real_vllm_kills, transcripts=count)
+        report = campaign(
+            folder / "v", model, real=True, seed=seed, kills=real_vllm_kills, transcripts=count, replicas=replicas
+        )
         failed |= bool(report["problems"])
     sys.exit(failed)
 

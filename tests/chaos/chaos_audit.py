@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 from chaos_campaign import Manifests
-from chaos_history import PREFIX, Batch, Model
+from chaos_history import PREFIX, Batch, Model, ids_of
 from chaos_plan import HISTORY
 from chaos_processes import Cluster, Forked, StandIn
 from chaos_undisturbed import undisturbed
@@ -50,6 +50,10 @@ def audit(cluster: Cluster, manifests: Manifests, transcripts: int) -> Verdict:
     }
     verdict.equal("the header beside the weights", header, expected)
     live = live_digest(cluster)
+    if cluster.replicas > 1:
+        verdict.figures["versions made by two replicas"] = sum("replicas" in one for one in manifests.all.values())
+        other = _in_process(_digest_of, (str(cluster.other_dir),), cluster.folder / "digest-other.json")
+        verdict.equal("replica 1's weights and state, against replica 0's", other, live)
     replayed = _undisturbed(cluster, model)
     _check_journal(cluster.folder / "state" / "journal", manifests.all, verdict)
     verdict.figures["weights"] = live["weights"][:16]
@@ -71,7 +75,7 @@ def check_books(
     version = ledger.state(connection).version
     trained, dropped = ledger.everyone(connection), ledger.dropped(connection)
     verdict.problems += model.problems
-    inside = Counter(id for batch in model.live for id in batch if not id.startswith(PREFIX))
+    inside = Counter(id for batch in model.live for id in ids_of(batch) if not id.startswith(PREFIX))
     twice = sorted(id for id, count in inside.items() if count > 1)
     verdict.figures |= {"transcripts": transcripts, "versions": version, "lost": len(ids - trained.keys())}
     verdict.figures |= {"trained twice": len(twice), "dropped": len(dropped), "rollbacks": len(model.rollbacks)}
@@ -97,7 +101,7 @@ def check_books(
 
 
 def _plain(batches: Sequence[Batch]) -> set[str]:
-    return {id.removeprefix(PREFIX) for batch in batches for id in batch}
+    return {id.removeprefix(PREFIX) for batch in batches for id in ids_of(batch)}
 
 
 def _check_journal(folder: Path, manifests: Mapping[int, Mapping[str, Any]], verdict: Verdict) -> None:

@@ -64,6 +64,7 @@ class Campaign:
     def __init__(self, cluster: Cluster, *, seed: int, kills: int, transcripts: int) -> None:
         self.cluster, self.transcripts = cluster, transcripts
         self.plan = operations(seed, kills)
+        self._dice = random.Random(f"{seed}/replicas")
         self.notes: Counter[str] = Counter()
         self.manifests = Manifests(cluster)
         self._done_file = cluster.folder / "kills.jsonl"
@@ -151,6 +152,8 @@ class Campaign:
         it: whatever was left behind, it has to mend itself."""
         self.cluster.kill_worker()
         self.cluster.ensure_server()
+        if self.cluster.replicas > 1:
+            self.notes[self.cluster.ensure_follower(self._dice)] += 1
         header = self.cluster.header()
         if header is not None and header["state"] != "CLEAN":
             self.notes["found torn weights"] += 1
@@ -266,8 +269,32 @@ class Campaign:
             self._check_alive(worker)
             self.cluster.kill_worker()
             if not self._requeue():
+                self._settle_replicas()
                 return
         raise AssertionError("the queue is not drained after 20 workers")
+
+    def _settle_replicas(self) -> None:
+        """The second one, left in peace, is brought to where the first one is."""
+        cluster = self.cluster
+        if cluster.replicas == 1:
+            return
+        worker = self.start()
+        until(lambda: "train together" in worker.said() or not worker.alive(), "replicas to meet", timeout=300)
+        if cluster.follower is not None:
+            cluster.follower.kill()
+        cluster.ensure_follower(None)
+
+        def same() -> bool:
+            ours, theirs = cluster.header(), cluster.header(cluster.other_dir)
+            names = ("lineage", "version", "state")
+            return ours is not None and theirs is not None and all(ours[name] == theirs[name] for name in names)
+
+        follower = cluster.follower
+        assert follower is not None
+        until(lambda: not follower.alive() or "is one of" in follower.said(), "replica 1 to be let in", timeout=300)
+        until(lambda: same() or not follower.alive(), "replica 1 to be where replica 0 is", timeout=300)
+        self._check_alive(follower)
+        cluster.kill_worker()
 
     def _idle(self) -> bool:
         self.manifests.collect()

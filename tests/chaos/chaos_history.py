@@ -12,6 +12,19 @@ PREFIX = "rehearsed:"
 
 Batch = tuple[str, ...]
 
+DIVIDED = "/"
+"""A batch that was divided among n replicas ends with "/n": it decides the order of sums."""
+
+
+def ids_of(batch: Batch) -> Batch:
+    """The transcripts of a batch."""
+    return tuple(id for id in batch if not id.startswith(DIVIDED))
+
+
+def parts_of(batch: Batch) -> int:
+    """Among how many replicas it was divided."""
+    return int(batch[-1].removeprefix(DIVIDED)) if batch and batch[-1].startswith(DIVIDED) else 1
+
 
 @dataclass
 class Model:
@@ -42,7 +55,8 @@ class Model:
         if strange := set(again) - {id for batch in self.batches[version - 1] for id in batch}:
             self.problems.append(f"version {version} rehearses {sorted(strange)}, who are not in its weights")
         self.ledger.update(dict.fromkeys(jobs, version))
-        batch = (*jobs, *(PREFIX + id for id in again))
+        parts = int(manifest.get("replicas", 1))
+        batch = (*jobs, *(PREFIX + id for id in again), *([f"{DIVIDED}{parts}"] if parts > 1 else []))
         self.batches[version] = [*self.batches[version - 1], batch]
 
     def _roll_back(self, version: int, manifest: Mapping[str, Any]) -> None:
@@ -51,7 +65,7 @@ class Model:
         self.batches[version] = [
             tuple(id for id in batch if id.removeprefix(PREFIX) not in self.dropped) for batch in self.batches[target]
         ]
-        inside = {id for batch in self.batches[version] for id in batch}
+        inside = {id for batch in self.batches[version] for id in ids_of(batch)}
         if both := set(manifest["requeued"]) & (inside | self.dropped.keys()):
             self.problems.append(f"version {version} queues {sorted(both)} again, in its weights or dropped")
         for id in manifest["requeued"]:

@@ -8,7 +8,9 @@ dies here dies of SIGKILL.
 import ctypes
 import multiprocessing
 import os
+import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from patience import PATIENCE, TimedOut, until
 from worker.shared_weights.weights_client import read_header
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
+from worker.utils.fault_injection import UPDATE_POINTS
 from worker.utils.unix_socket import WireError
 
 TESTS = Path(__file__).parents[1]
@@ -137,9 +140,15 @@ class RealServer:
 
 
 class Cluster:
-    """All of it in `folder`. `tandem worker` gets `options` besides those of every worker here."""
+    """All of it in `folder`. `tandem worker` gets `options` besides those of every worker here.
 
-    def __init__(self, folder: Path, model: Path, *, real: bool = False, options: tuple[str, ...] = ()) -> None:
+    replicas: 2: there is a second server, with a worker that follows. Whoever starts a worker finds, as the dice say,
+    that server fresh, or that worker dead or about to die.
+    """
+
+    def __init__(
+        self, folder: Path, model: Path, *, real: bool = False, options: tuple[str, ...] = (), replicas: int = 1
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.model, self.options = folder, model, options
         self.run_dir = folder / "run"
@@ -149,16 +158,38 @@ class Cluster:
         self.server: Server | None = None
         self.worker: Forked | None = None
         self.starts = 0
+        self.replicas, self.other_dir = replicas, folder / "run-1"
+        self.other_server: Server | None = None
+        self.follower: Forked | None = None
+        self._port = _free_port()
+
+    def ensure_follower(self, dice: random.Random | None) -> str:
+        """The second server and its worker run; dice: what befalls them before, or later. What was done."""
+        if dice is not None and dice.random() < 0.15 and self.other_server is not None:
+            self.other_server.kill()
+        if self.other_server is None or not self.other_server.alive():
+            self.other_server = self._server_class(self.model, self.other_dir, self.folder / "server-1.log")
+            if self.follower is not None:
+                self.follower.kill()
+        fault = dice.choice(UPDATE_POINTS[:-1]) if dice is not None and dice.random() < 0.4 else None
+        if self.follower is not None and self.follower.alive() and (dice is None or dice.random() < 0.6):
+            return "replica 1 goes on"
+        if self.follower is not None:
+            self.follower.kill()
+        own = ["--replica", "1/2", "--run-dir", str(self.other_dir), "--state-dir", str(self.folder / "state-1")]
+        arguments = ("worker", *LEARNING, *self.options, *own, "--rendezvous", f"127.0.0.1:{self._port}")
+        self.follower = Forked(run_tandem, arguments, {"TANDEM_FAULT": fault or ""}, self.folder / "worker-1.log")
+        return f"replica 1 started{f', to die at {fault}' if fault else ''}"
 
     def ensure_server(self) -> None:
         """Start the server unless it runs."""
         if self.server is None or not self.server.alive():
             self.server = self._server_class(self.model, self.run_dir, self.folder / "server.log")
 
-    def header(self) -> dict[str, Any] | None:
-        """The header beside the weights; None when no server runs."""
+    def header(self, run_dir: Path | None = None) -> dict[str, Any] | None:
+        """The header beside the weights (of the first server, or of `run_dir`'s); None when no server runs."""
         try:
-            return read_header(self.run_dir)
+            return read_header(run_dir or self.run_dir)
         except WireError:
             return None
 
@@ -166,6 +197,9 @@ class Cluster:
         """A `tandem worker` in the background."""
         assert self.worker is None or not self.worker.alive(), "one worker at a time"
         self.starts += 1
+        if self.replicas > 1:
+            meeting = ("--replica", "0/2", "--rendezvous", f"127.0.0.1:{self._port}", "--replica-wait", "5")
+            more = (*meeting, *more)
         self.worker = self.start_command("worker", *LEARNING, *self.options, *more, fault=fault)
         return self.worker
 
@@ -192,4 +226,13 @@ class Cluster:
     def close(self) -> None:
         self.kill_worker()
         self.kill_server()
+        for process in (self.follower, self.other_server):
+            if process is not None:
+                process.kill()
         self.store.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

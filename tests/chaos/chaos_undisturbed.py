@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chaos_history import PREFIX
+from chaos_history import PREFIX, ids_of, parts_of
 from chaos_plan import transcript
 from chaos_processes import LEARNING
 
 from producer import Transcript
+from worker.trainer.sharing import Alone, InTurn
 
 EVERY = 16
 """Batches between two points that a run can go back to."""
@@ -48,13 +49,15 @@ class Undisturbed:
         self._done, self._trainer = done, self.session.manager.rebuilder.make_trainer(self.session.h)
 
     def _train(self, batch: tuple[str, ...]) -> None:
-        if not batch:
+        ids, parts = ids_of(batch), parts_of(batch)
+        if not ids:
             self._trainer.skip()
             return
         examples = []
-        for id in batch:
+        for id in ids:
             item = transcript(int(id.removeprefix(PREFIX)[1:]))
             examples.append(self.session.builder.build(Transcript.from_dict(item), item["id"]))
+        self._trainer.sharing = InTurn(parts) if parts > 1 else Alone()
         gradients = self._trainer.begin(examples)
         assert not gradients.rejected
         self._trainer.apply()

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from replica_parts import FleetSite, feedback
 
 from worker.checkpoint.file_digests import fingerprint
 from worker.checkpoint.journal import Journal
+from worker.checkpoint.records import UpdateRecord
 from worker.checkpoint.state_dir import StateDir
 from worker.shared_weights.attach import attach
 from worker.utils.fault_injection import UPDATE_POINTS
@@ -43,6 +45,9 @@ def test_two_replicas_are_one_worker_and_each_is_restored_from_its_own_disk(site
     version = site.all_agree()
     assert version == 3 and sorted(site.trained()) == sorted(sent)
     assert all(site.manifest(v)["replicas"] == "2" for v in range(1, version + 1))
+    for number in (0, 1):
+        record = journaled(site, number, 1)
+        assert (record.format, record.parts) == (5, 2), "an older Tandem, which adds up otherwise, refuses it"
     before = site.standing(0)
     for state in (site.state, site.state_of(1)):
         site.restart_server()
@@ -174,12 +179,25 @@ def test_one_that_joins_late_writes_a_checkpoint_where_the_journal_no_longer_goe
     assert site.standing(0) == before and site.ledger() == ledger
 
 
-def entries(site: FleetSite, number: int) -> list[int]:
-    """Versions in a replica's journal."""
+@contextmanager
+def journal_of(site: FleetSite, number: int) -> Iterator[Journal]:
     with StateDir(site.state_of(number)) as state:
         found = Journal(state.journal, fingerprint(site.model))
+        yield found
         found.close()
+
+
+def entries(site: FleetSite, number: int) -> list[int]:
+    """Versions in a replica's journal."""
+    with journal_of(site, number) as found:
         return sorted(found.entries)
+
+
+def journaled(site: FleetSite, number: int, version: int) -> UpdateRecord:
+    with journal_of(site, number) as found:
+        record = found.read(version)
+        assert isinstance(record, UpdateRecord)
+        return record
 
 
 @pytest.mark.slow

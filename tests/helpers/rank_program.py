@@ -8,6 +8,7 @@ process, the test that started this does itself, with the same functions.
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from shard_parts import divide
 
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, TokenSequence
+from worker.memory.planner import Way
 from worker.model.head_blocks import After
 from worker.model.loss import head_loss
 from worker.model.shard_group import ShardGroup
@@ -57,6 +59,22 @@ def examples(step: int = 0) -> list[Example]:
     return made
 
 
+def every_kind() -> list[Example]:
+    """One example of each loss: imitated, disliked, corrected, with a teacher."""
+    generator = torch.Generator().manual_seed(7)
+
+    def sequence(length: int, rejected: bool = False) -> TokenSequence:
+        ids = torch.randint(0, WORDS, (length,), generator=generator).tolist()
+        return TokenSequence(tuple(ids), (*[False] * 5, *[True] * (length - 5)), rejected=rejected)
+
+    return [
+        Example("liked", (sequence(30),), 1.0, {}),
+        Example("disliked", (sequence(20),), 0.5, {}, "disliked"),
+        Example("corrected", (sequence(25), sequence(22, True)), 1.0, {}, "correction"),
+        Example("commented", (sequence(18),), 1.0, {}, "comment", (sequence(18),)),
+    ]
+
+
 def whole_weights(model: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The checkpoint's, spread out: with fresh ones every answer is alike."""
     generator = torch.Generator().manual_seed(0)
@@ -69,29 +87,28 @@ def whole_weights(model: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def whole_trainer(model: Path, dtype: torch.dtype) -> Trainer:
+def whole_trainer(model: Path, dtype: torch.dtype, way: Way = "burst") -> Trainer:
     built = bind.build_model(model, whole_weights(model, dtype))
-    return make_trainer(built, built.named_parameters(), Tokenizer(), H, state=None)
+    return make_trainer(built, built.named_parameters(), Tokenizer(), H, state=None, way=way)
 
 
-def sharded_trainer(model: Path, dtype: torch.dtype) -> tuple[Trainer, dict[str, Any]]:
+def sharded_trainer(model: Path, dtype: torch.dtype, way: Way = "burst") -> Trainer:
     group = ShardGroup()
     tensors, shards = divide(whole_weights(model, dtype), bind.text_config(model), group.rank, group.ranks)
     built = build_sharded(model, tensors, shards, group)
     named = list(built.named_parameters())
-    made = make_trainer(built, named, Tokenizer(), H, state=None, shards=shards, sum_over_shards=group.add_up)
-    return made, shards
+    return make_trainer(built, named, Tokenizer(), H, state=None, way=way, shards=shards, sum_over_shards=group.add_up)
 
 
-def gradients_of(trainer: Trainer) -> dict[str, Any]:
-    found = trainer.begin(examples())
+def gradients_of(trainer: Trainer, batch: Sequence[Example]) -> dict[str, Any]:
+    found = trainer.begin(batch)
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     return {"loss": found.loss, "nll": found.nll, "gradients": grads, "norm": trainer.gradient_norm()}
 
 
-def steps_of(trainer: Trainer) -> dict[str, Any]:
+def steps_of(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         losses.append(trainer.begin(examples(step)).loss)
         said = trainer.apply()
     weights = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
@@ -177,9 +194,10 @@ def ask_server(run_dir: Path, group: ShardGroup, name: str) -> None:
 
 
 SCENARIOS: dict[str, Any] = {
-    "gradients": lambda model: gradients_of(sharded_trainer(model, torch.float32)[0]),
-    "steps": lambda model: steps_of(sharded_trainer(model, torch.float32)[0]),
-    "steps_bf16": lambda model: steps_of(sharded_trainer(model, torch.bfloat16)[0]),
+    "gradients": lambda model: gradients_of(sharded_trainer(model, torch.float32), examples()),
+    "kinds": lambda model: gradients_of(sharded_trainer(model, torch.float32), every_kind()),
+    "steps": lambda model: steps_of(sharded_trainer(model, torch.float32)),
+    "streaming": lambda model: steps_of(sharded_trainer(model, torch.float32, "streaming"), 3),
     "vocabulary": vocabulary,
     "attached": attached,
 }

@@ -108,10 +108,31 @@ def train_replica(number: int, count: int, port: int, model: str, way: str, vers
         group = meeting.join({}, lambda: False)
     assert group is not None and group.size == count
     trainer.sharing = Ranks(group)
+    failed = _fail_once(trainer, number == count - 1, batches[0]) if way == "burst" else ""
     said = train(trainer, batches)
+    if failed:
+        said[0]["failed"] = failed
     group.exchange({})  # nobody leaves before all are done
     group.close()
     Path(out).write_text(json.dumps(said))
+
+
+def _fail_once(trainer: Any, ours: bool, batch: Sequence[Any]) -> str:
+    """What `begin` raises when the forward pass fails at one replica: `ours`, or another."""
+    forward = trainer._forward
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        raise MemoryError("no room for this part")
+
+    if ours:
+        trainer._forward = broken
+    try:
+        trainer.begin(batch)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        trainer._forward = forward
+    return "nothing was raised"
 
 
 def replicas(model: Path, folder: Path, count: int, way: str, versions: int) -> list[list[dict[str, Any]]]:

@@ -26,11 +26,5 @@ def backend_for(device: torch.device, slots: Sequence[Slot], area: StateArea, op
     if device.type == "cuda":
         from worker.apollo.cuda import CudaBackend
 
-        if any(slot.shard is not None for slot in slots):
-            raise ApolloError(
-                "parameters are shards of matrices, and the step on CUDA does not add sums up over processes yet: train"
-                " a server that has its weights on one GPU"
-            )
-
         return CudaBackend(slots, area, options)
     raise ApolloError(f"ApolloMini runs on cpu and cuda, not on {device.type}")

@@ -8,6 +8,7 @@ Scratch memory besides the state: the projections, R in partial sums, the tile t
 factored rule keeps at most 134 MB of partial sums, and three numbers a row or column.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.apollo import cuda_factored, formulas, philox
+from worker.apollo.cuda_shards import ShardSums
 from worker.apollo.device_tables import DeviceTables
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.kernels import columns, decide, measure, write
 from worker.apollo.kernels.common import TRITON
-from worker.apollo.launch_tables import FACTORED, SMALL, TALL, WIDE, Run, merge
-from worker.apollo.parameters import Slot, Totals
+from worker.apollo.launch_tables import FACTORED, SMALL, TALL, WIDE, Run, Tiling, merge
+from worker.apollo.parameters import Options, Slot, Totals
+from worker.apollo.state_layout import StateArea
 
 LANES = 4096
 """Width of the small reductions: a program's loads at a time."""
@@ -31,6 +34,14 @@ assert columns.LIMITER_FLOOR.value == formulas.LIMITER_FLOOR
 
 class CudaBackend(DeviceTables):
     """See `slots.Backend`."""
+
+    def __init__(self, slots: Sequence[Slot], area: StateArea, options: Options, tiling: Tiling | None = None) -> None:
+        super().__init__(slots, area, options, tiling)
+        self._shards: ShardSums | None = None
+        if any(slot.shard is not None for slot in slots):
+            if options.sum_over_shards is None:
+                raise ApolloError("parameters are shards, and no sum_over_shards says what the others hold")
+            self._shards = ShardSums(self, options.sum_over_shards)
 
     def order(self) -> Sequence[Slot]:
         return self.tables.slots
@@ -72,22 +83,34 @@ class CudaBackend(DeviceTables):
             self._measure(run)  # of the factored rule, in the order of its windows
         for first, last in spans:
             self.total(first, last, columns.TILE, columns.TILES, self.partial_squares, self.statistics[0])
+        if self._shards is not None:
+            self._shards.squares_and_r(runs)
         for first, last in spans:
             decide.judge[(1,)](
                 self.parameters, first, last - first, self.statistics, self.control, BLOCK=LANES, num_warps=8
             )
-        for first, last in merge([run for run in runs if run[2].shape in (TALL, WIDE)]):
+        matrices = merge([run for run in runs if run[2].shape in (TALL, WIDE)])
+        for first, last in matrices:
+            self._moments(first, last)
+        if self._shards is not None:
+            self._shards.norms(runs)
+        for first, last in matrices:
             self._factors(first, last)
         cuda_factored.decide(self, [run for run in runs if run[2].shape == FACTORED])
         for run in runs:
             self._write(run)
 
     def finish(self) -> None:
+        if self._shards is not None:  # now, and not when they are asked for: all processes add up
+            self._total_step()
+            self._shards.totals(self.statistics[columns.MOVED.value], self.weight_squares)
         decide.finish[(1,)](self.area.step_count, self.control, num_warps=1)
         self.told.copy_(self.control, non_blocking=True)
         self._copies.clear()
 
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
+        if self._shards is not None:
+            raise ApolloError("capture() does not know sums over processes: parameters are shards")
         runs = self.bind(pairs)
         if self._copies:
             raise ApolloError("a captured step needs gradients whose rows start at multiples of 16 bytes")
@@ -115,20 +138,24 @@ class CudaBackend(DeviceTables):
 
     def totals(self) -> Totals:
         self.check()
+        if self._shards is None:
+            self._total_step()
+        written = self.statistics[columns.WRITTEN.value].cpu() > 0
+        elements = torch.tensor([math.prod(slot.whole) for slot in self.tables.slots])
+        return Totals(
+            float(self.statistics[columns.MOVED.value].cpu().double()[written].sum()),
+            float(self.weight_squares.cpu().double()[written].sum()),
+            int(elements[written].sum()),
+        )
+
+    def _total_step(self) -> None:
+        """What every parameter moved and weighed, from its tiles."""
         count = len(self.tables.slots)
         out = columns.OUT_TILE, columns.OUT_TILES
         self.total(0, count, *out, self.partial_weights, self.weight_squares)
         small = [i for i, kind in enumerate(self.tables.kinds) if kind.shape == SMALL]
-        moved = self.statistics[columns.MOVED.value]
         if small:  # they come last
-            self.total(small[0], count, *out, self.partial_moved, moved)
-        written = self.statistics[columns.WRITTEN.value].cpu() > 0
-        elements = torch.tensor([slot.rows * slot.cols for slot in self.tables.slots])
-        return Totals(
-            float(moved.cpu().double()[written].sum()),
-            float(self.weight_squares.cpu().double()[written].sum()),
-            int(elements[written].sum()),
-        )
+            self.total(small[0], count, *out, self.partial_moved, self.statistics[columns.MOVED.value])
 
     # -- launches -------------------------------------------------------------------------------------------------
 
@@ -164,12 +191,14 @@ class CudaBackend(DeviceTables):
             self.parameters, first, partials, totals, START=start, COUNT=count, BLOCK=LANES, num_warps=8
         )
 
-    def _factors(self, first: int, last: int) -> None:
+    def _moments(self, first: int, last: int) -> None:
         chunk, end = self.tables.chunk_starts[first], self.tables.chunk_starts[last]
         decide.update_moments[(end - chunk,)](
             self.parameters, self.chunks, chunk, self.knobs, self.scratch, self.statistics, self.partial_norms,
             self.control, BLOCK=self.tiling.chunk, num_warps=4,
         )  # fmt: skip
+
+    def _factors(self, first: int, last: int) -> None:
         decide.matrix_factor[(last - first,)](
             self.parameters, first, len(self.tables.slots), self.knobs, self.roots, self.area.previous, self.statistics,
             self.partial_norms, self.control, BLOCK=256, num_warps=2,

@@ -7,11 +7,13 @@ kind of launch they need, so that a whole model is a few ranges.
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from worker.apollo import formulas, state_layout
+from worker.apollo import state_layout
+from worker.apollo.errors import ApolloError
 from worker.apollo.parameters import Slot
 from worker.apollo.state_layout import StateArea
 
@@ -91,7 +93,7 @@ def kind_of(slot: Slot, tiling: Tiling = Tiling()) -> Kind:
         width = max(1024, 1 << (slot.cols - 1).bit_length())
         return Kind(FACTORED, aligned, weight.dtype, width if width <= tiling.strip_most else 0)
     if slot.algorithm == state_layout.APOLLO:
-        return Kind(TALL if formulas.is_tall(slot.rows, slot.cols) else WIDE, aligned, weight.dtype)
+        return Kind(TALL if slot.tall else WIDE, aligned, weight.dtype)
     return Kind(SMALL, False, weight.dtype)
 
 
@@ -124,7 +126,7 @@ def counts_of(slot: Slot, kind: Kind, tiling: Tiling) -> Counts:
             return Counts(parts, out, chunks, parts, _padded(2 * parts * slot.cols))
         parts, across = _ceil(slot.rows, tiling.wide[0]), _ceil(slot.cols, tiling.wide[2])
         return Counts(parts * across, out, chunks, parts, _padded(parts * slot.cols) + _padded(across * slot.rows))
-    chunks = _ceil(max(slot.rows, slot.cols), tiling.chunk)
+    chunks = _ceil(slot.kept, tiling.chunk)
     if kind.shape == TALL:
         return Counts(_ceil(slot.rows, tiling.tall[0]), out, chunks, 1, _padded(slot.rows))
     parts = _ceil(slot.rows, tiling.wide[0])
@@ -190,15 +192,33 @@ def build(slots: Sequence[Slot], groups: Sequence[int], area: StateArea, tiling:
         where = (slot.id, first, slot.place.full_cols, groups[slot.index], slot.index, out_starts[i], count.out)
         by_row = offsets[i] + _padded(count.parts * slot.cols)
         steps = ((area.step_count if taken is None else taken).data_ptr(), int(taken is not None))
-        rows.append(shape + ranges + where + (sides, by_row, int(kind.width > 0)) + steps)  # as in kernels/columns.py
+        whole = (slot.kept, max(slot.whole), *_row_numbers(slot))
+        factored = (sides, by_row, int(kind.width > 0))
+        rows.append(shape + ranges + where + factored + steps + whole)  # as in kernels/columns.py
         is_projected = kind.shape in (TALL, WIDE)
-        projections.append(projections[-1] + (_padded(min(slot.rows, slot.cols)) if is_projected else 0))
+        projections.append(projections[-1] + (_padded(slot.projected) if is_projected else 0))
         sides += _padded(slot.rows + 2 * slot.cols) if kind.shape == FACTORED else 0
     table = torch.tensor(rows, dtype=torch.int64)
     return Tables(
         order, by_position, table, tiles, out_tiles, chunks, tile_starts, out_starts, chunk_starts, projections,
         scratch, sides,
     )  # fmt: skip
+
+
+NEVER = 1 << 40
+"""A row that no matrix has."""
+
+
+def _row_numbers(slot: Slot) -> tuple[int, int, int, int]:
+    """Of a shard in up to three pieces: from which row on how much is added to a row's number, twice."""
+    runs = slot.runs
+    if len(runs) > 3:
+        raise ApolloError(f"{slot.name} is a shard in {len(runs)} pieces: three are known on CUDA")
+    shifts = [
+        (rows.start, first - rows.start - (before[1] - before[0].start)) for before, (rows, first) in pairwise(runs)
+    ]
+    (one, by_one), (two, by_two) = [*shifts, *[(NEVER, 0)] * 2][:2]
+    return one, by_one, two, by_two
 
 
 Run = tuple[int, int, Kind, torch.dtype]

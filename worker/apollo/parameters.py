@@ -76,6 +76,16 @@ class Slot:
         return root_scale(self.group["scale"], *self.whole)
 
     @property
+    def kept(self) -> int:
+        """Elements of R, m and v here."""
+        return self.rows if self.tall else self.cols
+
+    @property
+    def projected(self) -> int:
+        """Elements of P here."""
+        return self.cols if self.tall else self.rows
+
+    @property
     def sums_r(self) -> bool:
         """Whether R is a sum over the shards: the side that is projected away is divided."""
         return self.shard is not None and (self.shard.dim == 1) == self.tall

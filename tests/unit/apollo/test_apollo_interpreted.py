@@ -10,7 +10,15 @@ import pytest
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("file", ["test_apollo_gpu.py", "test_factored_gpu.py", "test_experts_gpu.py"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "test_apollo_gpu.py",
+        "test_factored_gpu.py",
+        "test_experts_gpu.py",
+        pytest.param("test_shards_gpu.py", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_in_the_interpreter(file: str) -> None:
     """In a process of its own: Triton decides at import whether it interprets."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import rank_program as ranks
 import torch
-from shard_parts import divide, part_of, run_ranks
+from shard_parts import divide, make_grouped, part_of, run_ranks
 from transformers import Gemma2Config
 
 from worker.model import ModelError
@@ -23,7 +23,7 @@ from worker.utils.shard import Shard, assemble
 
 @pytest.fixture(scope="module")
 def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return run_ranks(tmp_path_factory.mktemp("ranks"), tiny_model, "gradients", "steps", "vocabulary")
+    return run_ranks(tmp_path_factory.mktemp("ranks"), tiny_model, "gradients", "steps", "streaming", "vocabulary")
 
 
 def whole(model: Path, name: str, shape: torch.Size, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -35,17 +35,30 @@ def whole(model: Path, name: str, shape: torch.Size, tensors: list[torch.Tensor]
 
 
 def test_loss_and_gradients_are_one_process_s(tiny_model: Path, found: dict[str, list[dict[str, Any]]]) -> None:
-    """In fp32, up to the order of sums: 2e-5 of a gradient at most (A_log's, behind a solve) on the machine it was
-    written on."""
-    one, two = ranks.gradients_of(ranks.whole_trainer(tiny_model, torch.float32)), found["gradients"]
+    """In fp32, up to the order of sums: 2e-5 of a gradient at most (A_log's, behind a solve) where it was written; 8e-5
+    below, where one process's own gradient moves as far when its weights change by 1e-7."""
+    one = ranks.gradients_of(ranks.whole_trainer(tiny_model, torch.float32), ranks.examples())
+    check_gradients(tiny_model, one, found["gradients"])
+
+
+def check_gradients(model: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     assert two[0]["loss"] == two[1]["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert two[0]["nll"] == two[1]["nll"] == pytest.approx(one["nll"], rel=1e-6)
-    assert two[0]["norm"] == two[1]["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert two[0]["norm"] == two[1]["norm"] == pytest.approx(one["norm"], rel=1e-4)
     assert one["gradients"].keys() == two[0]["gradients"].keys()
     for name, expected in one["gradients"].items():
-        gradient = whole(tiny_model, name, expected.shape, [rank["gradients"][name] for rank in two])
-        assert (gradient - expected).norm() <= 1e-4 * expected.norm(), name
+        gradient = whole(model, name, expected.shape, [rank["gradients"][name] for rank in two])
+        assert (gradient - expected).norm() <= 3e-4 * expected.norm(), name
         assert expected.norm() > 0, name
+
+
+def test_every_loss_of_a_model_with_more_key_heads(tmp_path: Path) -> None:
+    """And with biases, a tied table whose parts are of different sizes, and a word without a gradient."""
+    model = make_grouped(tmp_path / "model")
+    (tmp_path / "ranks").mkdir()
+    two = run_ranks(tmp_path / "ranks", model, "kinds")["kinds"]
+    one = ranks.gradients_of(ranks.whole_trainer(model, torch.float32), ranks.every_kind())
+    check_gradients(model, one, two)
 
 
 def test_after_twenty_steps_the_parts_put_together_are_one_process_s(
@@ -58,6 +71,12 @@ def test_after_twenty_steps_the_parts_put_together_are_one_process_s(
     assert two[0]["losses"] == two[1]["losses"] == pytest.approx(one["losses"], abs=1e-4)
     for name, expected in one["weights"].items():
         weight = whole(tiny_model, name, expected.shape, [rank["weights"][name] for rank in two])
+        assert (weight - expected).norm() <= 1e-3 * (expected - start[name]).norm(), name
+    three = ranks.steps_of(ranks.whole_trainer(tiny_model, torch.float32, "streaming"), 3)
+    streamed = found["streaming"]
+    assert streamed[0]["losses"] == streamed[1]["losses"] == pytest.approx(three["losses"], abs=1e-4)
+    for name, expected in three["weights"].items():
+        weight = whole(tiny_model, name, expected.shape, [rank["weights"][name] for rank in streamed])
         assert (weight - expected).norm() <= 1e-3 * (expected - start[name]).norm(), name
     for key, value in one["said"].items():
         assert two[0]["said"][key] == two[1]["said"][key] == pytest.approx(value, rel=1e-3), key

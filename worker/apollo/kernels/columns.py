@@ -26,7 +26,13 @@ ROW_SCRATCH = tl.constexpr(19)  # offset of its partial sums by row; those by co
 STRIP = tl.constexpr(20)  # 1 where one program sees whole rows
 STEPS = tl.constexpr(21)  # address of its step count: that of all, or its own
 OWN_STEPS = tl.constexpr(22)  # 1 where it is its own: a matrix of a stack
-COLUMNS = tl.constexpr(23)
+KEPT = tl.constexpr(23)  # elements of R here
+LONGEST = tl.constexpr(24)  # of the whole matrix's sides
+SECOND = tl.constexpr(25)  # of a shard in pieces: from which row on its rows are numbered how much higher; twice
+SECOND_BY = tl.constexpr(26)
+THIRD = tl.constexpr(27)
+THIRD_BY = tl.constexpr(28)
+COLUMNS = tl.constexpr(29)
 
 # Columns of the binding table, int64 [parameters, BINDINGS]: what may differ from step to step.
 WEIGHT = tl.constexpr(0)

@@ -5,7 +5,18 @@ import torch
 import triton
 import triton.language as tl
 
-from worker.apollo.kernels.columns import BETA1, BETA2, EPS, OWN_STEPS, RATE, STEPS
+from worker.apollo.kernels.columns import (
+    BETA1,
+    BETA2,
+    EPS,
+    OWN_STEPS,
+    RATE,
+    SECOND,
+    SECOND_BY,
+    STEPS,
+    THIRD,
+    THIRD_BY,
+)
 
 TRITON = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -31,6 +42,20 @@ def moments(m, v, r, knob):
     m = beta1.to(tl.float32) * m + (1 - beta1).to(tl.float32) * r
     v = beta2.to(tl.float32) * v + (1 - beta2).to(tl.float32) * (r * r)
     return m, v, tl.div_rn(m, tl.sqrt_rn(v) + tl.load(knob + EPS).to(tl.float32))
+
+
+@triton.jit
+def pieces_of(parameter):
+    """What `numbered_rows` needs to know of a parameter."""
+    second, by_second = tl.load(parameter + SECOND), tl.load(parameter + SECOND_BY)
+    return second, by_second, tl.load(parameter + THIRD), tl.load(parameter + THIRD_BY)
+
+
+@triton.jit
+def numbered_rows(row, pieces):
+    """`row` (int64) as the whole matrix numbers it, less its first row here, which FIRST counts."""
+    second, by_second, third, by_third = pieces
+    return row + tl.where(row >= second, by_second, 0) + tl.where(row >= third, by_third, 0)
 
 
 @triton.jit

@@ -8,19 +8,19 @@ from worker.apollo.kernels.columns import (
     BAD,
     CHUNK,
     CHUNKS,
-    COLS,
     COLUMNS,
     FACTOR,
     FRONT,
     GAMMA,
     GROUP,
     INDEX,
+    KEPT,
     KNOBS,
     LIMITER_FLOOR,
+    LONGEST,
     MOVED,
     NORM_EPS,
     PARTS,
-    ROWS,
     SCRATCH,
     SQUARES,
     UNTOLD,
@@ -71,8 +71,7 @@ def update_moments(
     position = tl.load(chunks + 2 * chunk).to(tl.int64)
     parameter = parameters + position * COLUMNS
     if (tl.load(control + BAD) == 0) & (tl.load(statistics + position) > 0):
-        rows, cols = tl.load(parameter + ROWS), tl.load(parameter + COLS)
-        length = tl.maximum(rows, cols)
+        length = tl.load(parameter + KEPT)
         k = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         there = k < length
         source = scratch + tl.load(parameter + SCRATCH) + k
@@ -115,7 +114,7 @@ def matrix_factor(
         factor = n_norm / (r_norm + NORM_EPS) * tl.where(front != 0, root, 1.0)
         growth = factor * g_norm / (before + NORM_EPS)
         factor = tl.where((before != 0) & (growth > gamma), factor / (growth / gamma), factor)
-        length = tl.maximum(tl.load(parameter + ROWS), tl.load(parameter + COLS))
+        length = tl.load(parameter + LONGEST)
         floor = LIMITER_FLOOR * tl.sqrt(length.to(tl.float64))
         tl.store(memory, tl.maximum(factor * g_norm, floor).to(tl.float32))
 

@@ -26,7 +26,7 @@ from worker.apollo.kernels.columns import (
     M,
     V,
 )
-from worker.apollo.kernels.common import fold, moments, pointer, step_size
+from worker.apollo.kernels.common import fold, moments, numbered_rows, pieces_of, pointer, step_size
 from worker.apollo.kernels.rounding import bits_of_blocks, bits_of_elements, rounded
 
 
@@ -62,6 +62,7 @@ def apply(
         step = (tl.load(steps) + 1).to(tl.uint32)
         k0, k1 = key0.to(tl.uint32), key1.to(tl.uint32)
         numbered, full_cols = tl.load(parameter + FIRST), tl.load(parameter + FULL_COLS)
+        pieces = pieces_of(parameter)
 
         across = tl.cdiv(cols, BC)
         top, left = (block // across) * TR, (block % across) * BC
@@ -83,12 +84,13 @@ def apply(
             value -= factor * x
             value -= decay * value
             if STOCHASTIC:
+                number = numbered + numbered_rows(row_, pieces) * full_cols
                 if ALIGNED:
                     eighth = left // 8 + tl.arange(0, BC // 8)
-                    blocks = ((numbered + row_ * full_cols) >> 3) + eighth[None, :]
+                    blocks = (number >> 3) + eighth[None, :]
                     bits = bits_of_blocks(blocks, step, id, k0, k1, BR, BC)
                 else:
-                    bits = bits_of_elements(numbered + row_ * full_cols + col[None, :], step, id, k0, k1)
+                    bits = bits_of_elements(number + col[None, :], step, id, k0, k1)
                 tl.store(at, rounded(value, bits), mask)
             else:
                 tl.store(at, value.to(W_TYPE), mask)
@@ -126,7 +128,8 @@ def apply_adamw(
         value -= update
         value -= tl.load(knob + DECAY).to(tl.float32) * value
         if STOCHASTIC:
-            numbered = tl.load(parameter + FIRST) + row * tl.load(parameter + FULL_COLS) + col
+            numbered = numbered_rows(row, pieces_of(parameter)) * tl.load(parameter + FULL_COLS)
+            numbered += tl.load(parameter + FIRST) + col
             step, id = (tl.load(steps) + 1).to(tl.uint32), tl.load(parameter + ID).to(tl.uint32)
             bits = bits_of_elements(numbered, step, id, key0.to(tl.uint32), key1.to(tl.uint32))
             tl.store(w, rounded(value, bits), there)
