@@ -2,6 +2,7 @@
 against transformers' own code in fp32 on a CPU; packed against separate; streaming against burst. Needs a GPU and
 liger."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -34,7 +35,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {"num_key_value_heads": 8, "head_dim": 64},
     "phi3": {"head_dim": 64},
     "glm4": {},
-    "granite": {"head_dim": 64, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+    "granite": {
+        "head_dim": 64,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.125,
+    },
 }
 
 
@@ -60,7 +67,8 @@ def reference(name: str) -> Any:
 
 
 def on_gpu(reference: Any, *, way: Way = "burst", kept: int = 1) -> Trainer:
-    model = AutoModelForCausalLM.from_config(reference.config, dtype=torch.bfloat16)
+    config = copy.deepcopy(reference.config)  # which says what attention a model has
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(reference.state_dict())
     model.cuda().train()
     fuse(model, kept=lambda tokens: kept)
