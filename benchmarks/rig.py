@@ -64,12 +64,21 @@ class RigError(TandemError):
 
 
 class Rig:
-    """`run_dir` and `url` of a server that is there, or start_server(); Redis is a private one unless `redis_url`."""
+    """`run_dir` and `url` of a server that is there, or start_server(); Redis is a private one unless `redis_url`.
+    card: the GPU that server and workers see; None: all."""
 
     def __init__(
-        self, folder: Path, model: Path, *, run_dir: Path | None = None, url: str = "", redis_url: str | None = None
+        self,
+        folder: Path,
+        model: Path,
+        *,
+        run_dir: Path | None = None,
+        url: str = "",
+        redis_url: str | None = None,
+        card: int | None = None,
     ) -> None:
         self.folder, self.model, self.url = folder, model, url
+        self._card = {} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)}
         self.run_dir = run_dir or folder / "run"
         self.server: ServerProcess | None = None
         self._servers = 0
@@ -79,8 +88,11 @@ class Rig:
         self.producer = Producer(self.redis_url)
         self.workers: list[Worker] = []
 
-    def start_server(self, options: Sequence[str], timeout: float = 300.0, plain: bool = False) -> None:
-        """`tandem serve`, or vLLM without Tandem (`plain`), with vLLM's `options`; returns once it answers.
+    def start_server(
+        self, options: Sequence[str], timeout: float = 300.0, plain: bool = False, wait: bool = True
+    ) -> None:
+        """`tandem serve`, or vLLM without Tandem (`plain`), with vLLM's `options`; returns once it answers, or (not
+        `wait`) at once.
 
         In the place of the server before, and of all that was learnt on that.
         """
@@ -93,12 +105,13 @@ class Rig:
             on_cpu = is_cpu_build()
             command = [sys.executable, "-P", "-m", *entry_module(on_cpu, str(self.model))]
             options = [*options, *(["--dtype", "bfloat16", "--enforce-eager"] if on_cpu else [])]
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} if plain and is_cpu_build() else {}
+        environment = self._card | ({"VLLM_CPU_KVCACHE_SPACE": "1"} if plain and is_cpu_build() else {})
         self.server = ServerProcess(
             self.model, self.run_dir, extra=options, env=environment, wait=False, command=command
         )
         self.url = self.server.url
-        self.server.wait_ready(timeout)
+        if wait:
+            self.server.wait_ready(timeout)
 
     @contextmanager
     def worker(self, *options: str, fault: str | None = None, ready: float = 300.0) -> Iterator["Worker"]:
@@ -112,7 +125,7 @@ class Rig:
             worker.stop()
 
     def start_worker(self, *options: str, fault: str | None = None) -> "Worker":
-        environment = os.environ | {"REDIS_URL": self.redis_url, "TANDEM_RUN_DIR": str(self.run_dir)}
+        environment = os.environ | self._card | {"REDIS_URL": self.redis_url, "TANDEM_RUN_DIR": str(self.run_dir)}
         environment |= {"TANDEM_STATE_DIR": str(self.folder / f"state-{self._servers}")}
         environment |= {"TANDEM_FAULT": fault} if fault else {}
         worker = Worker(options, environment, self.folder / f"worker-{len(self.workers)}.log")
