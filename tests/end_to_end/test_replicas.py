@@ -3,14 +3,15 @@
 import json
 import os
 import signal
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chaos_processes import Forked
+from chaos_processes import Forked, RealServer
 from durable_parts import LEARNING, QUIET, transcripts
-from patience import until
+from patience import PATIENCE, until
 from replica_parts import FleetSite, feedback
 
 from worker.checkpoint.file_digests import fingerprint
@@ -270,3 +271,35 @@ def test_one_with_other_flags_is_refused_and_the_others_go_on(site: FleetSite) -
     assert other.ended() == 1
     assert "refused by replica 0: --lr is 1e-05 there and 0.0003 here" in other.said()
     assert site.agree() == 1
+
+
+def says(server: RealServer) -> tuple[str, dict[str, str]]:
+    """An answer of a server, and its headers."""
+    body = {"model": str(server.process.model_dir), "prompt": "The cat", "max_tokens": 12, "temperature": 0}
+    asked = urllib.request.Request(
+        f"{server.process.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=PATIENCE) as reply:
+        return json.load(reply)["choices"][0]["text"], {name.lower(): value for name, value in reply.headers.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_two_real_servers_learn_the_same_and_one_that_was_killed_learns_it_again(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    site = FleetSite(tmp_path, tiny_model, real=True)
+    try:
+        send_kinds(site, 6)
+        site.together()
+        assert site.all_agree() == 2
+        answers = [says(server) for server in (site.server, site.servers[1])]
+        assert answers[0][0] == answers[1][0]
+        assert all(headers["x-weight-version"] == "2" for _, headers in answers)
+        site.restart_other_server(1)
+        site.send("b", 3)
+        site.together()
+        assert site.all_agree() == 3 and site.manifest(3)["replicas"] == "2"
+        assert says(site.server)[0] == says(site.servers[1])[0]
+    finally:
+        site.close()

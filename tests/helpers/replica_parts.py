@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chaos_processes import Forked, run_stand_in, run_tandem
+from chaos_processes import Forked, RealServer, run_stand_in, run_tandem
 from durable_parts import LEARNING, QUIET, Site
 from patience import PATIENCE, until
 from stack_parts import transcripts
@@ -151,8 +151,9 @@ def replicas(model: Path, folder: Path, count: int, way: str, versions: int) -> 
 class FleetSite(Site):
     """A site with several stand-ins: replica 0's is the site's own; the others' workers are `follower(n)`."""
 
-    def __init__(self, folder: Path, model: Path, count: int = 2) -> None:
-        super().__init__(folder, model)
+    def __init__(self, folder: Path, model: Path, count: int = 2, *, real: bool = False) -> None:
+        """real: with vLLM instead of stand-ins."""
+        super().__init__(folder, model, real=real)
         self.count, self.port = count, free_port()
         self.servers = {n: self.start_other_server(n) for n in range(1, count)}
         self.followers: dict[int, Forked] = {}
@@ -163,7 +164,9 @@ class FleetSite(Site):
     def state_of(self, number: int) -> Path:
         return self.folder / f"state-{number}" if number else self.state
 
-    def start_other_server(self, number: int) -> Forked:
+    def start_other_server(self, number: int) -> Any:
+        if self.real:
+            return RealServer(self.model, self.run_dir_of(number), self.folder / f"server-{number}.log")
         folders = (str(self.model), str(self.run_dir_of(number)))
         server = Forked(run_stand_in, folders, {}, self.folder / f"server-{number}.log")
         until(lambda: "ready" in server.said(), "the stand-in is ready")

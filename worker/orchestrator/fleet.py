@@ -27,8 +27,9 @@ from worker.data.packing import BatchError
 from worker.distributed.errors import GroupLostError, SharedFailureError
 from worker.distributed.group import Group
 from worker.distributed.rendezvous import Rendezvous
-from worker.orchestrator.applying import NOBODY, Others
+from worker.orchestrator.applying import Others
 from worker.orchestrator.catching_up import bring_up, hello_of, misfit, standing
+from worker.orchestrator.lone import Lone
 from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
 from worker.trainer.sharing import Alone, Ranks
@@ -37,7 +38,7 @@ from worker.versions.replica_status import Members
 log = logging.getLogger("tandem")
 T = TypeVar("T")
 
-REJOIN_SECONDS = 5.0
+REJOIN_SECONDS = 20.0
 """How long those who are left wait for each other after one of them was lost."""
 PAUSED_SECONDS = 20.0
 """How long a server stands still for the others: less than the least lease."""
@@ -47,48 +48,6 @@ TRIES = 4
 """How often a batch is tried while replicas are lost over it: then it is tried in halves."""
 SHARED = (SharedFailureError, NonFiniteGradientError, BatchError)
 """What every member raises at the same point: it follows from what all of them have."""
-
-
-class Lone:
-    """A worker without replicas: everything is said to nobody."""
-
-    parts = 1
-    members = Members()
-    others: Others = NOBODY
-
-    def attempt(self, work: Callable[[], T]) -> T:
-        """`work()`, which makes a version."""
-        return work()
-
-    def begin(self, batch: Sequence[Ready], guards: Guards | None) -> None:
-        """All begin with the gradients of `batch`."""
-
-    def agreed(self) -> None:
-        """All have done what they were told. Raises `GroupLostError`."""
-
-    def journal(self, update: Update) -> None:
-        """All journal `update`."""
-
-    def apply(self) -> None:
-        """All apply it: with `others`, at each border of it."""
-
-    def after(self, update: Update) -> None:
-        """It is live everywhere."""
-
-    def compared(self) -> None:
-        """All have the same weights; who has not, is told so and brought to ours."""
-
-    def checkpoint(self) -> None:
-        """Ours is due: so are theirs."""
-
-    def look(self) -> None:
-        """Between two versions."""
-
-    def changed(self) -> None:
-        """Our weights were made again: the others get them."""
-
-    def end(self) -> None:
-        """The worker ends as it should: so do the others."""
 
 
 class Fleet(Lone):
@@ -122,10 +81,10 @@ class Fleet(Lone):
             try:
                 return work()
             except GroupLostError as error:
-                if not left:
-                    raise SharedFailureError(f"replicas were lost {TRIES} times over this batch: {error}") from error
                 self._lost(f"{error}; no weight was touched, and the version is tried again with those who are there")
                 self.session.trainer.forget()
+                if not left:
+                    raise SharedFailureError(f"replicas were lost {TRIES} times over this batch: {error}") from error
             except BaseException as error:
                 if self._busy and not isinstance(error, SHARED):
                     self._lost(f"replica 0 failed ({type(error).__name__})")

@@ -30,7 +30,7 @@ from worker.data.replay_buffer import ReplayBuffer
 from worker.distributed.errors import GroupLostError
 from worker.orchestrator.applying import apply_update
 from worker.orchestrator.dislikes import DislikeGuard
-from worker.orchestrator.fleet import Lone
+from worker.orchestrator.lone import Lone
 from worker.orchestrator.serving_cost import ServingCost
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN

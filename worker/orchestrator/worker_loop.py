@@ -22,8 +22,8 @@ from worker.data.replay_buffer import ReplayBuffer
 from worker.orchestrator.agreement import RedisBehindError, agree, confirm
 from worker.orchestrator.canary import Canary, CanaryStep, load
 from worker.orchestrator.dislikes import DislikeGuard
-from worker.orchestrator.fleet import Lone
 from worker.orchestrator.live_update import LiveUpdate
+from worker.orchestrator.lone import Lone
 from worker.orchestrator.reference_set import reference_examples
 from worker.orchestrator.reports import Tell, log_report
 from worker.orchestrator.rollback import roll_back

@@ -1,0 +1,50 @@
+"""Which replica a worker is: by its flags, or by torchrun; and what does not go together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from producer.errors import TandemError
+from worker.cli.worker import command
+from worker.config.replica_options import ReplicaSettings, placed, replica_settings_of
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.5",
+    "MASTER_PORT": "29500",
+}
+
+
+def options(replica: str | None) -> dict[str, Any]:
+    return {"replica": replica, "rendezvous": "127.0.0.1:1", "replica_timeout": 300.0, "replica_wait": 60.0}
+
+
+def test_a_worker_alone_is_no_replica_and_the_flags_are_taken_out() -> None:
+    given = options(None) | {"lr": 1.0}
+    assert replica_settings_of(given, {"RANK": "1", "WORLD_SIZE": "2"}) is None and given == {"lr": 1.0}
+    assert replica_settings_of(options("0/1"), {}) is None
+
+
+def test_flags_come_before_torchrun() -> None:
+    ours = replica_settings_of(options("2/3"), TORCHRUN | {"TANDEM_REPLICAS_SECRET": "s"})
+    assert ours == ReplicaSettings(2, 3, "127.0.0.1:1", 300.0, 60.0, "s") and ours.follows
+    theirs = replica_settings_of(options(None), TORCHRUN)
+    assert theirs == ReplicaSettings(1, 2, "10.0.0.5:29500", 300.0, 60.0, "", kept=True)
+    assert placed(Path("/run/tandem-{replica}"), theirs) == Path("/run/tandem-1")
+    assert placed(Path("/run/tandem-{replica}"), None) == Path("/run/tandem-{replica}")
+
+
+@pytest.mark.parametrize("replica", ["1", "2/2", "x/2", "-1/2", "1/x"])
+def test_what_is_no_number_of_a_replica_is_said(replica: str) -> None:
+    with pytest.raises(TandemError, match="write I/N"):
+        replica_settings_of(options(replica), {})
+
+
+def test_hogwild_is_refused_before_anything_is_asked() -> None:
+    result = CliRunner().invoke(command, ["--replica", "1/2", "--apply", "streaming", "--hogwild"])
+    assert "--hogwild does not go with --replica" in str(result.exception)
