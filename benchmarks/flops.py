@@ -1,4 +1,6 @@
-"""How many floating point operations training a Qwen3.5 takes, by its dimensions, and how fast the chip multiplies.
+"""How many floating point operations training a model takes, by its dimensions, and how fast the chip multiplies.
+
+Of a Qwen3.5, or of a dense model with a gated MLP and full attention in every layer; a window is not looked at.
 
 Model operations ("MFU") count what the mathematics needs: forward once, backward twice that. What is computed a second
 time to save memory counts apart. Per step over sequences of lengths l, with T = sum l tokens:
@@ -23,10 +25,11 @@ import torch
 
 def layer_weights(facts: dict[str, Any]) -> int:
     """Weights of the linear layers between embedding and head; `facts` as shapes.text_facts gives them."""
-    hidden, layers = facts["hidden_size"], facts["num_hidden_layers"]
+    hidden, layers, head = facts["hidden_size"], facts["num_hidden_layers"], head_size(facts)
+    queries, keys = facts["num_attention_heads"] * head, facts["num_key_value_heads"] * head
+    if "full_attention_interval" not in facts:
+        return layers * hidden * (3 * facts["intermediate_size"] + 2 * queries + 2 * keys)
     full = layers // facts["full_attention_interval"]
-    queries = facts["num_attention_heads"] * facts["head_dim"]
-    keys = facts["num_key_value_heads"] * facts["head_dim"]
     linear_keys = facts["linear_num_key_heads"] * facts["linear_key_head_dim"]
     linear_values = facts["linear_num_value_heads"] * facts["linear_value_head_dim"]
     mlp = 3 * hidden * facts["intermediate_size"]
@@ -34,6 +37,11 @@ def layer_weights(facts: dict[str, Any]) -> int:
     mixed = 2 * linear_keys + linear_values
     delta = hidden * (mixed + 2 * linear_values + 2 * facts["linear_num_value_heads"])
     return layers * mlp + full * attention + (layers - full) * delta
+
+
+def head_size(facts: dict[str, Any]) -> int:
+    """Numbers of an attention head."""
+    return int(facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"])
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,14 @@ class Flops:
 def step_flops(facts: dict[str, Any], lengths: Sequence[int]) -> Flops:
     """For sequences of `lengths` tokens, every token but the first of each trained."""
     layers = facts["num_hidden_layers"]
-    full = layers // facts["full_attention_interval"]
+    full = layers // facts.get("full_attention_interval", 1)
     tokens, trained = sum(lengths), sum(length - 1 for length in lengths)
-    head_sizes = facts["linear_key_head_dim"] * facts["linear_value_head_dim"]
-    heads = facts["num_attention_heads"] * facts["head_dim"]
+    heads = facts["num_attention_heads"] * head_size(facts)
     body = 6 * layer_weights(facts) * tokens
     body += 6 * full * heads * sum(length**2 for length in lengths)
-    body += 18 * (layers - full) * facts["linear_num_value_heads"] * head_sizes * tokens
+    if full < layers:
+        head_sizes = facts["linear_key_head_dim"] * facts["linear_value_head_dim"]
+        body += 18 * (layers - full) * facts["linear_num_value_heads"] * head_sizes * tokens
     return Flops(model=body + 6 * facts["vocab_size"] * facts["hidden_size"] * trained, recompute=body / 3)
 
 

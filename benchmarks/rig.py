@@ -34,20 +34,16 @@ CLOSING = 45.0
 """Seconds of `--until` that are kept for ending what was started."""
 
 
-def server_options(length: int, trainer_memory: float | None, more: Sequence[str] = (), clients: int = 16) -> list[str]:
-    """vLLM's: random weights, for `clients` at a time; on a GPU the kernels that fit an offline Hopper, and the GB that
-    the trainer is to find (None: what `tandem serve` thinks)."""
-    options = [
-        "--load-format",
-        "dummy",
-        "--language-model-only",
-        "--max-model-len",
-        str(length),
-        "--max-num-seqs",
-        str(clients),
-    ]
+def server_options(
+    length: int, trainer_memory: float | None, more: Sequence[str] = (), clients: int = 16, qwen: bool = True
+) -> list[str]:
+    """vLLM's: random weights, for `clients` at a time; on a GPU the GB that the trainer is to find (None: what `tandem
+    serve` thinks). qwen: of Qwen3.5 the text model, with the kernels that fit an offline Hopper."""
+    options = ["--load-format", "dummy", "--max-model-len", str(length), "--max-num-seqs", str(clients)]
+    if qwen:
+        options += ["--language-model-only"]
     if torch.cuda.is_available():
-        options += ["--gdn-prefill-backend", "triton"]
+        options += ["--gdn-prefill-backend", "triton"] if qwen else []
         options += ["--trainer-memory", str(trainer_memory)] if trainer_memory else []
     return [*options, *more]
 

@@ -1,10 +1,12 @@
-"""Model directories of Qwen3.5's real shapes without weights, for `tandem serve DIR --load-format dummy`.
+"""Model directories of real shapes without weights, for `tandem serve DIR --load-format dummy`.
 
-    python benchmarks/shapes.py 27B DIR
+    python benchmarks/shapes.py 27B DIR             # Qwen3.5
+    python benchmarks/shapes.py Llama-3.1-8B DIR    # others, as published
 
 The dimensions are those of the published configurations (shapes.json: what the sizes share, and where they differ).
 The tokenizer is the tiny model's, of 1,024 tokens; the model's vocabulary stays 248,320, so that embeddings and head
-have their real size. "tiny" is a small shape for a CPU whose vocabulary, too, is larger than the tokenizer's.
+have their real size. "tiny" and "tiny-llama" are small shapes for a CPU whose vocabulary, too, is larger than the
+tokenizer's.
 
 Must not know: servers, GPUs, training. Invariant: the same size gives the same directory.
 """
@@ -20,10 +22,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "shapes.json").read_text())
 SIZES = tuple(FACTS["sizes"])
+PUBLISHED = Path(__file__).resolve().parent.parent / "tests" / "data" / "configs" / "other"
+OTHERS = ("Llama-3.1-8B", "Qwen3-8B", "gemma-3-1b", "OLMo-2-7B", "Mistral-7B-v0.3", "Qwen2.5-7B", "tiny-llama")
+"""What is not a Qwen3.5."""
+TINY = ("tiny", "tiny-llama")
+TINY_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu", "dtype": "bfloat16",
+}  # fmt: skip
 
 
 def text_facts(size: str) -> dict[str, Any]:
     """The text dimensions of `size`, as in its config.json."""
+    if size in OTHERS:
+        return TINY_LLAMA if size == "tiny-llama" else dict(json.loads((PUBLISHED / f"{size}.json").read_text()))
     return {**FACTS["common"]["text"], **FACTS["sizes"][size]["text"]}
 
 
@@ -38,8 +51,10 @@ def write_shape(size: str, folder: Path, context: int = 32768) -> Path:
     """Write config, tokenizer, chat template and processors of `size` to the new `folder`; no weights. Returns it.
 
     `context` is the model's longest context, in tokens. The architecture is the multi-modal one, the only Qwen3.5
-    that vLLM 0.26 serves: give the server --language-model-only.
+    that vLLM 0.26 serves: give the server --language-model-only. That of OTHERS is their own.
     """
+    if size in OTHERS:
+        return _write_other(size, folder, context)
     from transformers import GenerationConfig, Qwen3_5Config
 
     from worker.testing.tiny_model import build_tokenizer, write_processors
@@ -67,14 +82,32 @@ def write_shape(size: str, folder: Path, context: int = 32768) -> Path:
     return folder
 
 
+def _write_other(size: str, folder: Path, context: int) -> Path:
+    from transformers import CONFIG_MAPPING, GenerationConfig
+
+    from worker.testing.tiny_model import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = {"eos_token_id": end_of_text, "bos_token_id": end_of_text, "pad_token_id": end_of_text}
+    facts = text_facts(size)
+    config = CONFIG_MAPPING[facts["model_type"]](**facts | ids | {"max_position_embeddings": context})
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    GenerationConfig(eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @click.command()
-@click.argument("size", type=click.Choice(SIZES))
+@click.argument("size", type=click.Choice(SIZES + OTHERS))
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(size: str, folder: Path) -> None:
     """Write the model directory FOLDER of SIZE, without weights."""
     if folder.exists():
         sys.exit(f"error: {folder} exists already: name a new directory")
-    click.echo(f"{write_shape(size, folder)}: Qwen3.5 {size}, no weights: serve it with --load-format dummy")
+    click.echo(f"{write_shape(size, folder)}: {size}, no weights: serve it with --load-format dummy")
 
 
 if __name__ == "__main__":

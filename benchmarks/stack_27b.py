@@ -1,7 +1,7 @@
 """The whole at a real size on one GPU: server, attach, agreement, versions through Redis in both ways, a kill.
 
     python benchmarks/stack_27b.py --size 27B --out results --until 560
-    python benchmarks/stack_27b.py --size tiny --out results      # the same script on a CPU
+    python benchmarks/stack_27b.py --size tiny --out results      # the same script on a CPU; or tiny-llama
 
 One server (random weights, CUDA graphs on) for all parts. Each part stands by itself: what fails is recorded, and the
 next one runs. OUT/stack_SIZE.json is whole after every figure. Everything that is started ends with this script.
@@ -22,7 +22,7 @@ import stack_checks
 from record import OutOfTime, Part, Record, Until
 from rig import CLOSING, Rig, server_options
 from serving_loads import Load
-from shapes import SIZES, write_shape
+from shapes import OTHERS, SIZES, TINY, write_shape
 from stack_checks import Sizes, Stack
 
 from worker.utils import torch_setup
@@ -31,7 +31,7 @@ PARTS = ("redraw", "agreement", "streaming", "burst", "serving", "torn")
 
 
 @click.command()
-@click.option("--size", type=click.Choice(SIZES), default="27B", show_default=True)
+@click.option("--size", type=click.Choice(SIZES + OTHERS), default="27B", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder of the results.")
 @click.option("--until", "seconds", type=float, default=560.0, show_default=True, help="Seconds for all of it.")
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, comma-separated; in this order.")
@@ -43,6 +43,7 @@ PARTS = ("redraw", "agreement", "streaming", "burst", "serving", "torn")
 @click.option("--versions", default=3, show_default=True, help="Versions while serving, and as many while quiet.")
 @click.option("--singles", default=5, show_default=True)
 @click.option("--clients", default=4, show_default=True, help="Concurrent requests beside training.")
+@click.option("--memory", default=12.5, show_default=True, help="GB of a streaming trainer, its context included.")
 @click.option("--lr", default=3e-5, show_default=True)
 @click.option("--serving-seconds", default=10.0, show_default=True, help="Of each phase of the serving part.")
 @click.option("--every", default=3.0, show_default=True, help="Seconds between the serving part's transcripts.")
@@ -61,6 +62,7 @@ def main(
     versions: int,
     singles: int,
     clients: int,
+    memory: float,
     lr: float,
     serving_seconds: float,
     every: float,
@@ -70,7 +72,7 @@ def main(
     """Run the parts one after the other; exit code 1 if any failed."""
     if unknown := set(parts.split(",")) - set(PARTS):
         raise click.UsageError(f"--parts: unknown {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
-    tiny = size == "tiny"
+    tiny = size in TINY
     sizes = Sizes(
         version_tokens=version_tokens or (1024 if tiny else 8192),
         jobs=jobs,
@@ -79,6 +81,7 @@ def main(
         singles=singles,
         clients=clients,
         lr=lr,
+        memory=memory,
         worker=list(worker_option),
     )
     outputs.folder(out)
@@ -88,7 +91,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         rig = Rig(Path(folder), write_shape(size, Path(folder) / "model"))
         try:
-            options = server_options(max_model_len, trainer_memory, server_option)
+            options = server_options(max_model_len, trainer_memory, server_option, qwen=size in SIZES)
             if record.part("server", lambda part: start(rig, part, options, until)):
                 stack = Stack(rig, sizes)
                 lengths = (single_tokens or sizes.single_tokens,) * 2

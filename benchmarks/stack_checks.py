@@ -3,6 +3,7 @@
 Must not know: the order of the parts, the time limit. Seconds, bytes and nats throughout.
 """
 
+import re
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,9 @@ from worker.data.examples import Example
 from worker.shared_weights.attach import AttachedWeights, attach
 from worker.shared_weights.weights_client import read_header
 
+PLAN = ("the trainer's own, total", "CUDA context and libraries")
+"""Rows of the plan, as the worker logs it."""
+
 
 @dataclass
 class Sizes:
@@ -37,7 +41,8 @@ class Sizes:
     clients: int
     lr: float
     memory: float = 12.5
-    """GB that a streaming trainer may take: the 27B at 8,192 tokens with every layer recomputed, and a bit."""
+    """GB that a streaming trainer may take; by default the 27B at 8,192 tokens with every layer recomputed, and a
+    bit."""
     worker: list[str] = field(default_factory=list)
     """More options of `tandem worker`."""
 
@@ -143,6 +148,7 @@ def train(stack: Stack, part: Part, apply: str) -> None:
         part["singles_while_quiet"] = [version(stack, texts) for texts in singles]
         part["memory_with_worker"] = held_by(groups | {"worker": worker.pid})
         part["device_bytes_beyond_the_server_at_most"] = highest.bytes - used
+        _compare_with_plan(part, part.figures["versions_while_quiet"])
         if apply == "streaming":  # burst keeps gradients, as large as the weights
             _check_memory(part, stack)
     after = torch.cat(stack.served(learnt))
@@ -150,11 +156,22 @@ def train(stack: Stack, part: Part, apply: str) -> None:
     part.check("the server's log-probability of the trained text has risen", bool(after.mean() > before.mean()))
 
 
+def _compare_with_plan(part: Part, versions: list[dict[str, float]]) -> None:
+    """What torch had allocated for a version of the planned size, and what the plan said of it, without CUDA's own."""
+    said = "\n".join(part.figures["worker_said_at_start"])
+    found = [re.search(rf"{name} +([\d.,]+) GB", said) for name in PLAN]
+    numbers = [1e9 * float(one[1].replace(",", "")) for one in found if one]
+    taken = max((row.get("peak_bytes", 0.0) for row in versions), default=0.0)
+    if taken and len(numbers) == len(PLAN):
+        part["planned_bytes"], part["taken_bytes"] = numbers[0] - numbers[1], taken
+        part["planned_over_taken"] = (numbers[0] - numbers[1]) / taken
+
+
 def _check_memory(part: Part, stack: Stack) -> None:
     """The worker holds far less than another copy of the weights, all of its process counted. Only where they are
     large: beside small ones a process's own libraries weigh more."""
     weights = sum(tensor.nbytes for tensor in stack.view().tensors.values())
-    if torch.cuda.is_available() and weights > 10 << 30:
+    if torch.cuda.is_available() and weights > 2e9 * stack.sizes.memory:
         own = part.figures["memory_with_worker"].get("worker") or 0
         own = max(own, part.figures["device_bytes_beyond_the_server_at_most"])
         part.check("one copy of the weights: the worker holds less than half of one", own < weights / 2)

@@ -29,7 +29,7 @@ import outputs
 from contestants import Contestant, Halves, Ours, make_peers, make_weights
 from flops import matmul_rate, step_flops
 from record import OutOfTime, Part, Record, Until
-from shapes import SIZES, text_facts, write_shape
+from shapes import OTHERS, SIZES, TINY, text_facts, write_shape
 from texts import random_examples
 from training_report import plot, show
 from transformers import AutoTokenizer
@@ -42,6 +42,8 @@ from worker.shared_weights import bind
 from worker.trainer.device import choose_way
 from worker.trainer.kernel_warmup import warm_up
 from worker.utils import torch_setup
+
+KNOWN = ", ".join(SIZES + OTHERS)
 
 
 def bar() -> Progress:
@@ -230,7 +232,7 @@ def measure(record: Record, size: str, options: dict[str, Any], budgets: list[in
 
 
 @click.command()
-@click.option("--sizes", default="0.8B,27B", show_default=True, help=f"Of {', '.join(SIZES)}; comma-separated.")
+@click.option("--sizes", default="0.8B,27B", show_default=True, help=f"Of {KNOWN}; comma-separated.")
 @click.option("--budgets", default="512,1024,2048,4096,8192", show_default=True, help="Tokens a step.")
 @click.option("--sequences", default=8, show_default=True, help="Of a packed step, of equal length.")
 @click.option(
@@ -251,11 +253,11 @@ def measure(record: Record, size: str, options: dict[str, Any], budgets: list[in
 def main(**options: Any) -> None:
     """Measure training by itself; OUT/training.json is whole after every figure."""
     budgets, sizes = [int(word) for word in options["budgets"].split(",")], options["sizes"].split(",")
-    if unknown := set(sizes) - set(SIZES):
-        raise click.UsageError(f"--sizes: unknown {', '.join(sorted(unknown))}; choose from {', '.join(SIZES)}")
+    if unknown := set(sizes) - {*SIZES, *OTHERS}:
+        raise click.UsageError(f"--sizes: unknown {', '.join(sorted(unknown))}; choose from {KNOWN}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and sizes != ["tiny"]:
-        raise click.UsageError("without an NVIDIA GPU only --sizes tiny can be tried")
+    if device.type == "cpu" and not set(sizes) <= set(TINY):
+        raise click.UsageError(f"without an NVIDIA GPU only --sizes {','.join(TINY)} can be tried")
     outputs.folder(options["out"])
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # the memory plan
     torch_setup.prepare()

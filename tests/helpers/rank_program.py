@@ -1,6 +1,8 @@
 """Test program: some ranks of tensor parallelism, each a process, over gloo.
 
-usage: python rank_program.py RANKS FOLDER MODEL_DIR SCENARIO...      (of "attached": a server's run directory)
+usage: python rank_program.py RANKS FOLDER MODEL_DIR SCENARIO...
+
+A scenario may name another model: SCENARIO@MODEL_DIR. "attached" takes a server's run directory in its place.
 
 Each rank runs the same scenarios and leaves what it found in FOLDER/SCENARIO-RANK.pt. What a scenario does on one
 process, the test that started this does itself, with the same functions.
@@ -205,10 +207,12 @@ SCENARIOS: dict[str, Any] = {
 
 def run(rank: int, ranks: int, folder: Path, model: Path, scenarios: list[str]) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no other address of this machine
     limit = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", f"file://{folder}/meeting", limit, rank=rank, world_size=ranks)
     for scenario in scenarios:
-        torch.save(SCENARIOS[scenario](model), folder / f"{scenario}-{rank}.pt")
+        name, _, other = scenario.partition("@")
+        torch.save(SCENARIOS[name](Path(other) if other else model), folder / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
 

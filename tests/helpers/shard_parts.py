@@ -77,7 +77,7 @@ def run_ranks(folder: Path, model: Path, *scenarios: str, ranks: int = 2) -> dic
     command = [sys.executable, program, str(ranks), str(folder), str(model), *scenarios]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    names = [scenario.partition("@")[0] for scenario in scenarios]
     return {
-        scenario: [torch.load(folder / f"{scenario}-{rank}.pt", weights_only=False) for rank in range(ranks)]
-        for scenario in scenarios
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(ranks)] for name in names
     }

@@ -49,7 +49,7 @@ def test_a_worker_of_one_process_refuses_it(divided: ServerProcess, redis_url: s
         attach(divided.run_dir)
     command = [sys.executable, "-P", "-m", "worker.cli", "worker", "--run-dir", str(divided.run_dir)]
     done = subprocess.run(
-        [*command, "--redis-url", redis_url], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [*command, "--redis", redis_url], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode != 0 and "divided over 2 processes" in done.stderr, done.stderr
 

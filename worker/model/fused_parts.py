@@ -39,7 +39,7 @@ def liger_kernels() -> Kernels:
     def norm(x: Tensor, weight: Tensor, eps: float, offset: float, wide: bool) -> Tensor:
         # Not in place: behind a norm of a layer's output the gradient is that of the residual stream as well.
         casting = "gemma" if wide else "llama"
-        return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False)  # type: ignore[no-any-return]
+        return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False, None)  # type: ignore[no-any-return]
 
     def gate(a: Tensor, b: Tensor, kind: Activation) -> Tensor:
         function = LigerSiLUMulFunction if kind == "silu" else LigerGELUMulFunction

@@ -41,6 +41,19 @@ def test_the_weights_that_multiply_are_those_of_the_model_s_linear_layers(size: 
     assert layer_weights(text_facts(size)) == sum(linear)
 
 
+@pytest.mark.parametrize("size", ["Llama-3.1-8B", "Qwen3-8B", "gemma-3-1b", "tiny-llama"])
+def test_so_are_those_of_other_models_and_their_shape_is_written(size: str, tmp_path: Path) -> None:
+    model = bind.on_meta(write_shape(size, tmp_path / "model", context=4096))
+    linear = [module.weight.numel() for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    assert layer_weights(text_facts(size)) == sum(linear)
+    assert (
+        model.config.vocab_size
+        == text_facts(size)["vocab_size"]
+        > len(AutoTokenizer.from_pretrained(tmp_path / "model"))
+    )
+    assert step_flops(text_facts(size), [2048]).model > 6 * 2047 * (sum(linear) + model.lm_head.weight.numel())
+
+
 def test_operations_of_the_27b_are_those_of_its_design() -> None:
     """About 208 billion a token at 4,096 tokens, with what is computed again (the design notes' own figure)."""
     flops = step_flops(text_facts("27B"), [4096])

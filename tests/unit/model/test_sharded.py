@@ -22,8 +22,15 @@ from worker.utils.shard import Shard, assemble
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return run_ranks(tmp_path_factory.mktemp("ranks"), tiny_model, "gradients", "steps", "streaming", "vocabulary")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_grouped(tmp_path_factory.mktemp("grouped"))
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model: Path, grouped: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the ranks found, all in one start of their processes."""
+    scenarios = ("gradients", "steps", "streaming", "vocabulary", f"kinds@{grouped}")
+    return run_ranks(tmp_path_factory.mktemp("ranks"), tiny_model, *scenarios)
 
 
 def whole(model: Path, name: str, shape: torch.Size, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -52,13 +59,10 @@ def check_gradients(model: Path, one: dict[str, Any], two: list[dict[str, Any]])
         assert expected.norm() > 0, name
 
 
-def test_every_loss_of_a_model_with_more_key_heads(tmp_path: Path) -> None:
+def test_every_loss_of_a_model_with_more_key_heads(grouped: Path, found: dict[str, list[dict[str, Any]]]) -> None:
     """And with biases, a tied table whose parts are of different sizes, and a word without a gradient."""
-    model = make_grouped(tmp_path / "model")
-    (tmp_path / "ranks").mkdir()
-    two = run_ranks(tmp_path / "ranks", model, "kinds")["kinds"]
-    one = ranks.gradients_of(ranks.whole_trainer(model, torch.float32), ranks.every_kind())
-    check_gradients(model, one, two)
+    one = ranks.gradients_of(ranks.whole_trainer(grouped, torch.float32), ranks.every_kind())
+    check_gradients(grouped, one, found["kinds"])
 
 
 def test_after_twenty_steps_the_parts_put_together_are_one_process_s(
