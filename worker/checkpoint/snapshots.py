@@ -277,6 +277,12 @@ class Snapshots:
             shutil.rmtree(doomed)
         return gone
 
+    def set_aside(self, version: int) -> Path:
+        """Rename the checkpoint of `version`, so that it counts no more; where it is now. Nothing is deleted."""
+        aside = self.folder / f"{version}.aside-{time.time_ns()}"
+        self.path(version).rename(aside)
+        return aside
+
     def _check_room(self, tensors: dict[str, torch.Tensor], state: torch.Tensor) -> None:
         needed = model_directory.directory_bytes(self.source) + state.nbytes
         free = free_bytes(self.folder)

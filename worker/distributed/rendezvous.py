@@ -5,6 +5,7 @@
     group = meeting.join(hello, stopping)          # every other one: asks, and waits until it is let in
 
     leader                       who leads: a new number for each life of replica 0
+    LEADER/count                 of how many replicas
     LEADER/join/N                what replica N asked with last: a nonce, and its hello
     LEADER/place/NONCE           the answer: the group's number and members, or why not
 
@@ -97,6 +98,7 @@ class Rendezvous:
                 " running? Name another port to all replicas"
             ) from None
         self._leader = secrets.token_hex(8)
+        self._store.set(f"{self._leader}/count", str(self.count).encode())
         self._store.set("leader", self._leader.encode())
 
     def asking(self) -> list[int]:
@@ -118,7 +120,7 @@ class Rendezvous:
             if reason is None:
                 let_in[number] = nonce
             else:
-                self._answer(nonce, {"refused": reason})
+                self.refuse(number, reason)
         if not let_in:
             return None
         members = [0, *let_in]
@@ -126,6 +128,12 @@ class Rendezvous:
         for nonce in let_in.values():
             self._answer(nonce, {"group": self._groups, "members": members})
         return self._connect(self._groups, members)
+
+    def refuse(self, number: int, reason: str) -> None:
+        """Replica 0: `number`, which asks, is told why it cannot take part; its worker ends."""
+        nonce, _ = self._asked(number)
+        self._answered[number] = nonce
+        self._answer(nonce, {"refused": reason})
 
     def _asked(self, number: int) -> tuple[str, dict[str, Any] | None]:
         """(nonce, hello) of the last time; hello None: made with another secret, or no message at all."""
@@ -170,6 +178,7 @@ class Rendezvous:
             time.sleep(PACE)
             return None
         self._leader, nonce, body = self._store.get("leader").decode(), secrets.token_hex(8), msgpack.packb(hello)
+        self._check_count()
         asked = {"nonce": nonce, "hello": body, "mac": self._mac(f"{self.number} {nonce}", body)}
         self._store.set(f"{self._leader}/join/{self.number}", msgpack.packb(asked))
         key = f"{self._leader}/place/{nonce}"
@@ -181,6 +190,15 @@ class Rendezvous:
         if not hmac.compare_digest(bytes(message["mac"]), self._mac(f"answer {nonce}", bytes(message["answer"]))):
             raise RendezvousError("TANDEM_REPLICAS_SECRET is not that of replica 0: give all replicas the same one")
         return unpack(bytes(message["answer"]))
+
+    def _check_count(self) -> None:
+        """Replica 0 looks for nobody whose number is not below its own N: it could be waited for for ever."""
+        said = bytes(self._store.get(f"{self._leader}/count"))
+        if said != str(self.count).encode():
+            raise RendezvousError(
+                f"--replica {self.number}/{self.count}: replica 0 was started for {said[:20].decode(errors='replace')}"
+                " replicas; give all of them the same N"
+            )
 
     # -- both -----------------------------------------------------------------------------------------------------
 

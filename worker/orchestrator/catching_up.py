@@ -13,7 +13,8 @@ brought up again.
 """
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from worker.checkpoint.journal import Entry
 from worker.checkpoint.manager import CheckpointManager
 from worker.checkpoint.records import Measured, UpdateRecord
 from worker.checkpoint.redaction import redact
-from worker.checkpoint.snapshots import Trained
+from worker.checkpoint.snapshots import SnapshotError, Trained
 from worker.data.replay_buffer import PREFIX
 from worker.distributed.checksum import checksum
 from worker.distributed.group import Group
@@ -33,6 +34,8 @@ from worker.orchestrator.recovery import begin_rebuild
 from worker.orchestrator.reports import Live, Tell
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
+
+log = logging.getLogger("tandem")
 
 CHUNK = 100_000
 """Ledger entries in a message."""
@@ -148,6 +151,27 @@ def _serve_journal(group: Group, place: int, manager: CheckpointManager, version
             group.say({"ledger": part}, place)
 
 
+def _set_aside_others(
+    manager: CheckpointManager, version: int, lineage: str, same: Collection[int], theirs: Collection[int]
+) -> None:
+    """Checkpoints of versions that are not replica 0's: restored, they would be other weights; and no other checkpoint
+    could be written under their names."""
+    snapshots, journal = manager.history.snapshots, manager.journal
+    for found in snapshots.versions():
+        if found in same:
+            continue
+        try:
+            known = snapshots.describe(found).lineage == lineage
+        except SnapshotError:
+            known = False  # damaged
+        if found > version or not known or (found in theirs and found in journal.entries):
+            log.warning(
+                "the checkpoint of version %d was not made of replica 0's weights: it is set aside as %s; delete it if"
+                " nobody needs it",
+                found, snapshots.set_aside(found),
+            )  # fmt: skip
+
+
 def _catch_up_journal(
     group: Group, manager: CheckpointManager, version: int, lineage: str, told: Mapping[str, Any]
 ) -> None:
@@ -155,7 +179,8 @@ def _catch_up_journal(
     for later in [v for v in journal.entries if v > version]:
         manager.void(later)
     same = {v for v, identity in theirs.items() if v in journal.entries and _identity(journal.entries[v]) == identity}
-    base = max((v for v in manager.history.snapshots.versions() if v in same or v not in theirs), default=0)
+    _set_aside_others(manager, version, lineage, same, theirs.keys())
+    base = max(manager.history.snapshots.versions(), default=0)
     lacking = [v for v in sorted(theirs) if v not in same and v <= version]
     reaches = set(range(base + 1, version + 1)) <= theirs.keys() and manager.history.latest() is not None
     reaches = reaches or set(range(0, version + 1)) <= theirs.keys()

@@ -153,18 +153,8 @@ class Fleet(Lone):
             return
         self._looked = time.monotonic()
         self._ready()
-        if self.group is None:
-            return
-        try:
-            self._tell({"op": "ping"})
-            every = self.group.gather({"version": self.session.weights.header.version}) if self.group else None
-            if every is not None and self.group is not None:
-                self.members.present = dict(zip(self.group.members, (one["version"] for one in every), strict=True))
-        except GroupLostError as error:
-            self._lost(str(error))
+        if self.group is not None and not self._all_answer():
             self._ready()
-        finally:
-            self._busy = False
 
     def changed(self) -> None:
         if self.group is not None:
@@ -179,9 +169,35 @@ class Fleet(Lone):
         self._close("replica 0 ended")
         self.meeting.close()
 
+    def _all_answer(self) -> bool:
+        """Whether every member of the group does; if not, the group is given up."""
+        assert self.group is not None
+        try:
+            self._tell({"op": "ping"})
+            every = self.group.gather({"version": self.session.weights.header.version})
+            assert every is not None
+            self.members.present = dict(zip(self.group.members, (one["version"] for one in every), strict=True))
+            return True
+        except GroupLostError as error:
+            self._lost(str(error))
+            return False
+        finally:
+            self._busy = False
+
+    def _asking(self) -> list[int]:
+        """Who asks to be let in. Under the number of a member that answers it is another worker, which is refused: each
+        of them would put the other out, for ever."""
+        asking = self.meeting.asking()
+        twins = [number for number in asking if self.group is not None and number in self.group.members]
+        if not twins or not self._all_answer():
+            return asking
+        for number in twins:
+            self.meeting.refuse(number, f"another worker is replica {number}: give each a number of its own")
+        return [number for number in asking if number not in twins]
+
     def _ready(self) -> None:
         """The group is there: everybody who can take part, with our weights. Alone if there is nobody else."""
-        asking = self.meeting.asking()
+        asking = self._asking()
         if not asking and (self.group is not None or not self._wait):
             return
         self.changed()

@@ -111,14 +111,15 @@ class WorkerLoop:
         """Raises `UnavailableError` when the server has gone, `TornWeightsError` when a rollback broke off."""
         cost = self.update.cost
         cost.look()
-        self.fleet.look()
-        if (members := self.fleet.members.plain()) != self.told_members:
-            replica_status.tell(self.connection, self.fleet.members)
-            self.told_members = members
+        self._see_others()
         if self.canary is not None:
             self.canary.take(self.session.weights.header.version)
         pause_switch.wait(
-            self.connection, burst=self.until_empty, stopping=lambda: worker.stop_requested, tell=log.warning
+            self.connection,
+            burst=self.until_empty,
+            stopping=lambda: worker.stop_requested,
+            tell=log.warning,
+            look=self._see_others,
         )
         if self.session.manager.checkpoints.is_due():
             self.fleet.checkpoint()
@@ -133,6 +134,14 @@ class WorkerLoop:
             share_status.tell(self.connection, cost.budget)
             self.told = cost.budget.total
         share_status.rest(self.connection, cost.budget, stopping=stopping, look=cost.look)
+
+    def _see_others(self) -> None:
+        """Which replicas are there, and who comes back: also while training is paused, since a torn server waits for
+        it. Redis is told."""
+        self.fleet.look()
+        if (members := self.fleet.members.plain()) != self.told_members:
+            replica_status.tell(self.connection, self.fleet.members)
+            self.told_members = members
 
     def _score(self, examples: Sequence[Example]) -> dict[str, float]:
         with self.update.cost.computing():

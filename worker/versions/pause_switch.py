@@ -53,10 +53,11 @@ def wait(
     burst: bool,
     stopping: Callable[[], bool],
     tell: Callable[[str], None],
+    look: Callable[[], object] = lambda: None,
     poll: float = POLL,
 ) -> None:
     """Return at once unless training is paused; else when it is resumed, or `stopping()` says so. tell: for one
-    sentence.
+    sentence. look: called at every look; may raise.
 
     Raises `UnavailableError` with burst, because nobody may come to resume.
     """
@@ -72,6 +73,7 @@ def wait(
         if pause_reason(connection) is None:
             tell("training goes on")
             return
+        look()
 
 
 def announce(pipe: Any, kind: str, fields: dict[Any, Any]) -> None:

@@ -16,6 +16,7 @@ from producer import keys
 FIELD = "replicas"
 """Of `weights:state`: JSON of `Members`."""
 MOST = 64
+"""Replicas of a fleet: `worker.distributed.rendezvous` takes no more."""
 
 
 @dataclass
@@ -48,9 +49,11 @@ def read(said: Mapping[str, str]) -> Members | None:
     """From the fields of `weights:state`; None where there are no replicas, or it is nothing that we wrote."""
     try:
         found: Any = json.loads(said[FIELD])
+        count = int(found["count"])
+        if not 1 < count <= MOST:
+            return None
         present = {int(number): int(version) for number, version in found["present"].items()}
-        return Members(
-            int(found["count"]), dict(sorted(present.items())[:MOST]), int(found["unequal"]), int(found["lost"])
-        )
+        there = {number: version for number, version in sorted(present.items()) if 0 <= number < count}
+        return Members(count, there, int(found["unequal"]), int(found["lost"]))
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

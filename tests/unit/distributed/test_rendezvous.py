@@ -52,6 +52,16 @@ def test_another_secret_or_another_model_is_refused_in_a_sentence(leader: Rendez
     assert "replica 1 is refused by replica 0: model is another one" in asking(leader, "ours", {"model": "large"})
 
 
+def test_one_that_counts_other_replicas_is_refused_before_it_waits(leader: Rendezvous) -> None:
+    """Replica 3 of 4 would never be looked at by a replica 0 that was started for 3."""
+    for number, count in ((1, 2), (3, 4)):
+        other = Rendezvous(leader.address, number, count, seconds=30, secret="ours")
+        with pytest.raises(RendezvousError, match=f"--replica {number}/{count}: replica 0 was started for 3 replicas"):
+            other.join({"model": "tiny"}, lambda: False)
+        other.close()
+    assert leader.asking() == []
+
+
 def test_what_is_no_message_is_refused_too(leader: Rendezvous) -> None:
     for nonsense in (b"", b"\x80", b"\xc1garbage", b"x" * 100_000):
         leader._store.set(f"{leader._leader}/join/2", nonsense)

@@ -7,6 +7,7 @@ import torch
 from replica_parts import built, digest, replicas, train, trainer_of
 
 from worker.data.division import divided, has_work
+from worker.data.examples import Example, TokenSequence
 from worker.trainer.sharing import InTurn
 
 
@@ -71,3 +72,11 @@ def test_a_division_has_every_transcript_once_and_no_part_is_much_longer(tiny_mo
                 assert [part[i] for part in parts if part[i].sequences] == [example]
             loads = [sum(one.tokens + one.teacher_tokens for one in part) for part in parts]
             assert max(loads) - min(loads) <= max(one.tokens + one.teacher_tokens for one in batch)
+
+
+def test_who_has_a_long_one_has_few() -> None:
+    lengths = (30, 100, 30, 30)
+    batch = [Example(str(n), (TokenSequence((1,) * n, (False,) + (True,) * (n - 1)),), 1.0, {}) for n in lengths]
+    first, second = divided(batch, 2)
+    assert [bool(one.sequences) for one in first] == [False, True, False, False]
+    assert [bool(one.sequences) for one in second] == [True, False, True, True]

@@ -1,5 +1,6 @@
 """What the operator is told: a worker that works, died or starts, parts that disagree, ages."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from drain_parts import Weights, start
 from producer.client import Producer
 from worker.consumer.worker_lock import WorkerLock
 from worker.operations import status
+from worker.versions import replica_status
 
 GOOD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "good"}]
 
@@ -59,6 +61,17 @@ def test_disagreement_between_server_and_redis_is_a_problem() -> None:
     found = status.problems(base | {"server": serving, "replicas": replicas | {"count": 1, "unequal": 2}})
     assert len(found) == 1 and "digest unequal, 2 times" in found[0]
     assert "refuses to serve: half" in status.problems(base | {"server": {"state": "torn", "reason": "half"}})[0]
+
+
+def test_what_redis_says_of_replicas_is_read_within_bounds() -> None:
+    """Nobody counts to what a hand wrote there."""
+    said = {"count": 3, "present": {"0": 4, "2": 4, "-1": 4, "3": 4, "99": 4}, "unequal": 0, "lost": 1}
+    found = replica_status.read({"replicas": json.dumps(said)})
+    assert found is not None and found.present == {0: 4, 2: 4} and found.count == 3
+    for count in (10**12, 65, 1, 0, -2, "many", None, [2], 1e400):
+        assert replica_status.read({"replicas": json.dumps(said | {"count": count})}) is None
+    for text in ("", "[]", "{", "3", "[" * 100_000, '{"count": 2, "present": [1], "unequal": 0, "lost": 0}'):
+        assert replica_status.read({"replicas": text}) is None
 
 
 @pytest.mark.parametrize(
