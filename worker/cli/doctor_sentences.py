@@ -100,6 +100,11 @@ SENTENCES: dict[Fact, str | tuple[str, str]] = {
         " (whose trainer is {trainer})",
         "stop that worker, or give this one a Redis of its own",
     ),
+    Fact.REPLICA: "'{trainer}' trains this server as a replica; replica 0, '{name}' (pid {pid} on {host}), is {state}",
+    Fact.REPLICA_NONE: (
+        "nobody trains this server, and '{name}' (pid {pid} on {host}) is replica 0 of {count}",
+        "start `tandem worker --replica I/{count}` with the number of this server's replica",
+    ),
     Fact.TRAINING_PAUSED: ("training is paused: {reason}", "`tandem resume`"),
     Fact.GPU_FITS: "{share} are set aside, {needed} needed at least, {free} free",
     Fact.GPU_SHARE_SMALL: (

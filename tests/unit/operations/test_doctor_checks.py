@@ -4,6 +4,7 @@ sentence."""
 import ast
 import inspect
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -148,6 +149,16 @@ def test_what_a_worker_that_hangs_is_called() -> None:
     known["worker"]["silent_s"] = 5.0
     assert worker_check.check_worker(known, trained).level == Level.OK
     assert worker_check.check_worker(known | {"hold": "by hand"}, trained).fact == Fact.TRAINING_PAUSED
+    fleet = known | {"replicas": {"count": 2, "present": {0: 1, 1: 1}, "unequal": 0, "lost": 0}}
+    assert worker_check.check_worker(fleet, trained).fact == Fact.WORKER
+    followed = worker_check.check_worker(
+        fleet, replace(trained, state={"state": "serving", "trainer": {"name": "another"}})
+    )
+    assert (followed.level, followed.fact) == (Level.OK, Fact.REPLICA)
+    assert (
+        worker_check.check_worker(fleet, replace(trained, state={"state": "serving", "trainer": None})).fact
+        == Fact.REPLICA_NONE
+    )
 
 
 @pytest.mark.parametrize(

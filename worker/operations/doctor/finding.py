@@ -63,6 +63,8 @@ class Fact(StrEnum):
     WORKER_DEAD = "worker_dead"
     WORKER_SILENT = "worker_silent"
     WORKER_OTHER = "worker_other"
+    REPLICA = "replica"
+    REPLICA_NONE = "replica_none"
     TRAINING_PAUSED = "training_paused"
     GPU_FITS = "gpu_fits"
     GPU_SHARE_SMALL = "gpu_share_small"

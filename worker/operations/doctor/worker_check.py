@@ -22,10 +22,15 @@ def check_worker(known: Mapping[str, Any], server: ServerView) -> Finding:
         return fault("worker", Fact.WORKER_NONE)
     if worker["state"] == "dead":
         return fault("worker", Fact.WORKER_DEAD, **who)
+    working = ok("worker", Fact.WORKER, **who, state=worker["state"])
     if server.state and trainer.get("name") != worker["name"]:
-        return fault("worker", Fact.WORKER_OTHER, **who, trainer=trainer.get("name"))
+        if (replicas := known.get("replicas")) is None:
+            return fault("worker", Fact.WORKER_OTHER, **who, trainer=trainer.get("name"))
+        if not trainer:
+            return fault("worker", Fact.REPLICA_NONE, **who, count=replicas["count"])
+        working = ok("worker", Fact.REPLICA, **who, state=worker["state"], trainer=trainer["name"])
     if (worker.get("silent_s") or 0.0) > TTL:
         return fault("worker", Fact.WORKER_SILENT, **who, seconds=worker["silent_s"])
     if known.get("hold"):
         return warning("worker", Fact.TRAINING_PAUSED, **who, reason=known["hold"])
-    return ok("worker", Fact.WORKER, **who, state=worker["state"])
+    return working
