@@ -43,6 +43,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.125,
     },
 }
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+    },
+}
+"""Not compared with fp32: there, a token may choose another expert."""
 
 
 class Tokenizer:
@@ -57,7 +66,9 @@ def reference(name: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**SIZES | MODELS[name]), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[name](**SIZES | (MODELS | EXPERTS)[name]), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             drawn = 0.05 * torch.randn(parameter.shape)
@@ -106,7 +117,7 @@ def test_packed_on_a_gpu_is_transformers_one_by_one(name: str, examples: list[Ex
     assert worst[0][1] < 0.1, worst  # bf16 throughout; a leak gives errors of order 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | EXPERTS)
 def test_packed_equals_separate_and_streaming_is_burst(name: str, examples: list[Example]) -> None:
     theirs = reference(name)
     trainer = on_gpu(theirs)

@@ -106,11 +106,13 @@ class Rendezvous:
         keys = {n: f"{self._leader}/join/{n}" for n in range(1, self.count)}
         return [n for n, key in keys.items() if self._store.check([key]) and self._asked(n)[0] != self._answered.get(n)]
 
-    def form(self, expected: Collection[int], wait: float, fits: Check) -> Group | None:
+    def form(
+        self, expected: Collection[int], wait: float, fits: Check, stopping: Callable[[], bool] = lambda: False
+    ) -> Group | None:
         """Replica 0: a group of those who ask, as soon as all who are `expected` do, and at the latest after `wait`
-        seconds; None if nobody does. Raises `GroupLostError` where one of them is gone again."""
+        seconds or once `stopping()`; None if nobody does. Raises `GroupLostError` where one of them is gone again."""
         deadline = time.monotonic() + wait
-        while not set(expected) <= set(self.asking()) and time.monotonic() < deadline:
+        while not set(expected) <= set(self.asking()) and time.monotonic() < deadline and not stopping():
             time.sleep(PACE)
         let_in: dict[int, str] = {}
         for number in self.asking():

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.memory.model_config import ConfigError, OtherModelError, Shapes, TextConfig
+from worker.utils.stacks import is_stack
 
 TRACER = "worker.model.layer_trace"
 LONGEST_TRACE = 600.0
@@ -69,8 +70,8 @@ class TracedSizes:
         return sum(math.prod(shape) for shape in self.named.values())
 
     def stacks(self) -> int:
-        """As `TextConfig.stacks`: what has experts is not traced."""
-        return 0
+        """As `TextConfig.stacks`."""
+        return sum(math.prod(shape) for shape in self.named.values() if is_stack(shape))
 
     @staticmethod
     def of(found: Mapping[str, Any]) -> "TracedSizes":

@@ -26,17 +26,22 @@ class ExpertsError(TandemError):
 def group_experts(model: Any) -> None:
     """Have `model`, a transformers model with experts, compute them as grouped products. Raises `ExpertsError` where it
     does not offer them, or where an expert without tokens would learn."""
+    ask_for_groups(model)
+    if not idle_gradient_is_zero(next(model.parameters()).device):
+        raise ExpertsError(
+            f"torch {torch.__version__} leaves the gradient of an expert without tokens undefined on this device: use"
+            " another version of torch"
+        )
+
+
+def ask_for_groups(model: Any) -> None:
+    """The choice alone, of a model on any device, the meta device too. Raises `ExpertsError`."""
     if not model._can_set_experts_implementation():
         raise ExpertsError(f"{type(model).__name__} does not offer transformers' grouped products for its experts")
     try:
         model.set_experts_implementation(GROUPED)
     except (ValueError, ImportError) as error:
         raise ExpertsError(f"the experts cannot be computed as grouped products: {error}") from error
-    if not idle_gradient_is_zero(next(model.parameters()).device):
-        raise ExpertsError(
-            f"torch {torch.__version__} leaves the gradient of an expert without tokens undefined on this device: use"
-            " another version of torch"
-        )
 
 
 def idle_gradient_is_zero(device: torch.device) -> bool:

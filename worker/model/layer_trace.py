@@ -34,6 +34,7 @@ from producer.errors import TandemError
 from worker.memory.model_config import OtherModelError, TextConfig
 from worker.memory.traced_sizes import LayerCosts, Sizes, TracedSizes
 from worker.model import attention
+from worker.model.experts import ask_for_groups
 from worker.model.fused_parts import STAND_INS, fuse_parts
 from worker.model.inputs import NO_MASKS, packing_of
 from worker.model.layers import layers_of
@@ -50,7 +51,8 @@ MIXERS = (nn.Conv1d, nn.RNNBase)
 
 
 def sizes_of(folder: Path) -> Sizes:
-    """Of the model whose config.json is in `folder`. Raises ConfigError or ModelError, with the reason."""
+    """Of the model whose config.json is in `folder`. Raises ConfigError, or another TandemError with the
+    reason."""
     try:
         return TextConfig.read(folder / "config.json")
     except OtherModelError:
@@ -59,11 +61,13 @@ def sizes_of(folder: Path) -> Sizes:
 
 def trace(model: Any) -> TracedSizes:
     """Of `model`, a causal language model on the meta device, which is not to be used any more. Raises ModelError,
-    AttentionError."""
+    AttentionError, ExpertsError."""
     named = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     refuse_unpackable(model)
     without_dropout(model).train()
     fuse_parts(model, STAND_INS)
+    if any(is_stack(shape) for shape in named.values()):
+        ask_for_groups(model)
     layers = list(layers_of(model))
     kinds = _kinds(model, layers)
     costs = {kind: _costs(*call) for kind, call in _calls(model, layers, kinds).items()}
@@ -83,13 +87,11 @@ def trace(model: Any) -> TracedSizes:
 
 
 def refuse_unpackable(model: Any) -> None:
-    """Raises ModelError naming what in `model` would mix the sequences of a row, or what has no kernels yet."""
+    """Raises ModelError naming what in `model` would mix the sequences of a row."""
     for name, module in model.base_model.named_modules():
         kind = type(module).__name__
         if isinstance(module, MIXERS):
             raise ModelError(f"{name} ({kind}) would mix the sequences of a packed row: {attention.UNTRAINABLE}")
-        if any(is_stack(parameter.shape) for parameter in module.parameters(recurse=False)):
-            raise ModelError(f"{name} ({kind}) has experts, whose kernels are not chosen: {attention.UNTRAINABLE} yet")
 
 
 def _kinds(model: Any, layers: list[nn.Module]) -> list[str]:

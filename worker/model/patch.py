@@ -1,8 +1,8 @@
 """Puts the kernels into a transformers model on a GPU, and chooses what is recomputed in backward.
 
-Any model: torch's variable-length FlashAttention, and liger's RMSNorm, SwiGLU and GeGLU for the parts that compute just
-that; the rest stays as transformers wrote it. Qwen3.5: liger's own change of it, fla for the gated delta net and its
-convolution, and torch's grouped products for a mixture's experts. The loss is `worker.model.loss`. No GPU has run any
+Any model: torch's variable-length FlashAttention, its grouped products for a mixture's experts, and liger's RMSNorm,
+SwiGLU and GeGLU for the parts that compute just that; the rest stays as transformers wrote it. Qwen3.5: liger's own
+change of it, and fla for the gated delta net and its convolution. The loss is `worker.model.loss`. No GPU has run any
 other model than a dense Qwen3.5 yet.
 Invariants: parameters stay the very tensors they were; a kernel that is missing is an error that says what to install,
 never a slower way taken unasked. What only a trace of the model shows is refused there (`worker.model.layer_trace`).
@@ -23,6 +23,7 @@ from worker.model.experts import group_experts
 from worker.model.fused_parts import Kernels, fuse_parts, liger_kernels
 from worker.model.layers import recompute
 from worker.model.model_error import ModelError
+from worker.utils.stacks import is_stack
 
 log = logging.getLogger("tandem")
 
@@ -46,6 +47,8 @@ def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0, kernels: Ker
             require_package("liger_kernel", "liger-kernel", "0.8.5")
             kernels = liger_kernels()
         log.info("fused kernels for %d norms and %d MLPs", *fuse_parts(model, kernels))
+        if any(is_stack(parameter.shape) for parameter in model.parameters()):
+            group_experts(model)
     model.set_attn_implementation(attention.register())
     recompute(model, kept)
 

@@ -62,6 +62,7 @@ class Fleet(Lone):
         self._begun = self._busy = False
         self._looked = 0.0
         self._wait, self._expected = wait, set(range(1, meeting.count))
+        self._stopping: Callable[[], bool] = lambda: False
         meeting.open()
 
     @property
@@ -72,6 +73,9 @@ class Fleet(Lone):
     def group(self) -> Group | None:
         """The one that is open."""
         return self._group if self._group is not None and self._group.closed is None else None
+
+    def heed(self, stopping: Callable[[], bool]) -> None:
+        self._stopping = stopping
 
     # -- a version ------------------------------------------------------------------------------------------------
 
@@ -207,7 +211,7 @@ class Fleet(Lone):
         while True:
             try:
                 left = max(0.0, deadline - time.monotonic())
-                found = self.meeting.form(expected, left, lambda hello: misfit(self._hello, hello))
+                found = self.meeting.form(expected, left, lambda hello: misfit(self._hello, hello), self._stopping)
                 if found is not None:
                     bring_up(found, self.session)
                 break

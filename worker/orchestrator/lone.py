@@ -22,6 +22,9 @@ class Lone:
     members = Members()
     others: Others = NOBODY
 
+    def heed(self, stopping: Callable[[], bool]) -> None:
+        """Nobody is waited for any more once `stopping()`."""
+
     def attempt(self, work: Callable[[], T]) -> T:
         """`work()`, which makes a version."""
         return work()

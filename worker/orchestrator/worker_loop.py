@@ -105,6 +105,7 @@ class WorkerLoop:
             short_tokens=self.session.trainer.room.by_factors,
             **self.limits,
         )
+        self.fleet.heed(lambda: bool(worker.stop_requested))
         return worker
 
     def between_batches(self, worker: BatchWorker) -> None:

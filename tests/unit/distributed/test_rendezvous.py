@@ -72,6 +72,10 @@ def test_what_is_no_message_is_refused_too(leader: Rendezvous) -> None:
 
 def test_nobody_is_waited_for_longer_than_said(leader: Rendezvous) -> None:
     assert leader.form([1, 2], 0.1, fits) is None
+    looks = iter([False, False, True])
+    assert leader.form([1, 2], 1e9, fits, lambda: next(looks)) is None and next(looks, None) is None, (
+        "nor by one who ends"
+    )
 
 
 def test_it_listens_on_the_address_that_was_named_alone(leader: Rendezvous) -> None:

@@ -129,6 +129,19 @@ def test_a_layer_of_llama_by_hand(tmp_path: Path) -> None:
     assert sizes.count() == 8_030_261_248 and not sizes.tied and sizes.exact == 0
 
 
+def test_a_layer_of_experts_by_hand(tmp_path: Path) -> None:
+    """As the arithmetic of a Qwen3.5's mixture counts them (`worker.memory.activations`)."""
+    sizes = traced("Qwen3-30B-A3B", tmp_path)
+    (costs,) = sizes.kinds.values()
+    hidden, wide, taken, count, queries, keys = 2048, 768, 8, 128, 32 * 128, 4 * 128
+    experts = taken * (4 * hidden + 8 * wide + 32) + 10 * count
+    attention = 2 * (3 * queries + 3 * keys) + 4 * 32
+    assert costs.saved == pytest.approx(experts + attention + 2 * (4 * hidden + 4), rel=0.01)
+    assert 0.4 * costs.extra < taken * (4 * hidden + 4 * wide) < costs.extra
+    assert sizes.stacks() == 48 * count * 3 * hidden * wide
+    assert planned_state_bytes(sizes) == state_bytes(list(sizes.parameters().values()))
+
+
 @pytest.mark.parametrize("size", ["0.8B", "27B"])
 def test_the_arithmetic_of_a_qwen_s_attention_is_not_less_than_a_trace(size: str, tmp_path: Path) -> None:
     """Arithmetic that measured peaks bear out counts somewhat more: q before its rotation, gradients apart."""
