@@ -1,6 +1,7 @@
 """Replicas in a test: processes that form a group over gloo, each with the tiny model, and what they leave in files."""
 
 import json
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,30 @@ def train_replica(number: int, count: int, port: int, model: str, way: str, vers
     group.exchange({})  # nobody leaves before all are done
     group.close()
     Path(out).write_text(json.dumps(said))
+
+
+def wait_for_a_command(number: int, count: int, port: int, out: str) -> None:
+    """In a process of its own: the last replica ends, 0 closes the group, and who waits for a command says why."""
+    from worker.distributed.errors import GroupLostError
+    from worker.distributed.rendezvous import Address, Rendezvous
+
+    meeting = Rendezvous(Address("127.0.0.1", port), number, count, seconds=120)
+    if number == 0:
+        meeting.open()
+    group = meeting.form(range(1, count), PATIENCE, lambda hello: None) if number == 0 else meeting.join({}, bool)
+    assert group is not None
+    if number == count - 1:
+        os._exit(0)
+    try:
+        if number == 0:
+            group.gather({})
+        else:
+            group.gather({})
+            for _ in group.called():
+                pass
+    except GroupLostError as error:
+        Path(out).write_text(str(error))
+    until(lambda: Path(out).parent.joinpath("done").exists(), "the test to be over")
 
 
 def _fail_once(trainer: Any, ours: bool, batch: Sequence[Any]) -> str:

@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chaos_processes import Forked
 from patience import PATIENCE, until
-from replica_parts import free_port
+from replica_parts import free_port, wait_for_a_command
 
 from worker.distributed.checksum import checksum
 from worker.distributed.errors import RendezvousError
@@ -111,3 +113,15 @@ def test_a_checksum_sees_one_bit_in_any_tensor() -> None:
         assert checksum(tensors) != known
         flat[-1] ^= 1
     assert checksum(tensors) == known
+
+
+def test_who_waits_for_a_command_learns_that_the_group_is_closed(tmp_path: Path) -> None:
+    """Its own connections, to replica 0, need not end for that."""
+    port, outs = free_port(), [tmp_path / str(number) for number in range(3)]
+    processes = [
+        Forked(wait_for_a_command, (n, 3, port, str(out)), {}, tmp_path / f"{n}.log") for n, out in enumerate(outs)
+    ]
+    until(lambda: all(out.exists() and out.read_text() for out in outs[:2]), "both to have noticed")
+    assert "replica was lost" in outs[0].read_text() and outs[1].read_text() == "replica 0 closed the group"
+    (tmp_path / "done").touch()
+    assert [process.ended() for process in processes] == [0, 0, 0]
