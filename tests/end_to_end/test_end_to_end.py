@@ -47,6 +47,13 @@ def stack(
     running.close()
 
 
+@pytest.fixture(autouse=True)
+def no_worker_is_left(stack: Stack) -> Iterator[None]:
+    """A test that fails does not make the next ones fail."""
+    yield
+    stack.kill_workers()
+
+
 def served_nll(stack: Stack) -> float:
     """The server's own mean negative log-likelihood of the answers in TRANSCRIPTS, in nats, asked over HTTP."""
     builder = ExampleBuilder(AutoTokenizer.from_pretrained(stack.model), max_tokens=2048)

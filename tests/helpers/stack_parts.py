@@ -56,11 +56,16 @@ class Stack:
         return self.server
 
     def close(self) -> None:
+        self.kill_workers()
+        self.server.stop()
+        self.store.stop()
+
+    def kill_workers(self) -> None:
+        """Those that a failed test has left."""
         for worker in self.workers:
             if worker.poll() is None:
                 worker.kill()
-        self.server.stop()
-        self.store.stop()
+                worker.wait()
 
     @property
     def environment(self) -> dict[str, str]:

@@ -15,6 +15,8 @@ EVALUATED = {
     "tandem_evaluation_exact_match_ratio": "exact_match",
     "tandem_evaluation_win_ratio": "win_rate",
 }
+ALONE = {"count": 1, "present": {0: 0}, "unequal": 0}
+"""What a worker without replicas would say of them."""
 
 
 def values(status: dict[str, Any], header: int | None, disk: Mapping[str, float], now: float) -> Values:
@@ -53,12 +55,12 @@ def _from_redis(status: dict[str, Any], now: float) -> dict[str, dict[tuple[str,
         "tandem_redis_evicted_keys_total": memory.get("evicted_keys"),
         "tandem_redis_may_evict": eviction["problem"] is not None,
     }
-    if replicas := status.get("replicas"):
-        known |= {
-            "tandem_replicas": replicas["count"],
-            "tandem_replicas_present": len(replicas["present"]),
-            "tandem_replica_digest_unequal": replicas["unequal"],
-        }
+    replicas = status.get("replicas") or ALONE
+    known |= {
+        "tandem_replicas": replicas["count"],
+        "tandem_replicas_present": len(replicas["present"]),
+        "tandem_replica_digest_unequal": replicas["unequal"],
+    }
     found |= {name: {(): float(value)} for name, value in known.items() if value is not None}
     found["tandem_canary_loss"] = {(name,): loss for name, loss in status["canary"].items()}
     for name, figure in EVALUATED.items():

@@ -170,7 +170,7 @@ STATE = (
         " versions that Redis did not know; dead_worker: jobs that one held; redis_away: Redis came back.",
         labels={"what": RECOVERIES},
     ),
-    _looked_up("tandem_replicas", "How many replicas are to train as one (--replica I/N); missing for a worker alone."),
+    _looked_up("tandem_replicas", "How many replicas are to train as one (--replica I/N); 1 for a worker alone."),
     _looked_up("tandem_replicas_present", "How many of them are there."),
     _looked_up(
         "tandem_replica_digest_unequal",
