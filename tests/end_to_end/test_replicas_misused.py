@@ -1,4 +1,4 @@
-"""Replicas started as they should not be: two of one number, or one with the state directory of another time."""
+"""Replicas started as they should not be, while training is paused, or long after something was forgotten."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from chaos_processes import Forked, run_tandem
-from durable_parts import LEARNING, QUIET
+from durable_parts import LEARNING, QUIET, transcripts
 from patience import until
 from replica_parts import FleetSite
 
@@ -85,3 +85,24 @@ def test_a_state_directory_of_another_time_leads_to_the_weights_of_replica_0_all
     site.work("--state-dir", str(site.state_of(1)), "--no-checkpoint-at-stop")
     assert site.standing(0) == before
     assert "the checkpoint of version 3 was not made of replica 0's weights" in other.said()
+
+
+def texts(site: FleetSite, number: int) -> bytes:
+    """All that a replica's journal holds."""
+    return b"".join(path.read_bytes() for path in site.state_of(number).rglob("*.journal"))
+
+
+def test_who_was_forgotten_leaves_a_journal_that_goes_back_further_than_that_of_replica_0(site: FleetSite) -> None:
+    marys = {"id": "mary-0", "messages": transcripts("m", 1)[0]["messages"], "meta": {"user": "mary"}}
+    marys["messages"][0]["content"] = "the patient said something private"
+    site.producer.enqueue(**marys)
+    site.send("r", 5)
+    site.together()
+    site.tandem("forget", "mary")
+    site.send("a", 12)
+    site.work("--no-checkpoint-at-stop", "--checkpoint-every", "1", "--keep-checkpoints", "2", "--history", "1")
+    assert b"mary-0" not in texts(site, 0) and b"something private" in texts(site, 1)
+    site.send("s", 3)
+    site.together()
+    assert b"something private" not in texts(site, 1)
+    site.all_agree()

@@ -8,8 +8,8 @@
     3. Weights, to each who differs. Then each asks for the journal's records that it lacks.
 
 Invariants: afterwards lineage, version, weights and state are those of replica 0, bit for bit, and the journal or a
-checkpoint on disk leads to them. The header says APPLYING while tensors come in: whoever is lost then is torn, and is
-brought up again.
+checkpoint on disk leads to them. No journal has texts of who was dropped, however far it goes back. The header says
+APPLYING while tensors come in: whoever is lost then is torn, and is brought up again.
 """
 
 import hashlib
@@ -27,7 +27,6 @@ from worker.checkpoint.manager import CheckpointManager
 from worker.checkpoint.records import Measured, UpdateRecord
 from worker.checkpoint.redaction import redact
 from worker.checkpoint.snapshots import SnapshotError, Trained
-from worker.data.replay_buffer import PREFIX
 from worker.distributed.checksum import checksum
 from worker.distributed.group import Group
 from worker.orchestrator.recovery import begin_rebuild
@@ -82,7 +81,9 @@ def bring_up(group: Group, session: Session) -> None:
     behind = [place for place, theirs in enumerate(every) if theirs != ours]
     tensors = [place for place in behind if every[place]["digest"] != ours["digest"] or every[place]["state"] != CLEAN]
     journal = {version: _identity(entry) for version, entry in manager.journal.entries.items()}
-    group.tell(ours | {"behind": behind, "tensors": tensors, "journal": journal, "emptied": _emptied(manager)})
+    group.tell(
+        ours | {"behind": behind, "tensors": tensors, "journal": journal, "dropped": sorted(manager.history.dropped())}
+    )
     for place in tensors:
         for tensor in _all(session):
             group.hand(tensor, place)
@@ -123,16 +124,6 @@ def _identity(entry: Entry) -> bytes:
     """Two journals that have the same for a version hold the same version."""
     said = [entry.kind, entry.lineage, entry.parent, entry.ids, entry.dropped, str(entry.manifest.get("at"))]
     return hashlib.blake2b(msgpack.packb(said), digest_size=8).digest()
-
-
-def _emptied(manager: CheckpointManager) -> list[str]:
-    """Whose texts and tokens were taken out of the journal: `tandem forget`."""
-    gone: set[str] = set()
-    for version, entry in manager.journal.entries.items():
-        record = manager.journal.read(version) if entry.kind == UpdateRecord.kind else None
-        if isinstance(record, UpdateRecord):
-            gone |= {str(i["id"]).removeprefix(PREFIX) for i in record.batch or [] if not i["sequences"]}
-    return sorted(gone)
 
 
 def _serve_journal(group: Group, place: int, manager: CheckpointManager, version: int) -> None:
@@ -200,4 +191,4 @@ def _catch_up_journal(
             known.ledger.update(group.hear(0)["ledger"])
         manager.adopt(version, lineage, known)
         manager.checkpoints.try_write()
-    redact(journal, told["emptied"])
+    redact(journal, told["dropped"])
