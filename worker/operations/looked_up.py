@@ -15,7 +15,7 @@ EVALUATED = {
     "tandem_evaluation_exact_match_ratio": "exact_match",
     "tandem_evaluation_win_ratio": "win_rate",
 }
-ALONE = {"count": 1, "present": {0: 0}, "unequal": 0}
+ALONE: dict[str, Any] = {"count": 1, "present": {0: 0}, "unequal": 0}
 """What a worker without replicas would say of them."""
 
 
