@@ -23,36 +23,30 @@ import torch
 from worker.apollo import ApolloMini
 from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example
-from worker.data.packing import Batch, BatchError, make_batches, pack
+from worker.data.packing import Batch, BatchError
 from worker.memory.planner import Way
 from worker.model import ModelError
 from worker.model.gradient_factors import factors_of
-from worker.model.inputs import model_inputs
-from worker.model.loss import HeadLoss, head_loss
-from worker.model.output_head import OutputHead, head_of
 from worker.trainer.captured_row import CapturedRow
 from worker.trainer.captured_rows import rows_of
-from worker.trainer.device_time import DeviceTime
 from worker.trainer.factor_sweep import FactorSweep
 from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.gradients import Gradients, Limit
 from worker.trainer.losses import BY_KIND, Term, has_teacher, imitates
+from worker.trainer.model_reader import ModelReader, Part
 from worker.trainer.sharing import Alone, InTurn, Ranks
-from worker.trainer.teachers import NO_TEACHERS, Teachers
 from worker.trainer.token_sums import TokenSums
 from worker.trainer.weighting import Rule, Weighting, weighted_mean
 from worker.utils.fault_injection import point
 
-Part = tuple[Sequence[Example], Teachers]
-"""What of a micro-batch is computed here at once: all of it, with empty places for what is not; its teachers."""
 NOT_FINITE = "its loss is not finite under the present weights"
 
 
-class Trainer:
-    """Trains `model`, a transformers causal language model, with `optimizer`.
+class Trainer(ModelReader):
+    """Trains `model`, a transformers causal language model, with `optimizer`. pad_id, sizes, budget, packed:
+    `ModelReader`'s.
 
-    `sizes` are the lengths, in tokens, of packed rows (`packed`, on a GPU) or of rows of their own; `budget` bounds the
-    tokens (padding included) of one forward pass. A micro-batch may take several; in streaming on a GPU it must not.
+    A micro-batch may take several forward passes; in streaming on a GPU it must not.
     `warmup` is the number of steps over which the learning rate rises linearly to `lr`, counted by the optimizer's own
     step count so that a restarted worker goes on where it was.
     """
@@ -71,28 +65,20 @@ class Trainer:
         way: Way = "burst",
         by_factors: int = 0,
     ) -> None:
-        self.model: Any = model
-        self.body: Any = self.model.base_model
-        self.head: OutputHead = head_of(model)
+        super().__init__(model, pad_id=pad_id, sizes=sizes, budget=budget, packed=packed)
         if self.head.vocabulary is not None and (way == "factors" or by_factors):
             raise ModelError("a model that is divided over ranks is not trained by factors: --apply burst or streaming")
         self.optimizer = optimizer
-        self.pad_id = pad_id
         self.lr = lr
         self.warmup = warmup
-        self.sizes = tuple(sizes)
-        self.budget = max(budget, max(sizes))
-        self.packed = packed
         self.way = way
         self.by_factors = by_factors
-        self.device = next(model.parameters()).device
         self.begun: Way = way
         """The way of the micro-batch that `begin` was last called with."""
         self.sweep = FactorSweep(factors_of(model), optimizer)
         self.rows = rows_of(model)
         self.replayed = False
         """Whether the layers of the last micro-batch were replayed as CUDA graphs instead of launched."""
-        self.device_time = DeviceTime()
         self.sharing = Alone()
         """How the work of a micro-batch is divided, and what makes it whole."""
         self._alone = False  # the micro-batch is one row, which may be replayed
@@ -231,28 +217,6 @@ class Trainer:
             self.sweep.rehearse()
         self.forget()
 
-    def score(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Mean NLL per trained token by example id, without gradients; of a correction, of the chosen answer's."""
-        sums = self._sums(examples, [(examples, NO_TEACHERS)])
-        return dict(zip((one.id for one in examples), sums.means(), strict=True))
-
-    def expectations(self, examples: Sequence[Example]) -> Teachers:
-        """What the present weights expect at each trained token of `examples`: for `drift`, whenever."""
-        return self._teachers([replace(one, kind="comment", teachers=one.sequences) for one in examples])
-
-    def drift(self, examples: Sequence[Example], then: Teachers) -> dict[str, float]:
-        """KL(then | now) by example id, in nats a trained token. then: what `expectations` found for the same."""
-        taught = self._sums(examples, [(examples, then)]).taught[:, 0].tolist()
-        return {one.id: total / one.trained_tokens for one, total in zip(examples, taught, strict=True)}
-
-    @torch.no_grad()
-    def _sums(self, examples: Sequence[Example], parts: Sequence[Part]) -> TokenSums:
-        sums = TokenSums(examples)
-        for part, teachers in parts:
-            for batch in self._batches(part):
-                sums.add(batch, self._forward(batch, teachers=teachers), teachers)
-        return sums
-
     def _parts(self, examples: Sequence[Example]) -> list[Part]:
         """What is computed here, with what its teachers expect."""
         parts = self.sharing.divide(examples)
@@ -262,20 +226,6 @@ class Trainer:
 
         read = any(one.teachers and has_teacher(one.kind) for one in examples)
         return self.sharing.together(taught) if read else taught()
-
-    @torch.no_grad()
-    def _teachers(self, examples: Sequence[Example]) -> Teachers:
-        """What the teachers of `examples` expect under the present weights: where there are any, one more forward pass
-        without gradients. A replay repeats it bit for bit."""
-        teachers = Teachers(examples)
-        for batch in self._batches(teachers.reading) if teachers.reading else []:
-            teachers.add(batch, self._hidden(batch), self.head)
-        return teachers
-
-    @torch.no_grad()
-    def token_nll(self, example: Example) -> torch.Tensor:
-        """NLL of each trained token [N], fp32 on the host: in the order of an example's one sequence."""
-        return torch.cat([self._forward(batch).nll.cpu() for batch in self._batches([example])])
 
     def _terms(
         self, examples: Sequence[Example], parts: Sequence[Part], limit: Limit | None
@@ -367,11 +317,6 @@ class Trainer:
         with self.optimizer.streaming(step_scale=self._step_scale):
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
-        if not self.packed:
-            return make_batches(examples, pad_id=self.pad_id, widths=self.sizes, budget=self.budget)
-        return pack(examples, pad_id=self.pad_id, sizes=self.sizes)
-
     def _check_room(self, examples: Sequence[Example]) -> None:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
         room = replace(self.room, parts=self.sharing.parts)
@@ -381,31 +326,6 @@ class Trainer:
                 f" transcripts have {room.needs(examples)}, with what the chat template repeats: train on fewer"
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
-
-    def _forward(self, batch: Batch, factors: torch.Tensor | None = None, teachers: Teachers = NO_TEACHERS) -> HeadLoss:
-        """The batch's share of the loss, and what it is made of, by trained token.
-
-        factors: fp32 [examples, 2], what each token is multiplied with in the loss; by default their plain sum.
-        """
-        each = torch.ones(len(batch.examples)) if factors is None else factors[batch.examples, batch.rejected.long()]
-        # A copy to the device waits for what was launched before it: all of them come before the model.
-        targets, each = (some.to(self.device) for some in (batch.targets, each))  # [N]
-        soft = teachers.of(batch)
-        picked = self._hidden(batch)  # [N, H]
-        keep = self.sweep.factors.head_keeper(self.head.weight)
-        return head_loss(picked, self.head.weight, targets, each, keep, soft, self.head.after, self.head.vocabulary)
-
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        """The last hidden states before each trained token: [N, H]."""
-        self.device_time.forward(batch.input_ids.numel())
-        before = batch.before.to(self.device)  # [N]
-        inputs, row = model_inputs(batch, self.device), self._captured(batch)
-        if row is not None:
-            self.replayed = True
-            hidden = row.run(self.body.embed_tokens(inputs["input_ids"]), inputs["position_ids"], inputs["packing"])
-        else:
-            hidden = self.body(**inputs, use_cache=False).last_hidden_state  # [B, T, H]
-        return hidden.flatten(0, 1).index_select(0, before)
 
     def capture(self, tokens: int) -> bool:
         """Have `begin` replay rows of `tokens` tokens, whose kernels have run before: see `CapturedRows.capture`."""
@@ -418,8 +338,13 @@ class Trainer:
         finally:
             self.forget()
 
-    def _captured(self, batch: Batch) -> CapturedRow | None:
+    def _head_keeper(self) -> Any:
+        return self.sweep.factors.head_keeper(self.head.weight)
+
+    def _replay(self, batch: Batch) -> CapturedRow | None:
         """What stands in for the layers over `batch`: what it leaves is there until the next replay."""
         if not self._alone or self.begun == "streaming" or not torch.is_grad_enabled():
             return None
-        return self.rows.of(batch, by_factors=self.begun == "factors")
+        row = self.rows.of(batch, by_factors=self.begun == "factors")
+        self.replayed |= row is not None
+        return row
