@@ -209,7 +209,11 @@ def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
     assert stack.weights_version()["state"] == "serving"
 
 
-@pytest.mark.parametrize("point", ["backward", "paused", "applied", "resumed", "committed"])
+SLOW = [pytest.param(point, marks=pytest.mark.slow) for point in ("backward", "resumed", "committed")]
+"""Points at which tests with the stand-in kill a worker in every run."""
+
+
+@pytest.mark.parametrize("point", ["paused", "applied", *SLOW])
 def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(stack: Stack, point: str) -> None:
     before = stack.producer.version()
     sent = transcripts(point, 5)
@@ -327,7 +331,10 @@ def test_a_checkpoint_is_served_like_any_model(stack: Stack) -> None:
         stack.model = source
 
 
+@pytest.mark.slow
 def test_a_restarted_server_goes_on_without_what_it_had_learnt_when_told(stack: Stack) -> None:
+    stack.producer.enqueue_many(transcripts("before", 1))
+    assert stack.tandem("worker", "--until-empty", *LEARNING).returncode == 0
     known = stack.producer.version()
     stack.server.stop()
     stack.start_server()
