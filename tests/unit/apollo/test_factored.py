@@ -54,9 +54,7 @@ def given_gradients(shapes: list[tuple[int, ...]], steps: int) -> list[list[Tens
     return found
 
 
-def check_golden(
-    device: str, decay: float, shapes: list[tuple[int, ...]] = golden.SHAPES, steps: int = STEPS
-) -> None:
+def check_golden(device: str, decay: float, shapes: list[tuple[int, ...]] = golden.SHAPES, steps: int = STEPS) -> None:
     weights, gradients = golden.start_weights(shapes), given_gradients(shapes, steps)
     ours = golden.run(weights, gradients, device, lr=1e-2, weight_decay=decay, **RULE)
     errors, sizes = {}, []
