@@ -79,5 +79,5 @@ def run_ranks(folder: Path, model: Path, *scenarios: str, ranks: int = 2) -> dic
     assert done.returncode == 0, done.stdout + done.stderr
     names = [scenario.partition("@")[0] for scenario in scenarios]
     return {
-        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(ranks)] for name in names
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(ranks)] for name in names
     }

@@ -1,6 +1,5 @@
 """Units of systemd and the Kubernetes manifest of docs/deploy: well-formed, and what they promise is in them."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -51,10 +51,8 @@ def manifest() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((DEPLOY / "kubernetes.yml").read_text()))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kubernetes_validate") is None, reason="scripts/setup installs it")
 def test_the_manifest_fits_kubernetes_own_schema() -> None:
-    import kubernetes_validate
-
+    """`validate` raises for whatever does not."""
     for resource in manifest():
         kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
 
