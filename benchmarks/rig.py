@@ -55,13 +55,19 @@ def metric(url: str, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
 
+def visible_card(number: int) -> str:
+    """What CUDA_VISIBLE_DEVICES must say for GPU `number` of those that this process sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[number].strip() if seen else str(number)
+
+
 class RigError(TandemError):
     """A process did not do what was waited for; the message ends with what it said."""
 
 
 class Rig:
     """`run_dir` and `url` of a server that is there, or start_server(); Redis is a private one unless `redis_url`.
-    card: the GPU that server and workers see; None: all."""
+    card: the GPU that server and workers see, counted among those that this process sees; None: all."""
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class Rig:
         card: int | None = None,
     ) -> None:
         self.folder, self.model, self.url = folder, model, url
-        self._card = {} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)}
+        self._card = {} if card is None else {"CUDA_VISIBLE_DEVICES": visible_card(card)}
         self.run_dir = run_dir or folder / "run"
         self.server: ServerProcess | None = None
         self._servers = 0

@@ -44,8 +44,9 @@ SETTLED = 0.45
 class Stack:
     """Redis, server, worker and dashboard in `folder`, each to be started again; the model is a tiny one or `model`."""
 
-    def __init__(self, folder: Path, model: Path | None, worker_options: list[str]) -> None:
-        self.folder, self.key, self.worker_options = folder, secrets.token_hex(32), worker_options
+    def __init__(self, folder: Path, model: Path | None, worker_options: list[str], server_options: list[str]) -> None:
+        self.folder, self.key = folder, secrets.token_hex(32)
+        self.worker_options, self.server_options = worker_options, server_options
         self.on_gpu = torch.cuda.is_available()
         self.model = model or folder / "model"
         if model is None:
@@ -68,6 +69,7 @@ class Stack:
         options += ["--record", "1", "--feedback"]
         if self.on_gpu:
             options += ["--language-model-only", "--gdn-prefill-backend", "triton", "--load-format", "dummy"]
+        options += self.server_options
         self.server = ServerProcess(
             self.model, self.folder / "run", port=self.port, extra=options, env=self.environment
         )
@@ -193,6 +195,7 @@ def main() -> int:
     parser.add_argument(
         "--worker-option", action="append", default=[], help="for `tandem worker`, as --worker-option=X"
     )
+    parser.add_argument("--server-option", action="append", default=[], help="for vLLM, as --server-option=X")
     parser.add_argument("--folder", type=Path, help="where the parts live (default: a temporary folder)")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
@@ -201,7 +204,7 @@ def main() -> int:
     report: dict[str, Any] = {"about": about(), "seconds": seconds, "events": [], "looks": []}
     with tempfile.TemporaryDirectory(prefix="tandem-") as made:
         folder = chosen.folder or Path(made)
-        stack = Stack(folder, chosen.model, chosen.worker_option)
+        stack = Stack(folder, chosen.model, chosen.worker_option, chosen.server_option)
         try:
             traffic = Traffic(
                 lambda: stack.server.url, "soak", stack.key, stack.store.url,
