@@ -1,6 +1,6 @@
 """Model directories of real shapes without weights, for `tandem serve DIR --load-format dummy`.
 
-    python benchmarks/shapes.py 27B DIR             # Qwen3.5
+    python benchmarks/shapes.py 27B DIR             # Qwen3.5; 35B-A3B is its mixture of experts
     python benchmarks/shapes.py Llama-3.1-8B DIR    # others, as published
 
 The dimensions are those of the published configurations (shapes.json: what the sizes share, and where they differ).
@@ -21,8 +21,10 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "shapes.json").read_text())
-SIZES = tuple(FACTS["sizes"])
-PUBLISHED = Path(__file__).resolve().parent.parent / "tests" / "data" / "configs" / "other"
+MIXTURE = "35B-A3B"
+SIZES = (*FACTS["sizes"], MIXTURE)
+CONFIGS = Path(__file__).resolve().parent.parent / "tests" / "data" / "configs"
+PUBLISHED = CONFIGS / "other"
 OTHERS = ("Llama-3.1-8B", "Qwen3-8B", "gemma-3-1b", "OLMo-2-7B", "Mistral-7B-v0.3", "Qwen2.5-7B", "tiny-llama")
 """What is not a Qwen3.5."""
 TINY = ("tiny", "tiny-llama")
@@ -37,14 +39,16 @@ def text_facts(size: str) -> dict[str, Any]:
     """The text dimensions of `size`, as in its config.json."""
     if size in OTHERS:
         return TINY_LLAMA if size == "tiny-llama" else dict(json.loads((PUBLISHED / f"{size}.json").read_text()))
+    if size == MIXTURE:
+        return dict(json.loads((CONFIGS / f"qwen3_5-{size}.json").read_text()))
     return {**FACTS["common"]["text"], **FACTS["sizes"][size]["text"]}
 
 
 def text_config(size: str) -> Any:
     """transformers' configuration of the text model of `size`."""
-    from transformers import Qwen3_5TextConfig
+    from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
-    return Qwen3_5TextConfig(**text_facts(size))
+    return (Qwen3_5MoeTextConfig if size == MIXTURE else Qwen3_5TextConfig)(**text_facts(size))
 
 
 def write_shape(size: str, folder: Path, context: int = 32768) -> Path:
@@ -55,22 +59,23 @@ def write_shape(size: str, folder: Path, context: int = 32768) -> Path:
     """
     if size in OTHERS:
         return _write_other(size, folder, context)
-    from transformers import GenerationConfig, Qwen3_5Config
+    from transformers import GenerationConfig, Qwen3_5Config, Qwen3_5MoeConfig
 
     from worker.testing.tiny_model import build_tokenizer, write_processors
 
     tokenizer = build_tokenizer()
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     text = text_facts(size) | {"eos_token_id": end_of_text, "max_position_embeddings": context}
-    vision = {**FACTS["common"]["vision"], **FACTS["sizes"][size]["vision"]}
+    vision = {**FACTS["common"]["vision"], **FACTS["sizes"].get(size, FACTS["sizes"]["2B"])["vision"]}
     special = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     ids = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in special.items()}
-    config = Qwen3_5Config(
+    kind, name = (Qwen3_5MoeConfig, "Qwen3_5Moe") if size == MIXTURE else (Qwen3_5Config, "Qwen3_5")
+    config = kind(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=text["tie_word_embeddings"],
         dtype="bfloat16",
-        architectures=["Qwen3_5ForConditionalGeneration"],
+        architectures=[f"{name}ForConditionalGeneration"],
         **ids,
     )
     folder.mkdir(parents=True)
