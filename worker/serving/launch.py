@@ -13,11 +13,12 @@ import importlib.metadata
 import json
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from worker.serving.leftovers import end_leftovers
+from worker.serving.leftovers import GONE_SECONDS, end_leftovers, is_ending
 from worker.serving.protocol import LINEAGE_ENV, PLUGIN, SERVE_ENV, WEIGHT_ENGINE
 from worker.serving.refused_options import stale_drafter
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags
@@ -133,17 +134,28 @@ def lock(run_dir: Path, model: str, tell: Callable[[str], None] = print) -> None
 
 
 def _refuse_leftovers(run_dir: Path) -> None:
-    """A process that still holds a socket, and that `end_leftovers` did not take for one of ours."""
+    """A process that still holds a socket, and that `end_leftovers` did not take for one of ours.
+
+    One that is ending is waited for: it has no environment any more that could say whose it is.
+    """
     for name in ("weights.sock", "control.sock"):
-        try:
-            with unix_socket.connect(unix_socket.socket_path(run_dir, name), timeout=2.0) as sock:
-                pid, _ = unix_socket.peer(sock)
-        except unix_socket.WireError:
-            continue
-        raise LaunchError(
-            f"process {pid} still holds {run_dir / name} and was not started by `tandem serve` for this folder: end it"
-            f" (kill {pid}), or choose another --run-dir"
-        )
+        deadline = time.monotonic() + GONE_SECONDS
+        while (pid := _holder(run_dir, name)) is not None:
+            if not is_ending(pid) or time.monotonic() > deadline:
+                raise LaunchError(
+                    f"process {pid} still holds {run_dir / name} and was not started by `tandem serve` for this folder:"
+                    f" end it (kill {pid}), or choose another --run-dir"
+                )
+            time.sleep(0.05)
+
+
+def _holder(run_dir: Path, name: str) -> int | None:
+    """The process that listens on the socket `name`, if one does."""
+    try:
+        with unix_socket.connect(unix_socket.socket_path(run_dir, name), timeout=2.0) as sock:
+            return unix_socket.peer(sock)[0]
+    except unix_socket.WireError:
+        return None
 
 
 def _kv_cache_said(given: Mapping[str, list[str]], environment: Mapping[str, str]) -> bool:

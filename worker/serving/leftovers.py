@@ -61,6 +61,14 @@ def find_leftovers(run_dir: Path) -> list[int]:
     return sorted(pid for pid in _processes() if _ours(pid, run_dir) and not _has_api_process(pid, run_dir))
 
 
+def is_ending(pid: int) -> bool:
+    """Whether `pid` has let go of its memory, and with it of its command line: what it holds else goes next."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
 def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, until
 
 from worker.serving import launch
 from worker.serving.expert_kernels import kernel_options
@@ -247,6 +249,38 @@ def test_a_process_of_somebody_else_that_holds_a_socket_is_named(tmp_path: Path)
         result = serve("model", run_dir=run_dir)
     assert result.returncode == 1
     assert f"process {os.getpid()} still holds {run_dir}/weights.sock and was not started by" in result.stderr
+
+
+ENDING = """
+import ctypes, sys, threading, time
+from pathlib import Path
+from worker.utils import unix_socket
+held = unix_socket.bind(sys.argv[1])
+held.listen()
+def hold():
+    print("ready", flush=True)
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.02)
+    held.close()
+threading.Thread(target=hold).start()
+ctypes.CDLL(None).pthread_exit(None)  # the first thread ends: /proc has no command line of the process any more
+"""
+
+
+def test_a_process_that_is_ending_and_still_holds_a_socket_is_waited_for(tmp_path: Path) -> None:
+    run_dir, gone = unix_socket.prepare_run_dir(tmp_path / "run"), tmp_path / "gone"
+    holding = [sys.executable, "-c", ENDING, str(run_dir / "weights.sock"), str(gone)]
+    code = "import sys; from pathlib import Path; from worker.serving.launch import lock; lock(Path(sys.argv[1]), 'm')"
+    with ExitStack() as stack:
+        ending = stack.enter_context(subprocess.Popen(holding, stdout=subprocess.PIPE, text=True))
+        stack.callback(gone.touch)
+        assert ending.stdout is not None and ending.stdout.readline() == "ready\n"
+        until(lambda: not Path(f"/proc/{ending.pid}/cmdline").read_bytes(), "have no command line")
+        taking = stack.enter_context(subprocess.Popen([sys.executable, "-c", code, str(run_dir)]))
+        with pytest.raises(subprocess.TimeoutExpired):
+            taking.wait(3)
+        gone.touch()
+        assert taking.wait(PATIENCE) == 0
 
 
 def _points_to(descriptor: str, path: Path) -> bool:
