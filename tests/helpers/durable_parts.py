@@ -51,6 +51,8 @@ class Site:
         self.folder, self.model = folder, model
         self.state = folder / "state"
         self.run_dir = folder / "run"
+        self.extra: dict[str, str] = {}
+        """More environment of commands."""
         self.store = RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
         self.producer = Producer(self.store.url)
@@ -84,7 +86,7 @@ class Site:
 
     def start(self, *arguments: str, fault: str | None = None, run: Any = run_tandem) -> Forked:
         environment = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.run_dir), "TANDEM_FAULT": fault or ""}
-        environment |= {"TANDEM_STATE_DIR": str(self.state)}
+        environment |= {"TANDEM_STATE_DIR": str(self.state)} | self.extra
         return Forked(run, arguments, environment, self.folder / "tandem.log")
 
     def tandem(self, *arguments: str, code: int = 0) -> str:

@@ -25,6 +25,8 @@ from worker.consumer.worker_lock import WorkerLock
 from worker.operations.worker_metrics import WorkerMetrics
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.fleet import Fleet
+from worker.orchestrator.lone import Lone
+from worker.orchestrator.rank_fleet import RankFleet
 from worker.orchestrator.reports import log_report
 from worker.orchestrator.session import open_session
 from worker.orchestrator.worker_loop import WorkerLoop
@@ -123,10 +125,11 @@ def command(
             log.info(taken_over)
         stack.callback(lock.release)
         tell = metrics.telling(log_report)
-        session = stack.enter_context(opening(known=ledger.state(connection), new_lineage=new_lineage, tell=tell))
+        known, number = ledger.state(connection), replica.number if replica is not None else None
+        session = stack.enter_context(opening(known=known, new_lineage=new_lineage, tell=tell, replica=number))
         agree(connection, session, new_lineage=new_lineage, tell=tell)
         metrics.began(session.weights.header.version, session.manager.folder)
-        fleet = None
+        fleet: Lone | None = RankFleet(session.ranks) if session.ranks is not None else None
         if replica is not None:
             fleet = Fleet(session, meeting_of(replica), replica.wait)
             max_tokens *= replica.count  # a replica's part is as long as a lone worker's version
