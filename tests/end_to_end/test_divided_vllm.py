@@ -83,7 +83,7 @@ def test_twenty_transcripts_are_learnt_torn_and_mended(site: DividedSite) -> Non
     distance = sum(float((whole[name] - tensor.float()).square().sum()) for name, tensor in alone.tensors.items())
     size = sum(float(tensor.square().sum()) for tensor in whole.values())
     print(f"weights of {RANKS} ranks and of one process: {(distance / size) ** 0.5:.2e} of their size apart")
-    assert (distance / size) ** 0.5 < 2e-3
+    assert (distance / size) ** 0.5 < 5e-3
 
     # Rank 1 dies in the write: 503 with the reason, on the one address; the next start mends it.
     more = site.send("u", 3)
