@@ -6,7 +6,7 @@
 `areas`: the flat state memory of each process; `shapes`: of the whole tensors, in the optimizer's order; `parts`: for
 each tensor, which part each process holds (None: all of it). For matrices that take APOLLO and the rest AdamW.
 
-Must not know: processes, torch.distributed, Redis, vLLM.
+Must not know: Redis, vLLM.
 Invariants: what every process holds in full is the same on each, so the first one's is taken. Put together and taken
 apart, every area has the bits that it had.
 """

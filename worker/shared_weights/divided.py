@@ -7,7 +7,7 @@
 A trainer computes on one rank's part; this is for the process that leads, which opens every rank's memory. The record
 of the last batch is rank 0's alone.
 
-Must not know: Redis, processes, torch.distributed.
+Must not know: Redis.
 Invariants: rank 0's header, which the server reads, says APPLYING before any other does, and CLEAN with a version after
 all others do. So where it says CLEAN, every rank has that version. Ranks that disagree are torn.
 """
