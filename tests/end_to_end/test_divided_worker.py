@@ -86,9 +86,13 @@ def test_whoever_dies_wherever_the_weights_are_those_of_an_undisturbed_run(
     tmp_path: Path, tiny_model: Path, way: str
 ) -> None:
     """Every point, either rank: nothing lost, nothing twice, torn where a write was cut off, the same bits in the
-    end. Rank 1 passes three points: it has no journal, no lease and no Redis."""
+    end. Rank 1 passes four points: it has no journal, no lease and no Redis."""
     expected: dict[str, tuple[str, int]] = {}
-    cases = [(None, ""), *((1, point) for point in ("backward", *WRITING)), *((0, point) for point in UPDATE_POINTS)]
+    cases = [
+        (None, ""),
+        *((1, point) for point in ("backward", *WRITING, "applied")),
+        *((0, point) for point in UPDATE_POINTS),
+    ]
     for rank, point in cases:
         folder = tmp_path / f"{rank}-{point}"
         folder.mkdir()

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+from producer.errors import TandemError
+from worker.config.protocol import UnavailableError
 from worker.distributed.errors import GroupLostError, SharedFailureError
 from worker.orchestrator.lone import Lone
 from worker.orchestrator.rank_trainers import RankTrainers
@@ -37,6 +39,11 @@ class RankFleet(Lone):
         raise AssertionError("the last try returns or raises")
 
     def look(self) -> None:
-        if (reason := self.ranks.processes.ended()) is not None:
-            log.warning("%s: every rank but 0 is started again", reason)
+        """Raises `UnavailableError` where new processes cannot be had: no transcript is to blame."""
+        if (reason := self.ranks.processes.ended()) is None:
+            return
+        log.warning("%s: every rank but 0 is started again", reason)
+        try:
             self.ranks.renew()
+        except TandemError as error:
+            raise UnavailableError(f"{reason}, and the ranks could not be started again: {error}") from error

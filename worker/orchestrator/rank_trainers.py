@@ -59,11 +59,6 @@ class RankTrainers:
         """Of ranks, this one included."""
         return self.processes.ranks
 
-    @property
-    def lost(self) -> str | None:
-        """Why the others are not there; None while they are."""
-        return self.processes.lost
-
     def together(self, message: Message, work: Callable[[], T]) -> T:
         """As `RankProcesses.together`."""
         return self.processes.together(message, work)

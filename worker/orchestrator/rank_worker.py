@@ -33,6 +33,7 @@ from worker.trainer.leading import obey
 from worker.trainer.proof import expect
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup, unix_socket
+from worker.utils.fault_injection import point
 
 log = logging.getLogger("tandem")
 
@@ -107,6 +108,8 @@ def main() -> int:
                 raised = type(error).__name__
             if message["op"] != "forget":
                 unix_socket.send(sock, {"raised": raised})
+            if message["op"] == "write":
+                point("applied")
     except Exception as error:
         with contextlib.suppress(unix_socket.WireError):  # rank 0 is gone
             unix_socket.send(sock, {"failed": f"{type(error).__name__}: {error}"[:2000]})

@@ -10,6 +10,7 @@ Invariant: a method that needs a sum over ranks is called on all ranks or on non
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 
 from worker.data.example_codec import example_of, plain_example
 from worker.data.examples import Example
+from worker.distributed.errors import GroupLostError
 from worker.trainer.gradients import Gradients, Limit
 from worker.trainer.outliers import ToldLimit
 from worker.trainer.sharing import Alone, InTurn
@@ -31,10 +33,6 @@ Message = dict[str, Any]
 
 class Lead(Protocol):
     """What tells the other ranks: `worker.distributed.rank_processes.RankProcesses`."""
-
-    @property
-    def lost(self) -> str | None:
-        """Why nobody is there; None while all are."""
 
     def together(self, message: Message, work: Callable[[], T]) -> T:
         """`work()`, while the others do what `message` says."""
@@ -63,8 +61,9 @@ class LeadingTrainer(Trainer):
         self._all("write", partial(_written, super().write, self))
 
     def forget(self) -> None:
-        if not self._inside and self._lead.lost is None:
-            self._lead.tell({"op": "forget"})
+        if not self._inside:
+            with suppress(GroupLostError):  # who is lost keeps nothing; the next step finds out
+                self._lead.tell({"op": "forget"})
         super().forget()
 
     def gradient_norm(self) -> float | None:
