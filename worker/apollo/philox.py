@@ -38,18 +38,18 @@ def philox4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[T
     counter: four int64 tensors (or ints) of one shape holding unsigned 32-bit words; key: two such words. Returns
     four int64 tensors of words.
     """
-    c0, c1, c2, c3 = _rounds(*(torch.as_tensor(word, dtype=torch.int64) for word in counter), key=key)
+    c0, c1, c2, c3 = _rounds([torch.as_tensor(word, dtype=torch.int64) for word in counter], key)
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     return c0, c1, c2, c3
 
 
-def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+def _rounds(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     """`philox4x32` of int64 tensors, or of numpy's int64 arrays.
 
     A 32 x 32-bit product overflows int64's sign, harmlessly: its low 64 bits are right, and the mask after the
     arithmetic shift takes the sign's copies away.
     """
-    k0, k1 = key
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         p0, p1 = c0 * _M0, c2 * _M1
         c0 = ((p1 >> 32) ^ c1 ^ k0) & _MASK
@@ -105,7 +105,7 @@ def projections(seed: int, ids: Sequence[int], draw: int, length: int) -> Tensor
     for first in range(0, len(normals), _CHUNK):
         numbers = np.arange(first, min(first + _CHUNK, len(normals)))
         block, matrix = numbers % blocks, matrices[numbers // blocks]
-        words = _rounds(block & _MASK, block >> 32, np.full_like(block, draw & _MASK), matrix, key=key)
+        words = _rounds((block & _MASK, block >> 32, np.full_like(block, draw & _MASK), matrix), key)
         uniform = [(word.astype(np.float64) + 0.5) / 2.0**32 for word in words]
         for column in (0, 2):
             distance = np.sqrt(-2 * np.log(uniform[column]))
