@@ -30,14 +30,23 @@ console = Console()
 
 
 def campaign(
-    folder: Path, model: Path, *, real: bool, seed: int, kills: int, transcripts: int, replicas: int = 1
+    folder: Path,
+    model: Path,
+    *,
+    real: bool,
+    seed: int,
+    kills: int,
+    transcripts: int,
+    replicas: int = 1,
+    rolling: bool = False,
 ) -> dict[str, Any]:
     """One campaign and its audit; the report as plain data, which is also left in the folder."""
     name = "vLLM" if real else "stand-in"
     settings = {"seed": seed, "kills": kills, "transcripts": transcripts, "server": name}
     settings |= {"replicas": replicas} if replicas > 1 else {}
+    settings |= {"rolling": True} if rolling else {}
     _check_settings(folder, settings)
-    cluster = Cluster(folder, model, real=real, options=OPTIONS, replicas=replicas)
+    cluster = Cluster(folder, model, real=real, options=OPTIONS, replicas=replicas, rolling=rolling)
     started = time.monotonic()
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
     try:
@@ -86,10 +95,15 @@ def _print(report: dict[str, Any], verdict: Verdict) -> None:
 @click.option("--real-vllm-kills", type=click.IntRange(0), default=20, help="Kills on real vLLM, besides.")
 @click.option("--transcripts", type=click.IntRange(1), default=2000, help="On the stand-in; a tenth of it on vLLM.")
 @click.option("--replicas", type=click.IntRange(1, 2), default=1, help="2: with a second server, killed as well.")
+@click.option("--rolling", is_flag=True, help="With --replicas 2: their servers pause in turn.")
 @click.option("--seed", type=int, default=0, help="Of the plan of kills.")
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="State and logs; goes on if it exists.")
-def main(kills: int, real_vllm_kills: int, transcripts: int, replicas: int, seed: int, folder: Path) -> None:
+def main(
+    kills: int, real_vllm_kills: int, transcripts: int, replicas: int, rolling: bool, seed: int, folder: Path
+) -> None:
     """See the module."""
+    if rolling and replicas == 1:
+        raise click.UsageError("--rolling goes with --replicas 2")
     from worker.testing.tiny_model import make_tiny
 
     console.print(f"seed {seed}, {kills} kills on the stand-in, {real_vllm_kills} on vLLM, folder {folder}")
@@ -97,17 +111,13 @@ def main(kills: int, real_vllm_kills: int, transcripts: int, replicas: int, seed
     model = folder / "model"
     if not model.exists():
         make_tiny(model)
-    failed = False
+    failed, fleet = False, {"replicas": replicas, "rolling": rolling}
     if kills:
-        report = campaign(
-            folder / "s", model, real=False, seed=seed, kills=kills, transcripts=transcripts, replicas=replicas
-        )
+        report = campaign(folder / "s", model, real=False, seed=seed, kills=kills, transcripts=transcripts, **fleet)
         failed |= bool(report["problems"])
     if real_vllm_kills:
         count = max(transcripts // 10, 10 * real_vllm_kills)
-        report = campaign(
-            folder / "v", model, real=True, seed=seed, kills=real_vllm_kills, transcripts=count, replicas=replicas
-        )
+        report = campaign(folder / "v", model, real=True, seed=seed, kills=real_vllm_kills, transcripts=count, **fleet)
         failed |= bool(report["problems"])
     sys.exit(failed)
 

@@ -143,11 +143,18 @@ class Cluster:
     """All of it in `folder`. `tandem worker` gets `options` besides those of every worker here.
 
     replicas: 2: there is a second server, with a worker that follows. Whoever starts a worker finds, as the dice say,
-    that server fresh, or that worker dead or about to die.
+    that server fresh, or that worker dead or about to die. rolling: their servers pause in turn.
     """
 
     def __init__(
-        self, folder: Path, model: Path, *, real: bool = False, options: tuple[str, ...] = (), replicas: int = 1
+        self,
+        folder: Path,
+        model: Path,
+        *,
+        real: bool = False,
+        options: tuple[str, ...] = (),
+        replicas: int = 1,
+        rolling: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.model, self.options = folder, model, options
@@ -159,6 +166,7 @@ class Cluster:
         self.worker: Forked | None = None
         self.starts = 0
         self.replicas, self.other_dir = replicas, folder / "run-1"
+        self._in_turn = ("--rolling",) if rolling else ()
         self.other_server: Server | None = None
         self.follower: Forked | None = None
         self._port = _free_port()
@@ -199,7 +207,7 @@ class Cluster:
         self.starts += 1
         if self.replicas > 1:
             meeting = ("--replica", "0/2", "--rendezvous", f"127.0.0.1:{self._port}", "--replica-wait", "5")
-            more = (*meeting, *more)
+            more = (*meeting, *self._in_turn, *more)
         self.worker = self.start_command("worker", *LEARNING, *self.options, *more, fault=fault)
         return self.worker
 

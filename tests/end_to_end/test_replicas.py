@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import urllib.request
 from collections.abc import Iterator
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chaos_processes import Forked, RealServer
-from durable_parts import LEARNING, QUIET, transcripts
+from chaos_processes import RealServer
+from durable_parts import QUIET, transcripts
+from fleet_parts import FleetSite, check_killed_follower, check_killed_leader
 from patience import PATIENCE, until
-from replica_parts import FleetSite, feedback
 
 from worker.checkpoint.file_digests import fingerprint
 from worker.checkpoint.journal import Journal
@@ -21,9 +20,6 @@ from worker.checkpoint.records import UpdateRecord
 from worker.checkpoint.state_dir import StateDir
 from worker.shared_weights.attach import attach
 from worker.utils.fault_injection import UPDATE_POINTS
-
-TOLD = ("applying", "swept", "applied", "resumed")
-"""Points that a replica passes when replica 0 has said that the version will be made."""
 
 
 @pytest.fixture
@@ -33,16 +29,9 @@ def site(tmp_path: Path, tiny_model: Path) -> Iterator[FleetSite]:
     site.close()
 
 
-def send_kinds(site: FleetSite, count: int) -> list[str]:
-    sent = feedback(count)
-    for item in sent:
-        site.producer.enqueue(**item)
-    return [item["id"] for item in sent]
-
-
 def test_two_replicas_are_one_worker_and_each_is_restored_from_its_own_disk(site: FleetSite) -> None:
     """All kinds of feedback; then each replica's state directory alone makes the same weights again, in one process."""
-    sent = send_kinds(site, 9)
+    sent = site.send_kinds(9)
     assert "replicas 0, 1 of 2 train together" in site.together()
     version = site.all_agree()
     assert version == 3 and sorted(site.trained()) == sorted(sent)
@@ -55,32 +44,6 @@ def test_two_replicas_are_one_worker_and_each_is_restored_from_its_own_disk(site
         site.restart_server()
         site.work("--state-dir", str(state), "--no-checkpoint-at-stop")
         assert site.standing(0) == before, "weights, optimizer's state, version and lineage"
-
-
-def check_killed_follower(site: FleetSite, point: str) -> None:
-    """Replica 0 ends its batch alone; the other one, started again, gets its weights."""
-    sent = site.send(f"f-{point}", 3)
-    other = site.follow(1, fault=point)
-    said = site.lead()
-    assert other.ended() == -signal.SIGKILL, other.said()
-    assert re.search("(a replica|replica 1) was lost", said) and set(sent) <= set(site.trained()), said
-    version = site.agree()
-    assert (site.manifest(version).get("replicas") == "2") == (point in TOLD)
-    site.together()
-    assert site.all_agree() == version
-    assert len(site.trained()) == len(set(site.trained()))
-
-
-def check_killed_leader(site: FleetSite, point: str) -> None:
-    """The other one puts back what was not written, and waits for the next replica 0."""
-    sent = site.send(f"l-{point}", 3)
-    other = site.follow(1)
-    site.lead_killed(point)
-    said = site.lead()
-    assert other.ended() == 0, other.said()
-    assert "replicas 0, 1 of 2 train together" in said
-    site.all_agree()
-    assert set(sent) <= set(site.trained()) and len(site.trained()) == len(set(site.trained()))
 
 
 def test_a_killed_replica_is_brought_back_to_the_weights_of_replica_0(site: FleetSite) -> None:
@@ -98,24 +61,6 @@ def test_a_replica_killed_at_any_point(site: FleetSite, point: str) -> None:
 @pytest.mark.parametrize("point", UPDATE_POINTS)
 def test_replica_0_killed_at_any_point(site: FleetSite, point: str) -> None:
     check_killed_leader(site, point)
-
-
-def background(site: FleetSite, *options: str) -> Forked:
-    """Replica 0's worker, which goes on until it is told to stop."""
-    return site.start("worker", *site.replica(0), *LEARNING, *QUIET, "--max-jobs", "3", *options)
-
-
-def stop(leader: Forked, site: FleetSite) -> str:
-    os.kill(leader.pid, signal.SIGTERM)
-    assert leader.ended() == 0, leader.said()
-    for follower in site.followers.values():
-        assert follower.ended() == 0, follower.said()
-    return leader.said()
-
-
-def to_version(site: FleetSite, version: int, leader: Forked) -> None:
-    until(lambda: site.producer.version() >= version or not leader.alive(), f"version {version}")
-    assert leader.alive(), leader.said()
 
 
 @pytest.mark.slow
@@ -206,17 +151,17 @@ def journaled(site: FleetSite, number: int, version: int) -> UpdateRecord:
 def test_weights_that_are_not_equal_are_said_and_made_equal(site: FleetSite) -> None:
     site.send("u", 1)
     site.follow(1)
-    leader = background(site)
-    to_version(site, 1, leader)
+    leader = site.background()
+    site.to_version(1, leader)
     attach(site.run_dir_of(1)).tensors["model.norm.weight"][0] += 1
     site.send("v", 1)
-    to_version(site, 2, leader)
+    site.to_version(2, leader)
     site.send("w", 1)
-    to_version(site, 3, leader)
+    site.to_version(3, leader)
     status = json.loads(site.tandem("status", "--json", code=1))
     assert status["replicas"]["unequal"] == 1 and list(status["replicas"]["present"]) == ["0", "1"]
     assert any("replica digest unequal" in problem for problem in status["problems"])
-    said = stop(leader, site)
+    said = site.stop(leader)
     assert "replica digest unequal: replica 1 has other weights than replica 0 at version 2" in said
     assert site.all_agree() == 3 and site.manifest(3)["replicas"] == "2"
 
@@ -228,12 +173,12 @@ def test_servers_redis_and_replicas_that_go_away_under_three(tmp_path: Path, tin
         sent = site.send("a", 3)
         for number in (1, 2):
             site.follow(number)
-        leader = background(site)
-        to_version(site, 1, leader)
+        leader = site.background()
+        site.to_version(1, leader)
         site.servers[1].kill()  # its worker ends and says so; the others go on
         assert site.followers[1].ended() == 1 and "Start the server again" in site.followers[1].said()
         sent += site.send("b", 3)
-        to_version(site, 2, leader)
+        site.to_version(2, leader)
         assert site.manifest(2)["replicas"] == "2"
         site.restart_other_server(1)
         site.follow(1)  # a new server: lineage and weights come from replica 0
@@ -241,9 +186,9 @@ def test_servers_redis_and_replicas_that_go_away_under_three(tmp_path: Path, tin
         site.store.kill()
         site.store.start()
         sent += site.send("c", 3)
-        to_version(site, 3, leader)
+        site.to_version(3, leader)
         assert site.manifest(3)["replicas"] == "3"
-        stop(leader, site)
+        site.stop(leader)
         assert site.all_agree() == 3 and sorted(site.trained()) == sorted(sent)
     finally:
         site.close()
@@ -253,14 +198,14 @@ def test_servers_redis_and_replicas_that_go_away_under_three(tmp_path: Path, tin
 def test_one_that_hangs_while_servers_stand_still_is_left_behind_and_comes_back(site: FleetSite) -> None:
     sent = site.send("h", 3)
     other = site.follow(1, fault="paused:1:stop")
-    leader = background(site)
-    to_version(site, 1, leader)
+    leader = site.background()
+    site.to_version(1, leader)
     assert site.manifest(1).get("replicas") is None and sorted(site.trained()) == sorted(sent)
     os.kill(other.pid, signal.SIGCONT)
     until(lambda: other.said().count("is one of") == 2 or not other.alive(), "it is back")
     site.send("i", 3)
-    to_version(site, 2, leader)
-    stop(leader, site)
+    site.to_version(2, leader)
+    site.stop(leader)
     assert site.all_agree() == 2 and site.manifest(2)["replicas"] == "2"
 
 
@@ -291,16 +236,25 @@ def test_two_real_servers_learn_the_same_and_one_that_was_killed_learns_it_again
 ) -> None:
     site = FleetSite(tmp_path, tiny_model, real=True)
     try:
-        send_kinds(site, 6)
+        site.send_kinds(6)
         site.together()
         assert site.all_agree() == 2
         answers = [says(server) for server in (site.server, site.servers[1])]
         assert answers[0][0] == answers[1][0]
         assert all(headers["x-weight-version"] == "2" for _, headers in answers)
+        site.follow(1)
+        leader = site.background("--rolling", fault="resumed:1:stop")  # it hangs when only its own server has version 3
+        site.send("a", 3)
+        until(lambda: site.served_by(0) == ("serving", 3) or not leader.alive(), "half of a roll")
+        assert [says(server)[1]["x-weight-version"] for server in (site.server, site.servers[1])] == ["3", "2"]
+        os.kill(leader.pid, signal.SIGCONT)
+        site.to_version(3, leader)
+        assert [says(server)[1]["x-weight-version"] for server in (site.server, site.servers[1])] == ["3", "3"]
+        site.stop(leader)
         site.restart_other_server(1)
         site.send("b", 3)
         site.together()
-        assert site.all_agree() == 3 and site.manifest(3)["replicas"] == "2"
+        assert site.all_agree() == 4 and site.manifest(4)["replicas"] == "2"
         assert says(site.server)[0] == says(site.servers[1])[0]
     finally:
         site.close()

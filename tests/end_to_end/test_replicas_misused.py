@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from chaos_processes import Forked, run_tandem
 from durable_parts import LEARNING, QUIET, transcripts
+from fleet_parts import FleetSite
 from patience import until
-from replica_parts import FleetSite
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chaos_processes import Forked, RealServer, run_stand_in, run_tandem
-from durable_parts import LEARNING, QUIET, Site
+from chaos_processes import Forked
 from patience import PATIENCE, until
 from stack_parts import transcripts
 
 from worker.checkpoint import replay
-from worker.shared_weights.attach import attach
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -171,80 +169,3 @@ def replicas(model: Path, folder: Path, count: int, way: str, versions: int) -> 
     for process in processes:
         assert process.ended() == 0, process.said()
     return [json.loads(out.read_text()) for out in outs]
-
-
-class FleetSite(Site):
-    """A site with several stand-ins: replica 0's is the site's own; the others' workers are `follower(n)`."""
-
-    def __init__(self, folder: Path, model: Path, count: int = 2, *, real: bool = False) -> None:
-        """real: with vLLM instead of stand-ins."""
-        super().__init__(folder, model, real=real)
-        self.count, self.port = count, free_port()
-        self.servers = {n: self.start_other_server(n) for n in range(1, count)}
-        self.followers: dict[int, Forked] = {}
-
-    def run_dir_of(self, number: int) -> Path:
-        return self.folder / f"run-{number}" if number else self.run_dir
-
-    def state_of(self, number: int) -> Path:
-        return self.folder / f"state-{number}" if number else self.state
-
-    def start_other_server(self, number: int) -> Any:
-        if self.real:
-            return RealServer(self.model, self.run_dir_of(number), self.folder / f"server-{number}.log")
-        folders = (str(self.model), str(self.run_dir_of(number)))
-        server = Forked(run_stand_in, folders, {}, self.folder / f"server-{number}.log")
-        until(lambda: "ready" in server.said(), "the stand-in is ready")
-        return server
-
-    def restart_other_server(self, number: int) -> None:
-        self.servers[number].kill()
-        self.servers[number] = self.start_other_server(number)
-
-    def close(self) -> None:
-        for process in (*self.followers.values(), *self.servers.values()):
-            process.kill()
-        super().close()
-
-    def replica(self, number: int) -> list[str]:
-        """The flags of one."""
-        meeting = ["--rendezvous", f"127.0.0.1:{self.port}", "--replica-wait", str(PATIENCE)]
-        return ["--replica", f"{number}/{self.count}", *meeting]
-
-    def follow(self, number: int, *options: str, fault: str | None = None) -> Forked:
-        """The worker of a replica but 0, in the background."""
-        own = ["--run-dir", str(self.run_dir_of(number)), "--state-dir", str(self.state_of(number))]
-        environment = {"TANDEM_FAULT": fault or ""}
-        arguments = ("worker", *self.replica(number), *own, *LEARNING, *QUIET, *options)
-        self.followers[number] = Forked(run_tandem, arguments, environment, self.folder / f"tandem-{number}.log")
-        return self.followers[number]
-
-    def lead(self, *options: str, jobs: int = 3, code: int = 0) -> str:
-        """Replica 0's worker until the queue is empty."""
-        return self.work(*self.replica(0), *QUIET, *options, jobs=jobs, code=code)
-
-    def lead_killed(self, fault: str, *options: str, jobs: int = 3) -> str:
-        return self.killed(fault, *self.replica(0), *QUIET, *options, jobs=jobs)
-
-    def together(self, *options: str, jobs: int = 3) -> str:
-        """All replicas until the queue is empty; what replica 0 said."""
-        for number in range(1, self.count):
-            self.follow(number, *options)
-        said = self.lead(*options, jobs=jobs)
-        for follower in self.followers.values():
-            assert follower.ended() == 0, follower.said()
-        return said
-
-    def standing(self, number: int) -> tuple[str, int, str, str]:
-        """Digest of weights and optimizer's state, and the header's version, lineage and state."""
-        weights = attach(self.run_dir_of(number))
-        fields = weights.header.fields()
-        said = fields["version"], fields["lineage"], fields["state"]
-        return (replay.digest(weights.tensors | {"state": weights.state}), *said)
-
-    def all_agree(self) -> int:
-        """Every replica, Redis and the ledger tell one story; the version."""
-        version = self.agree()
-        standings = {self.standing(number) for number in range(self.count)}
-        assert len(standings) == 1, standings
-        return version

@@ -5,13 +5,15 @@
 The header, record and optimizer areas, weights.sock and control.sock are the real ones; the parameters lie in vLLM's
 merged layout, read from a file that tests/test_chaos_layout.py compares with a real server's. Only the engine is
 trivial: it is paused or it runs. So the real `tandem worker` attaches to it unchanged, and it starts in the time torch
-takes to be imported, where vLLM takes half a minute. Never part of the product.
+takes to be imported, where vLLM takes half a minute. It says on standard output when (time.monotonic()) it became
+paused, serving or torn, and at which version. Never part of the product.
 """
 
 import asyncio
 import json
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,7 @@ async def _serve(memory: Memory, run_dir: Path) -> None:
     fields = header.fields()
     state = ServerState(str(fields["lineage"]), int(fields["version"]))
     running = dict.fromkeys(map(str, range(int(os.environ.get(REQUESTS) or 0))), 0)
+    state.changed = lambda: print(time.monotonic(), state.condition, state.version, flush=True)
     rendering = {"chat_template": None, "template_kwargs": {}}
     control = Control(Engine(), state, run_dir, rendering, progress=lambda: running, score=memory.score)
     await control.start()

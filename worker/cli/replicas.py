@@ -9,6 +9,7 @@ from worker.config.replica_options import SECRET, ReplicaSettings
 from worker.config.retention import Policy
 from worker.config.update_options import ApplySettings
 from worker.distributed.rendezvous import Address, Rendezvous
+from worker.orchestrator.fleet import Fleet
 from worker.orchestrator.follower import Follower
 from worker.orchestrator.session import Session
 
@@ -19,6 +20,16 @@ def check_together(replica: ReplicaSettings | None, settings: ApplySettings) -> 
     """Raises `TandemError` for flags that do not go with replicas."""
     if replica is not None and settings.hogwild:
         raise TandemError("--hogwild does not go with --replica: use --apply streaming without it, or burst")
+    check_rolling(replica, settings.apply)
+
+
+def check_rolling(replica: ReplicaSettings | None, way: str) -> None:
+    """Raises `TandemError` where servers cannot be paused in turn. way: of applying."""
+    if replica is not None and replica.rolling and way == "streaming":
+        raise TandemError(
+            "--rolling does not go with streaming: there the replicas add up gradients while they write, so all servers"
+            " stand still together; use --apply burst or factors, with fewer --max-tokens where memory is short"
+        )
 
 
 def meeting_of(replica: ReplicaSettings) -> Rendezvous:
@@ -33,6 +44,13 @@ def meeting_of(replica: ReplicaSettings) -> Rendezvous:
     return Rendezvous(
         address, replica.number, replica.count, seconds=replica.timeout, secret=replica.secret, kept=replica.kept
     )
+
+
+def lead(replica: ReplicaSettings, session: Session) -> Fleet:
+    """As replica 0, whose session is open: the others. Raises `TandemError` where the memory plan came to a way that
+    the flags do not go with."""
+    check_rolling(replica, session.trainer.way)
+    return Fleet(session, meeting_of(replica), replica.wait, rolling=replica.rolling)
 
 
 def follow(replica: ReplicaSettings, opening: Callable[..., AbstractContextManager[Session]], policy: Policy) -> None:

@@ -5,6 +5,7 @@ Must not know: torch, vLLM. Changes nothing it looks at.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def line(status: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
+def replicas_line(replicas: dict[str, Any]) -> str:
+    """0, 1 at version 12; 2 not there; lost 3 times, unequal once"""
+    at: dict[int, list[int]] = {}
+    for number, version in sorted(replicas["present"].items()):
+        at.setdefault(version, []).append(number)
+    parts = [f"{_listed(numbers)} at version {version}" for version, numbers in sorted(at.items(), reverse=True)]
+    if missing := [number for number in range(replicas["count"]) if number not in replicas["present"]]:
+        parts.append(f"{_listed(missing)} not there")
+    times = [f"{name} {_times(replicas[name])}" for name in ("lost", "unequal") if replicas[name]]
+    return "; ".join([*parts, *([", ".join(times)] if times else [])])
+
+
 @click.command()
 @redis_option
 @run_dir_option
@@ -64,14 +77,25 @@ def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
     else:
         click.echo(line(status))
         for name in ("queue", "last_update", "canary", "worker", "replicas", "server"):
-            if status.get(name):
-                shown = {key: value for key, value in status[name].items() if value is not None}
-                click.echo(f"  {name:12}" + ", ".join(f"{key} {_short(value)}" for key, value in shown.items()))
+            if found := status.get(name):
+                click.echo(f"  {name:12}{replicas_line(found) if name == 'replicas' else _shown(found)}")
         for problem in status["problems"]:
             click.echo(f"  ! {problem}")
     if status["problems"]:
         raise SystemExit(1)
 
 
+def _shown(found: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in found.items() if value is not None)
+
+
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace(os.linesep, " ")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import redis
 from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
 from worker.cli.places import run_dir_option
-from worker.cli.replicas import check_together, follow, meeting_of
+from worker.cli.replicas import check_together, follow, lead
 from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
 from worker.config.replica_options import placed, replica_options, replica_settings_of
@@ -24,9 +25,8 @@ from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.operations.worker_metrics import WorkerMetrics
 from worker.orchestrator.agreement import agree
-from worker.orchestrator.fleet import Fleet
 from worker.orchestrator.reports import log_report
-from worker.orchestrator.session import open_session
+from worker.orchestrator.session import Session, open_session
 from worker.orchestrator.worker_loop import WorkerLoop
 from worker.trainer.threads import TrainingThreads
 from worker.utils.metrics_http import is_loopback
@@ -74,9 +74,7 @@ def command(
     redis_url: str | None,
     run_dir: Path | None,
     name: str | None,
-    max_jobs: int,
     max_tokens: int,
-    linger: float,
     until_empty: bool,
     burst: bool,
     new_lineage: bool,
@@ -88,63 +86,68 @@ def command(
 ) -> None:
     """Drain the queue and train the weights that the server of --run-dir is serving."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    cpu_threads = TrainingThreads(threads)
+    limits = {"max_jobs": options.pop("max_jobs"), "linger": options.pop("linger")}
     policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
     replica = replica_settings_of(options)
     check_together(replica, settings)
     name = name or f"{socket.gethostname()}-{os.getpid()}" + (f"-replica-{replica.number}" if replica else "")
     run_dir = placed(run_dir or default_run_dir(), replica)
     state_dir = placed(state_dir, replica) if state_dir is not None else None
-    opening = partial(
-        open_session,
-        run_dir,
-        name,
-        Hyperparameters(**options),
-        state_dir=state_dir,
-        policy=policy,
-        settings=settings,
-        max_tokens=max_tokens,
-    )
+    opening = partial(open_session, run_dir, name, Hyperparameters(**options), state_dir=state_dir, policy=policy)
+    opening = partial(opening, settings=settings, max_tokens=max_tokens)
     if replica is not None and replica.follows:
         follow(replica, opening, policy)
         return
-    url = resolve_url(redis_url)
-    connection = connect(url, redis.Redis.from_url)
-    with redis_errors(safe_url(url)):
-        check_kind(connection, safe_url(url))
-    metrics = WorkerMetrics(url, run_dir)
-    with contextlib.ExitStack() as stack:
-        if metrics_port is not None:
-            log.info("metrics: %s", stack.enter_context(metrics.serving(metrics_host, metrics_port)))
-            if not is_loopback(metrics_host):
-                log.warning("metrics: everybody who reaches %s can read them; they hold no text", metrics_host)
-        lock = WorkerLock(connection, name)
-        if taken_over := lock.acquire():
-            log.info(taken_over)
-        stack.callback(lock.release)
-        tell = metrics.telling(log_report)
-        session = stack.enter_context(opening(known=ledger.state(connection), new_lineage=new_lineage, tell=tell))
-        agree(connection, session, new_lineage=new_lineage, tell=tell)
-        metrics.began(session.weights.header.version, session.manager.folder)
-        fleet = None
+    metrics = WorkerMetrics(resolve_url(redis_url), run_dir)
+    with _ready(name, metrics, (metrics_host, metrics_port), opening, new_lineage) as (connection, lock, session):
+        tell, fleet = metrics.telling(log_report), None
         if replica is not None:
-            fleet = Fleet(session, meeting_of(replica), replica.wait)
+            fleet = lead(replica, session)
             max_tokens *= replica.count  # a replica's part is as long as a lone worker's version
-        limits: dict[str, Any] = {"name": name, "max_jobs": max_jobs, "max_tokens": max_tokens, "linger": linger}
-        limits["history"] = policy.history
-        hooks, empty = [LogHooks(), metrics], until_empty or burst
-        loop = WorkerLoop(
+        WorkerLoop(
             connection,
             session,
             lock,
             guards,
-            cpu_threads,
-            until_empty=empty,
-            hooks=hooks,
+            TrainingThreads(threads),
+            until_empty=until_empty or burst,
+            hooks=[LogHooks(), metrics],
             tell=tell,
             fleet=fleet,
+            name=name,
+            max_tokens=max_tokens,
+            history=policy.history,
             **limits,
-        )
-        loop.run()
+        ).run()
         if policy.at_stop and (report := session.manager.checkpoints.try_write()):
             tell(report)
+
+
+@contextlib.contextmanager
+def _ready(
+    name: str,
+    metrics: WorkerMetrics,
+    shown_at: tuple[str, int | None],
+    opening: Callable[..., contextlib.AbstractContextManager[Session]],
+    new_lineage: bool,
+) -> Iterator[tuple[redis.Redis, WorkerLock, Session]]:
+    """What `WorkerLoop` begins with: a Redis that fits, its lock held, and a session that agrees with it. shown_at:
+    host and port of the metrics; no port: they are not shown."""
+    host, port = shown_at
+    url, tell = metrics.redis_url, metrics.telling(log_report)
+    connection = connect(url, redis.Redis.from_url)
+    with redis_errors(safe_url(url)):
+        check_kind(connection, safe_url(url))
+    with contextlib.ExitStack() as stack:
+        if port is not None:
+            log.info("metrics: %s", stack.enter_context(metrics.serving(host, port)))
+            if not is_loopback(host):
+                log.warning("metrics: everybody who reaches %s can read them; they hold no text", host)
+        lock = WorkerLock(connection, name)
+        if taken_over := lock.acquire():
+            log.info(taken_over)
+        stack.callback(lock.release)
+        session = stack.enter_context(opening(known=ledger.state(connection), new_lineage=new_lineage, tell=tell))
+        agree(connection, session, new_lineage=new_lineage, tell=tell)
+        metrics.began(session.weights.header.version, session.manager.folder)
+        yield connection, lock, session

@@ -24,8 +24,8 @@ PLACE = "{replica}"
 @dataclass(frozen=True)
 class ReplicaSettings:
     """number: this replica's, of `count`; 0 decides. rendezvous: HOST:PORT of replica 0. timeout: seconds that a
-    replica which hangs is waited for. wait: seconds that the first group is waited for. kept: torchrun keeps the
-    store."""
+    replica which hangs is waited for. wait: seconds that the first group is waited for. kept: torchrun keeps the store.
+    rolling: servers are paused in turn."""
 
     number: int
     count: int
@@ -34,6 +34,7 @@ class ReplicaSettings:
     wait: float
     secret: str = ""
     kept: bool = False
+    rolling: bool = False
 
     @property
     def follows(self) -> bool:
@@ -68,6 +69,12 @@ def replica_options(command: F) -> F:
             default=60.0,
             help="Seconds that replica 0 waits at its start for the others. Later ones join between two versions.",
         ),
+        click.option(
+            "--rolling",
+            is_flag=True,
+            help="Pause the replicas' servers in turn, replica 0's first, so that at least half of them serve at any"
+            " moment. Meanwhile their answers come from two versions. With --apply burst or factors.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -78,12 +85,14 @@ def replica_settings_of(options: dict[str, Any], environment: Mapping[str, str] 
     """Takes its flags out of a command's options; None for a worker alone. Raises `TandemError`."""
     replica, rendezvous = options.pop("replica"), options.pop("rendezvous")
     timeout, wait = options.pop("replica_timeout"), options.pop("replica_wait")
-    kept = False
+    rolling, kept = options.pop("rolling"), False
     if replica is None and "TORCHELASTIC_RUN_ID" in environment:
         replica = f"{environment['RANK']}/{environment['WORLD_SIZE']}"
         rendezvous = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if replica is None:
+        if rolling:
+            raise TandemError("--rolling pauses the servers of several replicas in turn: it goes with --replica I/N")
         return None
     number, _, count = replica.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
@@ -91,7 +100,7 @@ def replica_settings_of(options: dict[str, Any], environment: Mapping[str, str] 
     if int(count) == 1:
         return None
     secret = environment.get(SECRET, "")
-    return ReplicaSettings(int(number), int(count), rendezvous, timeout, wait, secret, kept)
+    return ReplicaSettings(int(number), int(count), rendezvous, timeout, wait, secret, kept, rolling)
 
 
 def placed(path: Path, settings: ReplicaSettings | None) -> Path:

@@ -2,6 +2,7 @@
 
     group.gather(message, seconds)      every member's message, at the leader (place 0); None elsewhere
     group.tell(message, seconds)        the leader's message, at every member
+    group.in_turn(message)              the same, to one half after the other has answered
     group.exchange(message)             every member's message, at every member
     group.copy(tensor, source)          a member's tensor, at every member
     group.add_later(tensors)            sums, under way; group.settle() waits for a GPU, and says whether they are whole
@@ -18,6 +19,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ import torch.distributed as dist
 from worker.distributed import messages
 from worker.distributed.device_watch import DeviceWatch
 from worker.distributed.errors import GroupLostError
+from worker.utils.messages import WireError
 
 Message = dict[str, Any]
 
@@ -71,17 +74,23 @@ class Group:
                 return messages.receive(0, seconds or self.seconds)
         assert message is not None
         self._check()
-        lost: list[str] = []
-        for place in self.others:
-            try:
-                messages.send(message, place, seconds or self.seconds)
-            except RuntimeError as error:
-                self.lost.add(self.members[place])
-                lost.append(f"replica {self.members[place]} was lost ({_reason(error)})")
-        if lost:
-            self.close("; ".join(lost))
-            raise GroupLostError(str(self.closed))
+        with self._each() as reached:
+            for place in self.others:
+                reached(place, partial(messages.send, message, place, seconds or self.seconds))
         return message
+
+    def in_turn(self, message: Message) -> None:
+        """The leader: `message` to so many that half of all, with itself, have nothing to do; to more when they have
+        answered, each within a third of `seconds`: who waits for its turn does not give up before. One that ended keeps
+        it from nobody; one that hangs, from later turns, since gloo then ends all connections. Raises at the end."""
+        self._check()
+        most, seconds = self.size // 2, self.seconds / 3
+        with self._each() as reached:
+            for first in range(1, self.size, most):
+                turn = range(first, min(first + most, self.size))
+                told = [at for at in turn if reached(at, partial(messages.send, message, at, seconds))]
+                for place in told:
+                    reached(place, partial(messages.receive, place, seconds))
 
     def say(self, message: Message, place: int) -> None:
         """To one member."""
@@ -189,9 +198,29 @@ class Group:
         except GroupLostError as error:
             self.close(str(error))
             raise
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, WireError) as error:
             self.close(f"a replica was lost ({_reason(error)})")
             raise GroupLostError(str(self.closed)) from None
+
+    @contextlib.contextmanager
+    def _each(self) -> Iterator[Callable[[int, Callable[[], object]], bool]]:
+        """What is done with each member by itself: inside, (place, work) -> whether it was there for `work`. Raises at
+        the end if one was not."""
+        lost: dict[int, str] = {}
+
+        def reached(place: int, work: Callable[[], object]) -> bool:
+            try:
+                work()
+            except (RuntimeError, GroupLostError) as error:
+                lost[self.members[place]] = _reason(error)
+                return False
+            return True
+
+        yield reached
+        if lost:
+            self.lost |= lost.keys()
+            self.close("; ".join(f"replica {member} was lost ({reason})" for member, reason in lost.items()))
+            raise GroupLostError(str(self.closed))
 
     def _from(self, place: int, seconds: float) -> Message:
         try:

@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from worker.distributed.errors import GroupLostError, RendezvousError
 from worker.distributed.group import Group
-from worker.distributed.messages import unpack
+from worker.utils.messages import WireError, unpack
 
 MAX_REPLICAS = 64
 PACE = 0.05
@@ -147,7 +147,7 @@ class Rendezvous:
             nonce, body, mac = str(message["nonce"])[:64], bytes(message["hello"]), bytes(message["mac"])
             fine = hmac.compare_digest(mac, self._mac(f"{number} {nonce}", body))
             return nonce, unpack(body) if fine else None
-        except (ValueError, KeyError, TypeError):
+        except (WireError, ValueError, KeyError, TypeError):
             return hashlib.sha256(raw).hexdigest(), None
 
     def _answer(self, nonce: str, answer: dict[str, Any]) -> None:

@@ -10,14 +10,15 @@ Must not know: the optimizer.
 Invariant: only `forward` of single modules changes; linear layers are called as modules, so that others may watch them.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from worker.model.fusible import GatedMlp, Norm, gated_mlps_of, norms_of
+from worker.model.fusible import GatedMlp, Left, Norm, gated_mlps_of, norms_of
 from worker.model.stand_ins import Activation, gated, rms_norm
 
 
@@ -48,14 +49,29 @@ def liger_kernels() -> Kernels:
     return Kernels(norm, gate)
 
 
-def fuse_parts(model: nn.Module, kernels: Kernels) -> tuple[int, int]:
-    """How many norms and MLPs of `model` run on `kernels` now."""
-    norms, mlps = list(norms_of(model)), list(gated_mlps_of(model))
-    for norm in norms:
-        norm.module.forward = partial(_norm, norm, kernels)  # type: ignore[method-assign]
-    for mlp in mlps:
-        mlp.module.forward = partial(_mlp, mlp, kernels)  # type: ignore[method-assign]
-    return len(norms), len(mlps)
+class Fused(NamedTuple):
+    """How many norms and MLPs run on kernels now; and, of those that are left as transformers wrote them, how many
+    there are by class and reason."""
+
+    norms: int
+    mlps: int
+    left: Counter[tuple[str, str]]
+
+
+def fuse_parts(model: nn.Module, kernels: Kernels) -> Fused:
+    """Have norms and MLPs of `model` run on `kernels`."""
+    norms, mlps, left = 0, 0, Counter[tuple[str, str]]()
+    for found in [*norms_of(model), *gated_mlps_of(model)]:
+        match found:
+            case Norm():
+                found.module.forward = partial(_norm, found, kernels)  # type: ignore[method-assign]
+                norms += 1
+            case GatedMlp():
+                found.module.forward = partial(_mlp, found, kernels)  # type: ignore[method-assign]
+                mlps += 1
+            case Left():
+                left[type(found.module).__name__, found.why] += 1
+    return Fused(norms, mlps, left)
 
 
 def _norm(norm: Norm, kernels: Kernels, x: Tensor) -> Tensor:

@@ -46,7 +46,10 @@ def fuse(model: Any, kept: Callable[[int], int] = lambda tokens: 0, kernels: Ker
         if kernels is None:
             require_package("liger_kernel", "liger-kernel", "0.8.5")
             kernels = liger_kernels()
-        log.info("fused kernels for %d norms and %d MLPs", *fuse_parts(model, kernels))
+        fused = fuse_parts(model, kernels)
+        log.info("fused kernels for %d norms and %d MLPs", fused.norms, fused.mlps)
+        for (name, why), count in fused.left.items():
+            log.info("%s (%d of them) stays as transformers wrote it: %s", name, count, why)
         if any(is_stack(parameter.shape) for parameter in model.parameters()):
             group_experts(model)
     model.set_attn_implementation(attention.register())

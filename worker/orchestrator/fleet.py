@@ -2,14 +2,16 @@
 
     fleet.attempt(work)          a version, again with those who are there when somebody is lost before the first write
     fleet.begin, agreed          gradients of all parts; journal: a version on every disk; apply, after: live everywhere
+    fleet.roll()                 with --rolling: it is live here, and the others apply it in turn
     fleet.look()                 between two versions: who is there, who wants to come back
 
 Only replica 0 decides, and only its worker speaks to Redis. The others (`follower`) do what they are told, and every
 command ends at all of them or at none: what fails at one member alone closes the group, and whoever is there forms the
 next one and is brought to replica 0's weights (`catching_up`).
 
-Invariants: nobody writes before replica 0 has said so, and it says so when all have journaled the version and stand
-still. `attempt` tries again only while no weight of ours was touched.
+Invariants: nobody writes before replica 0 has said so. It says so when all have journaled the version and stand still;
+with --rolling, when the version is live here, to at most half of the replicas at a time. `attempt` tries again only
+while no weight of ours was touched.
 """
 
 import logging
@@ -27,7 +29,7 @@ from worker.data.packing import BatchError
 from worker.distributed.errors import GroupLostError, SharedFailureError
 from worker.distributed.group import Group
 from worker.distributed.rendezvous import Rendezvous
-from worker.orchestrator.applying import Others
+from worker.orchestrator.applying import NOBODY, Others
 from worker.orchestrator.catching_up import bring_up, hello_of, misfit, standing
 from worker.orchestrator.lone import Lone
 from worker.orchestrator.session import Session
@@ -51,12 +53,12 @@ SHARED = (SharedFailureError, NonFiniteGradientError, BatchError)
 
 
 class Fleet(Lone):
-    """wait: seconds that the first group is waited for until it is whole."""
+    """wait: seconds that the first group is waited for until it is whole. rolling: servers are paused in turn."""
 
-    def __init__(self, session: Session, meeting: Rendezvous, wait: float) -> None:
-        self.session, self.meeting = session, meeting
+    def __init__(self, session: Session, meeting: Rendezvous, wait: float, *, rolling: bool = False) -> None:
+        self.session, self.meeting, self.rolling = session, meeting, rolling
         self.members = Members(meeting.count)
-        self.others = _Leading(self)
+        self.others = NOBODY if rolling else _Leading(self)
         self._hello = hello_of(session)
         self._group: Group | None = None
         self._begun = self._busy = False
@@ -115,7 +117,16 @@ class Fleet(Lone):
 
     def apply(self) -> None:
         with suppress(GroupLostError):  # found again when all are to stand still, and there the journal is put right
-            self._tell({"op": "apply"})
+            if not self.rolling:
+                self._tell({"op": "apply"})
+
+    def roll(self) -> None:
+        try:
+            if self.rolling and self._group is not None:
+                self._group.call()
+                self._group.in_turn({"op": "roll"})
+        except GroupLostError as error:
+            self._lost(f"{error}, while a version was rolled out: a lost replica gets it when it is back")
 
     def after(self, update: Update) -> None:
         self._begun = False

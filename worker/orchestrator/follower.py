@@ -24,7 +24,7 @@ from worker.config.protocol import JobResult, TornWeightsError, UnavailableError
 from worker.distributed.errors import GroupLostError
 from worker.distributed.group import Group
 from worker.distributed.rendezvous import Rendezvous
-from worker.orchestrator.applying import Others, apply_update
+from worker.orchestrator.applying import NOBODY, Others, apply_update
 from worker.orchestrator.catching_up import be_brought_up, hello_of, standing
 from worker.orchestrator.fleet import PAUSED_SECONDS, SHARED
 from worker.orchestrator.reports import Tell, log_report
@@ -96,6 +96,7 @@ class Follower:
                 self._put_back()
             finally:
                 group.close("this replica left")
+        self._drop()
         if self.at_stop and (report := self.session.manager.checkpoints.try_write()):
             self.tell(report)
 
@@ -149,8 +150,8 @@ class Follower:
         group.gather({})
 
     def _forget(self, group: Group, command: dict[str, Any]) -> None:
-        self.session.trainer.forget()
-        self.hand = InHand()
+        """What is journaled here and was not applied will not be: voided where replica 0 failed on its own."""
+        self._drop()
 
     def _journal(self, group: Group, command: dict[str, Any]) -> None:
         plain = command["update"]
@@ -165,11 +166,19 @@ class Follower:
         group.gather({})
 
     def _apply(self, group: Group, command: dict[str, Any]) -> None:
+        self._write(_Following(group))
+
+    def _roll(self, group: Group, command: dict[str, Any]) -> None:
+        """It is our turn. Replica 0 has the version: who is lost from here on gets it when it is back."""
+        self._write(NOBODY)
+        group.gather({"serving": True})
+
+    def _write(self, others: Others) -> None:
         update = self.hand.update
         assert update is not None and update.version is not None
         try:
             with deferred():
-                update.manifest |= apply_update(self.session, update, _Following(group))
+                update.manifest |= apply_update(self.session, update, others)
         finally:
             self.session.trainer.forget()
         self.hand = InHand()
@@ -187,18 +196,19 @@ class Follower:
 
     def _put_back(self) -> None:
         """Nothing of what was begun stays. Raises `TornWeightsError`."""
-        update, header = self.hand.update, self.session.weights.header
-        self._forget_all()
+        header = self.session.weights.header
         if header.state != CLEAN:
             raise TornWeightsError(
                 f"replica {self.meeting.number}'s weights are torn: start it again, and it gets those of replica 0"
             )
-        if update is not None and update.version == header.version + 1:
-            self.session.manager.void(update.version)
+        self._drop()
 
-    def _forget_all(self) -> None:
+    def _drop(self) -> None:
+        """What is in hand is forgotten, and its journal entry, if there is one, voided."""
+        update, self.hand = self.hand.update, InHand()
         self.session.trainer.forget()
-        self.hand = InHand()
+        if update is not None and update.version == self.session.weights.header.version + 1:
+            self.session.manager.void(update.version)
 
 
 class _Following(Others):

@@ -243,6 +243,7 @@ class LiveUpdate:
         """The version is live. Raises `UnavailableError` when any of this fails: the next start commits the version."""
         assert update.version is not None
         try:
+            self.fleet.roll()
             if self.dislikes is not None:
                 with self.cost.computing():
                     update.manifest |= self.dislikes.after(update.version, computed.dislikes_share)

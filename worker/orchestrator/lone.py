@@ -41,6 +41,9 @@ class Lone:
     def apply(self) -> None:
         """All apply it: with `others`, at each border of it."""
 
+    def roll(self) -> None:
+        """It is live here, and our server serves it: where pauses are rolled, the others apply it now."""
+
     def after(self, update: Update) -> None:
         """It is live everywhere."""
 

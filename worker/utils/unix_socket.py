@@ -15,20 +15,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import msgpack
+from worker.utils import messages
+from worker.utils.messages import MAX_MESSAGE, WireError, unpack
 
-from producer.errors import TandemError
-
-MAX_MESSAGE = 64 * 2**20
-"""Bytes. The description of a 27B model's parameters is under 1 MB."""
+__all__ = ["MAX_MESSAGE", "WireError", "unpack"]
 
 _LENGTH = struct.Struct(">I")
 _PEERCRED = struct.Struct("3i")  # pid, uid, gid, as Linux' struct ucred
 _MAX_UNIX_PATH = 107
-
-
-class WireError(TandemError):
-    """The other side is not there, is not ours, or did not speak this protocol."""
 
 
 def default_run_dir() -> Path:
@@ -59,22 +53,9 @@ def socket_path(run_dir: Path, name: str) -> str:
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """The bytes of one message on the wire."""
-    body = msgpack.packb(message, use_bin_type=True)
-    if len(body) > MAX_MESSAGE:
-        raise WireError(f"a message of {len(body)} bytes is over the limit of {MAX_MESSAGE}")
+    """The bytes of one message on the wire; `WireError` for too many."""
+    body = messages.pack(message)
     return _LENGTH.pack(len(body)) + body
-
-
-def unpack(body: bytes) -> dict[str, Any]:
-    """The map in `body`; `WireError` for anything else."""
-    try:
-        message = msgpack.unpackb(body, raw=False, strict_map_key=True)
-    except Exception as error:  # msgpack raises several unrelated types on garbage
-        raise WireError(f"not a msgpack message ({type(error).__name__})") from None
-    if not isinstance(message, dict):
-        raise WireError(f"a message must be a map, not {type(message).__name__}")
-    return message
 
 
 def check_length(header: bytes) -> int:

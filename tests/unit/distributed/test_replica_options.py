@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from producer.errors import TandemError
+from worker.cli.replicas import check_rolling
 from worker.cli.worker import command
 from worker.config.replica_options import ReplicaSettings, placed, replica_settings_of
 
@@ -21,7 +22,8 @@ TORCHRUN = {
 
 
 def options(replica: str | None) -> dict[str, Any]:
-    return {"replica": replica, "rendezvous": "127.0.0.1:1", "replica_timeout": 300.0, "replica_wait": 60.0}
+    numbers = {"replica_timeout": 300.0, "replica_wait": 60.0}
+    return {"replica": replica, "rendezvous": "127.0.0.1:1", "rolling": False, **numbers}
 
 
 def test_a_worker_alone_is_no_replica_and_the_flags_are_taken_out() -> None:
@@ -48,3 +50,15 @@ def test_what_is_no_number_of_a_replica_is_said(replica: str) -> None:
 def test_hogwild_is_refused_before_anything_is_asked() -> None:
     result = CliRunner().invoke(command, ["--replica", "1/2", "--apply", "streaming", "--hogwild"])
     assert "--hogwild does not go with --replica" in str(result.exception)
+
+
+def test_rolling_is_refused_where_servers_cannot_pause_in_turn() -> None:
+    with pytest.raises(TandemError, match="it goes with --replica I/N"):
+        replica_settings_of(options(None) | {"rolling": True}, {})
+    result = CliRunner().invoke(command, ["--replica", "1/2", "--apply", "streaming", "--rolling"])
+    assert "--rolling does not go with streaming" in str(result.exception)
+    rolling = replica_settings_of(options("0/2") | {"rolling": True}, {})
+    with pytest.raises(TandemError, match="use --apply burst or factors"):
+        check_rolling(rolling, "streaming")
+    for way in ("burst", "factors"):
+        check_rolling(rolling, way)

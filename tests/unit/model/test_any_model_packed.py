@@ -81,7 +81,20 @@ def test_loss_and_gradients_of_packed_rows_are_the_model_s_own(architecture: Mak
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_kernels_are_found_for_the_parts_that_they_fit(architecture: Make, name: str) -> None:
-    assert fuse_parts(on_meta(architecture(name)), STAND_INS) == PARTS[name]
+    fused = fuse_parts(on_meta(architecture(name)), STAND_INS)
+    assert (fused.norms, fused.mlps) == PARTS[name]
+
+
+def test_what_is_left_as_transformers_wrote_it_is_said_once_a_class_with_the_reason(
+    architecture: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="tandem"):
+        fuse(on_meta(architecture("phi3")), kernels=STAND_INS)
+        fuse(on_meta(architecture("cohere")), kernels=STAND_INS)
+    phi3, cohere = [line for line in caplog.messages if "stays as transformers wrote it" in line]
+    assert phi3.startswith("Phi3Attention (2 of them)") and "does not take small tensors" in phi3
+    assert "TypeError: Phi3Attention.forward() missing" in phi3
+    assert cohere.startswith("CohereLayerNorm (3 of them)") and "something else than an RMSNorm" in cohere
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -11,6 +11,7 @@ import redis
 from drain_parts import Weights, start
 
 from producer.client import Producer
+from worker.cli.status import replicas_line
 from worker.consumer.worker_lock import WorkerLock
 from worker.operations import status
 from worker.versions import replica_status
@@ -61,6 +62,13 @@ def test_disagreement_between_server_and_redis_is_a_problem() -> None:
     found = status.problems(base | {"server": serving, "replicas": replicas | {"count": 1, "unequal": 2}})
     assert len(found) == 1 and "digest unequal, 2 times" in found[0]
     assert "refuses to serve: half" in status.problems(base | {"server": {"state": "torn", "reason": "half"}})[0]
+
+
+def test_replicas_are_listed_by_version_and_who_is_missing_is_said() -> None:
+    replicas = {"count": 4, "present": {0: 12, 3: 11, 1: 12}, "unequal": 1, "lost": 3}
+    assert replicas_line(replicas) == "0, 1 at version 12; 3 at version 11; 2 not there; lost 3 times, unequal once"
+    well = {"count": 2, "present": {0: 1, 1: 1}, "unequal": 0, "lost": 0}
+    assert replicas_line(well) == "0, 1 at version 1"
 
 
 def test_what_redis_says_of_replicas_is_read_within_bounds() -> None:
