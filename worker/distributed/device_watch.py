@@ -7,8 +7,9 @@ NCCL waits on the device, for ever and without a word: whoever waits for the dev
 timeout would end the process (torch 2.11; seen on two H200). So a thread looks, and calls `abort`, which ends what is
 waiting: what is in the tensors afterwards means nothing.
 
-Must not know: Redis, vLLM, the optimizer. Invariant: `failed` is set before anything is ended, so whoever has waited for the
-device, and finds it not set, has whole sums.
+Must not know: Redis, vLLM, the optimizer.
+Invariant: `failed` is set before anything is ended: whoever has waited for the device, and finds it not set, has whole
+sums.
 """
 
 import logging
