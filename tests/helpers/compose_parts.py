@@ -1,4 +1,5 @@
-"""Runs the services of docker-compose.yml by hand, where no Docker runs: each in what makes a container, from one root.
+"""Runs the services of docker-compose.yml, and of files put over it, by hand where no Docker runs: each in what makes a
+container, from one root.
 
 A service gets: the machine's own root as its image, below an overlay that is thrown away; its volumes, secrets and
 tmpfs where the file says; a read-only root, a user and no capabilities where it says; its own environment and no other;
@@ -15,6 +16,8 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from worker.testing.redis_server import OLDEST, major
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("bash", "unshare", "nsenter", "setpriv", "ip", "curl", "redis-server", "redis-cli")
+FILES = ("docker-compose.yml",)
 TRIED = """mount -t tmpfs tmpfs /mnt && cd /mnt && mkdir upper work root &&
 mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work root"""
 INSIDE = r"""
@@ -84,13 +88,49 @@ def filled(value: Any, variables: dict[str, str]) -> Any:
     return re.sub(r"\$\$|\$\{(\w+)(?:(:[-?])([^}]*))?\}", one, value)
 
 
-class Composed:
-    """The services of docker-compose.yml; volumes and logs in `folder`. variables: for its ${...}. extra: environment
-    that the machine needs beside the service's own."""
+@dataclass(frozen=True)
+class _Instead:
+    """What `!override` marks."""
 
-    def __init__(self, folder: Path, variables: dict[str, str], extra: dict[str, str]) -> None:
+    value: Any
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+_Loader.add_constructor("!override", lambda loader, node: _Instead(loader.construct_mapping(node, deep=True)))
+REPLACED = ("command", "entrypoint", "test")
+"""Lists that are not appended to."""
+
+
+def plan(*files: str) -> dict[str, Any]:
+    """What docker compose makes of `files`, each put over those before it."""
+    found: Any = {}
+    for file in files:
+        found = _over(found, yaml.load((ROOT / file).read_text(), _Loader))
+    return found  # type: ignore[no-any-return]
+
+
+def _over(below: Any, above: Any, name: str = "") -> Any:
+    if isinstance(above, _Instead):
+        return above.value
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: _over(below.get(key), value, key) for key, value in above.items()}
+    if isinstance(below, list) and isinstance(above, list) and name not in REPLACED:
+        return [*below, *above]
+    return above
+
+
+class Composed:
+    """The services of `files`; volumes and logs in `folder`. variables: for their ${...}. extra: environment that the
+    machine needs beside the service's own."""
+
+    def __init__(
+        self, folder: Path, variables: dict[str, str], extra: dict[str, str], files: Sequence[str] = FILES
+    ) -> None:
         self.folder, self.extra = folder, extra
-        self.plan = filled(yaml.safe_load((ROOT / "docker-compose.yml").read_text()), variables)
+        self.plan = filled(plan(*files), variables)
         self.services: dict[str, dict[str, Any]] = self.plan["services"]
         self.image = _image()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
@@ -109,9 +149,9 @@ class Composed:
     def start(self, name: str) -> None:
         """A service by its own command."""
         service = self.services[name]
-        command = service["command"]
+        command = service.get("command", [])
         words = shlex.split(command) if isinstance(command, str) else list(command)
-        entry = self.image["entrypoint"] if "build" in service else []
+        entry = service.get("entrypoint", self.image["entrypoint"] if "build" in service else [])
         self.running[name] = self._run(name, [*entry, *words], self.folder / f"{name}.log")
 
     def healthy(self, name: str) -> bool:

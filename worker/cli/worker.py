@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from producer.cli import redis_option
 from producer.connection import connect, redis_errors, resolve_url, safe_url
 from worker.cli.places import run_dir_option
 from worker.cli.replicas import check_together, follow, lead
+from worker.cli.side_by_side import run_side_by_side
 from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
-from worker.config.replica_options import placed, replica_options, replica_settings_of
+from worker.config.replica_options import check_places, placed, replica_options, replica_settings_of
 from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.log_lines import LogHooks
@@ -92,6 +94,9 @@ def command(
     policy, guards, settings = policy_of(options), settings_of(options), apply_settings_of(options)
     replica = replica_settings_of(options)
     check_together(replica, settings)
+    if replica is not None and replica.here:
+        check_places(run_dir or default_run_dir(), state_dir)
+        sys.exit(run_side_by_side(sys.argv[1:], replica.count))
     name = name or f"{socket.gethostname()}-{os.getpid()}" + (f"-replica-{replica.number}" if replica else "")
     run_dir = placed(run_dir or default_run_dir(), replica)
     state_dir = placed(state_dir, replica) if state_dir is not None else None

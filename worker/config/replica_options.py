@@ -25,7 +25,7 @@ PLACE = "{replica}"
 class ReplicaSettings:
     """number: this replica's, of `count`; 0 decides. rendezvous: HOST:PORT of replica 0. timeout: seconds that a
     replica which hangs is waited for. wait: seconds that the first group is waited for. kept: torchrun keeps the store.
-    rolling: servers are paused in turn."""
+    rolling: servers are paused in turn. here: all of them are to be started, on this host."""
 
     number: int
     count: int
@@ -35,6 +35,7 @@ class ReplicaSettings:
     secret: str = ""
     kept: bool = False
     rolling: bool = False
+    here: bool = False
 
     @property
     def follows(self) -> bool:
@@ -49,6 +50,12 @@ def replica_options(command: F) -> F:
             metavar="I/N",
             help="This worker is replica I (from 0) of N, each on a server of its own, which train as one. Replica 0"
             f" reads the queue. {PLACE} in --run-dir and --state-dir becomes I. Default under torchrun: its rank.",
+        ),
+        click.option(
+            "--replicas",
+            type=click.IntRange(2, 64),
+            metavar="N",
+            help=f"Start N workers on this host that train as one, and end with them; --run-dir has {PLACE} in it.",
         ),
         click.option(
             "--rendezvous",
@@ -83,9 +90,13 @@ def replica_options(command: F) -> F:
 
 def replica_settings_of(options: dict[str, Any], environment: Mapping[str, str] = os.environ) -> ReplicaSettings | None:
     """Takes its flags out of a command's options; None for a worker alone. Raises `TandemError`."""
-    replica, rendezvous = options.pop("replica"), options.pop("rendezvous")
+    replica, rendezvous, here = options.pop("replica"), options.pop("rendezvous"), options.pop("replicas")
     timeout, wait = options.pop("replica_timeout"), options.pop("replica_wait")
     rolling, kept = options.pop("rolling"), False
+    if here is not None:
+        if replica is not None:
+            raise TandemError("--replicas N starts every replica, --replica I/N is one of them: give one of both")
+        replica = f"0/{here}"
     if replica is None and "TORCHELASTIC_RUN_ID" in environment:
         replica = f"{environment['RANK']}/{environment['WORLD_SIZE']}"
         rendezvous = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
@@ -100,9 +111,19 @@ def replica_settings_of(options: dict[str, Any], environment: Mapping[str, str] 
     if int(count) == 1:
         return None
     secret = environment.get(SECRET, "")
-    return ReplicaSettings(int(number), int(count), rendezvous, timeout, wait, secret, kept, rolling)
+    return ReplicaSettings(int(number), int(count), rendezvous, timeout, wait, secret, kept, rolling, here is not None)
 
 
 def placed(path: Path, settings: ReplicaSettings | None) -> Path:
     """`path`, with this replica's number where it says so."""
     return path if settings is None else Path(str(path).replace(PLACE, str(settings.number)))
+
+
+def check_places(*paths: Path | None) -> None:
+    """Raises `TandemError` for a path that would be the same for all replicas of this host."""
+    for path in paths:
+        if path is not None and PLACE not in str(path):
+            raise TandemError(
+                f"--replicas: {path} would be that of every replica; write {PLACE} where the number goes, as in"
+                f" --run-dir /run/tandem-{PLACE}"
+            )

@@ -8,8 +8,9 @@ from click.testing import CliRunner
 
 from producer.errors import TandemError
 from worker.cli.replicas import check_rolling
+from worker.cli.side_by_side import without_option
 from worker.cli.worker import command
-from worker.config.replica_options import ReplicaSettings, placed, replica_settings_of
+from worker.config.replica_options import ReplicaSettings, check_places, placed, replica_settings_of
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -23,7 +24,7 @@ TORCHRUN = {
 
 def options(replica: str | None) -> dict[str, Any]:
     numbers = {"replica_timeout": 300.0, "replica_wait": 60.0}
-    return {"replica": replica, "rendezvous": "127.0.0.1:1", "rolling": False, **numbers}
+    return {"replica": replica, "rendezvous": "127.0.0.1:1", "replicas": None, "rolling": False, **numbers}
 
 
 def test_a_worker_alone_is_no_replica_and_the_flags_are_taken_out() -> None:
@@ -62,3 +63,20 @@ def test_rolling_is_refused_where_servers_cannot_pause_in_turn() -> None:
         check_rolling(rolling, "streaming")
     for way in ("burst", "factors"):
         check_rolling(rolling, way)
+
+
+def test_all_replicas_of_a_host_need_places_of_their_own() -> None:
+    here = replica_settings_of(options(None) | {"replicas": 2, "rolling": True}, {})
+    assert here is not None and here.here and here.rolling and (here.number, here.count) == (0, 2)
+    with pytest.raises(TandemError, match="give one of both"):
+        replica_settings_of(options("0/2") | {"replicas": 2}, {})
+    check_places(Path("/run/tandem-{replica}"), None)
+    with pytest.raises(TandemError, match="/var/lib/tandem would be that of every replica"):
+        check_places(Path("/run/tandem-{replica}"), Path("/var/lib/tandem"))
+    result = CliRunner().invoke(command, ["--replicas", "2", "--run-dir", "/run/tandem"])
+    assert "write {replica} where the number goes" in str(result.exception)
+
+
+def test_the_flag_that_starts_several_is_not_handed_on() -> None:
+    given = ["worker", "--replicas", "2", "--lr", "1e-5", "--replicas=3"]
+    assert without_option(given, "--replicas") == ["worker", "--lr", "1e-5"]
