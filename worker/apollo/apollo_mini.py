@@ -19,7 +19,7 @@ from torch import Tensor
 
 from worker.apollo.backends import backend_for, one_device
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
-from worker.apollo.gradient_hooks import Pairs, collecting
+from worker.apollo.gradient_hooks import OneBehind, Pairs, collecting
 from worker.apollo.parameters import (
     Backend,
     LastUpdate,
@@ -252,23 +252,20 @@ class ApolloMini(torch.optim.Optimizer):
         bucket_bytes: int = 1 << 30,
         *,
         step_scale: float = 1.0,
-        before: Callable[[Pairs], None] = lambda pairs: None,
+        before: Callable[[Pairs], Callable[[], None] | None] = lambda pairs: None,
     ) -> Iterator[None]:
         """Inside, one `backward` is one step: gradients are applied and freed as they come.
 
         Up to `bucket_bytes` of them are held back and applied together, which saves launches and changes no result; 0
-        applies each at once. step_scale: as for `step`. before: is given them first, and may change them in place.
+        applies each at once. step_scale: as for `step`. before: is given them first, and may change them in place. What
+        it returns is called before they are applied, which is when the next come: until then they may go on changing.
         """
-
-        def use(pairs: Pairs) -> None:
-            if pairs:
-                before(pairs)
-            self.update_many(pairs)
-
+        buckets = OneBehind(before, self.update_many)
         self.begin(step_scale)
         try:
-            with collecting(self._trained(), bucket_bytes, use, self._bytes):
+            with collecting(self._trained(), bucket_bytes, buckets.give, self._bytes):
                 yield
+            buckets.finish()
         except BaseException:
             self.abandon()
             raise

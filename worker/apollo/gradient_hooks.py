@@ -35,3 +35,30 @@ def collecting(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class OneBehind:
+    """Buckets on their way to `use`: one that `before` says is still changing is used when the next one has come.
+
+    before: is given each first, and returns None, or what has to be called before the bucket is used.
+    """
+
+    def __init__(self, before: Callable[[Pairs], Callable[[], None] | None], use: Callable[[Pairs], None]) -> None:
+        self._before, self._use = before, use
+        self._waiting: tuple[Pairs, Callable[[], None]] | None = None
+
+    def give(self, bucket: Pairs) -> None:
+        """The next one. The list is not kept."""
+        ready = self._before(bucket) if bucket else None
+        self.finish()
+        if ready is None:
+            self._use(bucket)
+        else:
+            self._waiting = (list(bucket), ready)
+
+    def finish(self) -> None:
+        """Use what waits."""
+        if self._waiting is not None:
+            (bucket, ready), self._waiting = self._waiting, None
+            ready()
+            self._use(bucket)

@@ -5,12 +5,14 @@
     group.in_turn(message)              the same, to one half after the other has answered
     group.exchange(message)             every member's message, at every member
     group.copy(tensor, source)          a member's tensor, at every member
+    group.add_later(tensors)            sums, under way; group.settle() waits for a GPU, and says whether they are whole
     group.hand(tensor, place), take     a tensor from one to one; say, hear: a message
     group.call(), group.called()        a command comes: waiting has no limit, and notices a leader that died
 
 Must not know: Redis, vLLM, versions, the optimizer.
 Invariants: whatever goes wrong on the wire closes the group and is a `GroupLostError`: the others notice, since their
-connections end. A message of the leader goes to each member by itself: one that is gone keeps it from nobody else.
+connections end. What a GPU was asked for and does not end is given up after `seconds` (device_watch.py). A message of
+the leader goes to each member by itself: one that is gone keeps it from nobody else.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from worker.distributed import messages
+from worker.distributed.device_watch import DeviceWatch
 from worker.distributed.errors import GroupLostError
 from worker.utils.messages import WireError
 
@@ -41,6 +44,7 @@ class Group:
         """Why it is closed; None while it is open."""
         self.lost: set[int] = set()
         """Members that the leader knows to be gone."""
+        self._watch = DeviceWatch(seconds, _abort)
 
     @property
     def size(self) -> int:
@@ -101,13 +105,13 @@ class Group:
     def hand(self, tensor: torch.Tensor, place: int) -> None:
         """A tensor of any layout, to one member."""
         with self.guarded():
-            dist.send(tensor.contiguous(), place)
+            self._end(dist.isend(tensor.contiguous(), place), tensor)
 
     def take(self, tensor: torch.Tensor, place: int) -> None:
         """Into a tensor of any layout, from one member."""
         with self.guarded():
             found = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            dist.recv(found, place)
+            self._end(dist.irecv(found, place), found)
             tensor.copy_(found)
 
     def exchange(self, message: Message) -> list[Message]:
@@ -118,19 +122,34 @@ class Group:
     def copy(self, tensor: torch.Tensor, source: int) -> None:
         """`tensor`, contiguous, becomes what it is at place `source`."""
         with self.guarded():
-            dist.broadcast(tensor, source)
+            self._end(dist.broadcast(tensor, source, async_op=True), tensor)
 
     def all_of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every member's `tensor` (contiguous; of one shape and dtype), by place."""
         with self.guarded():
             found = [torch.empty_like(tensor) for _ in self.members]
-            dist.all_gather(found, tensor)
+            self._end(dist.all_gather(found, tensor, async_op=True), tensor)
             return found
 
-    def add(self, tensor: torch.Tensor) -> None:
-        """`tensor` becomes the sum of all, in an order that the library chooses: on a GPU."""
+    def add_later(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Each of `tensors` becomes the sum of all, in an order that the library chooses: on a GPU. What is returned
+        has to be called before they are used: it makes what the device does next wait for them, and nobody else."""
         with self.guarded():
-            dist.all_reduce(tensor)
+            works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+
+        def wait() -> None:
+            with self.guarded():
+                for work, tensor in zip(works, tensors, strict=True):
+                    self._end(work, tensor)
+
+        return wait
+
+    def settle(self) -> None:
+        """Wait until a GPU has done what it was asked for. Raises `GroupLostError` where a sum was given up: then
+        nothing that came of it may be used."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._check()
 
     def call(self) -> None:
         """The leader: a command follows, by `tell`."""
@@ -154,7 +173,7 @@ class Group:
                     raise GroupLostError("replica 0 closed the group")
             yield
             pause(wait)
-            wait = min(wait * 1.2, 0.1)
+            wait = min(wait * 1.2, 0.02)
 
     def close(self, reason: str = "closed") -> None:
         """End all connections, so that whoever waits for us is told. Idempotent."""
@@ -163,6 +182,10 @@ class Group:
             if self.leads:  # who waits for a command waits at the store, and sees no connection end
                 with contextlib.suppress(Exception):
                     self._store.set(f"{self._prefix}/closed", b"1")
+            self._watch.close()
+            if torch.cuda.is_available():  # NCCL's goodbye waits for the others', who may wait for ours elsewhere
+                with contextlib.suppress(Exception):
+                    _abort()
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
 
@@ -206,9 +229,24 @@ class Group:
             self.lost.add(self.members[place])
             raise
 
+    def _end(self, work: Any, tensor: torch.Tensor) -> None:
+        """Of a collective: on a CPU its end is awaited, on a GPU what the device does next waits for it."""
+        work.wait()
+        if tensor.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._watch.began(event.query)
+
     def _check(self) -> None:
+        if self.closed is None and self._watch.failed:
+            self.close(f"a replica took no part in a sum for {self.seconds:g} s")
         if self.closed is not None:
             raise GroupLostError(self.closed)
+
+
+def _abort() -> None:
+    if dist.group.WORLD is not None:
+        dist.group.WORLD.abort()
 
 
 def _reason(error: Exception) -> str:

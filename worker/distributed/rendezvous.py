@@ -82,9 +82,11 @@ class Rendezvous:
         if address.is_loopback:  # torch.distributed would listen on the host's other addresses
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
-        os.environ.setdefault(
-            "TORCH_NCCL_BLOCKING_WAIT", "1"
-        )  # a collective that takes too long raises, and kills nobody
+        for name in (
+            "ASYNC_ERROR_HANDLING",
+            "ENABLE_MONITORING",
+        ):  # they would end the process: device_watch.py does not
+            os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
 
     # -- replica 0 ------------------------------------------------------------------------------------------------
 

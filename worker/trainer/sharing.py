@@ -23,7 +23,7 @@ from worker.data.division import divided, has_work
 from worker.data.examples import Example
 from worker.distributed.errors import GroupLostError, SharedFailureError
 from worker.distributed.group import Group
-from worker.distributed.sums import sum_in_order
+from worker.distributed.sums import begin_sum, sum_in_order
 from worker.model.gradient_factors import Factors, GradientFactors, Product, Rows
 from worker.trainer.token_sums import TokenSums
 
@@ -32,6 +32,8 @@ Found = tuple[TokenSums, dict[str, float]]
 """What the tokens add up to, and which examples cannot be trained, each with its loss."""
 Pairs = list[tuple[Tensor, Tensor]]
 """(parameter, gradient)"""
+STREAMED_BYTES = 1 << 30
+"""Of gradients that are held back while they are streamed."""
 
 
 class Alone:
@@ -144,6 +146,7 @@ class Ranks(Alone):
                     parameters[i].grad = torch.zeros_like(parameters[i])
                 gradients.append(parameters[i].grad)
             sum_in_order(self.group, [one for one in gradients if one is not None], places)
+        self.group.settle()
 
     # -- streaming ------------------------------------------------------------------------------------------------
 
@@ -159,15 +162,19 @@ class Ranks(Alone):
                 optimizer.abandon()
                 raise
             optimizer.finish()
+            self.group.settle()
             return
         order = {id(parameter): i for i, parameter in enumerate(parameters)}
-        with optimizer.streaming(step_scale=scale, before=partial(self._add_bucket, order=order)):
+        # On a GPU one bucket is added up while the next is computed: two, where one trainer has one.
+        held = STREAMED_BYTES // 2 if parameters[0].is_cuda else STREAMED_BYTES
+        with optimizer.streaming(held, step_scale=scale, before=partial(self._add_bucket, order=order)):
             loss.backward()  # type: ignore[no-untyped-call]
+        self.group.settle()
         if len(self.busy) < self.group.size and self.group.closed is None:
             with suppress(GroupLostError):  # all is added up: who is lost now is lost for the next step
                 self.group.tell({"bucket": None} if self.group.leads else None)
 
-    def _add_bucket(self, pairs: Pairs, order: dict[int, int]) -> None:
+    def _add_bucket(self, pairs: Pairs, order: dict[int, int]) -> Callable[[], None] | None:
         """The leader says which gradients are meant, and everybody else looks whether these are theirs. order: a
         parameter's number, by its id."""
         numbers = [order[id(parameter)] for parameter, _ in pairs]
@@ -175,7 +182,7 @@ class Ranks(Alone):
             reason = f"replica {self.group.members[self.group.place]} streams its gradients in another order"
             self.group.close(reason)
             raise GroupLostError(reason)
-        sum_in_order(self.group, [gradient for _, gradient in pairs], self.busy)
+        return begin_sum(self.group, [gradient for _, gradient in pairs], self.busy)
 
     def _follow(self, parameters: Sequence[Tensor], use: Callable[[Pairs], None]) -> None:
         while (numbers := self.group.tell()["bucket"]) is not None:

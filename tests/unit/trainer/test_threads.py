@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from worker.trainer.threads import TrainingThreads
+from worker.trainer.threads import GPU_THREADS, TrainingThreads
 from worker.utils import free_cpus
 
 CPU = torch.device("cpu")
@@ -38,10 +38,11 @@ def test_the_number_is_looked_at_again_before_each_version() -> None:
         assert torch.get_num_threads() == expected
 
 
-def test_a_gpu_is_not_waited_for() -> None:
-    torch.set_num_threads(4)
+@pytest.mark.parametrize(("most", "threads"), [(2, 2), (64, GPU_THREADS)])
+def test_beside_a_gpu_few_threads_do_whatever_is_free(most: int, threads: int) -> None:
+    torch.set_num_threads(most)
     TrainingThreads(free=lambda: 0.0).begin_version(torch.device("cuda"))
-    assert torch.get_num_threads() == 4
+    assert torch.get_num_threads() == threads
 
 
 def test_a_number_that_was_asked_for_stays() -> None:
