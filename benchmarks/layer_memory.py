@@ -85,6 +85,11 @@ def taken(model: Any, tokens: int, device: torch.device) -> tuple[float, float]:
         out.backward(outer)
         peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0) - before - out.nbytes - kept
         found = kept / tokens, peak / tokens
+        del (
+            hidden,
+            out,
+            outer,
+        )  # the graph of `out` holds what went in, with its gradient: the next turn would miss both
     return found
 
 

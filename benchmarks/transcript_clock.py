@@ -19,7 +19,8 @@ from worker.data.examples import ExampleBuilder
 
 
 class TranscriptClock:
-    """lengths: (least, most) tokens of a transcript. `latencies`: seconds from enqueue to published, in order."""
+    """lengths: (least, most) tokens of a transcript. kinds: how many different texts there are, which take turns: one
+    text again and again is soon known by heart. `latencies`: seconds from enqueue to published, in order."""
 
     _names = count()
 
@@ -30,14 +31,14 @@ class TranscriptClock:
         every: float,
         lengths: tuple[int, int],
         patience: float = 60.0,
-        kinds: int = 8,
+        kinds: int = 32,
     ) -> None:
         self.latencies: list[float] = []
         self.sent = 0
         self._rig, self._every, self._patience = rig, every, patience
         self._name = f"clock-{os.getpid()}-{next(self._names)}"
         draw = random.Random(1)
-        sizes = [lengths[0]] if lengths[0] == lengths[1] else [draw.randint(*lengths) for _ in range(kinds)]
+        sizes = [draw.randint(*lengths) for _ in range(kinds)]
         self._texts = [conversation(builder, f"{self._name}-{number}", size) for number, size in enumerate(sizes)]
         self._waiting: dict[str, float] = {}
         self._over, self._all_sent = threading.Event(), threading.Event()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.memory.planner import SLACK, STEP, Way, layers_bytes, make_plan
-from worker.memory.traced_sizes import Sizes, has_run
+from worker.memory.traced_sizes import Sizes, has_been_captured
 
 LONGEST = 2048
 """Tokens of the longest row that is captured."""
@@ -61,7 +61,7 @@ def graphs_beside(
     """The graphs that fit into `free_bytes` with a trainer by `way` of rows of `sizes`: the longest rows first, then no
     recomputation before it. by_factors: in streaming, short rows go by factors where they fit. costs: of
     `make_plan`."""
-    if not has_run(config):
+    if not has_been_captured(config):
         return NO_GRAPHS  # nobody has captured a row of it
     if way == "streaming" and not by_factors:
         return NO_GRAPHS

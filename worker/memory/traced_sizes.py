@@ -42,7 +42,8 @@ class LayerCosts:
 @dataclass(frozen=True)
 class TracedSizes:
     """`layers` names each layer's kind, a key of `kinds`. named: every parameter, a tied head not twice; table_names:
-    embeddings, and the head where it is a parameter of its own; exact: how many parameters the server holds in fp32."""
+    embeddings, and the head where it is a parameter of its own; exact: how many parameters the server holds in fp32;
+    model_type: config.json's."""
 
     hidden: int
     vocab: int
@@ -52,6 +53,7 @@ class TracedSizes:
     named: Shapes
     table_names: tuple[str, ...]
     exact: int = 0
+    model_type: str = ""
 
     def tables(self) -> Shapes:
         """As `TextConfig.tables`."""
@@ -80,17 +82,25 @@ class TracedSizes:
             name: LayerCosts(_shapes(costs["shapes"]), costs["saved"], costs["extra"], costs["factors"])
             for name, costs in found["kinds"].items()
         }
-        rest: dict[str, Any] = {name: found[name] for name in ("hidden", "vocab", "tied", "exact")}
+        rest: dict[str, Any] = {name: found[name] for name in ("hidden", "vocab", "tied", "exact", "model_type")}
         rest |= {name: tuple(found[name]) for name in ("layers", "table_names")}
         return TracedSizes(kinds=kinds, named=_shapes(found["named"]), **rest)
 
 
 Sizes = TextConfig | TracedSizes
 NOT_SEEN = "no GPU has trained such a model yet"
+RAN = frozenset({"llama", "qwen3"})
+"""Types whose models a GPU trained beside a live server, and whose plans were compared with what they took
+(benchmarks/RESULTS.md: within 6 % on an H200). All Qwen3.5 besides, mixtures included."""
 
 
 def has_run(sizes: Sizes) -> bool:
-    """Whether a GPU has trained such a model, and its plan was compared with what it took: a dense Qwen3.5."""
+    """Whether a GPU has trained such a model."""
+    return isinstance(sizes, TextConfig) or sizes.model_type in RAN
+
+
+def has_been_captured(sizes: Sizes) -> bool:
+    """Whether rows of such a model were replayed as CUDA graphs: a dense Qwen3.5's."""
     return isinstance(sizes, TextConfig) and sizes.experts is None
 
 

@@ -83,6 +83,7 @@ def trace(model: Any) -> TracedSizes:
         named=named,
         table_names=tuple(names),
         exact=sum(torch.Size(named[name]).numel() for name in exact),
+        model_type=model.config.get_text_config().model_type,
     )
 
 

@@ -2,8 +2,7 @@
 
 Any model: torch's variable-length FlashAttention, its grouped products for a mixture's experts, and liger's RMSNorm,
 SwiGLU and GeGLU for the parts that compute just that; the rest stays as transformers wrote it. Qwen3.5: liger's own
-change of it, and fla for the gated delta net and its convolution. The loss is `worker.model.loss`. No GPU has run any
-other model than a dense Qwen3.5 yet.
+change of it, and fla for the gated delta net and its convolution. The loss is `worker.model.loss`.
 Invariants: parameters stay the very tensors they were; a kernel that is missing is an error that says what to install,
 never a slower way taken unasked. What only a trace of the model shows is refused there (`worker.model.layer_trace`).
 """

@@ -39,7 +39,7 @@ from worker.memory.planner import (
     longest_by_factors,
     make_plan,
 )
-from worker.memory.traced_sizes import NOT_SEEN, has_run
+from worker.memory.traced_sizes import NOT_SEEN, has_been_captured, has_run
 from worker.model import fuse, settle_attention
 from worker.model.layer_trace import sizes_of
 from worker.trainer.kernel_warmup import warm_up
@@ -133,7 +133,7 @@ def choose_way(
         log.info("batches of up to %s tokens go by factors, longer ones are streamed", f"{by_factors:,}")
     if settings.graphs == "auto" and not graphs.rows:
         why = "their memory does not fit beside the longest batch"
-        if not has_run(config):
+        if not has_been_captured(config):
             why = "rows of such a model have not been captured yet"
         log.info("no CUDA graphs: %s, so every kernel is launched", why)
     if not has_run(config):
