@@ -189,8 +189,9 @@ class Follower:
         """What is in hand is forgotten, and its journal entry, if there is one, voided."""
         update, self.hand = self.hand.update, InHand()
         self.session.trainer.forget()
-        if update is not None and update.version == self.session.weights.header.version + 1:
-            self.session.manager.void(update.version)
+        manager, coming = self.session.manager, self.session.weights.header.version + 1
+        if update is not None and update.version == coming and coming in manager.journal.entries:
+            manager.void(coming)
 
 
 class _Following(Others):
