@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +105,12 @@ def run_stand_in(model: str, run_dir: str) -> None:
     stand_in.main(Path(model), Path(run_dir))
 
 
+def run_divided_stand_in(model: str, run_dir: str, ranks: str) -> None:
+    import divided_stand_in
+
+    divided_stand_in.main(Path(model), Path(run_dir), int(ranks))
+
+
 class Server(Protocol):
     """What serves the weights."""
 
@@ -127,9 +134,17 @@ class StandIn(Forked):
 class RealServer:
     """vLLM, answering."""
 
-    def __init__(self, model: Path, run_dir: Path, log: Path, optimizer: str = "apollo-mini") -> None:
-        options = ["--max-model-len", "4096", "--max-num-seqs", "4", "--optimizer", optimizer]
-        self.process = ServerProcess(model, run_dir, extra=options)
+    def __init__(
+        self,
+        model: Path,
+        run_dir: Path,
+        log: Path,
+        optimizer: str = "apollo-mini",
+        extra: Sequence[str] = ("--max-model-len", "4096", "--max-num-seqs", "4"),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        options = [*extra, "--optimizer", optimizer]
+        self.process = ServerProcess(model, run_dir, extra=options, env=environment)
 
     def alive(self) -> bool:
         return self.process.alive()

@@ -51,6 +51,8 @@ class Site:
         self.folder, self.model = folder, model
         self.state = folder / "state"
         self.run_dir = folder / "run"
+        self.extra: dict[str, str] = {}
+        """More environment of commands."""
         self.store = RedisServer(folder / "redis").start()
         self.redis = redis.Redis.from_url(self.store.url)
         self.producer = Producer(self.store.url)
@@ -86,7 +88,7 @@ class Site:
         self, *arguments: str, fault: str | None = None, run: Any = run_tandem, log: str = "tandem.log"
     ) -> Forked:
         environment = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.run_dir), "TANDEM_FAULT": fault or ""}
-        environment |= {"TANDEM_STATE_DIR": str(self.state)}
+        environment |= {"TANDEM_STATE_DIR": str(self.state)} | self.extra
         return Forked(run, arguments, environment, self.folder / log)
 
     def tandem(self, *arguments: str, code: int = 0, log: str = "tandem.log") -> str:

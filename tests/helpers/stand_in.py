@@ -95,6 +95,10 @@ class Memory:
             logits = build_model(self.model_dir, views)(torch.tensor([ids])).logits[0].float()
         return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
 
+    def answers(self) -> dict[str, Any]:
+        """What weights.sock is asked."""
+        return {"describe": self.describe, "header": self.header.fields, "revoke": self.header.revoke}
+
     def describe(self) -> dict[str, Any]:
         """As `TandemWeightEngine` answers "describe"."""
         return {
@@ -143,15 +147,15 @@ def _load(model: nn.Module, model_dir: Path, slices: list[Slice]) -> None:
             piece.of(model.get_parameter(piece.param)).copy_(file.get_tensor(piece.source))
 
 
-async def _serve(memory: Memory, run_dir: Path) -> None:
-    header = memory.header
-    WeightService(run_dir, {"describe": memory.describe, "header": header.fields, "revoke": header.revoke})
-    fields = header.fields()
+async def serve(answers: dict[str, Any], score: Any, run_dir: Path) -> None:
+    """Until killed. answers: of weights.sock; score: as `Control` asks it."""
+    WeightService(run_dir, answers)
+    fields = answers["header"]()
     state = ServerState(str(fields["lineage"]), int(fields["version"]))
     running = dict.fromkeys(map(str, range(int(os.environ.get(REQUESTS) or 0))), 0)
     state.changed = lambda: print(time.monotonic(), state.condition, state.version, flush=True)
     rendering = {"chat_template": None, "template_kwargs": {}}
-    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running, score=memory.score)
+    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running, score=score)
     await control.start()
     print("ready", flush=True)
     await asyncio.Event().wait()
@@ -160,7 +164,8 @@ async def _serve(memory: Memory, run_dir: Path) -> None:
 def main(model_dir: Path, run_dir: Path, layout_file: Path = LAYOUT) -> None:
     """Serve until killed."""
     torch.set_num_threads(1)
-    asyncio.run(_serve(Memory(model_dir, layout_file), unix_socket.prepare_run_dir(run_dir)))
+    memory, run_dir = Memory(model_dir, layout_file), unix_socket.prepare_run_dir(run_dir)
+    asyncio.run(serve(memory.answers(), memory.score, run_dir))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from producer.errors import TandemError
 from producer.transcript import Transcript
 from worker.checkpoint.records import UpdateRecord
-from worker.data.examples import Example, TokenSequence
+from worker.data.example_codec import example_of, plain_example
+from worker.data.examples import Example
 from worker.data.replay_buffer import PREFIX
 
 
@@ -58,17 +57,7 @@ def make_ready(transcript: Transcript, example: Example) -> Ready:
 
 def pack_batch(ready: Iterable[Ready]) -> list[dict[str, Any]]:
     """The batch as it goes into the journal: transcripts, and their tokens and masks as bytes, in order."""
-    return [
-        {
-            "id": item.id,
-            "transcript": item.transcript,
-            "weight": item.example.weight,
-            "sequences": [_plain(sequence) for sequence in item.example.sequences],
-            **({"kind": item.example.kind} if item.example.kind != "demonstration" else {}),
-            **({"teachers": [_plain(one) for one in item.example.teachers]} if item.example.teachers else {}),
-        }
-        for item in ready
-    ]
+    return [{"transcript": item.transcript, **plain_example(item.example)} for item in ready]
 
 
 def unpack_batch(record: UpdateRecord, dropped: frozenset[str]) -> list[Example]:
@@ -77,31 +66,9 @@ def unpack_batch(record: UpdateRecord, dropped: frozenset[str]) -> list[Example]
         raise ReplayError(
             f"version {record.version} cannot be trained again: its transcripts have expired (--keep-transcripts)"
         )
-    return [_example(item) for item in record.batch if item["id"].removeprefix(PREFIX) not in dropped]
+    return [example_of(item) for item in record.batch if item["id"].removeprefix(PREFIX) not in dropped]
 
 
 def ready_of(item: dict[str, Any]) -> Ready:
     """One of what `pack_batch` made."""
-    return Ready(_example(item), item["transcript"])
-
-
-def _example(item: dict[str, Any]) -> Example:
-    return Example(
-        item["id"],
-        tuple(_sequence(*s) for s in item["sequences"]),
-        item["weight"],
-        {},
-        item.get("kind", "demonstration"),
-        tuple(_sequence(*s) for s in item.get("teachers", [])),
-    )
-
-
-def _plain(sequence: TokenSequence) -> list[Any]:
-    ids, mask = np.asarray(sequence.ids, "<u4"), np.asarray(sequence.mask, bool)
-    return [ids.tobytes(), np.packbits(mask).tobytes()] + [True] * sequence.rejected
-
-
-def _sequence(ids: bytes, mask: bytes, rejected: bool = False) -> TokenSequence:
-    tokens = np.frombuffer(ids, "<u4")
-    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(tokens))
-    return TokenSequence(tuple(tokens.tolist()), tuple(bits.astype(bool).tolist()), rejected)
+    return Ready(example_of(item), item["transcript"])

@@ -68,7 +68,7 @@ class CheckpointManager:
             results=update.result_maps(),
             rejected=update.rejected,
             h=replay.plain_hyperparameters(h),
-            facts=replay.facts(self.weights.state.device),
+            facts=replay.facts(self.weights.state.device, self.weights.rank_count),
             format=UPDATE_FORMAT if parts == 1 else DIVIDED_FORMAT,
             parts=parts,
         )

@@ -159,7 +159,9 @@ class Rebuilder:
         with progress(f"making version {plan.version} again", 1 + len(plan.steps), "steps") as shown:
             self.snapshots.restore(plan.base, self.weights.tensors, self.weights.state)
             shown.advance()
-            replayed = replay.replay(plan.steps, plan.dropped, self.make_trainer, self.device, shown.advance)
+            replayed = replay.replay(
+                plan.steps, plan.dropped, self.make_trainer, self.device, shown.advance, self.weights.rank_count
+            )
         point("restored")
         header.adopt(lineage, version)
         return Rebuilt(plan, time.monotonic() - started, replayed)

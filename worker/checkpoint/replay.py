@@ -25,9 +25,13 @@ from worker.trainer.sharing import Alone, InTurn
 from worker.trainer.trainer import Trainer
 from worker.trainer.weighting import RULES, Rule
 
+ALONE = {"ranks": 1}
+"""What is not said of a trainer in one process."""
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """The circumstances that a bitwise repetition needs, as the journal keeps them."""
+
+def facts(device: torch.device, ranks: int = 1) -> dict[str, Any]:
+    """The circumstances that a bitwise repetition needs, as the journal keeps them. ranks: over how many processes the
+    weights are divided."""
     return {
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -35,13 +39,15 @@ def facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        **({"ranks": ranks} if ranks > 1 else {}),
     }
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has changed since the record, but for threads, which a replay sets as they were."""
-    names = [name for name in now if name != "threads" and then.get(name) != now[name]]
-    return [f"{name} was {then.get(name)} and is {now[name]}" for name in names]
+    was, here = ALONE | dict(then), ALONE | dict(now)
+    names = [name for name in here if name != "threads" and was.get(name) != here[name]]
+    return [f"{name} was {was.get(name)} and is {here[name]}" for name in names]
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -135,13 +141,15 @@ def replay(
     make_trainer: Make,
     device: torch.device,
     trained: Callable[[], object] = lambda: None,
+    ranks: int = 1,
 ) -> Replayed:
-    """Train journaled batches again, in order, without the ids in `dropped`. trained: called after each.
+    """Train journaled batches again, in order, without the ids in `dropped`. trained: called after each. ranks: over
+    how many processes the weights are divided.
 
     The weights and the optimizer's state must be those before the first of them, and `check_steps` and `check_fits`
     must have passed. Raises whatever training raises, with the weights between two versions.
     """
-    changed = sorted({line for record in records for line in differences(record.facts, facts(device))})
+    changed = sorted({line for record in records for line in differences(record.facts, facts(device, ranks))})
     found = Replayed(changed)
     trainer, made_for = None, None
     for record in records:

@@ -27,6 +27,8 @@ from worker.consumer.log_lines import LogHooks
 from worker.consumer.worker_lock import WorkerLock
 from worker.operations.worker_metrics import WorkerMetrics
 from worker.orchestrator.agreement import agree
+from worker.orchestrator.lone import Lone
+from worker.orchestrator.rank_fleet import RankFleet
 from worker.orchestrator.reports import log_report
 from worker.orchestrator.session import Session, open_session
 from worker.orchestrator.worker_loop import WorkerLoop
@@ -99,13 +101,15 @@ def command(
     run_dir = placed(run_dir or default_run_dir(), replica)
     state_dir = placed(state_dir, replica) if state_dir is not None else None
     opening = partial(open_session, run_dir, name, Hyperparameters(**options), state_dir=state_dir, policy=policy)
-    opening = partial(opening, settings=settings, max_tokens=max_tokens)
+    number = replica.number if replica is not None else None
+    opening = partial(opening, settings=settings, max_tokens=max_tokens, replica=number)
     if replica is not None and replica.follows:
         follow(replica, opening, policy)
         return
     metrics = WorkerMetrics(resolve_url(redis_url), run_dir)
     with _ready(name, metrics, (metrics_host, metrics_port), opening, new_lineage) as (connection, lock, session):
-        tell, fleet = metrics.telling(log_report), None
+        tell = metrics.telling(log_report)
+        fleet: Lone | None = RankFleet(session.ranks) if session.ranks is not None else None
         if replica is not None:
             fleet = lead(replica, session)
             max_tokens *= replica.count  # a replica's part is as long as a lone worker's version

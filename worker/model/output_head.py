@@ -44,6 +44,11 @@ class OutputHead:
     vocabulary: VocabularyShard | None = None
     """Which rows of the whole head `weight` has, where it is one process's part."""
 
+    @property
+    def words(self) -> int:
+        """Of the whole vocabulary."""
+        return len(self.weight) if self.vocabulary is None else self.vocabulary.words
+
 
 class _Output:
     """What a body returns: its last hidden states, and None for whatever else is asked of it."""

@@ -41,6 +41,12 @@ class VocabularyShard:
         """The sum over the processes, without a gradient."""
         return self.shards.total(part)
 
+    def whole(self, logits: Tensor) -> Tensor:
+        """Those of all words, [N, words], from those of the words here, [N, rows]; without a gradient."""
+        every = logits.new_zeros(len(logits), self.words)
+        every[:, self.first : self.first + self.rows] = logits
+        return self.shards.total(every)
+
     def most_likely(self, values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` largest of all processes' `values` [M, <= count], and their words; ids: of `values`, as numbered
         here."""

@@ -47,7 +47,7 @@ MEMORY = ("used_memory", "maxmemory", "evicted_keys")
 """What is told of Redis' INFO."""
 TOLD = (*NUMBERS, "at", "kind", LOSS, LOSSES, REASON, SHARE, CHARGES, UNTIL, POLICY, LIMIT, replica_status.FIELD)
 """Fields of `weights:state` that are read."""
-RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs")
+RATIO, HOW = "update_ratio", ("optimizer", "way", "graphs", "ranks")
 """RMS of the last update over RMS of the weights, and how it was applied: kept in the version's manifest."""
 
 
@@ -172,11 +172,16 @@ def _worker(connection: redis.Redis, queue: Any) -> dict[str, Any]:
 
 
 def _server(run_dir: Path) -> dict[str, Any]:
-    """state: serving | paused | torn, or unreachable with the reason."""
+    """state: serving | paused | torn, or unreachable with the reason; where the weights are divided, what the header
+    beside each rank's says."""
     from worker.serving.control_client import server_state
+    from worker.shared_weights.weights_client import rank_headers
 
     try:
-        return {"run_dir": str(run_dir), **server_state(run_dir, SECONDS)}
+        found = {"run_dir": str(run_dir), **server_state(run_dir, SECONDS)}
+        headers = rank_headers(run_dir, SECONDS)
+        said = {f"rank {rank}": f"{one['state']} at {one['version']}" for rank, one in enumerate(headers)}
+        return found | (said if len(said) > 1 else {})
     except (TandemError, OSError) as error:
         return {"run_dir": str(run_dir), "state": "unreachable", "reason": str(error)}
 

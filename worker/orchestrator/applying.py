@@ -33,7 +33,7 @@ class Others:
         """The header says CLEAN, with the new version; our server still stands still."""
 
 
-NOBODY = Others()
+NOBODY: Others = Others()
 
 
 def apply_update(session: Session, update: Update, others: Others = NOBODY) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from worker.orchestrator.rank_trainers import RankTrainers
 from worker.serving.control_client import ServerControl
 from worker.serving.protocol import MAX_ROW
 from worker.shared_weights.attach import AttachedWeights
@@ -22,10 +23,18 @@ from worker.trainer.trainer import Trainer
 log = logging.getLogger("tandem")
 
 
-def prove(trainer: Trainer, weights: AttachedWeights, control: ServerControl, tokenizer: Any) -> None:
-    """Raises `ProofError`, or `ServerError` when the server does not compute the row."""
+def prove(
+    trainer: Trainer,
+    weights: AttachedWeights,
+    control: ServerControl,
+    tokenizer: Any,
+    ranks: RankTrainers | None = None,
+) -> None:
+    """ranks: the others, of a divided trainer; transformers' forward is then divided, too, and the server's alone is
+    another computation. Raises `ProofError`, or `ServerError` when the server does not compute the row."""
     most = min(trainer.room.longest, int(weights.server_info["max_model_len"]) - 1, MAX_ROW)
-    expected = prove_trainer(trainer, weights.build_model(), tokenizer, most)
+    model, expected_of = (weights.build_model(), None) if ranks is None else (ranks.plain_model(), ranks.expect)
+    expected = prove_trainer(trainer, model, tokenizer, most, expected_of)
     served = -torch.tensor(control.score(expected.ids), dtype=torch.float32)
     if not torch.isfinite(expected.nll).all():
         return

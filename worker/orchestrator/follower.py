@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from producer.feedback import Kind
 from worker.checkpoint.batch_codec import Ready, ready_of
 from worker.checkpoint.journal import JournalError
 from worker.config.protocol import JobResult, TornWeightsError, UnavailableError, Update
@@ -30,8 +29,7 @@ from worker.orchestrator.fleet import PAUSED_SECONDS, SHARED
 from worker.orchestrator.reports import Tell, log_report
 from worker.orchestrator.session import Session
 from worker.shared_weights.header import CLEAN
-from worker.trainer.losses import Answers
-from worker.trainer.outliers import Guards
+from worker.trainer.outliers import ToldLimit
 from worker.trainer.sharing import Ranks
 from worker.utils.signals import deferred
 
@@ -39,22 +37,6 @@ log = logging.getLogger("tandem")
 
 CHECK_SECONDS = 2.0
 """Between two looks at our own server while nothing is to do."""
-
-
-class ToldLimit:
-    """The bounds that replica 0's guards have now."""
-
-    def __init__(self, most: float, k: float) -> None:
-        self._most, self._guards = most, Guards(k)
-
-    def loss_limit(self) -> float:
-        return self._most
-
-    def loss_reason(self, loss: float) -> str:
-        return "replica 0 says why"
-
-    def refusal(self, kind: Kind, answers: Answers) -> str | None:
-        return self._guards.refusal(kind, answers)
 
 
 @dataclass

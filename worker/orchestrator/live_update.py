@@ -138,7 +138,7 @@ class LiveUpdate:
             raise TornWeightsError("the weights are torn: start the worker again, which restores them")
         self.confirm()
         if self.threads is not None:
-            self.threads.begin_version(self.session.trainer.device)
+            self.threads.begin_version(self.session.trainer.device, self.session.weights.rank_count)
         self.cost.begin()
         try:
             return self.fleet.attempt(lambda: self._run(prepared))
@@ -233,6 +233,7 @@ class LiveUpdate:
         manifest |= {"forward_s": computed.forward_s} if way == "streaming" else {}
         manifest |= {"graphs": True} if self.session.trainer.replayed else {}
         manifest |= {"replicas": self.fleet.parts} if self.fleet.parts > 1 else {}
+        manifest |= {"ranks": ranks} if (ranks := self.session.weights.rank_count) > 1 else {}
         manifest |= ReplayBuffer.record(computed.trained) | _kinds(computed)
         if self.guards is not None:
             nll = {ready.id: gradients.nll[ready.id] for ready in computed.new if imitates(ready.example.kind)}

@@ -144,8 +144,7 @@ def begin_rebuild(control: ServerControl, header: Header, batches: int) -> None:
     """The server stands still and the header says APPLYING: the weights may be made again, through `batches` of the
     journal."""
     control.pause(RESTORE_SECONDS + REPLAY_SECONDS * batches)
-    if header.state == CLEAN:
-        header.begin(control.fence)
+    header.hold(control.fence)
 
 
 def mend_redis(connection: redis.Redis, manager: CheckpointManager, header: dict[str, Any]) -> list[Report]:

@@ -48,9 +48,10 @@ class ServingCost:
         return running
 
     def _clock(self) -> float:
-        """Seconds of the device that this process may have taken, and only growing."""
+        """Seconds of the device that this process may have taken, and only growing; other ranks of a divided trainer
+        take as much."""
         if self.session.trainer.device.type == "cpu":
-            return time.process_time() / len(os.sched_getaffinity(0))
+            return time.process_time() * self.session.weights.rank_count / len(os.sched_getaffinity(0))
         return time.monotonic()
 
     @contextmanager

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from producer.errors import TandemError
 from worker.checkpoint.manager import CheckpointManager
-from worker.checkpoint.replay import make_deterministic
+from worker.checkpoint.replay import Make, make_deterministic
 from worker.checkpoint.state_dir import StateDir, default_state_dir
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import UnavailableError
@@ -31,12 +31,14 @@ from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
 from worker.orchestrator.attach_proof import prove
+from worker.orchestrator.rank_trainers import RankTrainers, refuse_divided
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import Tell, log_report
 from worker.serving.control_client import ServerControl
-from worker.shared_weights.attach import AttachedWeights, attach
+from worker.shared_weights.attach import AttachedWeights
+from worker.shared_weights.divided import DividedWeights, attach_any
 from worker.shared_weights.header import CLEAN
-from worker.trainer.device import choose_way, growing_segments, keep_within, warm, within_share
+from worker.trainer.device import Chosen, choose_way, growing_segments, keep_within, warm, within_share
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
@@ -54,6 +56,8 @@ class Session:
     trainer: Trainer
     h: Hyperparameters
     settings: ApplySettings
+    ranks: RankTrainers | None = None
+    """The other ranks' trainers, where the server divides its weights."""
 
     def check(self) -> dict[str, Any]:
         """The server's state, as `ServerControl.state`. Raises `UnavailableError` when the server has gone."""
@@ -82,42 +86,52 @@ def open_session(
     settings: ApplySettings = ApplySettings(),  # noqa: B008  (frozen)
     max_tokens: int = MAX_TOKENS,
     tell: Tell = log_report,
-    replica: int = 0,
+    replica: int | None = None,
 ) -> Iterator[Session]:
     """A session with the server of `run_dir`, until the end of the block.
 
     Torn or restarted weights are brought back first from `state_dir` (default: by the model's path). policy: what the
     state directory keeps; None, for those who only visit it: everything. known: what Redis says of the weights, if it
-    was asked. max_tokens: most of a version. replica: its number; the weights of all but 0 come from replica 0, and are
-    left as they are. tell: hears what was brought back. The server says which optimizer:
+    was asked. max_tokens: most of a version. replica: its number, where there are several; the weights of all but 0
+    come from replica 0, and are left as they are. tell: hears what was brought back. The server says which optimizer:
     `TandemError` where `h` asks for another.
     """
     torch_setup.prepare()
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(ServerControl(run_dir, name))
         with growing_segments():
-            weights = attach(run_dir)
+            weights = attach_any(run_dir)
             torch.empty(1, device=weights.state.device)
         h = h.settled(weights.optimizer)
-        state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path, replica)))
-        make_deterministic(weights.state.device)
-        model = weights.build_model()
+        device = weights.state.device
+        if isinstance(weights, DividedWeights):
+            refuse_divided(settings, replica=replica is not None, gpu=weights.state.is_cuda)
+        state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path, replica or 0)))
+        make_deterministic(device)
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
-        device, settings = weights.state.device, within_share(settings, control.trainer_bytes)
+        settings = within_share(settings, control.trainer_bytes)
         keep_within(settings, device)
-        chosen = choose_way(model, weights.model_path, h, settings, max_tokens, device)
+        ranks: RankTrainers | None = None
+        make: Make
         # Whatever is trained again, is trained in the way that new versions are.
-        make = partial(
-            make_trainer,
-            model,
-            list(model.named_parameters()),
-            tokenizer,
-            state=weights.state,
-            way=chosen.way,
-            by_factors=chosen.by_factors,
-            budget=chosen.budget,
-        )
+        if isinstance(weights, DividedWeights):
+            chosen = Chosen("streaming" if settings.apply == "streaming" else "burst")
+            ranks = stack.enter_context(contextlib.closing(RankTrainers(run_dir, weights, tokenizer, chosen.way)))
+            make = ranks.make
+        else:
+            model = weights.build_model()
+            chosen = choose_way(model, weights.model_path, h, settings, max_tokens, device)
+            make = partial(
+                make_trainer,
+                model,
+                list(model.named_parameters()),
+                tokenizer,
+                state=weights.state,
+                way=chosen.way,
+                by_factors=chosen.by_factors,
+                budget=chosen.budget,
+            )
         room = partial(
             capacity_for,
             packed=weights.state.is_cuda,
@@ -132,5 +146,5 @@ def open_session(
         trainer = make(h)
         warm(trainer, chosen.replayed)
         if weights.header.state == CLEAN:  # a torn server, which is brought up later, computes nothing
-            prove(trainer, weights, control, tokenizer)
-        yield Session(control, weights, manager, builder, trainer, h, settings)
+            prove(trainer, weights, control, tokenizer, ranks)
+        yield Session(control, weights, manager, builder, trainer, h, settings, ranks)

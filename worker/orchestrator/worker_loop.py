@@ -63,7 +63,7 @@ class WorkerLoop:
         rehearsal = ReplayBuffer(guards.rehearse, rename, seed=session.h.seed) if guards.rehearse else None
         self.update = LiveUpdate(
             session,
-            guards=Guards(guards.outliers, words=session.trainer.head.weight.shape[0]),
+            guards=Guards(guards.outliers, words=session.trainer.head.words),
             dislikes=_dislike_guard(guards, session),
             rehearsal=rehearsal,
             threads=threads,

@@ -57,6 +57,11 @@ class AttachedWeights:
     """Name -> which part of the whole it is, for tensors of which this rank of the server holds a part."""
 
     @property
+    def rank_count(self) -> int:
+        """Over how many processes the server divides its weights."""
+        return int(self.server_info.get("ranks", 1))
+
+    @property
     def optimizer(self) -> Optimizer:
         """What `state` has room for: `tandem serve --optimizer`."""
         return optimizer_of({OPTIMIZER_ENV: self.server_info.get("optimizer", DEFAULT)})

@@ -74,6 +74,11 @@ class Header:
                 " was written: start the trainer again"
             )
 
+    def hold(self, fence: int) -> None:
+        """`begin`, unless an update is begun already: to make weights again, which may be torn."""
+        if self.state == CLEAN:
+            self.begin(fence)
+
     def revoke(self) -> dict[str, str | int]:
         """Take back every lease given so far; the fields as they are then. For the owner of the weights alone.
 

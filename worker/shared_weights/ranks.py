@@ -12,15 +12,23 @@ from worker.shared_weights.errors import AttachError
 from worker.utils.shard import Shard, ShardError, check_complete
 
 
+class DividedError(AttachError):
+    """A server's weights are divided over `ranks` processes, and this trainer takes those of one."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(
+            f"the server's weights are divided over {ranks} processes (--tensor-parallel-size {ranks}), and"
+            " whoever asked can only take weights that lie in one"
+        )
+        self.ranks = ranks
+
+
 def refuse_divided(info: dict[str, Any], rank: int | None) -> None:
     """Raise `AttachError` where a server's description `info` is not what the trainer of `rank` can take; None: the
     trainer of a whole model."""
     ranks = int(info.get("ranks", 1))
     if rank is None and ranks > 1:
-        raise AttachError(
-            f"the server's weights are divided over {ranks} processes (--tensor-parallel-size {ranks}), and this"
-            " trainer can only train weights that lie in one: serve without --tensor-parallel-size to train"
-        )
+        raise DividedError(ranks)
     if rank is not None and int(info.get("rank", 0)) != rank:
         raise AttachError(f"the server's process in the folder of rank {rank} says that it is rank {info.get('rank')}")
 

@@ -3,6 +3,7 @@
 Must not know: torch, vLLM.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ def read_header(run_dir: Path, timeout: float = 10.0) -> dict[str, Any]:
     """{"lineage": 32 hex digits, "version": int, "state": "CLEAN" | "APPLYING", "fence": int}, as it lies beside the
     weights now."""
     return ask(run_dir, "header", timeout)[0]
+
+
+def rank_headers(run_dir: Path, timeout: float = 10.0) -> list[dict[str, Any]]:
+    """As `read_header`, of every rank that answers, from rank 0 on: one where the weights are in one process."""
+    found = [read_header(run_dir, timeout)]
+    with contextlib.suppress(unix_socket.WireError):  # no such rank, or what an earlier server left
+        while True:
+            found.append(read_header(rank_dir(run_dir, len(found)), timeout))
+    return found
 
 
 def revoke(run_dir: Path, timeout: float = 10.0) -> dict[str, Any]:

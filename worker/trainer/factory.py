@@ -5,7 +5,7 @@ Invariant: the order of parameters, and with it the layout of the optimizer's st
 their names alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def make_trainer(
     budget: int | None = None,
     shards: Mapping[str, Shard] | None = None,
     sum_over_shards: SumOverShards | None = None,
+    kind: Callable[..., Trainer] = Trainer,
 ) -> Trainer:
     """The trainer over all text parameters, frozen ones included; `state` holds the optimizer's, None: its own memory.
 
@@ -65,7 +66,7 @@ def make_trainer(
     layout of `state` and every random draw, depends on the names alone, so it is the same whatever `h.embeddings` and
     `h.router` say: frozen ones never have a gradient. Raises `ModelError` where the router is not found that is frozen.
     shards, sum_over_shards: of a model that is divided over processes (`worker.model.sharded`), which parameters are
-    parts of a whole, and what adds up over them.
+    parts of a whole, and what adds up over them. kind: makes the trainer of what `Trainer` takes.
     """
     named = sorted(parameters, key=lambda item: item[0])
     for name, parameter in named:
@@ -86,7 +87,7 @@ def make_trainer(
         sum_over_shards=sum_over_shards,
     )
     room = capacity_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
-    return Trainer(
+    return kind(
         model,
         optimizer,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,  # masked out either way

@@ -13,6 +13,9 @@ from worker.trainer.losses.terms import Answers
 class Limit(Protocol):
     """What says which losses are outliers, and what is broken: `worker.trainer.outliers.Guards`."""
 
+    k: float
+    """How far above the usual is too far; 0: nothing is."""
+
     def loss_limit(self) -> float:
         """The highest mean loss, in nats per trained token, that is trained."""
 

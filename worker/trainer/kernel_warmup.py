@@ -64,7 +64,7 @@ def _run(trainer: Trainer, size: int) -> None:
     """One forward and backward over a row of `size` tokens: two sequences, every token trained, with a teacher's pass
     over the same row."""
     cut = size // 3
-    words = trainer.head.weight.shape[0]
+    words = trainer.head.words
     ids = tuple((7 * i + 1) % words for i in range(size))
     mask = (False,) + (True,) * (size - 1)
     sequences = (TokenSequence(ids[:cut], mask[:cut]), TokenSequence(ids[cut:], mask[: size - cut]))

@@ -143,6 +143,25 @@ class Guards:
         return kept | ({NORM: norm, TOKENS: tokens} if norm is not None else {})
 
 
+class ToldLimit:
+    """The bounds that the guards of replica 0, or of rank 0, have now."""
+
+    def __init__(self, most: float, k: float) -> None:
+        self._most, self._guards, self.k = most, Guards(k), k
+
+    def loss_limit(self) -> float:
+        """As `Guards.loss_limit`, there."""
+        return self._most
+
+    def loss_reason(self, loss: float) -> str:
+        """Who decides says why."""
+        return "replica 0 says why"
+
+    def refusal(self, kind: Kind, answers: Answers) -> str | None:
+        """As `Guards.refusal`."""
+        return self._guards.refusal(kind, answers)
+
+
 def _numbers(values: Any) -> list[float]:
     """`values`, or the JSON that Redis keeps of them; nothing for what is neither."""
     try:

@@ -15,7 +15,7 @@ Invariants: no weight changes; a loss that is further off than rounding explains
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +79,20 @@ class Expected:
         return min(MOST, max(LEAST, FACTOR * self.noise)) if self.noise <= MOST else TWICE * self.noise
 
 
-def prove_trainer(trainer: Trainer, model: Any, tokenizer: Any, most: int) -> Expected:
+def prove_trainer(
+    trainer: Trainer,
+    model: Any,
+    tokenizer: Any,
+    most: int,
+    expected_of: Callable[[Any, Sequence[int]], Expected] | None = None,
+) -> Expected:
     """Compare the loss of `trainer` with that of `model`, which has the same weights and is as transformers wrote it,
-    on a row of at most `most` tokens. Raises `ProofError`.
+    on a row of at most `most` tokens. expected_of: `expect`, where that takes more than this process. Raises
+    `ProofError`.
 
     Weights whose loss is not finite prove nothing, and cannot be trained either (`NOT_FINITE`): that is logged.
     """
-    expected = expect(model, proof_row(tokenizer, model.config, most))
+    expected = (expected_of or expect)(model, proof_row(tokenizer, model.config, most))
     if not torch.isfinite(expected.nll).all():
         log.warning("the model's loss is not finite under the present weights: nothing can be compared with it")
         return expected
@@ -180,6 +187,8 @@ def _nll(model: Any, ids: Sequence[int]) -> Tensor:
     device = next(model.parameters()).device
     row = torch.tensor([list(ids)], device=device)
     logits = model(input_ids=row, use_cache=False).logits[0, :-1]  # [T - 1, V]
+    if (vocabulary := getattr(model, "vocabulary", None)) is not None:  # one process's words, of all
+        logits = vocabulary.whole(logits)
     parts = zip(logits.split(ROW), row[0, 1:].split(ROW), strict=True)
     return torch.cat([torch.nn.functional.cross_entropy(z.float(), t, reduction="none").cpu() for z, t in parts])
 

@@ -12,10 +12,12 @@ of either are divided among rows and passes.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from worker.data.example_codec import example_of, plain_example
 from worker.data.examples import Example
 from worker.data.packing import Batch
 from worker.model.output_head import OutputHead
@@ -27,6 +29,7 @@ class Teachers:
     """Of `examples`, by their order."""
 
     def __init__(self, examples: Sequence[Example] = ()) -> None:
+        self.examples = list(examples)
         taught = [bool(one.teachers) and has_teacher(one.kind) for one in examples]
         self.reading = [replace(one, sequences=one.teachers if has else ()) for one, has in zip(examples, taught,
                         strict=True)] if any(taught) else []  # fmt: skip
@@ -57,6 +60,25 @@ class Teachers:
         which = self._first[batch.examples[rows]] + batch.order[rows]
         every = self._in_order()
         return every.at(rows.to(every.ids.device), which.to(every.ids.device))
+
+    def plain(self) -> dict[str, Any]:
+        """In msgpack types, complete: for another process that reads the same rows."""
+        every = self._in_order()
+        return {
+            "examples": [plain_example(example) for example in self.examples],
+            "ids": every.ids.cpu().numpy().tobytes(),
+            "log_q": every.log_q.cpu().numpy().tobytes(),
+        }
+
+    @staticmethod
+    def read(plain: dict[str, Any]) -> "Teachers":
+        """What `plain` made, on the host."""
+        found = Teachers([example_of(item) for item in plain["examples"]])
+        tokens = sum(example.trained_tokens for example in found.reading)
+        ids = torch.frombuffer(bytearray(plain["ids"]), dtype=torch.int64).view(tokens, -1)
+        log_q = torch.frombuffer(bytearray(plain["log_q"]), dtype=torch.float32).view(tokens, -1)
+        found._all = Soft(torch.arange(tokens), ids, log_q)
+        return found
 
     def _in_order(self) -> Soft:
         if self._all is None:

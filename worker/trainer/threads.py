@@ -30,9 +30,10 @@ class TrainingThreads:
         if wanted is not None:
             torch.set_num_threads(wanted)
 
-    def begin_version(self, device: torch.device) -> None:
-        """Set the number of threads for the version that is trained next on `device`."""
+    def begin_version(self, device: torch.device, processes: int = 1) -> None:
+        """Set the number of threads for the version that is trained next on `device`, by so many `processes` at
+        once."""
         if self._looks and device.type != "cpu":
             torch.set_num_threads(min(self._most, GPU_THREADS))
         elif self._looks:
-            torch.set_num_threads(max(1, min(self._most, int(self._free() + ALMOST))))
+            torch.set_num_threads(max(1, min(self._most, int(self._free() + ALMOST) // processes)))

@@ -2,6 +2,8 @@
 
 `TANDEM_FAULT=NAME` (or `NAME:K` for the K-th pass) makes `point(NAME)` a kill -9 of ourselves; with `:stop` at its end,
 a SIGSTOP, after which we hang until somebody sends SIGCONT. Unset, as in production, `point` is one dictionary look-up.
+Where a trainer is divided over ranks, each its own process, `TANDEM_FAULT` is rank 0's and `TANDEM_FAULT_RANK_1` rank
+1's.
 """
 
 import os
@@ -44,6 +46,12 @@ def point(name: str) -> None:
         if _armed[name] <= 0:
             del _armed[name]
             os.kill(os.getpid(), _signal)
+
+
+def environment_of_rank(rank: int) -> dict[str, str]:
+    """What the process of `rank` gets of our environment: the fault that is its own, once."""
+    fault = os.environ.pop(f"TANDEM_FAULT_RANK_{rank}", "")
+    return dict(os.environ) | {"TANDEM_FAULT": fault}
 
 
 arm(os.environ.get("TANDEM_FAULT"))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from worker.apollo import ApolloError, ApolloMini, NonFiniteGradientError, compiled_write, cpu, state_bytes
+from worker.apollo.divided_state import put_together, take_apart
+from worker.apollo.state_layout import HEADER_BYTES
 from worker.utils.shard import Shard, assemble
 
 RANKS, STEPS, DEVICE = 2, 6, "cpu"
@@ -244,3 +246,21 @@ def test_a_saved_optimizer_says_nothing_of_this_process_s_parts() -> None:
     assert "shards" not in optimizer.state_dict()["param_groups"][0]
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.is_shard(optimizer.param_groups[0]["params"][0])
+
+
+def test_the_state_of_all_ranks_is_put_together_and_taken_apart() -> None:
+    whole = values(torch.float32)
+    one = train(whole, lambda step: gradients(step, torch.float32), False)
+    areas = [optimizer.area.memory for _, optimizer in on_ranks(lambda r, s: divided(r, s, torch.float32, False))]
+    shapes, held = list(SHAPES.values()), [[parts(name, rank) for rank in range(RANKS)] for name in SHAPES]
+    assert not put_together([torch.zeros_like(area) for area in areas], shapes, held).any(), "a fresh one stays fresh"
+    together = put_together(areas, shapes, held)
+    assert torch.equal(together[:HEADER_BYTES], one.area.memory[:HEADER_BYTES])  # the layout and the steps of one
+    floats, expected = (memory[HEADER_BYTES:].view(torch.float32) for memory in (together, one.area.memory))
+    torch.testing.assert_close(floats, expected, rtol=1e-4, atol=1e-9)
+    apart = [torch.full_like(area, 7) for area in areas]
+    take_apart(together, apart, shapes, held)
+    for found, area in zip(apart, areas, strict=True):
+        assert torch.equal(found, area)
+    take_apart(torch.zeros_like(together), apart, shapes, held)
+    assert not any(area.any() for area in apart)

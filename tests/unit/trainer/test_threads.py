@@ -38,6 +38,14 @@ def test_the_number_is_looked_at_again_before_each_version() -> None:
         assert torch.get_num_threads() == expected
 
 
+def test_processes_that_train_together_share_what_is_free() -> None:
+    torch.set_num_threads(4)
+    threads = TrainingThreads(free=lambda: 4.0)
+    for processes, expected in ((2, 2), (3, 1), (8, 1)):
+        threads.begin_version(CPU, processes)
+        assert torch.get_num_threads() == expected
+
+
 @pytest.mark.parametrize(("most", "threads"), [(2, 2), (64, GPU_THREADS)])
 def test_beside_a_gpu_few_threads_do_whatever_is_free(most: int, threads: int) -> None:
     torch.set_num_threads(most)

@@ -1,0 +1,51 @@
+"""Test program: another rank of `RankProcesses`, which sums, and fails as it is told."""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from producer.errors import TandemError
+from worker.distributed.rank_processes import inherited, meet
+from worker.utils import unix_socket
+
+
+class OtherError(TandemError):
+    """Another one than rank 0's."""
+
+
+def total() -> float:
+    """The sum over the ranks of 1, which all must ask for."""
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    return float(one)
+
+
+def main() -> None:
+    import sys
+
+    sock = inherited(sys.argv)
+    told = unix_socket.receive(sock)
+    if told.get("refuse"):
+        unix_socket.send(sock, {"failed": "this part fits nowhere"})
+        return
+    unix_socket.send(sock, {"ready": os.getpid()})
+    while (message := unix_socket.receive(sock)) is not None:
+        raised = None
+        if message["op"] == "meet":
+            meet(told)
+        elif message["op"] == "sum":
+            total()
+        elif message["op"] == "raise":
+            raised = message["name"]
+        elif message["op"] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif message["op"] == "fail":
+            unix_socket.send(sock, {"failed": "no room for this part"})
+            os._exit(1)
+        unix_socket.send(sock, {"raised": raised})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The processes of the other ranks of one divided trainer: rank 0 starts them, tells them what to do, and ends them.
+
+    others = RankProcesses([sys.executable, "-m", ...], ranks=2, seconds=300)
+    others.start({"run_dir": ...})                    # each says that it is ready; then they are one process group
+    found = others.together({"op": "begin"}, work)    # all do it at once: each other rank by its command, we by `work`
+    others.close()
+
+    sock = inherited(sys.argv)                        # in such a process: where commands come from
+    meet(message)                                     # the process group
+
+Commands and answers are msgpack on a socket pair that only parent and child have. What is computed together goes
+through torch.distributed's default process group, on the loopback interface.
+
+Must not know: Redis, vLLM, versions, the optimizer.
+Invariants: what only one rank fails at ends all of them, as a `GroupLostError` that says why: nobody waits for a rank
+that does something else. The others die with rank 0's process, however it dies.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from producer.errors import TandemError
+from worker.distributed.errors import GroupLostError
+from worker.utils import unix_socket
+from worker.utils.fault_injection import environment_of_rank
+
+T = TypeVar("T")
+Message = dict[str, Any]
+WHY_SECONDS = 5.0
+"""How long is waited for what a rank says of its end, once the group is lost."""
+END_SECONDS = 10.0
+"""How long a rank that was told to end may take."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Other:
+    """One of them."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} (process {self.process.pid})"
+
+
+class RankProcesses:
+    """command: starts one; two numbers are added, of a file and of our process. seconds: how long a rank is waited
+    for."""
+
+    def __init__(self, command: Sequence[str], ranks: int, seconds: float) -> None:
+        self.command, self.ranks, self.seconds = list(command), ranks, seconds
+        self.others: list[Other] = []
+        self.lost: str | None = "not started"
+        """Why there is no group; None while there is one."""
+
+    def start(self, told: Message) -> None:
+        """Start one process a rank but 0, and form the group. told: what each needs to make itself ready.
+
+        For the main thread. Raises `GroupLostError`, with what a rank said, when one of them cannot be.
+        """
+        self.close()
+        self.lost = None
+        folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))  # for us alone
+        try:
+            for rank in range(1, self.ranks):
+                self.others.append(self._spawn(rank))
+            meeting = {"ranks": self.ranks, "store": str(folder / "store"), "seconds": self.seconds}
+            for other in self.others:
+                self._send(other, {**told, **meeting, "rank": other.rank})
+            self.hear()
+            self.together({"op": "meet"}, lambda: meet({**meeting, "rank": 0}))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def together(self, message: Message, work: Callable[[], T]) -> T:
+        """`work()` here while every other rank does what `message` says. Raises what all of them raise alike (a
+        `TandemError`), and `GroupLostError` for everything else."""
+        self.tell(message)
+        failed: TandemError | None = None
+        try:
+            result = work()
+        except GroupLostError:
+            raise
+        except TandemError as error:  # follows from what all have
+            failed = error
+        except Exception as error:
+            self._lose(f"rank 0 failed: {type(error).__name__}: {error}", error)
+        except BaseException:
+            self.close()
+            raise
+        said = None if failed is None else type(failed).__name__
+        for other, answer in zip(self.others, self.hear(), strict=True):
+            if (theirs := answer.get("raised")) != said:
+                self._lose(f"{other.name} said {theirs or 'that all is well'}, and rank 0 {said or 'that all is well'}")
+        if failed is not None:
+            raise failed
+        return result
+
+    def tell(self, message: Message) -> None:
+        """Every other rank, which need not answer."""
+        if self.lost is not None:
+            raise GroupLostError(self.lost)
+        for other in self.others:
+            self._send(other, message)
+
+    def hear(self) -> list[Message]:
+        """What every other rank answers, in their order."""
+        return [self._receive(other) for other in self.others]
+
+    def ended(self) -> str | None:
+        """Which rank's process is there no more; None while all are."""
+        gone = [other for other in self.others if other.process.poll() is not None]
+        return _end_of(gone[0]) if gone else self.lost
+
+    def close(self) -> None:
+        """End the others and the group. Idempotent."""
+        self.lost = self.lost or "the ranks were ended"
+        for other in self.others:
+            other.sock.close()
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+        for other in self.others:
+            try:
+                other.process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                other.process.kill()
+                other.process.wait()
+        self.others = []
+
+    def _spawn(self, rank: int) -> Other:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [*self.command, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                env=environment_of_rank(rank),
+                stdin=subprocess.DEVNULL,
+            )
+        ours.settimeout(self.seconds)
+        return Other(rank, process, ours)
+
+    def _send(self, other: Other, message: Message) -> None:
+        try:
+            unix_socket.send(other.sock, message)
+        except unix_socket.WireError as error:
+            self._lose(f"{other.name}: {error}")
+
+    def _receive(self, other: Other) -> Message:
+        try:
+            answer = unix_socket.receive(other.sock)
+        except unix_socket.WireError as error:
+            self._lose(f"{other.name}: {error}")
+        if answer is None:
+            self._lose(_end_of(other))
+        if "failed" in answer:
+            self._end_all(f"{other.name} failed: {answer['failed']}")
+        return answer
+
+    def _lose(self, reason: str, cause: BaseException | None = None) -> NoReturn:
+        """End all, and say why: what a rank that ended says comes before what the others noticed of it."""
+        said = [why for other in self.others if (why := _last_words(other)) is not None]
+        dead = [why for gone, why in said if gone]
+        self._end_all(next(iter(dead), next((why for _, why in said), reason)), cause)
+
+    def _end_all(self, reason: str, cause: BaseException | None = None) -> NoReturn:
+        self.lost = reason
+        for other in self.others:
+            other.process.kill()  # it holds nothing, and may wait for somebody
+        self.close()
+        raise GroupLostError(reason) from cause
+
+
+def meet(message: Mapping[str, Any]) -> None:
+    """Form the default process group: gloo, on the loopback interface."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    limit = timedelta(seconds=float(message["seconds"]))
+    store = f"file://{message['store']}"
+    dist.init_process_group("gloo", store, limit, rank=int(message["rank"]), world_size=int(message["ranks"]))
+
+
+def inherited(arguments: Sequence[str]) -> socket.socket:
+    """In a rank's process: the socket on which commands come. The process dies with its parent; what asks it to end
+    asks its parent, which ends it."""
+    number, parent = int(arguments[-2]), int(arguments[-1])
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, signal.SIG_IGN)
+    return socket.socket(fileno=number)
+
+
+def _end_of(other: Other) -> str:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = other.process.wait(WHY_SECONDS)
+        return f"{other.name} {f'was killed by signal {-code}' if code < 0 else f'ended with code {code}'}"
+    return f"{other.name} closed its connection"
+
+
+def _last_words(other: Other) -> tuple[bool, str] | None:
+    """Whether it is dead without a word, and what is to be said of its end; None where it goes on."""
+    try:
+        other.sock.settimeout(WHY_SECONDS)
+        while (answer := unix_socket.receive(other.sock)) is not None:
+            if "failed" in answer:
+                return False, f"{other.name} failed: {answer['failed']}"
+        return True, _end_of(other)
+    except (unix_socket.WireError, OSError):
+        return (True, _end_of(other)) if other.process.poll() is not None else None

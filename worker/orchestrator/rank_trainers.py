@@ -1,0 +1,131 @@
+"""The trainer of a server with --tensor-parallel-size: one process a rank, of which this one, rank 0's, leads.
+
+    ranks = RankTrainers(run_dir, weights, tokenizer, way)   # starts the others; refuses what is not trained divided
+    trainer = ranks.make(h)                                  # on all of them; used as any trainer
+
+Rank 0's process is the worker's own: it has the queue, Redis, the lease, journal and checkpoints, and writes every
+rank's header. The others (`rank_worker`) have their part of the model, and do what the trainer here does.
+
+Invariants: without every rank nothing is computed; a rank that is lost ends the others, and what was not written is
+computed again by new ones (`RankFleet`). Nothing is written while rank 0's header does not say APPLYING.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from producer.errors import TandemError
+from worker.config.hyperparameters import Hyperparameters
+from worker.config.update_options import ApplySettings
+from worker.distributed.rank_processes import Message, RankProcesses
+from worker.memory.planner import Way
+from worker.model.shard_group import ShardGroup
+from worker.model.sharded import build_sharded
+from worker.shared_weights.divided import DividedWeights
+from worker.trainer.factory import make_trainer
+from worker.trainer.leading import LeadingTrainer
+from worker.trainer.proof import Expected, expect
+from worker.trainer.trainer import Trainer
+
+log = logging.getLogger("tandem")
+T = TypeVar("T")
+
+SECONDS = 300.0
+"""How long a rank that hangs is waited for; one that ends is noticed at once."""
+COMMAND = (sys.executable, "-P", "-m", "worker.orchestrator.rank_worker")
+
+
+class RankTrainers:
+    """Of the server in `run_dir`. Raises `GroupLostError` with what a rank said, where one cannot be started."""
+
+    def __init__(self, run_dir: Path, weights: DividedWeights, tokenizer: Any, way: Way) -> None:
+        self.weights, self.tokenizer, self.way = weights, tokenizer, way
+        self._told = {"run_dir": str(Path(run_dir).absolute()), "way": way}
+        self._made: Message | None = None
+        self.processes = RankProcesses(COMMAND, len(weights.ranks), SECONDS)
+        try:
+            self._start()
+            self.model = self.together({"op": "model"}, self.plain_model)
+        except BaseException:
+            self.processes.close()
+            raise
+
+    @property
+    def count(self) -> int:
+        """Of ranks, this one included."""
+        return self.processes.ranks
+
+    def together(self, message: Message, work: Callable[[], T]) -> T:
+        """As `RankProcesses.together`."""
+        return self.processes.together(message, work)
+
+    def tell(self, message: Message) -> None:
+        """As `RankProcesses.tell`."""
+        self.processes.tell(message)
+
+    def plain_model(self) -> Any:
+        """transformers' model over rank 0's part."""
+        ours = self.weights.ranks[0]
+        return build_sharded(ours.model_path, ours.tensors, ours.shards, ShardGroup())
+
+    def make(self, h: Hyperparameters) -> Trainer:
+        """A trainer on the live weights; it takes the place of the one before."""
+        self._made = {"op": "make", "h": asdict(h)}
+        lead = partial(LeadingTrainer, lead=self)
+        return self.together(
+            self._made, partial(make_divided, self.model, self.weights.ranks[0], self.tokenizer, h, self.way, lead)
+        )
+
+    def expect(self, model: Any, ids: Sequence[int]) -> Expected:
+        """As `proof.expect`, on all ranks."""
+        return self.together({"op": "expect", "ids": list(ids)}, partial(expect, model, ids))
+
+    def renew(self) -> None:
+        """New processes, with the present trainer's hyper-parameters. No weight may be half-written."""
+        self._start()
+        self.together({"op": "model"}, lambda: None)
+        if self._made is not None:
+            self.together(self._made, lambda: None)
+
+    def close(self) -> None:
+        """End the others."""
+        self.processes.close()
+
+    def _start(self) -> None:
+        self.processes.start(self._told)
+        for other in self.processes.others:
+            log.info("%s of %d trains its part of the weights", other.name, self.count)
+
+
+def make_divided(
+    model: Any, weights: Any, tokenizer: Any, h: Hyperparameters, way: Way, kind: Callable[..., Trainer] = Trainer
+) -> Trainer:
+    """The trainer of one rank; weights: its part, `AttachedWeights`; kind: as for `make_trainer`."""
+    return make_trainer(
+        model, list(model.named_parameters()), tokenizer, h, state=weights.state, way=way,
+        shards=weights.shards, sum_over_shards=ShardGroup().add_up, kind=kind,
+    )  # fmt: skip
+
+
+def refuse_divided(settings: ApplySettings, *, replica: bool, gpu: bool) -> None:
+    """Raise `TandemError` for what does not go with a server whose weights are divided over ranks."""
+    if gpu:
+        raise TandemError(
+            "tandem worker has trained a server with --tensor-parallel-size on CPUs alone so far: on GPUs serve without"
+            " it to train"
+        )
+    if replica:
+        raise TandemError(
+            "--replica does not go with a server that has --tensor-parallel-size: train one such server, or replicas on"
+            " one GPU each"
+        )
+    if settings.hogwild:
+        raise TandemError("--hogwild does not go with a server that has --tensor-parallel-size: use --apply streaming")
+    if settings.apply == "factors":
+        raise TandemError(
+            "--apply factors does not go with a server that has --tensor-parallel-size: use burst or streaming"
+        )
