@@ -158,7 +158,7 @@ def test_weights_that_are_not_equal_are_said_and_made_equal(site: FleetSite) -> 
     site.to_version(2, leader)
     site.send("w", 1)
     site.to_version(3, leader)
-    status = json.loads(site.tandem("status", "--json", code=1))
+    status = json.loads(site.tandem("status", "--json", code=1, log="status.log"))
     assert status["replicas"]["unequal"] == 1 and list(status["replicas"]["present"]) == ["0", "1"]
     assert any("replica digest unequal" in problem for problem in status["problems"])
     said = site.stop(leader)

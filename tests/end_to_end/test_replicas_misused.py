@@ -59,7 +59,7 @@ def test_a_replica_comes_back_while_training_is_paused(site: FleetSite) -> None:
     back = site.follow(1)
     until(lambda: "is one of" in back.said() or not back.alive(), "it is let in")
     assert site.all_agree() == 1
-    status = json.loads(site.tandem("status", "--json", code=1))
+    status = json.loads(site.tandem("status", "--json", code=1, log="status.log"))
     assert status["replicas"]["present"] == {"0": 1, "1": 1} and status["hold"]
     os.kill(leader.pid, signal.SIGTERM)
     assert leader.ended() == back.ended() == 0, leader.said() + back.said()

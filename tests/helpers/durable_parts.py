@@ -84,14 +84,16 @@ class Site:
         self.server.kill()
         self.store.stop()
 
-    def start(self, *arguments: str, fault: str | None = None, run: Any = run_tandem) -> Forked:
+    def start(
+        self, *arguments: str, fault: str | None = None, run: Any = run_tandem, log: str = "tandem.log"
+    ) -> Forked:
         environment = {"REDIS_URL": self.store.url, "TANDEM_RUN_DIR": str(self.run_dir), "TANDEM_FAULT": fault or ""}
         environment |= {"TANDEM_STATE_DIR": str(self.state)} | self.extra
-        return Forked(run, arguments, environment, self.folder / "tandem.log")
+        return Forked(run, arguments, environment, self.folder / log)
 
-    def tandem(self, *arguments: str, code: int = 0) -> str:
-        """A command to its end, which must be `code`; what it said."""
-        process = self.start(*arguments)
+    def tandem(self, *arguments: str, code: int = 0, log: str = "tandem.log") -> str:
+        """A command to its end, which must be `code`; what it said. log: one of its own, where others are running."""
+        process = self.start(*arguments, log=log)
         assert process.ended() == code, process.said()
         return process.said()
 
