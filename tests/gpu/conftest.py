@@ -1,5 +1,5 @@
-"""What GPU tests compare with is computed on the CPU: by few threads, since the many of a large host, beside other tests,
-wait for each other at every operation (a test of four seconds took four minutes)."""
+"""What GPU tests compare with is computed on the CPU, by few threads: the many of a large host wait for each other at
+every operation, if other tests run beside them (four seconds took four minutes)."""
 
 from collections.abc import Iterator
 
