@@ -193,3 +193,6 @@ def test_what_does_not_go_with_ranks_is_refused_by_name(site: DividedSite) -> No
         said = site.work(*options, code=1)
         assert message in said and len(said.strip().splitlines()) == 1, said
     assert site.header()["state"] == "CLEAN"
+    site.optimizer = "factored"
+    site.restart_server()
+    assert "--optimizer apollo-mini" in site.work(code=1)

@@ -29,7 +29,9 @@ class DividedSite(Site):
             self.server = self._real() if self.real else super().start_server()
             return self.server
         folders = (str(self.model), str(self.run_dir), str(self.ranks))
-        self.server = Forked(run_divided_stand_in, folders, {}, self.folder / "server.log")
+        self.server = Forked(
+            run_divided_stand_in, folders, {"TANDEM_OPTIMIZER": self.optimizer}, self.folder / "server.log"
+        )
         until(lambda: "ready" in self.server.said() or not self.server.alive(), "the stand-in is ready")
         assert self.server.alive(), self.server.said()
         return self.server

@@ -180,7 +180,7 @@ def attached(run_dir: Path) -> dict[str, Any]:
     after = trainer.token_nll(row)
     return {
         "same": same,
-        "shards": weights.shards,
+        "shards": {name: shard.plain() for name, shard in weights.shards.items()},
         "before": before,
         "after": after,
         "steps": trainer.optimizer.step_count,

@@ -41,6 +41,8 @@ T = TypeVar("T")
 Message = dict[str, Any]
 WHY_SECONDS = 5.0
 """How long is waited for what a rank says of its end, once the group is lost."""
+GONE_SECONDS = 1.0
+"""How long a process whose connection is lost may take to be gone."""
 END_SECONDS = 10.0
 """How long a rank that was told to end may take."""
 _PR_SET_PDEATHSIG = 1
@@ -103,14 +105,15 @@ class RankProcesses:
         except TandemError as error:  # follows from what all have
             failed = error
         except Exception as error:
-            self._lose(f"rank 0 failed: {type(error).__name__}: {error}", error)
+            said = str(error).partition(". This is typically")[0]  # gloo goes on and on
+            self._lose(f"rank 0 failed: {type(error).__name__}: {said}", error)
         except BaseException:
             self.close()
             raise
-        said = None if failed is None else type(failed).__name__
+        ours = None if failed is None else type(failed).__name__
         for other, answer in zip(self.others, self.hear(), strict=True):
-            if (theirs := answer.get("raised")) != said:
-                self._lose(f"{other.name} said {theirs or 'that all is well'}, and rank 0 {said or 'that all is well'}")
+            if (theirs := answer.get("raised")) != ours:
+                self._lose(f"{other.name} said {theirs or 'that all is well'}, and rank 0 {ours or 'that all is well'}")
         if failed is not None:
             raise failed
         return result
@@ -224,5 +227,8 @@ def _last_words(other: Other) -> tuple[bool, str] | None:
             if "failed" in answer:
                 return False, f"{other.name} failed: {answer['failed']}"
         return True, _end_of(other)
-    except (unix_socket.WireError, OSError):
-        return (True, _end_of(other)) if other.process.poll() is not None else None
+    except (unix_socket.WireError, OSError):  # it is silent, or was killed with something unread
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            other.process.wait(GONE_SECONDS)
+            return True, _end_of(other)
+        return None

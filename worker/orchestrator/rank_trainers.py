@@ -111,7 +111,7 @@ def make_divided(
     )  # fmt: skip
 
 
-def refuse_divided(settings: ApplySettings, *, replica: bool, gpu: bool) -> None:
+def check_goes_with_ranks(settings: ApplySettings, *, replica: bool, gpu: bool) -> None:
     """Raise `TandemError` for what does not go with a server whose weights are divided over ranks."""
     if gpu:
         raise TandemError(

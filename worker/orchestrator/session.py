@@ -31,7 +31,7 @@ from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
 from worker.orchestrator.attach_proof import prove
-from worker.orchestrator.rank_trainers import RankTrainers, refuse_divided
+from worker.orchestrator.rank_trainers import RankTrainers, check_goes_with_ranks
 from worker.orchestrator.recovery import mend_weights
 from worker.orchestrator.reports import Tell, log_report
 from worker.serving.control_client import ServerControl
@@ -105,7 +105,7 @@ def open_session(
         h = h.settled(weights.optimizer)
         device = weights.state.device
         if isinstance(weights, DividedWeights):
-            refuse_divided(settings, replica=replica is not None, gpu=weights.state.is_cuda)
+            check_goes_with_ranks(settings, replica=replica is not None, gpu=weights.state.is_cuda)
         state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path, replica or 0)))
         make_deterministic(device)
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
