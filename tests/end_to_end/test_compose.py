@@ -102,6 +102,8 @@ def test_two_replicas_come_up_by_their_own_commands_and_meet(tiny_model: Path, t
         come_up(running, ("redis", "vllm", "vllm-1", "worker"))
         until(lambda: "replicas 0, 1 of 2 train together" in running.said("worker"), "they meet")
         assert running.stop("worker") == 0, running.said("worker")
+        for name in ("vllm-1", "vllm", "spaces", "redis"):
+            running.stop(name)
 
 
 def come_up(composed: Composed, names: Sequence[str]) -> None:
