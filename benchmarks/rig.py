@@ -192,6 +192,10 @@ class Worker:
                 raise RigError(f"the worker did not {what} within {timeout:g} s:\n{self.said()[-4000:]}")
             time.sleep(0.05)
 
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
     def ended(self, timeout: float) -> int:
         """Its exit code. RigError after `timeout` seconds."""
         try:
