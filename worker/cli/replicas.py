@@ -17,10 +17,13 @@ log = logging.getLogger("tandem")
 
 
 def check_together(replica: ReplicaSettings | None, settings: ApplySettings) -> None:
-    """Raises `TandemError` for flags that do not go with replicas."""
-    if replica is not None and settings.hogwild:
+    """Raises `TandemError` for flags that do not go with replicas, and for a meeting that could not be."""
+    if replica is None:
+        return
+    if settings.hogwild:
         raise TandemError("--hogwild does not go with --replica: use --apply streaming without it, or burst")
     check_rolling(replica, settings.apply)
+    _rendezvous_of(replica)
 
 
 def check_rolling(replica: ReplicaSettings | None, way: str) -> None:
@@ -34,13 +37,20 @@ def check_rolling(replica: ReplicaSettings | None, way: str) -> None:
 
 def meeting_of(replica: ReplicaSettings) -> Rendezvous:
     """Where they meet; says who can reach it."""
-    address = Address.parse(replica.rendezvous)
+    meeting = _rendezvous_of(replica)
+    address = meeting.address
     if not replica.follows and not address.is_loopback:
         log.warning(
             "replicas meet at %s:%d: whoever reaches it, or the ports of their connections, can stop training or change"
             " gradients; keep it on a private network%s",
             address.host, address.port, "" if replica.secret else f", and set {SECRET} for all of them",
         )  # fmt: skip
+    return meeting
+
+
+def _rendezvous_of(replica: ReplicaSettings) -> Rendezvous:
+    """Raises `RendezvousError` for an address, or a number of replicas, that cannot be."""
+    address = Address.parse(replica.rendezvous)
     return Rendezvous(
         address, replica.number, replica.count, seconds=replica.timeout, secret=replica.secret, kept=replica.kept
     )

@@ -125,5 +125,5 @@ def check_places(*paths: Path | None) -> None:
         if path is not None and PLACE not in str(path):
             raise TandemError(
                 f"--replicas: {path} would be that of every replica; write {PLACE} where the number goes, as in"
-                f" --run-dir /run/tandem-{PLACE}"
+                f" /run/tandem-{PLACE}"
             )

@@ -45,6 +45,8 @@ GONE_SECONDS = 1.0
 """How long a process whose connection is lost may take to be gone."""
 END_SECONDS = 10.0
 """How long a rank that was told to end may take."""
+ASKED = (signal.SIGINT, signal.SIGTERM)
+"""What asks a process to end: a terminal's Ctrl-C and systemd ask the whole group, and rank 0 answers for it."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -151,13 +153,17 @@ class RankProcesses:
 
     def _spawn(self, rank: int) -> Other:
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [*self.command, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                env=environment_of_rank(rank),
-                stdin=subprocess.DEVNULL,
-            )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # it has them blocked until it ignores them
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    [*self.command, str(theirs.fileno()), str(os.getpid())],
+                    pass_fds=[theirs.fileno()],
+                    env=environment_of_rank(rank),
+                    stdin=subprocess.DEVNULL,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         ours.settimeout(self.seconds)
         return Other(rank, process, ours)
 
@@ -193,8 +199,8 @@ class RankProcesses:
 
 
 def meet(message: Mapping[str, Any]) -> None:
-    """Form the default process group: gloo, on the loopback interface."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    """Form the default process group: gloo, on the loopback interface, whatever the environment names for replicas."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     limit = timedelta(seconds=float(message["seconds"]))
     store = f"file://{message['store']}"
     dist.init_process_group("gloo", store, limit, rank=int(message["rank"]), world_size=int(message["ranks"]))
@@ -207,7 +213,7 @@ def inherited(arguments: Sequence[str]) -> socket.socket:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    for asked in (signal.SIGINT, signal.SIGTERM):
+    for asked in ASKED:
         signal.signal(asked, signal.SIG_IGN)
     return socket.socket(fileno=number)
 

@@ -31,7 +31,8 @@ def broken() -> NoReturn:
     raise MemoryError("no room here")
 
 
-def test_they_sum_raise_alike_and_say_who_was_lost(ranks: RankProcesses) -> None:
+def test_they_sum_raise_alike_and_say_who_was_lost(ranks: RankProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "of-replicas")  # which meet on a network: ranks do not
     with pytest.raises(GroupLostError, match="not started"):
         ranks.tell({"op": "sum"})
     ranks.start({})
@@ -46,6 +47,19 @@ def test_they_sum_raise_alike_and_say_who_was_lost(ranks: RankProcesses) -> None
     assert ranks.together({"op": "sum"}, total) == 2
     with pytest.raises(GroupLostError, match=r"rank 1 .* said that all is well, and rank 0 OtherError"):
         ranks.together({"op": "nothing"}, refuse)
+
+
+def test_a_rank_that_still_starts_is_not_ended_by_a_ctrl_c_to_all() -> None:
+    program = f"""import os, signal, sys
+for asked in (signal.SIGINT, signal.SIGTERM):
+    os.kill(os.getpid(), asked)
+os.execv(sys.executable, [sys.executable, {PROGRAM!r}, *sys.argv[-2:]])"""
+    ranks = RankProcesses([sys.executable, "-c", program], 2, PATIENCE)
+    try:
+        ranks.start({})
+        assert ranks.together({"op": "sum"}, total) == 2
+    finally:
+        ranks.close()
 
 
 @pytest.mark.slow

@@ -65,6 +65,18 @@ def test_rolling_is_refused_where_servers_cannot_pause_in_turn() -> None:
         check_rolling(rolling, way)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--replica", "0/2", "--rendezvous", "nowhere"], "--rendezvous nowhere: write HOST:PORT"),
+        (["--replicas", "2", "--run-dir", "/run/{replica}", "--rendezvous", "here:0"], "--rendezvous here:0: write"),
+        (["--replica", "0/65"], "--replica 0/65: write I/N, with N from 2 to 64"),
+    ],
+)
+def test_a_meeting_that_cannot_be_is_refused_before_a_server_is_asked(flags: list[str], said: str) -> None:
+    assert said in str(CliRunner().invoke(command, flags).exception)
+
+
 def test_all_replicas_of_a_host_need_places_of_their_own() -> None:
     here = replica_settings_of(options(None) | {"replicas": 2, "rolling": True}, {})
     assert here is not None and here.here and here.rolling and (here.number, here.count) == (0, 2)
