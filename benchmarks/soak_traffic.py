@@ -5,6 +5,7 @@ or the server has taken it; a call that fails is counted by what it said and, wh
 until it is taken.
 """
 
+import http.client
 import json
 import random
 import threading
@@ -152,5 +153,5 @@ class Traffic:
                 return str(reply.status), reply.read(), reply.headers
         except urllib.error.HTTPError as error:
             return str(error.code), error.read(), error.headers
-        except (OSError, ValueError) as error:  # the server is away, or went away in the middle of a stream
+        except (OSError, ValueError, http.client.HTTPException) as error:  # it is away, or went away in mid-answer
             return type(error).__name__, b"", {}
