@@ -39,6 +39,8 @@ def main() -> None:
             total()
         elif message["op"] == "raise":
             raised = message["name"]
+        elif message["op"] == "hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
         elif message["op"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         elif message["op"] == "fail":

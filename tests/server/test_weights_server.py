@@ -179,15 +179,19 @@ def mapped(pid: int | str, inode: int) -> dict[str, int]:
 
 
 def test_the_header_answers_while_the_engine_generates(server: Any) -> None:
+    """Asked again and again: on a busy machine a whole answer may pass before the first question is put."""
     body = {"prompt": IDS, "max_tokens": 400, "ignore_eos": True, "temperature": 0}
-    request = threading.Thread(target=post, args=(server, body))
-    request.start()
     answers = 0
-    while request.is_alive():
-        assert read_header(server.run_dir)["state"] == "CLEAN"
-        answers += request.is_alive()
-        request.join(0.2)
-    assert answers > 0
+    for _ in range(20):
+        request = threading.Thread(target=post, args=(server, body))
+        request.start()
+        while request.is_alive():
+            assert read_header(server.run_dir)["state"] == "CLEAN"
+            answers += request.is_alive()
+            request.join(0.05)
+        if answers:
+            return
+    pytest.fail("no header was read while one of 20 answers was made")
 
 
 def test_a_description_names_the_server(server: Any, weights: AttachedWeights) -> None:

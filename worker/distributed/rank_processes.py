@@ -185,10 +185,15 @@ class RankProcesses:
         return answer
 
     def _lose(self, reason: str, cause: BaseException | None = None) -> NoReturn:
-        """End all, and say why: what a rank that ended says comes before what the others noticed of it."""
-        said = [why for other in self.others if (why := _last_words(other)) is not None]
-        dead = [why for gone, why in said if gone]
-        self._end_all(next(iter(dead), next((why for _, why in said), reason)), cause)
+        """End all, and say why: what a rank that ended says comes before what the others noticed of it. Where somebody
+        was waited for in vain, it is whoever is silent."""
+        words = [(other, _last_words(other)) for other in self.others]
+        dead = [why[1] for _, why in words if why is not None and why[0]]
+        said = [why[1] for _, why in words if why is not None]
+        silent = [other.name for other, why in words if why is None]
+        if silent and "timed out" in str(cause).lower():
+            reason = f"{', '.join(silent)} did not answer within {self.seconds:g} s, and was ended"
+        self._end_all(next(iter([*dead, *said]), reason), cause)
 
     def _end_all(self, reason: str, cause: BaseException | None = None) -> NoReturn:
         self.lost = reason

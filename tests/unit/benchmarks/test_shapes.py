@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
-from shapes import SIZES, write_shape
+from shapes import MIXTURE, SIZES, write_shape
 
 from worker.utils import torch_setup
 
@@ -19,6 +19,7 @@ TEXT_PARAMETERS = {
     "4B": 4_205_751_296,
     "9B": 8_953_803_264,
     "27B": 26_895_998_464,
+    "35B-A3B": 34_660_610_688,
 }
 """Of the published models; tied embeddings once."""
 
@@ -30,7 +31,8 @@ def test_the_real_sizes_have_the_published_parameter_counts(tmp_path: Path) -> N
         folder = write_shape(size, tmp_path / size)
         assert not list(folder.glob("*.safetensors"))
         config = AutoConfig.from_pretrained(folder)
-        assert config.architectures == ["Qwen3_5ForConditionalGeneration"]
+        kind = "Qwen3_5Moe" if size == MIXTURE else "Qwen3_5"
+        assert config.architectures == [f"{kind}ForConditionalGeneration"]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=torch.bfloat16)
         assert sum(parameter.numel() for parameter in model.parameters()) == count, size

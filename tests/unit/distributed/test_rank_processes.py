@@ -49,6 +49,21 @@ def test_they_sum_raise_alike_and_say_who_was_lost(ranks: RankProcesses, monkeyp
         ranks.together({"op": "nothing"}, refuse)
 
 
+def waited_in_vain() -> NoReturn:
+    raise RuntimeError(
+        "[unbound_buffer.cc:78] Timed out waiting 600000ms for recv operation to complete"
+    )  # as gloo says
+
+
+def test_who_is_waited_for_in_vain_is_named_and_ended(ranks: RankProcesses) -> None:
+    ranks.start({})
+    hangs = ranks.others[0].process
+    named = rf"^rank 1 \(process {hangs.pid}\) did not answer within 600 s, and was ended"
+    with pytest.raises(GroupLostError, match=named):
+        ranks.together({"op": "hang"}, waited_in_vain)
+    assert hangs.poll() is not None
+
+
 def test_a_rank_that_still_starts_is_not_ended_by_a_ctrl_c_to_all() -> None:
     program = f"""import os, signal, sys
 for asked in (signal.SIGINT, signal.SIGTERM):
