@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 
 def tree(pid: int) -> list[int]:

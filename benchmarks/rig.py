@@ -22,9 +22,9 @@ import torch
 from producer import Producer
 from producer.errors import TandemError
 from worker.serving.launch import entry_module, is_cpu_build
-from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
+from worker.utils.child_process import die_with_parent
 from worker.versions import ledger
 
 ROOT = Path(__file__).resolve().parent.parent

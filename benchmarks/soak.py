@@ -30,10 +30,10 @@ from record import about
 from rig import ROOT, Worker
 from soak_traffic import Traffic
 
-from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess, free_port
 from worker.testing.tiny_model import make_tiny
+from worker.utils.child_process import die_with_parent
 from worker.versions import ledger
 
 EVERY = 10.0

@@ -18,9 +18,9 @@ from demo_parts.chat_page import allowing, chat_page
 from demo_parts.screen import say, show_answer, status
 from producer import Producer, keys
 from producer.errors import TandemError
-from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess, free_port
+from worker.utils.child_process import die_with_parent
 
 SERVED_NAME = "demo"
 FEEDBACK = ["--record", "24", "--feedback"]

@@ -201,12 +201,7 @@ def test_one_that_hangs_while_servers_stand_still_is_left_behind_and_comes_back(
     leader = site.background()
     site.to_version(1, leader)
     assert site.manifest(1).get("replicas") is None and sorted(site.trained()) == sorted(sent)
-    os.kill(other.pid, signal.SIGCONT)
-    until(lambda: other.said().count("is one of") == 2 or not other.alive(), "it is back")
-    site.send("i", 3)
-    site.to_version(2, leader)
-    site.stop(leader)
-    assert site.all_agree() == 2 and site.manifest(2)["replicas"] == "2"
+    site.wakes(other, leader)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """`--rolling`: replicas pause in turn, so that one always serves; whoever is killed, whenever."""
 
-import os
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from fleet_parts import FleetSite, check_killed_follower, check_killed_leader
-from patience import until
 
 from worker.utils.fault_injection import UPDATE_POINTS
 
@@ -90,12 +88,7 @@ def test_one_that_hangs_in_its_turn_is_left_behind_and_comes_back(site: FleetSit
     leader = site.background("--rolling", "--replica-timeout", "30")
     site.to_version(1, leader)
     assert site.served_by(0) == ("serving", 1) and sorted(site.trained()) == sorted(sent)
-    os.kill(other.pid, signal.SIGCONT)
-    until(lambda: other.said().count("is one of") == 2 or not other.alive(), "it is back")
-    site.send("i", 3)
-    site.to_version(2, leader)
-    site.stop(leader)
-    assert site.all_agree() == 2 and site.manifest(2)["replicas"] == "2"
+    site.wakes(other, leader)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 from patience import until
 from websockets.sync.client import ClientConnection, connect
 
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync"]

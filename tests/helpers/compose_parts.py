@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import OLDEST, major
+from worker.utils.child_process import die_with_parent
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("bash", "unshare", "nsenter", "setpriv", "ip", "curl", "redis-server", "redis-cli")

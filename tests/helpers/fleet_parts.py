@@ -97,6 +97,15 @@ class FleetSite(Site):
             assert follower.ended() == 0, follower.said()
         return leader.said()
 
+    def wakes(self, other: Forked, leader: Forked) -> None:
+        """`other`, stopped at version 1, goes on, is brought up, and has its part in version 2; then all end."""
+        os.kill(other.pid, signal.SIGCONT)
+        until(lambda: other.said().count("is one of") == 2 or not other.alive(), "it is back")
+        self.send("i", 3)
+        self.to_version(2, leader)
+        self.stop(leader)
+        assert self.all_agree() == 2 and self.manifest(2)["replicas"] == "2"
+
     def send_kinds(self, count: int) -> list[str]:
         """Transcripts of all kinds; their ids."""
         sent = feedback(count)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 API = "vllm.entrypoints.openai.api_server"
 PARENT = """

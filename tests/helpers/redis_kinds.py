@@ -15,8 +15,8 @@ from socket import AF_INET6, socket
 
 import redis
 
-from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import find_binary
+from worker.utils.child_process import die_with_parent
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from patience import PATIENCE
 
 from worker.serving.control_client import server_state
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 TRAINER = """
 import os, sys, time

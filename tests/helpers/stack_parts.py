@@ -17,9 +17,9 @@ from patience import PATIENCE, until
 from server_options import FEEDBACK_KEY
 
 from producer import Producer, keys
-from worker.testing.child_process import die_with_parent
 from worker.testing.redis_server import RedisServer
 from worker.testing.server_process import ServerProcess
+from worker.utils.child_process import die_with_parent
 
 LEARNING = ["--lr", "3e-4", "--max-length", "2048"]
 if torch.cuda.is_available():

@@ -28,7 +28,7 @@ from worker.orchestrator.session import open_session
 from worker.serving.control_client import ServerControl
 from worker.shared_weights.attach import attach
 from worker.shared_weights.header import APPLYING, CLEAN
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 pytestmark = pytest.mark.server
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 log = logging.getLogger("tandem")
 

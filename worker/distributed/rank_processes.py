@@ -17,7 +17,6 @@ that does something else. The others die with rank 0's process, however it dies.
 """
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -35,6 +34,7 @@ import torch.distributed as dist
 from producer.errors import TandemError
 from worker.distributed.errors import GroupLostError
 from worker.utils import unix_socket
+from worker.utils.child_process import die_with_parent
 from worker.utils.fault_injection import environment_of_rank
 
 T = TypeVar("T")
@@ -47,7 +47,6 @@ END_SECONDS = 10.0
 """How long a rank that was told to end may take."""
 ASKED = (signal.SIGINT, signal.SIGTERM)
 """What asks a process to end: a terminal's Ctrl-C and systemd ask the whole group, and rank 0 answers for it."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -215,7 +214,7 @@ def inherited(arguments: Sequence[str]) -> socket.socket:
     """In a rank's process: the socket on which commands come. The process dies with its parent; what asks it to end
     asks its parent, which ends it."""
     number, parent = int(arguments[-2]), int(arguments[-1])
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     for asked in ASKED:

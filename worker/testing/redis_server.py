@@ -22,7 +22,7 @@ from urllib.parse import quote
 import redis
 
 from producer.errors import TandemError
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 SETTINGS = {
     "appendonly": "yes",

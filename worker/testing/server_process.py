@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from producer.errors import TandemError
-from worker.testing.child_process import die_with_parent
+from worker.utils.child_process import die_with_parent
 
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
