@@ -5,6 +5,7 @@ end_to_end/test_hung_worker.py.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from control_parts import LocalServer
 
-from worker.serving import control_client
+from worker.serving import control_client, protocol
 from worker.serving.control_client import ServerControl, ServerError
 from worker.serving.protocol import LEAST_LEASE, LONGEST_LEASE, lease_seconds
 from worker.shared_weights.header import APPLYING, CLEAN, HEADER_BYTES, Header, HeaderError, LeaseLostError
@@ -286,3 +287,20 @@ def test_begin_is_refused_on_torn_weights_whatever_the_fence() -> None:
         with pytest.raises(HeaderError, match="torn"):
             header.begin(fence)
     assert header.state == APPLYING
+
+
+def test_an_engine_process_that_does_not_answer_costs_a_pause_and_no_more(
+    server: LocalServer, trainer: ServerControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    server.before_header = lambda: answers.wait(60) and None
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.2)
+    with pytest.raises(ServerError, match=r"did not say what state its weights are in: no answer within 0\.2 s"):
+        trainer.pause()
+    assert trainer.state()["state"] == "serving" and server.engine.calls == []
+
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 60.0)
+    threading.Timer(0.5, answers.set).start()
+    trainer.pause()  # a late answer is an answer
+    assert trainer.state()["state"] == "paused"
+    trainer.resume(0)

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import TandemError
+from worker.serving import protocol
 from worker.serving.protocol import PAUSED, SERVING, ControlError
 from worker.serving.vllm.engine import Engine
 from worker.serving.vllm.server_state import ServerState
 from worker.shared_weights.weights_client import read_header, revoke
+from worker.utils import unix_socket
 
 logger = logging.getLogger("vllm.tandem")
 
@@ -241,13 +243,21 @@ class Leases:
         self._state.resume(header["version"])
 
     async def _read_header(self) -> dict[str, Any]:
-        return await asyncio.get_running_loop().run_in_executor(None, read_header, self._run_dir)
+        return await self._asked(read_header)
 
     async def _revoke(self) -> dict[str, Any]:
         """Move the fence, and the header as it is when everybody who began before that can be seen."""
-        await asyncio.get_running_loop().run_in_executor(None, revoke, self._run_dir)
+        await self._asked(revoke)
         await asyncio.sleep(SETTLED_SECONDS)
         return await self._read_header()
+
+    async def _asked(self, question: Callable[[Path, float], dict[str, Any]]) -> dict[str, Any]:
+        """What the engine's process answers, which the event loop does not wait for."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(None, question, self._run_dir, protocol.HEADER_SECONDS)
+        except unix_socket.WireError as error:
+            raise ControlError(f"vLLM's engine process did not say what state its weights are in: {error}") from error
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
