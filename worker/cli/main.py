@@ -1,6 +1,7 @@
 """The console script `tandem`: one name a subcommand, each loaded only when it is called."""
 
 import importlib
+import os
 import sys
 
 import click
@@ -41,6 +42,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module_name, _ = COMMANDS[cmd_name]
+        if cmd_name == "worker":  # read when torch is loaded, which logs traces of its stack where replica 0 is gone
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:

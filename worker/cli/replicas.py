@@ -8,7 +8,9 @@ from producer.errors import TandemError
 from worker.config.replica_options import SECRET, ReplicaSettings
 from worker.config.retention import Policy
 from worker.config.update_options import ApplySettings
+from worker.data.batch_capacity import BatchCapacity
 from worker.distributed.rendezvous import Address, Rendezvous
+from worker.memory.planner import SERVER_MEMORY
 from worker.orchestrator.fleet import Fleet
 from worker.orchestrator.follower import Follower
 from worker.orchestrator.session import Session
@@ -26,13 +28,29 @@ def check_together(replica: ReplicaSettings | None, settings: ApplySettings) -> 
     _rendezvous_of(replica)
 
 
-def check_rolling(replica: ReplicaSettings | None, way: str) -> None:
-    """Raises `TandemError` where servers cannot be paused in turn. way: of applying."""
-    if replica is not None and replica.rolling and way == "streaming":
+def check_rolling(replica: ReplicaSettings | None, way: str, room: BatchCapacity | None = None) -> None:
+    """Raises `TandemError` where servers cannot be paused in turn. way: of applying. room: where the memory plan came
+    to it."""
+    if replica is None or not replica.rolling or way != "streaming":
+        return
+    why = "there the replicas add up gradients while they write, so all servers stand still together"
+    if room is None:
         raise TandemError(
-            "--rolling does not go with streaming: there the replicas add up gradients while they write, so all servers"
-            " stand still together; use --apply burst or factors, with fewer --max-tokens where memory is short"
+            f"--rolling does not go with streaming: {why}; use --apply burst or factors, with fewer --max-tokens where"
+            " memory is short"
         )
+    if not room.by_factors:
+        raise TandemError(
+            f"--rolling: of {room.longest:,} tokens a pass only streaming fits into the memory that is free, and {why};"
+            f" by factors not even the shortest pass fits. Leave --rolling out, or train beside {SERVER_MEMORY}"
+        )
+    n = room.by_factors
+    raise TandemError(
+        f"--rolling: of {room.longest:,} tokens a pass only streaming fits into the memory that is free, and {why}."
+        f" Passes of up to {n:,} tokens go by factors, but a longer one would break the promise that half of the"
+        f" servers serve. Start every replica with --apply factors --max-tokens {n} --max-length {n}, leave --rolling"
+        f" out, or train beside {SERVER_MEMORY}"
+    )
 
 
 def meeting_of(replica: ReplicaSettings) -> Rendezvous:
@@ -59,7 +77,7 @@ def _rendezvous_of(replica: ReplicaSettings) -> Rendezvous:
 def lead(replica: ReplicaSettings, session: Session) -> Fleet:
     """As replica 0, whose session is open: the others. Raises `TandemError` where the memory plan came to a way that
     the flags do not go with."""
-    check_rolling(replica, session.trainer.way)
+    check_rolling(replica, session.trainer.way, session.trainer.room)
     return Fleet(session, meeting_of(replica), replica.wait, rolling=replica.rolling)
 
 

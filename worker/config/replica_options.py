@@ -109,6 +109,11 @@ def replica_settings_of(options: dict[str, Any], environment: Mapping[str, str] 
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise TandemError(f"--replica {replica}: write I/N, with I from 0 to N - 1")
     if int(count) == 1:
+        if rolling:
+            raise TandemError(
+                f"--replica {replica} --rolling: one replica has nobody to pause in turn with; leave --rolling out, or"
+                " start N of them with --replica I/N"
+            )
         return None
     secret = environment.get(SECRET, "")
     return ReplicaSettings(int(number), int(count), rendezvous, timeout, wait, secret, kept, rolling, here is not None)

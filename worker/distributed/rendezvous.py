@@ -18,6 +18,7 @@ not encrypted, and torch.distributed checks nobody: whoever reaches them can sto
 import contextlib
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import socket
@@ -35,9 +36,15 @@ from worker.distributed.errors import GroupLostError, RendezvousError
 from worker.distributed.group import Group
 from worker.utils.messages import WireError, unpack
 
+log = logging.getLogger("tandem")
+
 MAX_REPLICAS = 64
 PACE = 0.05
 """Seconds between two looks."""
+KNOCK_SECONDS = 5.0
+"""How long an answer is waited for where a packet may be lost on its way."""
+AWAY_SECONDS = 60.0
+"""Between two lines that say that replica 0 is not there."""
 Check = Callable[[dict[str, Any]], str | None]
 """Given a hello: why its replica cannot take part; None if it can."""
 
@@ -79,6 +86,8 @@ class Rendezvous:
         self._leader = ""
         self._groups = 0
         self._answered: dict[int, str] = {}
+        self._away: tuple[float, float] | None = None
+        """Since when replica 0 is not there, and when that was said last (monotonic)."""
         if address.is_loopback:  # torch.distributed would listen on the host's other addresses
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
@@ -162,12 +171,15 @@ class Rendezvous:
         while not stopping():
             try:
                 if self._store is None:
+                    self._knock()
                     self._store = self._client()
                 answer = self._ask(hello, stopping)
-            except (RuntimeError, OSError):  # nobody is there (any more)
+            except (RuntimeError, OSError) as error:  # nobody is there (any more)
                 self._store = None
+                self._say_away(error)
                 time.sleep(10 * PACE)
                 continue
+            self._away = None
             if answer is None:
                 continue
             if "refused" in answer:
@@ -175,6 +187,26 @@ class Rendezvous:
             with contextlib.suppress(GroupLostError):  # one of them is gone already: ask again
                 return self._connect(int(answer["group"]), [int(one) for one in answer["members"]])
         return None
+
+    def _knock(self) -> None:
+        """Raises OSError where nobody listens: torch's client would write traces of its stack to the log, at each
+        try."""
+        socket.create_connection((self.address.host, self.address.port), KNOCK_SECONDS).close()
+
+    def _say_away(self, error: Exception) -> None:
+        """That replica 0 is not there: at once, and then each minute."""
+        now = time.monotonic()
+        since, said = self._away or (now, None)
+        if said is None or now - said >= AWAY_SECONDS:
+            why = (error.strerror if isinstance(error, OSError) else None) or "the connection was lost"
+            log.warning(
+                "replica %d waits for replica 0, which is not at %s:%d (%s)%s: it is let in when"
+                " `tandem worker --replica 0/%d` runs there",
+                self.number, self.address.host, self.address.port, why,
+                f", for {(now - since) / 60:.0f} min so far" if said is not None else "", self.count,
+            )  # fmt: skip
+            said = now
+        self._away = since, said
 
     def _ask(self, hello: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any] | None:
         """The answer; None if replica 0 is another one now."""

@@ -19,6 +19,7 @@ from worker.serving.protocol import (
     SOCKET,
     lease_seconds,
 )
+from worker.shared_weights.weights_client import ANSWER_SECONDS as WEIGHTS_SECONDS
 from worker.utils import unix_socket
 
 LOOK_SECONDS = 0.1
@@ -183,7 +184,7 @@ class ServerControl:
         self.close()
 
 
-def server_state(run_dir: Path | str, timeout: float = CONNECT_SECONDS) -> dict[str, Any]:
+def server_state(run_dir: Path | str, timeout: float = WEIGHTS_SECONDS) -> dict[str, Any]:
     """The state of the server of `run_dir`, as `ServerControl.state`, asked by somebody who is not the trainer.
     timeout: seconds."""
     return _ask_once(run_dir, "state", timeout)
@@ -192,7 +193,7 @@ def server_state(run_dir: Path | str, timeout: float = CONNECT_SECONDS) -> dict[
 def server_rendering(run_dir: Path | str) -> dict[str, Any]:
     """How the server of `run_dir` turns messages into prompts, as `ServerControl.rendering`, asked by somebody who is
     not the trainer. ServerGoneError from an older Tandem's server, too."""
-    rendering: dict[str, Any] = _ask_once(run_dir, "rendering", CONNECT_SECONDS)["rendering"]
+    rendering: dict[str, Any] = _ask_once(run_dir, "rendering", WEIGHTS_SECONDS)["rendering"]
     return rendering
 
 

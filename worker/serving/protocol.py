@@ -28,11 +28,9 @@ SERVING, PAUSED, TORN = "serving", "paused", "torn"
 CONNECT_SECONDS = 10.0
 ENGINE_SECONDS = 120.0
 """For one call into the engine. A pause waits for the step that is running."""
-HEADER_SECONDS = 60.0
-"""For what the engine's process says of its weights: a thread answers, and a machine at its limit may let it wait."""
 HELD_BACK_SECONDS = 100.0
 """Most that a pause waits for the requests that the last version threw back (`--running recompute`)."""
-ANSWER_SECONDS = HELD_BACK_SECONDS + HEADER_SECONDS + 3 * ENGINE_SECONDS + CONNECT_SECONDS
+ANSWER_SECONDS = HELD_BACK_SECONDS + 4 * ENGINE_SECONDS + CONNECT_SECONDS
 """What a trainer waits for an answer: the server, which bounds each of its calls into the engine, answers before."""
 MAX_ROW = 2048
 """Tokens of a row that the server scores."""

@@ -11,6 +11,9 @@ from worker.utils import unix_socket
 
 SOCKET = "weights.sock"
 """Name of the socket in the run directory."""
+ANSWER_SECONDS = 60.0
+"""A thread of the engine's process answers in milliseconds; a machine at its limit has let one wait for ten seconds.
+People who look are not to wait as long: status and doctor have bounds of their own."""
 
 
 def rank_dir(run_dir: Path, rank: int) -> Path:
@@ -19,7 +22,7 @@ def rank_dir(run_dir: Path, rank: int) -> Path:
     return Path(run_dir) if rank == 0 else Path(run_dir) / f"rank-{rank}"
 
 
-def ask(run_dir: Path, op: str, timeout: float = 10.0) -> tuple[dict[str, Any], int]:
+def ask(run_dir: Path, op: str, timeout: float = ANSWER_SECONDS) -> tuple[dict[str, Any], int]:
     """The server's answer to `op`, and its worker process's pid. `WireError` if none answers, or with its own error."""
     with unix_socket.connect(unix_socket.socket_path(Path(run_dir), SOCKET), timeout) as sock:
         pid, _ = unix_socket.peer(sock)
@@ -32,13 +35,13 @@ def ask(run_dir: Path, op: str, timeout: float = 10.0) -> tuple[dict[str, Any], 
     return answer, pid
 
 
-def read_header(run_dir: Path, timeout: float = 10.0) -> dict[str, Any]:
+def read_header(run_dir: Path, timeout: float = ANSWER_SECONDS) -> dict[str, Any]:
     """{"lineage": 32 hex digits, "version": int, "state": "CLEAN" | "APPLYING", "fence": int}, as it lies beside the
     weights now."""
     return ask(run_dir, "header", timeout)[0]
 
 
-def rank_headers(run_dir: Path, timeout: float = 10.0) -> list[dict[str, Any]]:
+def rank_headers(run_dir: Path, timeout: float = ANSWER_SECONDS) -> list[dict[str, Any]]:
     """As `read_header`, of every rank that answers, from rank 0 on: one where the weights are in one process."""
     found = [read_header(run_dir, timeout)]
     with contextlib.suppress(unix_socket.WireError):  # no such rank, or what an earlier server left
@@ -47,6 +50,6 @@ def rank_headers(run_dir: Path, timeout: float = 10.0) -> list[dict[str, Any]]:
     return found
 
 
-def revoke(run_dir: Path, timeout: float = 10.0) -> dict[str, Any]:
+def revoke(run_dir: Path, timeout: float = ANSWER_SECONDS) -> dict[str, Any]:
     """Take back every lease on the weights (`Header.revoke`); the header as it is then. For the server alone."""
     return ask(run_dir, "revoke", timeout)[0]

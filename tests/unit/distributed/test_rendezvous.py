@@ -1,19 +1,24 @@
 """Replicas meet where they were told to, nowhere else, and strangers are not let in."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from chaos_processes import Forked
 from patience import PATIENCE, until
 from replica_parts import free_port, wait_for_a_command
 
+from worker.cli.main import tandem
 from worker.distributed.checksum import checksum
 from worker.distributed.errors import RendezvousError
 from worker.distributed.rendezvous import Address, Rendezvous
+
+LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 def fits(hello: dict[str, Any]) -> str | None:
@@ -61,6 +66,35 @@ def test_one_that_counts_other_replicas_is_refused_before_it_waits(leader: Rende
             other.join({"model": "tiny"}, lambda: False)
         other.close()
     assert leader.asking() == []
+
+
+def test_where_replica_0_is_not_there_one_line_says_so_and_no_trace(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits(looks: int) -> list[str]:
+        caplog.clear()
+        left = iter([False] * looks)
+        other = Rendezvous(Address("127.0.0.1", port), 1, 2, seconds=30)
+        assert other.join({}, lambda: next(left, True)) is None
+        return [record.getMessage() for record in caplog.records]
+
+    port = free_port()
+    said = f"replica 1 waits for replica 0, which is not at 127.0.0.1:{port} (Connection refused)"
+    (once,) = waits(3)
+    assert once == f"{said}: it is let in when `tandem worker --replica 0/2` runs there"
+    assert "c10d" not in capfd.readouterr().err
+    monkeypatch.setattr("worker.distributed.rendezvous.AWAY_SECONDS", 0)
+    assert [line.startswith(f"{said}, for 0 min so far: ") for line in waits(3)] == [False, True, True]
+
+
+def test_torch_is_told_to_keep_its_traces_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica 0 that is killed would else be two screens of them at every other one."""
+    for before, after in ((None, "ERROR"), ("INFO", "INFO")):
+        monkeypatch.setenv(LEVEL, before or "")
+        if before is None:
+            monkeypatch.delenv(LEVEL)
+        tandem.get_command(click.Context(tandem), "worker")
+        assert os.environ[LEVEL] == after
 
 
 def test_what_is_no_message_is_refused_too(leader: Rendezvous) -> None:

@@ -1,5 +1,6 @@
 """Which replica a worker is: by its flags, or by torchrun; and what does not go together."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from worker.cli.replicas import check_rolling
 from worker.cli.side_by_side import without_option
 from worker.cli.worker import command
 from worker.config.replica_options import ReplicaSettings, check_places, placed, replica_settings_of
+from worker.data.batch_capacity import BatchCapacity, sizes_up_to
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -63,6 +65,25 @@ def test_rolling_is_refused_where_servers_cannot_pause_in_turn() -> None:
         check_rolling(rolling, "streaming")
     for way in ("burst", "factors"):
         check_rolling(rolling, way)
+
+
+@pytest.mark.parametrize(("replica", "environment"), [("0/1", {}), (None, TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"})])
+def test_rolling_of_one_replica_is_refused(replica: str | None, environment: dict[str, str]) -> None:
+    with pytest.raises(TandemError, match="--replica 0/1 --rolling: one replica has nobody to pause in turn with"):
+        replica_settings_of(options(replica) | {"rolling": True}, environment)
+
+
+def test_rolling_that_the_memory_plan_forbids_names_the_flags_it_would_go_with() -> None:
+    """What is named is what the planner takes: --apply factors plans for the row that these two make."""
+    rolling = replica_settings_of(options("0/2") | {"rolling": True}, {})
+    room = BatchCapacity(sizes_up_to(8192), packed=True, way="streaming", by_factors=1024)
+    named = "8,192 tokens a pass only streaming fits .* --apply factors --max-tokens 1024 --max-length 1024, leave"
+    with pytest.raises(TandemError, match=named):
+        check_rolling(rolling, "streaming", room)
+    assert sizes_up_to(room.by_factors)[-1] == room.by_factors
+    with pytest.raises(TandemError, match="not even the shortest pass fits"):
+        check_rolling(rolling, "streaming", replace(room, by_factors=0))
+    check_rolling(rolling, "factors", replace(room, way="factors"))
 
 
 @pytest.mark.parametrize(

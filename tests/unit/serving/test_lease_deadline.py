@@ -15,10 +15,12 @@ import pytest
 import torch
 from control_parts import LocalServer
 
-from worker.serving import control_client, protocol
+from worker.serving import control_client
 from worker.serving.control_client import ServerControl, ServerError
 from worker.serving.protocol import LEAST_LEASE, LONGEST_LEASE, lease_seconds
+from worker.serving.vllm import lease as lease_module
 from worker.shared_weights.header import APPLYING, CLEAN, HEADER_BYTES, Header, HeaderError, LeaseLostError
+from worker.shared_weights.weights_client import read_header
 
 SHORT, LONG = 0.05, 3600.0
 """Seconds of a lease: over before anybody looks, and never over."""
@@ -294,12 +296,12 @@ def test_an_engine_process_that_does_not_answer_costs_a_pause_and_no_more(
 ) -> None:
     answers = threading.Event()
     server.before_header = lambda: answers.wait(60) and None
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(lease_module, "read_header", lambda run_dir: read_header(run_dir, 0.2))
     with pytest.raises(ServerError, match=r"did not say what state its weights are in: no answer within 0\.2 s"):
         trainer.pause()
     assert trainer.state()["state"] == "serving" and server.engine.calls == []
 
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 60.0)
+    monkeypatch.setattr(lease_module, "read_header", read_header)
     threading.Timer(0.5, answers.set).start()
     trainer.pause()  # a late answer is an answer
     assert trainer.state()["state"] == "paused"

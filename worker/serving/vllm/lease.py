@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import TandemError
-from worker.serving import protocol
 from worker.serving.protocol import PAUSED, SERVING, ControlError
 from worker.serving.vllm.engine import Engine
 from worker.serving.vllm.server_state import ServerState
@@ -251,11 +250,11 @@ class Leases:
         await asyncio.sleep(SETTLED_SECONDS)
         return await self._read_header()
 
-    async def _asked(self, question: Callable[[Path, float], dict[str, Any]]) -> dict[str, Any]:
+    async def _asked(self, question: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """What the engine's process answers, which the event loop does not wait for."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(None, question, self._run_dir, protocol.HEADER_SECONDS)
+            return await loop.run_in_executor(None, question, self._run_dir)
         except unix_socket.WireError as error:
             raise ControlError(f"vLLM's engine process did not say what state its weights are in: {error}") from error
 
