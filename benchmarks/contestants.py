@@ -19,7 +19,7 @@ from optimizer import import_apollo_torch
 from worker.apollo import state_bytes
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.shared_weights import bind
 from worker.shared_weights.slices import FLOAT32_PARAMETERS
 from worker.trainer.factory import make_trainer

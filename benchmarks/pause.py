@@ -37,8 +37,8 @@ from transformers import AutoTokenizer
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings, Graphs
 from worker.data.batch_capacity import sizes_up_to
-from worker.memory.planner import Way
-from worker.model.gradient_factors import Product, Rows
+from worker.memory.plan import Way
+from worker.model.factors import Product, Rows
 from worker.shared_weights import bind
 from worker.trainer.device import choose_way, growing_segments
 from worker.trainer.factory import make_trainer

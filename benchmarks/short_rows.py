@@ -38,7 +38,7 @@ from short_rows_checks import after_a_failure, as_a_worker, capture, captured_la
 from texts import random_examples
 
 from worker.data.batch_capacity import sizes_up_to
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.trainer.device import growing_segments
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup

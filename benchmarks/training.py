@@ -37,7 +37,7 @@ from transformers import AutoTokenizer
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.examples import Example
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.shared_weights import bind
 from worker.trainer.device import choose_way
 from worker.trainer.kernel_warmup import warm_up

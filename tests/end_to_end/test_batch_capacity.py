@@ -36,7 +36,7 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.retention import Policy
 from worker.data.batch_capacity import BatchCapacity, capacity_for
 from worker.data.packing import BatchError
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.orchestrator import session as sessions
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.live_update import LiveUpdate

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model import fuse
 from worker.trainer.factory import make_trainer
 from worker.trainer.trainer import Trainer

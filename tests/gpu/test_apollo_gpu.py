@@ -225,7 +225,7 @@ def test_tiling_of_the_second_pass_changes_nothing() -> None:
     for tiling in (Tiling(), Tiling(out=(32, 4, 128), out_warps=2), Tiling(out=(128, 32, 256), out_warps=8)):
         parameters, gradients = large_case(1)
         optimizer = ApolloMini(parameters, lr=1e-2)
-        optimizer._backend = CudaBackend(optimizer._slots, optimizer.area, optimizer._options, tiling)
+        optimizer._steps.backend = CudaBackend(optimizer._slots, optimizer.area, optimizer._options, tiling)
         optimizer.step(grads=gradients[0])
         results.append([p.detach().cpu() for p in parameters])
     for other in results[1:]:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 from worker.apollo import NonFiniteGradientError
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model import fuse
-from worker.model.gradient_factors import Product, Rows
+from worker.model.factors import Product, Rows
 from worker.model.inputs import PLACES
 from worker.trainer.factory import make_trainer
 from worker.trainer.kernel_warmup import warm_up

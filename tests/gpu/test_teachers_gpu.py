@@ -12,7 +12,7 @@ from test_packing import example
 from torch import Tensor
 
 from worker.data.examples import Example, TokenSequence
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model.soft_targets import TOP
 
 __all__ = ["reference"]

@@ -26,7 +26,7 @@ from shard_parts import divide
 
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, TokenSequence
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model.head_blocks import After
 from worker.model.loss import head_loss
 from worker.model.shard_group import ShardGroup

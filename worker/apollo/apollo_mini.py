@@ -1,24 +1,23 @@
 """`ApolloMini`: a torch optimizer with AdamW's step sizes and, for a matrix, a few numbers of state a row or column.
 
-It knows parameters, groups and the order of a step; the arithmetic is in formulas.py and factored.py, and in cpu.py or
-cuda.py, chosen by the parameters' device. Must not know: Redis, vLLM, transformers.
+It knows parameters and groups. The order of a step is in steps.py, the arithmetic in formulas.py and factored.py, and
+in cpu.py or cuda.py, chosen by the parameters' device. Must not know: Redis, vLLM, transformers.
 
 Invariants: everything that outlives a step is in the state area or follows from (seed, id, step). A burst that meets a
 non-finite gradient changes nothing. One matrix's result does not depend on which others are updated with it.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from worker.apollo.backends import backend_for, one_device
-from worker.apollo.errors import ApolloError, NonFiniteGradientError
+from worker.apollo.errors import ApolloError
 from worker.apollo.gradient_hooks import OneBehind, Pairs, collecting
 from worker.apollo.parameters import (
     Backend,
@@ -27,15 +26,13 @@ from worker.apollo.parameters import (
     Projection,
     Slot,
     SumOverShards,
-    Totals,
     make_slots,
 )
 from worker.apollo.rehearsal import rehearse
-from worker.apollo.saved_groups import plain_groups
+from worker.apollo.saved_groups import check_groups, load_groups, plain_groups
 from worker.apollo.slot_table import SlotTable
 from worker.apollo.state_layout import APOLLO, MATRIX_ALGORITHMS, StateArea
-
-T = TypeVar("T")
+from worker.apollo.steps import Steps
 
 
 class ApolloMini(torch.optim.Optimizer):
@@ -98,7 +95,6 @@ class ApolloMini(torch.optim.Optimizer):
         }
         self._slots: list[Slot] = []
         super().__init__(params, defaults)
-        self.projection_gap = projection_gap
         self._matrices = matrices
         self._slots = make_slots(self.param_groups, self._matrices)
         self._table = SlotTable(self._slots)
@@ -109,17 +105,24 @@ class ApolloMini(torch.optim.Optimizer):
             raise ApolloError(f"the optimizer's state memory is on {memory.device} and the parameters on {device}")
         self.area = StateArea(memory, layout)
         self._options = Options(seed, rounding == "stochastic", projection, sum_over_shards)
-        self._backend = self._make_backend(device)
-        self._steps = int(self.area.step_count)
-        self._open = False
-        self.last_update = LastUpdate(lambda: Totals(0.0, 0.0, 0))
+        self._steps = Steps(self._make_backend(device), self.area, projection_gap)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     @property
     def step_count(self) -> int:
         """Steps taken over the life of the state area. On CUDA, launched: a refused one counts until told."""
-        return self._steps
+        return self._steps.count
+
+    @property
+    def last_update(self) -> LastUpdate:
+        """How large the last step was."""
+        return self._steps.last_update
+
+    @property
+    def projection_gap(self) -> int:
+        """Steps between redraws of P."""
+        return self._steps.projection_gap
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -145,13 +148,8 @@ class ApolloMini(torch.optim.Optimizer):
         found = [
             (p, gradient) for p, gradient in zip(self._table.parameters, given, strict=True) if gradient is not None
         ]
-        self.begin(step_scale)
-        try:
-            self._backend.update(self._table.pairs(found))
-        except BaseException:
-            self.abandon()
-            raise
-        self.finish()
+        with self._steps.one(step_scale):
+            self._steps.update(self._table.pairs(found))
         return loss
 
     def capture(self) -> Callable[..., None]:
@@ -161,26 +159,14 @@ class ApolloMini(torch.optim.Optimizer):
         The gradients' memory is the graph's input from then on: fill it in place. Needs one `step()` with the same
         gradients before, which compiles the kernels.
         """
-        pairs = self._table.pairs([(p, p.grad) for p in self._table.parameters if p.grad is not None])
-        replay = self._backend.capture(pairs)
-
-        def step(step_scale: float = 1.0) -> None:
-            self._prepare(step_scale)
-            replay()
-            self._steps += 1
-            self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
-
-        return step
+        pairs = [(p, p.grad) for p in self._table.parameters if p.grad is not None]
+        return self._steps.capture(self._table.pairs(pairs))
 
     def prepare(self) -> None:
         """Do ahead what the next step would do first: on CUDA, once in `projection_gap` steps, draw new projections on
         the CPU, a fraction of a second for a large model. Optional; call it before pausing a server for the step.
         """
-        self._prepare(1.0)
-
-    def _prepare(self, step_scale: float) -> None:
-        _check_scale(step_scale)
-        self._told(lambda: self._backend.prepare(self._steps // self.projection_gap, step_scale))
+        self._steps.prepare()
 
     def warm_up(self) -> None:
         """Compile what a step needs, on tensors of its own: the first step then takes as long as any other."""
@@ -192,11 +178,7 @@ class ApolloMini(torch.optim.Optimizer):
 
         step_scale: as for `step`. Raises `ApolloError` for one that is negative or not finite.
         """
-        _check_scale(step_scale)
-        if self._open:
-            raise ApolloError("the optimizer's previous step was neither finished nor abandoned")
-        self._told(lambda: self._backend.begin(self._steps // self.projection_gap, step_scale))
-        self._open = True
+        self._steps.begin(step_scale)
 
     def update(self, parameter: Tensor, grad: Tensor | None = None) -> None:
         """Streaming: apply `grad` (default: the parameter's own) now; the caller may free it as soon as this returns.
@@ -212,13 +194,11 @@ class ApolloMini(torch.optim.Optimizer):
     @torch.no_grad()
     def update_many(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Streaming, several (parameter, gradient) at a time: the same result with fewer launches."""
-        if not self._open:
-            raise ApolloError("update() outside begin() and finish()")
-        self._backend.update(self._table.pairs(pairs))
+        self._steps.update(self._table.pairs(pairs))
 
     def sweep_order(self) -> list[Tensor]:
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""
-        return list({id(slot.parameter): slot.parameter for slot in self._backend.order()}.values())
+        return list({id(slot.parameter): slot.parameter for slot in self._steps.backend.order()}.values())
 
     @property
     def sum_over_shards(self) -> SumOverShards | None:
@@ -235,16 +215,11 @@ class ApolloMini(torch.optim.Optimizer):
 
     def finish(self) -> None:
         """Close the step: the step count goes up by one."""
-        if not self._open:
-            raise ApolloError("finish() without begin()")
-        self._backend.finish()
-        self._open = False
-        self._steps += 1
-        self.last_update = LastUpdate(lambda: self._told(self._backend.totals))
+        self._steps.finish()
 
     def abandon(self) -> None:
         """Close a step that failed half-way: the step count stays, and so do the matrices already applied."""
-        self._open = False
+        self._steps.abandon()
 
     @contextmanager
     def streaming(
@@ -261,42 +236,20 @@ class ApolloMini(torch.optim.Optimizer):
         it returns is called before they are applied, which is when the next come: until then they may go on changing.
         """
         buckets = OneBehind(before, self.update_many)
-        self.begin(step_scale)
-        try:
-            with collecting(self._trained(), bucket_bytes, buckets.give, self._bytes):
+        with self._steps.one(step_scale):
+            with collecting(self._table.trained(), bucket_bytes, buckets.give, self._table.whole_bytes):
                 yield
             buckets.finish()
-        except BaseException:
-            self.abandon()
-            raise
-        self.finish()
 
     @contextmanager
     def dropping(self, bucket_bytes: int = 1 << 30) -> Iterator[None]:
         """As `streaming`, but that gradients are dropped where they would be applied: no step, the same memory."""
-        with collecting(self._trained(), bucket_bytes, lambda bucket: None, self._bytes):
+        with collecting(self._table.trained(), bucket_bytes, lambda bucket: None, self._table.whole_bytes):
             yield
-
-    def _trained(self) -> list[Tensor]:
-        return [parameter for parameter in self._table.parameters if parameter.requires_grad]
-
-    def _bytes(self, parameter: Tensor) -> int:
-        """Of a gradient; of a shard's, the whole's, so that all processes fill their buckets alike."""
-        first = self._table.first(parameter)
-        whole = parameter.numel() if first.shard is None else math.prod(first.whole)
-        return whole * parameter.element_size()
 
     def check(self) -> None:
         """Raise `NonFiniteGradientError` if a step was refused and nobody was told yet; waits for the device."""
-        self._told(self._backend.check)
-
-    def _told(self, ask: Callable[[], T]) -> T:
-        """`ask()`, which may report a refused step: then the steps launched are not the steps taken."""
-        try:
-            return ask()
-        except NonFiniteGradientError:
-            self._steps = int(self.area.step_count)
-            raise
+        self._steps.told(self._steps.backend.check)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -313,20 +266,14 @@ class ApolloMini(torch.optim.Optimizer):
 
         Raises `ApolloError` if the state belongs to other parameters.
         """
-        groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ApolloError("the saved optimizer has other parameter groups than this one")
+        check_groups(self.param_groups, state_dict["param_groups"])
         self.area.load(state_dict["state"]["area"].to(self.area.memory.device))
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({k: v for k, v in saved.items() if k != "params"})
+        load_groups(self.param_groups, state_dict["param_groups"])
         run = state_dict["run"]
-        self.projection_gap = run["projection_gap"]
         self._options = replace(self._options, seed=run["seed"], stochastic=run["stochastic"])
         self._slots = make_slots(self.param_groups, self._matrices)
         self._table = SlotTable(self._slots)
-        self._backend = self._make_backend(self.area.memory.device)
-        self._steps = int(self.area.step_count)
-        self._open = False
+        self._steps.resume(self._make_backend(self.area.memory.device), run["projection_gap"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._slots:
@@ -337,8 +284,3 @@ class ApolloMini(torch.optim.Optimizer):
 
     def _make_backend(self, device: torch.device) -> Backend:
         return backend_for(device, self._slots, self.area, self._options)
-
-
-def _check_scale(step_scale: float) -> None:
-    if not 0 <= step_scale < math.inf:
-        raise ApolloError(f"step_scale multiplies the step: it is 0 or more and finite, not {step_scale}")

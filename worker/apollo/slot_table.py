@@ -3,6 +3,7 @@
 Invariant: parameters and slots are in the order in which the optimizer was given them.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -42,3 +43,13 @@ class SlotTable:
         """As the optimizer was told it."""
         first = self.first(parameter)
         return first.name if first.part is None else first.name.removesuffix("[0]")
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that get gradients."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
+    def whole_bytes(self, parameter: Tensor) -> int:
+        """Of a gradient; of a shard's, the whole's, so that all processes fill their buckets alike."""
+        first = self.first(parameter)
+        whole = parameter.numel() if first.shard is None else math.prod(first.whole)
+        return whole * parameter.element_size()

@@ -20,7 +20,7 @@ from worker.checkpoint.batch_codec import ReplayError, unpack_batch
 from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.batch_capacity import BatchCapacity
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.trainer.sharing import Alone, InTurn
 from worker.trainer.trainer import Trainer
 from worker.trainer.weighting import RULES, Rule

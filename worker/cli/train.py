@@ -30,7 +30,7 @@ from worker.config.update_options import (
 )
 from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example, ExampleError
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.utils.unix_socket import default_run_dir
 
 if TYPE_CHECKING:

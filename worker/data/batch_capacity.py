@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.division import divided
 from worker.data.examples import Example
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 
 NARROWEST = 128
 """The shortest row of a forward pass, in tokens. Rows have few lengths, so that nothing is tuned during traffic."""

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from worker.memory.planner import SLACK, STEP, Way, layers_bytes, make_plan
+from worker.memory.peak_moments import layers_bytes
+from worker.memory.plan import Way, rounded_up
+from worker.memory.planner import SLACK, make_plan
 from worker.memory.traced_sizes import Sizes, has_been_captured
 
 LONGEST = 2048
@@ -45,8 +47,7 @@ def host_bound(config: Sizes, sizes: Sequence[int]) -> list[int]:
 
 def held_bytes(config: Sizes, tokens: int, *, way: Way, kept: int) -> int:
     """What the graphs of rows of up to `tokens` tokens hold: shorter rows use the memory of the longest."""
-    held = layers_bytes(config, tokens, way=way, kept=kept) * (1 + SLACK) + GRAPH_BYTES
-    return math.ceil(held / STEP) * STEP
+    return rounded_up(layers_bytes(config, tokens, way=way, kept=kept) * (1 + SLACK) + GRAPH_BYTES)
 
 
 def graphs_beside(

@@ -23,7 +23,8 @@ from worker.apollo import state_bytes
 from worker.config.optimizers import MATRICES, Optimizer
 from worker.config.update_options import MAX_TOKENS
 from worker.memory.optimizer_memory import state_bytes as planned_state_bytes
-from worker.memory.planner import gigabytes, weight_bytes
+from worker.memory.plan import gigabytes
+from worker.memory.planner import weight_bytes
 from worker.memory.traced_sizes import NOT_SEEN, has_run
 from worker.model.layer_trace import sizes_of
 from worker.model.output_head import head_of

@@ -22,7 +22,7 @@ from producer.errors import TandemError
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.distributed.rank_processes import Message, RankProcesses
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model.shard_group import ShardGroup
 from worker.model.sharded import build_sharded
 from worker.shared_weights.divided import DividedWeights

@@ -20,7 +20,8 @@ from worker.data.batch_capacity import sizes_up_to
 from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import ConfigError
 from worker.memory.optimizer_memory import state_bytes
-from worker.memory.planner import CONTEXT_BYTES, Plan, gigabytes, make_plan, weight_bytes
+from worker.memory.plan import Plan, gigabytes
+from worker.memory.planner import CONTEXT_BYTES, make_plan, weight_bytes
 from worker.memory.traced_sizes import Sizes, read_sizes
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags, said
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.model.gradient_factors import Product
+from worker.model.factors import Product
 from worker.model.inputs import NO_MASKS, Packing, packing_of
 from worker.trainer.factor_sweep import FactorSweep
 

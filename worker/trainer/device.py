@@ -28,13 +28,12 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.graphs import NO_GRAPHS, graphs_beside
+from worker.memory.plan import Way, gigabytes
 from worker.memory.planner import (
     CONTEXT_BYTES,
     SERVER_MEMORY,
     MemoryPlanError,
-    Way,
     choose,
-    gigabytes,
     layers_kept,
     longest_by_factors,
     make_plan,

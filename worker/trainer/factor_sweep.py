@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from worker.apollo import ApolloMini, NonFiniteGradientError
-from worker.model.gradient_factors import Factors, GradientFactors
+from worker.model.factors import Factors
+from worker.model.gradient_factors import GradientFactors
 
 ALIGNMENT = 512
 """Of a product in the buffer, in bytes: what torch's own allocations have, so that the same kernels are chosen."""

@@ -18,7 +18,7 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.optimizers import MATRICES
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model import freeze_routers
 from worker.trainer.trainer import Trainer
 from worker.utils.shard import Shard

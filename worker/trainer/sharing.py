@@ -24,7 +24,8 @@ from worker.data.examples import Example
 from worker.distributed.errors import GroupLostError, SharedFailureError
 from worker.distributed.group import Group
 from worker.distributed.sums import begin_sum, sum_in_order
-from worker.model.gradient_factors import Factors, GradientFactors, Product, Rows
+from worker.model.factors import Factors, Product, Rows
+from worker.model.gradient_factors import GradientFactors
 from worker.trainer.token_sums import TokenSums
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from worker.apollo import ApolloMini
 from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example
 from worker.data.packing import Batch, BatchError
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model import ModelError
 from worker.model.gradient_factors import factors_of
 from worker.trainer.captured_row import CapturedRow

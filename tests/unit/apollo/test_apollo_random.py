@@ -111,7 +111,7 @@ def test_a_projection_is_kept_until_its_redraw() -> None:
 
     tall, wide = torch.nn.Parameter(torch.zeros(5, 3)), torch.nn.Parameter(torch.zeros(3, 5))
     optimizer = ApolloMini([tall, wide], lr=1e-3, projection_gap=3, projection=projection)
-    assert isinstance(optimizer._backend, CpuBackend)
+    assert isinstance(optimizer._steps.backend, CpuBackend)
     for _ in range(4):
         optimizer.step(grads=[torch.ones(5, 3), torch.ones(3, 5)])
     assert asked == [(0, (1, 3), 0), (1, (3, 1), 0), (0, (1, 3), 1), (1, (3, 1), 1)]

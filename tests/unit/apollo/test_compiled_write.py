@@ -151,7 +151,7 @@ def test_row_slices(compiled: None) -> None:
 def test_a_large_model_is_compiled_for_when_it_is_made_and_a_small_one_is_not() -> None:
     def chosen(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, **options: str) -> bool:
         parameters = [torch.nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
-        return ApolloMini(parameters, lr=1e-3, **options)._backend._kernel is not None  # type: ignore[attr-defined]
+        return ApolloMini(parameters, lr=1e-3, **options)._steps.backend._kernel is not None  # type: ignore[attr-defined]
 
     half = (2048, 4096)
     assert chosen(half, half)
@@ -234,7 +234,7 @@ from worker.apollo import ApolloMini, cpu
 logging.basicConfig(format="%(levelname)s %(message)s")
 cpu.COMPILED_FROM = 0
 print(torch.backends.cpu.get_cpu_capability(),
-      ApolloMini([torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))], lr=1e-3)._backend._kernel)
+      ApolloMini([torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))], lr=1e-3)._steps.backend._kernel)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"ATEN_CPU_CAPABILITY": "default"}, cwd=ROOT,

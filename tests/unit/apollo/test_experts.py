@@ -201,7 +201,7 @@ def test_compiled_and_torch_s_sweep_agree(rule: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("worker.apollo.cpu.COMPILED_FROM", 0)
     compiled = parameters(CPU)
     second = ApolloMini(compiled, matrices=rule, **OPTIONS)
-    assert second._backend._kernel is not None
+    assert second._steps.backend._kernel is not None
     for step in sparse(CPU):
         first.step(grads=step)
         second.step(grads=step)

@@ -27,7 +27,7 @@ from shapes import text_config, text_facts, write_shape
 from texts import build, conversation, random_examples, text_builder
 from transformers import AutoTokenizer
 
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.shared_weights import bind
 from worker.utils import torch_setup
 

@@ -11,7 +11,8 @@ from worker.data.batch_capacity import sizes_up_to
 from worker.memory import graphs
 from worker.memory.graphs import NO_GRAPHS, graphs_beside, held_bytes, host_bound
 from worker.memory.model_config import TextConfig
-from worker.memory.planner import CONTEXT_BYTES, Way, make_plan
+from worker.memory.plan import Way
+from worker.memory.planner import CONTEXT_BYTES, make_plan
 
 SIZES = sizes_up_to(8192)
 COSTS: dict[str, Any] = {"embeddings": "apollo", "context_bytes": CONTEXT_BYTES}

@@ -17,20 +17,18 @@ from worker.apollo.kernels import columns
 from worker.apollo.parameters import make_slots
 from worker.config.optimizers import MATRICES, OPTIMIZERS
 from worker.data.batch_capacity import sizes_up_to
-from worker.memory import planner
+from worker.memory import peak_moments, planner
 from worker.memory.activations import extra, factors, saved
 from worker.memory.graphs import NO_GRAPHS, graphs_beside
 from worker.memory.model_config import ATTENTION, GDN, Experts, TextConfig
 from worker.memory.optimizer_memory import scratch_bytes
 from worker.memory.optimizer_memory import state_bytes as planned_state_bytes
+from worker.memory.peak_moments import BUCKET_BYTES
+from worker.memory.plan import STEP, Plan, Way
 from worker.memory.planner import (
-    BUCKET_BYTES,
     CONTEXT_BYTES,
     SLACK,
-    STEP,
     MemoryPlanError,
-    Plan,
-    Way,
     choose,
     layers_kept,
     longest_by_factors,
@@ -297,10 +295,10 @@ def test_the_numbers_that_factors_take(size: str) -> None:
 
 
 def test_constants_are_those_of_the_parts_they_describe() -> None:
-    assert planner.LOSS_BLOCK == head_blocks.BLOCK
+    assert peak_moments.LOSS_BLOCK == head_blocks.BLOCK
     assert sizes_up_to(1)[0] == planner.LEAST_ROW
     bucket = inspect.signature(ApolloMini.streaming).parameters["bucket_bytes"].default
-    assert bucket == planner.BUCKET_BYTES
+    assert bucket == peak_moments.BUCKET_BYTES
 
 
 def gradients(plan: Plan) -> int:

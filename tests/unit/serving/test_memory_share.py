@@ -15,6 +15,7 @@ from worker.data.batch_capacity import sizes_up_to
 from worker.memory import planner
 from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import TextConfig
+from worker.memory.plan import Way
 from worker.serving import launch, memory_share
 from worker.trainer.device import within_share
 
@@ -41,7 +42,7 @@ def added_for(size: str, total: int) -> memory_share.Share:
         ("0.8B", 23, "burst", 2048),
     ],
 )
-def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: planner.Way, replayed: int) -> None:
+def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: Way, replayed: int) -> None:
     total = gib * GIB
     (flag, value), (note,), _ = added_for(size, total)
     assert flag == "--gpu-memory-utilization"
@@ -68,7 +69,7 @@ def test_the_trainers_share_is_left_and_said(size: str, gib: int, way: planner.W
     ],
 )
 def test_a_worker_finds_the_way_that_was_planned_and_takes_no_more(
-    size: str, gib: int, way: planner.Way, by_factors: int, replayed: int
+    size: str, gib: int, way: Way, by_factors: int, replayed: int
 ) -> None:
     """Before the server has grown, when more is free than its share, and after it has grown by all of the margin."""
     total, config = gib * GIB, TextConfig.read(CONFIGS / f"qwen3_5-{size}.json")

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from producer.transcript import Transcript
 from worker.checkpoint import model_directory
 from worker.config.hyperparameters import Hyperparameters
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.trainer.device_time import DeviceTime
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.kernel_warmup import warm_up

@@ -19,8 +19,8 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import BatchCapacity
 from worker.data.examples import Example
-from worker.memory.planner import Way
-from worker.model.gradient_factors import Factors, Product, Rows
+from worker.memory.plan import Way
+from worker.model.factors import Factors, Product, Rows
 from worker.trainer.device import choose_way
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.grad_norm import gradient_norm

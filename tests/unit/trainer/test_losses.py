@@ -20,7 +20,7 @@ from worker.checkpoint.batch_codec import make_ready, pack_batch, unpack_batch
 from worker.checkpoint.records import UpdateRecord
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example, TokenSequence
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.model.output_head import head_of
 from worker.model.soft_targets import TOP
 from worker.trainer.factory import make_builder, make_trainer

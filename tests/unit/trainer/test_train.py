@@ -18,7 +18,7 @@ from worker.checkpoint import model_directory
 from worker.cli.train import command
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
-from worker.memory.planner import Way
+from worker.memory.plan import Way
 from worker.testing.tiny_model import make_tiny
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.kernel_warmup import warm_up
