@@ -109,7 +109,7 @@ def test_one_check_alone_decides_the_exit_code(site: Site) -> None:
     with told(site, "appendonly", "no"):
         assert examined(site, "--only", "persistence") == {"persistence": ANY, "code": 0}, "a warning is no fault"
     alone = examined(site, "--only", "worker")
-    assert alone == {"worker": ANY, "code": 1} and "start `tandem worker`" in alone["worker"]["mend"]
+    assert alone == {"worker": ANY, "code": 1} and "start `tandem worker --run-dir" in alone["worker"]["mend"]
     wrong = CliRunner().invoke(doctor.command, ["--redis", site.store.url, "--only", "nothing"])
     assert wrong.exit_code == 2 and "no check is called nothing\n" in wrong.output
     away = CliRunner().invoke(doctor.command, ["--redis", "redis://127.0.0.1:1/0", "--only", "clock"])
@@ -302,6 +302,6 @@ def test_a_torn_header(site: Site) -> None:
     site.redis.delete("weights:worker")
     found = examined(site)
     assert faults(found) == ["weights"] and found["code"] == 1
-    assert "half-written" in found["weights"]["what"] and "start `tandem worker`" in found["weights"]["mend"]
+    assert "half-written" in found["weights"]["what"] and "start `tandem worker --run-dir" in found["weights"]["mend"]
     site.work(*QUIET)
     assert faults(examined(site)) == []

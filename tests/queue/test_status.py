@@ -31,7 +31,7 @@ def test_an_empty_redis_without_worker_and_server(redis_url: str, tmp_path: Path
     assert code == 1 and (
         first == "version 0 · 0 queued, 0 in hand, 0 failed · worker none · eviction noeviction · server unreachable"
     )
-    assert "start `tandem worker`" in text and "server cannot be reached" in text
+    assert f"start `tandem worker --run-dir {tmp_path}`" in text and "server cannot be reached" in text
 
 
 def test_what_was_trained_is_reported(redis_url: str, tmp_path: Path) -> None:

@@ -51,17 +51,17 @@ def command(
             continue
         found.append(finding)
         if not as_json:
-            click.echo(line(finding))
+            click.echo(line(finding, folder))
     if unknown := set(checks) - {finding.check for finding in found}:
         why = "" if answers else " (those of Redis are not made while it does not answer)"
         raise click.BadParameter(f"no check is called {', '.join(sorted(unknown))}{why}", param_hint="--only")
     faults = sum(finding.level == Level.FAULT for finding in found)
     if as_json:
-        click.echo(json.dumps({"faults": faults, "findings": [_plain(finding) for finding in found]}, indent=2))
+        click.echo(json.dumps({"faults": faults, "findings": [_plain(finding, folder) for finding in found]}, indent=2))
     if faults:
         raise SystemExit(1)
 
 
-def _plain(finding: Finding) -> dict[str, object]:
-    what, mend = sentence(finding)
+def _plain(finding: Finding, run_dir: Path) -> dict[str, object]:
+    what, mend = sentence(finding, run_dir)
     return asdict(finding) | {"what": what, "mend": mend}

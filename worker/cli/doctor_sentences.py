@@ -3,9 +3,11 @@
 Must not know: torch, vLLM, Redis.
 """
 
+from pathlib import Path
 from typing import Any
 
 from worker.operations.doctor.finding import Fact, Finding
+from worker.utils.hints import with_run_dir
 
 SAID = "{said}"
 """A sentence of the part itself, which says what to do."""
@@ -170,17 +172,17 @@ BYTES = ("used", "limit", "free", "checkpoint", "journal", "share", "needed")
 """Values that are numbers of bytes."""
 
 
-def sentence(finding: Finding) -> tuple[str, str]:
-    """(what is so, what to do; empty where nothing is to be done)."""
+def sentence(finding: Finding, run_dir: Path | None = None) -> tuple[str, str]:
+    """(what is so, what to do; empty where nothing is to be done). run_dir: what was examined."""
     said = SENTENCES[finding.fact]
     what, mend = (said, "") if isinstance(said, str) else said
     values = {name: _shown(name, value) for name, value in finding.values.items()}
-    return what.format(**values), mend.format(**values)
+    return what.format(**values), with_run_dir(mend.format(**values), run_dir)
 
 
-def line(finding: Finding) -> str:
+def line(finding: Finding, run_dir: Path | None = None) -> str:
     """fault        eviction           Redis evicts keys ...: CONFIG SET maxmemory-policy noeviction"""
-    what, mend = sentence(finding)
+    what, mend = sentence(finding, run_dir)
     text = f"{finding.level:<12} {finding.check:<18} {what}{f': {mend}' if mend else ''}"
     return " ".join(text.splitlines())
 

@@ -3,10 +3,14 @@
 import importlib
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from producer.errors import TandemError
+from worker.config.replica_options import PLACE
+from worker.utils.hints import FLAG, option_of, with_run_dir
 
 COMMANDS = {
     "serve": ("worker.cli.serve", "Serve MODEL with vLLM, ready to be trained in place."),
@@ -68,12 +72,20 @@ def tandem() -> None:
     """Fine-tune the model your vLLM is serving, in the very weights it serves."""
 
 
+def _run_dir(arguments: Sequence[str]) -> Path | None:
+    """The run directory that they name, with a replica's number in its place."""
+    if (named := option_of(arguments, FLAG)) is None:
+        return None
+    number = (option_of(arguments, "--replica") or "").partition("/")[0]
+    return Path(named.replace(PLACE, number) if number else named)
+
+
 def main() -> None:
     """Entry point: errors we raise on purpose become one line and exit code 1."""
     try:
         tandem.main(prog_name="tandem", standalone_mode=True)
     except TandemError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_run_dir(str(error), _run_dir(sys.argv[1:]))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -22,6 +22,7 @@ from producer.eviction import LIMIT, POLICY, Eviction
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
 from worker.operations import canary_losses
+from worker.utils.hints import with_run_dir
 from worker.versions import evaluations, ledger, lost_jobs, replica_status
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
@@ -67,7 +68,7 @@ def gather(redis_url: str, run_dir: Path, searched: int = lost_jobs.KEPT) -> dic
     except (TandemError, ValueError) as error:
         status["redis"] |= {"reachable": status["redis"]["reachable"] and not _away(error), "error": str(error)}
     status["server"] = _server(run_dir)
-    status["problems"] = problems(status)
+    status["problems"] = [with_run_dir(problem, run_dir) for problem in problems(status)]
     return status
 
 
@@ -210,11 +211,13 @@ def problems(status: dict[str, Any]) -> list[str]:
         )
     if status.get("hold"):
         found.append(f"training is paused: {status['hold']}; `tandem resume` ends it")
+    replicas = status.get("replicas")
+    start = f"start `tandem worker --replica 0/{replicas['count']}`" if replicas else "start `tandem worker`"
     if worker and worker["state"] == "none":
-        found.append("no worker is running: start `tandem worker`")
+        found.append(f"no worker is running: {start}")
     if worker and worker["state"] == "dead":
-        found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: start `tandem worker`, it takes over")
-    if (replicas := status.get("replicas")) and worker and worker["state"] not in ("none", "dead"):
+        found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: {start}, it takes over")
+    if replicas and worker and worker["state"] not in ("none", "dead"):
         found += _replica_problems(replicas)
     if server["state"] == "unreachable":
         found.append(f"the server cannot be reached: {server['reason']}")
@@ -232,8 +235,9 @@ def _replica_problems(replicas: dict[str, Any]) -> list[str]:
     count, found = replicas["count"], list[str]()
     if missing := [str(n) for n in range(count) if n not in replicas["present"]]:
         found.append(
-            f"{len(missing)} of {count} replicas are not there ({', '.join(missing)}): start `tandem worker --replica`"
-            " with that number; the others go on without"
+            f"{len(missing)} of {count} replicas are not there ({', '.join(missing)}): start"
+            f" `tandem worker --replica {missing[0]}/{count} --run-dir DIRECTORY` with that of its own server; the"
+            " others go on without"
         )
     if times := replicas["unequal"]:
         found.append(

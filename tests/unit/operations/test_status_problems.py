@@ -59,6 +59,9 @@ def test_disagreement_between_server_and_redis_is_a_problem() -> None:
     replicas = {"count": 3, "present": {0: 4, 2: 4}, "unequal": 0, "lost": 1}
     found = status.problems(base | {"server": serving, "replicas": replicas})
     assert len(found) == 1 and "1 of 3 replicas are not there (1)" in found[0]
+    assert "`tandem worker --replica 1/3 --run-dir DIRECTORY`" in found[0]
+    gone = base | {"server": serving, "replicas": replicas, "worker": {"state": "none"}}
+    assert status.problems(gone) == ["no worker is running: start `tandem worker --replica 0/3`"]
     found = status.problems(base | {"server": serving, "replicas": replicas | {"count": 1, "unequal": 2}})
     assert len(found) == 1 and "digest unequal, 2 times" in found[0]
     assert "refuses to serve: half" in status.problems(base | {"server": {"state": "torn", "reason": "half"}})[0]
