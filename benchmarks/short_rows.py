@@ -52,14 +52,14 @@ def halves(trainer: Trainer, lengths: list[int], vocabulary: int, seed: int = 0)
     """`Trainer.begin` taken apart: seconds until the host came back, and until the device was done."""
     device, examples = trainer.device, random_examples(lengths, vocabulary, seed)
     trainer.forget()
-    trainer.begun, trainer._alone = trainer.room.way_of(examples), True
+    trainer.pending.way, trainer._alone = trainer.room.way_of(examples), True
     (batch,) = trainer._batches(examples)
     each = torch.full((len(examples), 2), 1 / sum(lengths))
     found = {}
-    with trainer._recording(), trainer._dropping():
+    with trainer.pending.recording(), trainer.pending.dropping():
         wait(device)
         started = time.perf_counter()
-        loss, _ = trainer._forward(batch, each)
+        loss = trainer._forward(batch, each).loss
         found["forward_host_s"] = time.perf_counter() - started
         wait(device)
         found["forward_s"] = time.perf_counter() - started

@@ -20,7 +20,7 @@ from worker.cli.replicas import check_together, follow, lead
 from worker.cli.side_by_side import run_side_by_side
 from worker.config.guard_options import guard_options, settings_of
 from worker.config.hyperparameters import Hyperparameters, training_options
-from worker.config.replica_options import check_places, placed, replica_options, replica_settings_of
+from worker.config.replica_options import ReplicaSettings, check_places, placed, replica_options, replica_settings_of
 from worker.config.retention import policy_of, state_options
 from worker.config.update_options import apply_options, apply_settings_of, max_tokens_option
 from worker.consumer.log_lines import LogHooks
@@ -108,11 +108,7 @@ def command(
         return
     metrics = WorkerMetrics(resolve_url(redis_url), run_dir)
     with _ready(name, metrics, (metrics_host, metrics_port), opening, new_lineage) as (connection, lock, session):
-        tell = metrics.telling(log_report)
-        fleet: Lone | None = RankFleet(session.ranks) if session.ranks is not None else None
-        if replica is not None:
-            fleet = lead(replica, session)
-            max_tokens *= replica.count  # a replica's part is as long as a lone worker's version
+        tell, fleet = metrics.telling(log_report), _fleet(replica, session)
         WorkerLoop(
             connection,
             session,
@@ -124,12 +120,20 @@ def command(
             tell=tell,
             fleet=fleet,
             name=name,
-            max_tokens=max_tokens,
+            # a replica's part is as long as a lone worker's version
+            max_tokens=max_tokens * (replica.count if replica is not None else 1),
             history=policy.history,
             **limits,
         ).run()
         if policy.at_stop and (report := session.manager.checkpoints.try_write()):
             tell(report)
+
+
+def _fleet(replica: ReplicaSettings | None, session: Session) -> Lone | None:
+    """Who trains with us: the other replicas, or the trainers of a divided server's other ranks."""
+    if replica is not None:
+        return lead(replica, session)
+    return RankFleet(session.ranks) if session.ranks is not None else None
 
 
 @contextlib.contextmanager

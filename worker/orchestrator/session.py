@@ -112,26 +112,7 @@ def open_session(
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
         settings = within_share(settings, control.trainer_bytes)
         keep_within(settings, device)
-        ranks: RankTrainers | None = None
-        make: Make
-        # Whatever is trained again, is trained in the way that new versions are.
-        if isinstance(weights, DividedWeights):
-            chosen = Chosen("streaming" if settings.apply == "streaming" else "burst")
-            ranks = stack.enter_context(contextlib.closing(RankTrainers(run_dir, weights, tokenizer, chosen.way)))
-            make = ranks.make
-        else:
-            model = weights.build_model()
-            chosen = choose_way(model, weights.model_path, h, settings, max_tokens, device)
-            make = partial(
-                make_trainer,
-                model,
-                list(model.named_parameters()),
-                tokenizer,
-                state=weights.state,
-                way=chosen.way,
-                by_factors=chosen.by_factors,
-                budget=chosen.budget,
-            )
+        make, chosen, ranks = _how_to_train(stack, run_dir, weights, tokenizer, h, settings, max_tokens)
         room = partial(
             capacity_for,
             packed=weights.state.is_cuda,
@@ -148,3 +129,34 @@ def open_session(
         if weights.header.state == CLEAN:  # a torn server, which is brought up later, computes nothing
             prove(trainer, weights, control, tokenizer, ranks)
         yield Session(control, weights, manager, builder, trainer, h, settings, ranks)
+
+
+def _how_to_train(
+    stack: contextlib.ExitStack,
+    run_dir: Path,
+    weights: AttachedWeights,
+    tokenizer: Any,
+    h: Hyperparameters,
+    settings: ApplySettings,
+    max_tokens: int,
+) -> tuple[Make, Chosen, RankTrainers | None]:
+    """What makes a trainer on these weights, in which way it trains, and the other ranks' trainers where the server
+    divides its weights; they end with `stack`. Whatever is trained again, is trained in the way that new versions are.
+    """
+    if isinstance(weights, DividedWeights):
+        chosen = Chosen("streaming" if settings.apply == "streaming" else "burst")
+        ranks = stack.enter_context(contextlib.closing(RankTrainers(run_dir, weights, tokenizer, chosen.way)))
+        return ranks.make, chosen, ranks
+    model = weights.build_model()
+    chosen = choose_way(model, weights.model_path, h, settings, max_tokens, weights.state.device)
+    make = partial(
+        make_trainer,
+        model,
+        list(model.named_parameters()),
+        tokenizer,
+        state=weights.state,
+        way=chosen.way,
+        by_factors=chosen.by_factors,
+        budget=chosen.budget,
+    )
+    return make, chosen, None

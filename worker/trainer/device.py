@@ -27,7 +27,7 @@ from producer.progress import progress
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
-from worker.memory.graphs import NO_GRAPHS, graphs_beside
+from worker.memory.graphs import NO_GRAPHS, Graphs, graphs_beside
 from worker.memory.plan import Way, gigabytes
 from worker.memory.planner import (
     CONTEXT_BYTES,
@@ -38,7 +38,7 @@ from worker.memory.planner import (
     longest_by_factors,
     make_plan,
 )
-from worker.memory.traced_sizes import NOT_SEEN, has_been_captured, has_run
+from worker.memory.traced_sizes import NOT_SEEN, Sizes, has_been_captured, has_run
 from worker.model import fuse, settle_attention
 from worker.model.layer_trace import sizes_of
 from worker.trainer.kernel_warmup import warm_up
@@ -128,9 +128,16 @@ def choose_way(
             shown = shown.with_graphs(graphs.held, graphs.rows)
         for line in shown.within(may).render(whole):
             log.info(line)
+    _say(config, by_factors, graphs, wanted=settings.graphs == "auto")
+    fuse(model, kept)
+    return Chosen(plan.way, budget, by_factors, graphs.rows)
+
+
+def _say(config: Sizes, by_factors: int, graphs: Graphs, *, wanted: bool) -> None:
+    """Log what the plan's rows do not show. wanted: whether graphs were."""
     if by_factors:
         log.info("batches of up to %s tokens go by factors, longer ones are streamed", f"{by_factors:,}")
-    if settings.graphs == "auto" and not graphs.rows:
+    if wanted and not graphs.rows:
         why = "their memory does not fit beside the longest batch"
         if not has_been_captured(config):
             why = "rows of such a model have not been captured yet"
@@ -139,8 +146,6 @@ def choose_way(
         log.warning(
             "%s: its plan is counted, not measured, and its loss is proved before anything is trained", NOT_SEEN
         )
-    fuse(model, kept)
-    return Chosen(plan.way, budget, by_factors, graphs.rows)
 
 
 def within_share(settings: ApplySettings, share: int) -> ApplySettings:

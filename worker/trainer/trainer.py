@@ -1,19 +1,18 @@
 """One micro-batch of examples -> loss and gradients on the model's parameters -> one optimizer step.
 
-Three ways. Burst: `begin` computes all gradients, `apply` is one sweep of the optimizer. Factors: `begin` computes what
-the gradients of matrices are products of, and `apply` forms and applies them (`factor_sweep`). Streaming: `begin` is
-the forward pass alone, and `apply` is the backward pass, in which every gradient is applied and freed as it comes.
+    found = trainer.begin(examples)    # forward, and backward but in streaming; what cannot be trained is left out
+    trainer.gradient_norm()            # None in streaming
+    trainer.apply()                    # the step, or in its place `forget`
 
-The parameters may be views of the memory vLLM serves from; this module neither knows nor cares. Must not know: Redis,
-vLLM, the header, versions.
+What is computed in `begin` and what in `apply`, by each of three ways, `pending_step` says. The parameters may be views
+of the memory vLLM serves from; this module neither knows nor cares. Must not know: Redis, vLLM, the header, versions.
 
 Invariants: `begin` changes no weight. `apply` is one optimizer step whatever the number of forward passes. Which loss a
 kind of feedback has, `worker.trainer.losses` says; how weights and slopes count, `worker.trainer.weighting`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,11 +29,11 @@ from worker.model.gradient_factors import factors_of
 from worker.trainer.captured_row import CapturedRow
 from worker.trainer.captured_rows import rows_of
 from worker.trainer.factor_sweep import FactorSweep
-from worker.trainer.grad_norm import gradient_norm
 from worker.trainer.gradients import Gradients, Limit
 from worker.trainer.losses import BY_KIND, Term, has_teacher, imitates
 from worker.trainer.model_reader import ModelReader, Part
-from worker.trainer.sharing import Alone, InTurn, Ranks
+from worker.trainer.pending_step import PendingStep
+from worker.trainer.sharing import Alone
 from worker.trainer.token_sums import TokenSums
 from worker.trainer.weighting import Rule, Weighting, weighted_mean
 from worker.utils.fault_injection import point
@@ -69,22 +68,22 @@ class Trainer(ModelReader):
         if self.head.vocabulary is not None and (way == "factors" or by_factors):
             raise ModelError("a model that is divided over ranks is not trained by factors: --apply burst or streaming")
         self.optimizer = optimizer
-        self.lr = lr
-        self.warmup = warmup
-        self.way = way
-        self.by_factors = by_factors
-        self.begun: Way = way
-        """The way of the micro-batch that `begin` was last called with."""
+        self.lr, self.warmup = lr, warmup
+        self.way, self.by_factors = way, by_factors
         self.sweep = FactorSweep(factors_of(model), optimizer)
+        self.pending = PendingStep(optimizer, self.sweep, way)
         self.rows = rows_of(model)
         self.replayed = False
         """Whether the layers of the last micro-batch were replayed as CUDA graphs instead of launched."""
         self.sharing = Alone()
         """How the work of a micro-batch is divided, and what makes it whole."""
         self._alone = False  # the micro-batch is one row, which may be replayed
-        self._loss: torch.Tensor | None = None  # streaming: of the whole micro-batch, its graph alive
-        self._step_scale = 1.0
         self._written: dict[str, float] = {}
+
+    @property
+    def begun(self) -> Way:
+        """The way of the micro-batch that `begin` was last called with."""
+        return self.pending.way
 
     @property
     def room(self) -> BatchCapacity:
@@ -102,7 +101,7 @@ class Trainer(ModelReader):
         most = limit.loss_limit() if limit is not None else math.inf
         rejected: dict[str, str] = {}
         self._check_room(examples)
-        self.begun, self.replayed = self.room.way_of(examples), False
+        self.pending.way, self.replayed = self.room.way_of(examples), False
         self.device_time.begin()
         while kept := [example for example in examples if example.id not in rejected]:
             self.forget()
@@ -113,26 +112,11 @@ class Trainer(ModelReader):
                 continue
             if not bad:
                 weighting = rule(kept, terms)
-                find = partial(self._accumulate, kept, weighting, most, parts)
-                sums, bad = self.sharing.whole(find)
+                sums, bad = self.sharing.whole(partial(self._accumulate, kept, weighting, most, parts))
             if not bad:
-                self._add_up()
-                self._step_scale = weighting.step_scale
-                ids, nll = [one.id for one in kept], sums.means()
-                every = zip(kept, nll, terms, strict=True)
-                sizes = [one.weight * term.size(one.sides) for one, term in zip(kept, terms, strict=True)]
-                losses = [mean if imitates(one.kind) else term.loss for one, mean, term in every]
-                return Gradients(
-                    loss=weighting.loss(kept, losses),
-                    tokens=sum(example.tokens for example in kept),
-                    trained_tokens=sum(example.trained_tokens for example in kept),
-                    nll=dict(zip(ids, nll, strict=True)),
-                    losses=dict(zip(ids, losses, strict=True)),
-                    rejected=rejected,
-                    step_scale=weighting.step_scale,
-                    shares={id: size / (sum(sizes) or 1.0) for id, size in zip(ids, sizes, strict=True)},
-                    effective_tokens=weighting.effective_tokens,
-                )
+                self.pending.add_up(self.sharing)
+                self.pending.step_scale = weighting.step_scale
+                return _gradients(kept, sums, terms, weighting, rejected)
             for id, loss in bad.items():
                 beyond = limit is not None and math.isfinite(loss)
                 rejected[id] = limit.loss_reason(loss) if beyond and limit is not None else NOT_FINITE
@@ -141,9 +125,7 @@ class Trainer(ModelReader):
 
     def prepare(self) -> None:
         """Do ahead what `write` would do first: call it before a server is paused."""
-        self.optimizer.prepare()
-        if self.begun == "factors":
-            self.sweep.prepare()
+        self.pending.prepare()
 
     def apply(self) -> dict[str, float]:
         """`write`, and what `measured` says of it."""
@@ -159,14 +141,9 @@ class Trainer(ModelReader):
         factor = min(1.0, (self.optimizer.step_count + 1) / self.warmup) if self.warmup else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        if self.begun == "streaming" and not isinstance(self.sharing, InTurn):  # whose gradients are there
-            self._stream()
-        elif self.begun == "factors":
-            self.sweep.apply(self._step_scale)
-        else:
-            self.optimizer.step(step_scale=self._step_scale)
+        self.pending.apply(self.sharing)
         point("swept")
-        self._written = {"lr": self.lr * factor, "step_scale": self._step_scale}
+        self._written = {"lr": self.lr * factor, "step_scale": self.pending.step_scale}
         self.forget()
 
     def measured(self) -> dict[str, float]:
@@ -180,22 +157,18 @@ class Trainer(ModelReader):
 
     def forget(self) -> None:
         """Let go of what `begin` left: nothing is applied."""
-        self._loss, self._step_scale = None, 1.0
-        self.sweep.forget()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.pending.forget()
 
     def gradient_norm(self) -> float | None:
         """The L2 norm of what `begin` left, all parameters together; None in streaming, where it is not known yet.
 
         By factors, raises `NonFiniteGradientError`, with nothing written: `apply` could only find it half-way.
         """
-        if self.begun == "factors":
-            return self.sweep.norm()
-        return gradient_norm(self.parameters(), self.optimizer) if self.begun == "burst" else None
+        return self.pending.norm()
 
     def parameters(self) -> list[torch.Tensor]:
         """All that the optimizer may change."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return self.pending.parameters()
 
     def skip(self) -> None:
         """One optimizer step that changes no weight: its number is used up, as by a batch that was emptied."""
@@ -207,9 +180,9 @@ class Trainer(ModelReader):
         """All that a step over `examples` computes before it writes, and as much memory as it takes; nothing is written
         or kept. Afterwards a step of the same shape takes nothing for the first time."""
         self.forget()
-        self.begun, self._alone = self.room.way_of(examples), False
+        self.pending.way, self._alone = self.room.way_of(examples), False
         teachers = self._teachers(examples)
-        with self._recording(), self._dropping():
+        with self.pending.recording(), self.pending.dropping():
             for batch in self._batches(examples):
                 self.sweep.factors.begin_pass()
                 self._forward(batch, teachers=teachers).loss.backward()  # type: ignore[no-untyped-call]
@@ -256,7 +229,7 @@ class Trainer(ModelReader):
         sums = TokenSums(examples)
         batches = [self._batches(part) for part, _ in parts]
         self._alone = sum(map(len, batches)) == 1
-        with self._recording():
+        with self.pending.recording():
             for some, (_, teachers) in zip(batches, parts, strict=True):
                 for batch in some:
                     found = self._forward(batch, weighting.factors, teachers)
@@ -265,57 +238,11 @@ class Trainer(ModelReader):
                     if not fine.all():
                         means = sums.means()
                         return sums, {examples[i].id: means[i] for i in (~fine).nonzero()[:, 0].tolist()}
-                    self._keep(found.loss, batch)
-                self._part_done()
+                    if self.pending.keep(found.loss):
+                        self.device_time.backward(batch.input_ids.numel())
+                        point("backward")
+                self.pending.part_done(self.sharing)
         return sums, {}
-
-    def _keep(self, loss: torch.Tensor, batch: Batch) -> None:
-        """Of one forward pass: its gradients, or in streaming its graph."""
-        if self.begun == "streaming":
-            self._loss = loss if self._loss is None else self._loss + loss
-            return
-        self.sweep.factors.begin_pass()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.device_time.backward(batch.input_ids.numel())
-        point("backward")
-
-    def _part_done(self) -> None:
-        """A part that is made in turn has gradients of its own, in streaming too: they are added up outside the graph,
-        as those of several replicas are."""
-        if isinstance(self.sharing, InTurn) and self._loss is not None:
-            self._loss.backward()  # type: ignore[no-untyped-call]
-            self._loss = None
-        self.sharing.part_done(self.parameters())
-
-    def _add_up(self) -> None:
-        """Before anything is decided by them: gradients are those of the whole micro-batch. In streaming they come,
-        and are added up, while they are applied."""
-        if self.begun != "streaming" or isinstance(self.sharing, InTurn):
-            factors = self.sweep.factors if self.begun == "factors" else None
-            self.sharing.all_done(self.parameters(), factors)
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """By factors, the buffer is taken first, and forward and backward keep factors."""
-        if self.begun != "factors":
-            yield
-            return
-        self.sweep.reserve()
-        with self.sweep.factors.recording():
-            yield
-
-    def _dropping(self) -> AbstractContextManager[None]:
-        """In streaming: gradients are held back as when they are applied, and dropped."""
-        return self.optimizer.dropping() if self.begun == "streaming" else nullcontext()
-
-    def _stream(self) -> None:
-        loss, self._loss = self._loss, None  # the graph is freed on the way
-        if isinstance(self.sharing, Ranks):
-            self.sharing.stream(loss, self.optimizer, self.parameters(), self._step_scale)
-            return
-        assert loss is not None, "apply() without begin()"
-        with self.optimizer.streaming(step_scale=self._step_scale):
-            loss.backward()  # type: ignore[no-untyped-call]
 
     def _check_room(self, examples: Sequence[Example]) -> None:
         """Of what is trained; `score` and `dry_run` keep no graph, and may take several passes in streaming too."""
@@ -348,3 +275,24 @@ class Trainer(ModelReader):
         row = self.rows.of(batch, by_factors=self.begun == "factors")
         self.replayed |= row is not None
         return row
+
+
+def _gradients(
+    kept: Sequence[Example], sums: TokenSums, terms: Sequence[Term], weighting: Weighting, rejected: dict[str, str]
+) -> Gradients:
+    """What `begin` found of a micro-batch whose losses are fine."""
+    ids, nll = [one.id for one in kept], sums.means()
+    every = zip(kept, nll, terms, strict=True)
+    sizes = [one.weight * term.size(one.sides) for one, term in zip(kept, terms, strict=True)]
+    losses = [mean if imitates(one.kind) else term.loss for one, mean, term in every]
+    return Gradients(
+        loss=weighting.loss(kept, losses),
+        tokens=sum(example.tokens for example in kept),
+        trained_tokens=sum(example.trained_tokens for example in kept),
+        nll=dict(zip(ids, nll, strict=True)),
+        losses=dict(zip(ids, losses, strict=True)),
+        rejected=rejected,
+        step_scale=weighting.step_scale,
+        shares={id: size / (sum(sizes) or 1.0) for id, size in zip(ids, sizes, strict=True)},
+        effective_tokens=weighting.effective_tokens,
+    )
