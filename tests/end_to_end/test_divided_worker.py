@@ -162,6 +162,27 @@ def _rank_of(worker: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("point", ["backward", "swept"])
+def test_a_rank_that_is_stopped_is_named_by_status_and_ended(site: DividedSite, point: str) -> None:
+    """Before the write the batch is trained by new ranks; in it, the weights are torn until the next start."""
+    sent = site.send("a", 2)
+    worker = site.start("worker", "--until-empty", *LEARNING, *QUIET, rank_fault=f"{point}:1:stop")
+    until(lambda: "is stopped (SIGSTOP, or a debugger)" in worker.said() or not worker.alive(), "it is seen")
+    stopped = _rank_of(worker.pid)
+    status = site.tandem("status", code=1, log="status.log")
+    assert f"waiting     for rank 1 (process {stopped}), " in status and "which is stopped" in status
+    assert f"! rank 1 (process {stopped}) is stopped, and the worker has waited for it" in status
+    torn = point in WRITING
+    assert worker.ended() == int(torn), worker.said()
+    assert f"rank 1 (process {stopped}) was stopped for 10 s, and was ended" in worker.said()
+    if torn:
+        site.is_torn()
+        site.work(*QUIET)
+    assert site.agree() == 1 and site.trained() == sent
+    assert "waiting  " not in site.tandem("status", code=1)
+
+
+@pytest.mark.slow
 def test_rollback_and_another_number_of_ranks(site: DividedSite) -> None:
     """Undone on two ranks; then the same checkpoint is served by one process and by two again, bit for bit."""
     site.send("a", 4)

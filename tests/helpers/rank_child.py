@@ -2,9 +2,11 @@
 
 import os
 import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from patience import until
 
 from producer.errors import TandemError
 from worker.distributed.rank_processes import inherited, meet
@@ -41,6 +43,10 @@ def main() -> None:
             raised = message["name"]
         elif message["op"] == "hang":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif message["op"] == "wait":
+            until(Path(message["for"]).exists, "rank 0's test goes on", pace=0.05)
+            if message["sum"]:
+                total()
         elif message["op"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         elif message["op"] == "fail":

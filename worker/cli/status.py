@@ -62,6 +62,11 @@ def replicas_line(replicas: dict[str, Any]) -> str:
     return "; ".join([*parts, *([", ".join(times)] if times else [])])
 
 
+def waited_line(one: dict[str, Any]) -> str:
+    """rank 1 (process 4711), 42 s so far, which computes"""
+    return f"rank {one['rank']} (process {one['pid']}), {one['seconds']:.0f} s so far, which {one['doing']}"
+
+
 @click.command()
 @redis_option
 @run_dir_option
@@ -79,6 +84,8 @@ def command(redis_url: str | None, run_dir: Path | None, as_json: bool) -> None:
         for name in ("queue", "last_update", "canary", "worker", "replicas", "server"):
             if found := status.get(name):
                 click.echo(f"  {name:12}{replicas_line(found) if name == 'replicas' else _shown(found)}")
+        for one in status.get("waiting", []):
+            click.echo(f"  {'waiting':12}for {waited_line(one)}")
         for problem in status["problems"]:
             click.echo(f"  ! {problem}")
     if status["problems"]:

@@ -13,7 +13,8 @@ through torch.distributed's default process group, on the loopback interface.
 
 Must not know: Redis, vLLM, versions, the optimizer.
 Invariants: what only one rank fails at ends all of them, as a `GroupLostError` that says why: nobody waits for a rank
-that does something else. The others die with rank 0's process, however it dies.
+that does something else. The others die with rank 0's process, however it dies. One that is stopped while it is needed
+is ended (`rank_watch`).
 """
 
 import contextlib
@@ -24,7 +25,6 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,9 +33,11 @@ import torch.distributed as dist
 
 from producer.errors import TandemError
 from worker.distributed.errors import GroupLostError
+from worker.distributed.rank_watch import Other, RankWatch, Tell
 from worker.utils import unix_socket
 from worker.utils.child_process import die_with_parent
 from worker.utils.fault_injection import environment_of_rank
+from worker.utils.process_state import is_stopped
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -49,25 +51,15 @@ ASKED = (signal.SIGINT, signal.SIGTERM)
 """What asks a process to end: a terminal's Ctrl-C and systemd ask the whole group, and rank 0 answers for it."""
 
 
-@dataclass
-class Other:
-    """One of them."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    sock: socket.socket
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank} (process {self.process.pid})"
-
-
 class RankProcesses:
     """command: starts one; two numbers are added, of a file and of our process. seconds: how long a rank is waited
-    for."""
+    for. tell: hears who is waited for (`RankWatch`)."""
 
-    def __init__(self, command: Sequence[str], ranks: int, seconds: float) -> None:
+    def __init__(
+        self, command: Sequence[str], ranks: int, seconds: float, tell: Tell = lambda others, since: None
+    ) -> None:
         self.command, self.ranks, self.seconds = list(command), ranks, seconds
+        self.watch = RankWatch(tell)
         self.others: list[Other] = []
         self.lost: str | None = "not started"
         """Why there is no group; None while there is one."""
@@ -81,12 +73,13 @@ class RankProcesses:
         self.lost = None
         folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))  # for us alone
         try:
-            for rank in range(1, self.ranks):
-                self.others.append(self._spawn(rank))
             meeting = {"ranks": self.ranks, "store": str(folder / "store"), "seconds": self.seconds}
-            for other in self.others:
-                self._send(other, {**told, **meeting, "rank": other.rank})
-            self.hear()
+            with self.watch.over(self.others):
+                for rank in range(1, self.ranks):
+                    self.others.append(self._spawn(rank))
+                for other in self.others:
+                    self._send(other, {**told, **meeting, "rank": other.rank})
+                self.hear()
             self.together({"op": "meet"}, lambda: meet({**meeting, "rank": 0}))
         except BaseException:
             self.close()
@@ -97,6 +90,10 @@ class RankProcesses:
     def together(self, message: Message, work: Callable[[], T]) -> T:
         """`work()` here while every other rank does what `message` says. Raises what all of them raise alike (a
         `TandemError`), and `GroupLostError` for everything else."""
+        with self.watch.over(self.others):
+            return self._together(message, work)
+
+    def _together(self, message: Message, work: Callable[[], T]) -> T:
         self.tell(message)
         failed: TandemError | None = None
         try:
@@ -144,7 +141,7 @@ class RankProcesses:
             dist.destroy_process_group()
         for other in self.others:
             try:
-                other.process.wait(END_SECONDS)
+                other.process.wait(0 if is_stopped(other.process.pid) else END_SECONDS)
             except subprocess.TimeoutExpired:
                 other.process.kill()
                 other.process.wait()
@@ -173,6 +170,7 @@ class RankProcesses:
             self._lose(f"{other.name}: {error}")
 
     def _receive(self, other: Other) -> Message:
+        self.watch.silent = other
         try:
             answer = unix_socket.receive(other.sock)
         except unix_socket.WireError as error:
@@ -223,6 +221,8 @@ def inherited(arguments: Sequence[str]) -> socket.socket:
 
 
 def _end_of(other: Other) -> str:
+    if other.why is not None:
+        return other.why
     with contextlib.suppress(subprocess.TimeoutExpired):
         code = other.process.wait(WHY_SECONDS)
         return f"{other.name} {f'was killed by signal {-code}' if code < 0 else f'ended with code {code}'}"

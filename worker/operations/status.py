@@ -21,6 +21,8 @@ from producer.errors import TandemError
 from producer.eviction import LIMIT, POLICY, Eviction
 from worker.consumer.jobs import oldest_job_s, open_queue
 from worker.consumer.worker_lock import is_dead, parse_holder
+from worker.distributed import waiting
+from worker.distributed.rank_watch import STOPPED_SECONDS
 from worker.operations import canary_losses
 from worker.utils.hints import with_run_dir
 from worker.versions import evaluations, ledger, lost_jobs, replica_status
@@ -37,6 +39,8 @@ LOSS, LOSSES = "canary_loss", "canary_losses"
 """Fields of `weights:state` (worker/orchestrator/canary.py)."""
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
+BUSY = ("computes", "waits for a disk")
+"""What a rank may do that is waited for, and all is well."""
 SHOWN_IDS = 5
 MOST_LOST = 100
 """Ids of lost transcripts that are told; their number is told whole."""
@@ -68,6 +72,8 @@ def gather(redis_url: str, run_dir: Path, searched: int = lost_jobs.KEPT) -> dic
     except (TandemError, ValueError) as error:
         status["redis"] |= {"reachable": status["redis"]["reachable"] and not _away(error), "error": str(error)}
     status["server"] = _server(run_dir)
+    if waited := waiting.read(run_dir):
+        status["waiting"] = [asdict(one) for one in waited]
     status["problems"] = [with_run_dir(problem, run_dir) for problem in problems(status)]
     return status
 
@@ -219,6 +225,13 @@ def problems(status: dict[str, Any]) -> list[str]:
         found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: {start}, it takes over")
     if replicas and worker and worker["state"] not in ("none", "dead"):
         found += _replica_problems(replicas)
+    for one in status.get("waiting", []):
+        if one["doing"] not in BUSY:
+            found.append(
+                f"rank {one['rank']} (process {one['pid']}) {one['doing']}, and the worker has waited for it for"
+                f" {one['seconds']:.0f} s: one that is stopped is ended after {STOPPED_SECONDS:g} s, one that hangs"
+                f" after some minutes; `kill -9 {one['pid']}` ends it at once, and nothing that was queued is lost"
+            )
     if server["state"] == "unreachable":
         found.append(f"the server cannot be reached: {server['reason']}")
     if server["state"] == "torn":

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from producer.errors import TandemError
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
+from worker.distributed import waiting
 from worker.distributed.rank_processes import Message, RankProcesses
 from worker.memory.plan import Way
 from worker.model.shard_group import ShardGroup
@@ -35,7 +36,7 @@ log = logging.getLogger("tandem")
 T = TypeVar("T")
 
 SECONDS = 300.0
-"""How long a rank that hangs is waited for; one that ends is noticed at once."""
+"""How long a rank that hangs is waited for; one that ends is noticed at once, one that is stopped in seconds."""
 COMMAND = (sys.executable, "-P", "-m", "worker.orchestrator.rank_worker")
 
 
@@ -46,7 +47,7 @@ class RankTrainers:
         self.weights, self.tokenizer, self.way = weights, tokenizer, way
         self._told = {"run_dir": str(Path(run_dir).absolute()), "way": way}
         self._made: Message | None = None
-        self.processes = RankProcesses(COMMAND, len(weights.ranks), SECONDS)
+        self.processes = RankProcesses(COMMAND, len(weights.ranks), SECONDS, partial(waiting.tell, Path(run_dir)))
         try:
             self._start()
             self.model = self.together({"op": "model"}, self.plain_model)

@@ -5,6 +5,7 @@ of hanging that can be told from slowness at once. Must not know: torch, Redis.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,3 +38,19 @@ def is_stopped(pid: int) -> bool:
     """Whether it waits for SIGCONT, or for its debugger."""
     state = state_of(pid)
     return state is not None and state.stopped
+
+
+def doing(pid: int, seconds: float = 0.2) -> str:
+    """What it does, as a verb: it is watched for so long."""
+    before = state_of(pid)
+    if before is None:
+        return "has ended"
+    if before.stopped:
+        return "is stopped"
+    time.sleep(seconds)
+    after = state_of(pid)
+    if after is None or after.letter in "ZX":
+        return "has ended"
+    if after.letter == "R" or after.cpu > before.cpu:
+        return "computes"
+    return "waits for a disk" if after.letter == "D" else "sleeps"
