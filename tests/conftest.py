@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -40,6 +41,11 @@ THREAD_SECONDS = 120.0
 """How long a thread of a test may take to end after the test, on a machine that is busy."""
 
 
+SERVER = "server/"
+LONGEST = (SERVER, "end_to_end/test_end_to_end.py", "chaos/", "end_to_end/")
+"""Of the tests' ids: what comes first."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("new" if _slow(config) else "same")
 
@@ -50,14 +56,31 @@ def _slow(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Property tests run with `-m slow` too. On a GPU the end to end tests train, and in the end stop, the session's
-    server: they come last."""
+    """Property tests run with `-m slow` too. What takes longest begins first, so that no process is left with it when
+    the others have ended. On a GPU the end to end tests train, and in the end stop, the session's server: they come
+    last."""
     if _slow(config):
         for item in items:
             if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
                 item.add_marker(pytest.mark.slow)
     if GPU:
         items.sort(key=lambda item: item.path.name == "test_end_to_end.py")
+    else:
+        items.sort(key=lambda item: next((n for n, long in enumerate(LONGEST) if long in item.nodeid), len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process, all those of SERVER in one: each that needs the session's server starts one.
+    Files are begun in the order of `items`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return SERVER if SERVER in nodeid else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

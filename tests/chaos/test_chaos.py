@@ -16,12 +16,9 @@ from chaos_campaign import Campaign
 from chaos_history import Model
 from chaos_plan import OPTIONS, CanaryFails, Kill, Rollback, operations, plan, transcript
 from chaos_processes import Cluster
-from stand_in import LAYOUT
 
 from producer import Transcript, keys
 from worker.shared_weights.attach import attach
-from worker.shared_weights.weights_client import ask
-from worker.testing.server_process import ServerProcess
 from worker.utils import fault_injection
 
 SEED, KILLS, TRANSCRIPTS = 11, 8, 130  # more than the kills can need, so that each finds work
@@ -146,12 +143,3 @@ def test_a_fault_that_cannot_be_is_refused(setting: str) -> None:
         fault_injection.arm(setting)
     fault_injection.arm(None)
     fault_injection.point("paused")  # disarmed: this process lives on
-
-
-def test_the_stand_in_has_the_layout_of_a_real_server(server: ServerProcess) -> None:
-    described, _ = ask(server.run_dir, "describe", 60)
-    layout = json.loads(LAYOUT.read_text())
-    shapes = {n: {"shape": p["shape"], "dtype": p["dtype"]} for n, p in described["parameters"].items()}
-    assert shapes == layout["parameters"]
-    for name in ("slices", "padding", "frozen", "model_class"):
-        assert described[name] == layout[name], name

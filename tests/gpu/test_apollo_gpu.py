@@ -9,8 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import apollo_checks
 import pytest
-import test_apollo_golden as golden
+import step_checks
 import test_apollo_random as random
 import test_apollo_state as state
 import torch
@@ -48,24 +49,24 @@ def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_follows_float64_over_redraws(front: bool, decay: float) -> None:
-    golden.check_golden(DEVICE, front, decay)
+    apollo_checks.check_golden(DEVICE, front, decay)
 
 
 def test_adamw_follows_float64() -> None:
-    golden.check_adamw(DEVICE)
+    apollo_checks.check_adamw(DEVICE)
 
 
 @device_only
 def test_follows_the_cpu_implementation() -> None:
     """fp32 to 2e-6 of the total update, with projections of its own; bf16 nearly everywhere bit for bit."""
-    shapes = [*golden.SHAPES, (9,), (16, 1, 4)]
-    weights, gradients = golden.start_weights(shapes), golden.given_gradients(shapes, 12)
+    shapes = [*apollo_checks.SHAPES, (9,), (16, 1, 4)]
+    weights, gradients = apollo_checks.start_weights(shapes), apollo_checks.given_gradients(shapes, 12)
     options = {"lr": 1e-3, "projection_gap": 5, "seed": 3}
-    cpu, gpu = (golden.run(weights, gradients, device, **options) for device in ("cpu", DEVICE))
+    cpu, gpu = (apollo_checks.run(weights, gradients, device, **options) for device in ("cpu", DEVICE))
     for ours, theirs, start in zip(gpu, cpu, weights, strict=True):
-        assert golden.relative(ours, theirs.double(), start) < 2e-6
+        assert apollo_checks.relative(ours, theirs.double(), start) < 2e-6
     weights = [w.bfloat16() for w in weights]
-    cpu, gpu = (golden.run(weights, gradients[:1], device, **options) for device in ("cpu", DEVICE))
+    cpu, gpu = (apollo_checks.run(weights, gradients[:1], device, **options) for device in ("cpu", DEVICE))
     for ours, theirs in zip(gpu, cpu, strict=True):
         step = (ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs()
         assert step.max() <= 1
@@ -74,45 +75,45 @@ def test_follows_the_cpu_implementation() -> None:
 
 @device_only
 def test_bitwise_repeatable() -> None:
-    golden.check_repeatable(DEVICE)
+    apollo_checks.check_repeatable(DEVICE)
 
 
 @device_only  # the interpreter cuts where the device rounds
 def test_nearest_is_the_rounded_fp32_result() -> None:
-    golden.check_nearest_is_the_rounded_fp32_result(DEVICE)
+    apollo_checks.check_nearest_is_the_rounded_fp32_result(DEVICE)
 
 
 def test_stochastic_takes_a_neighbour_without_bias() -> None:
-    golden.check_stochastic_takes_a_neighbour_without_bias(DEVICE, 8 if INTERPRETED else 64)
+    apollo_checks.check_stochastic_takes_a_neighbour_without_bias(DEVICE, 8 if INTERPRETED else 64)
 
 
 def test_row_slices() -> None:
-    golden.check_row_slices(DEVICE)
+    apollo_checks.check_row_slices(DEVICE)
 
 
 def test_zero_gradient_is_harmless() -> None:
-    golden.check_zero_gradient_is_harmless(DEVICE)
+    apollo_checks.check_zero_gradient_is_harmless(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [bf16, pytest.param(torch.float32, marks=device_only)])
 def test_streaming_is_burst(dtype: torch.dtype) -> None:
-    golden.check_streaming_is_burst(DEVICE, dtype, steps=3 if INTERPRETED else 6)
+    step_checks.check_streaming_is_burst(DEVICE, dtype, steps=3 if INTERPRETED else 6)
 
 
 def test_hooks_are_burst() -> None:
-    golden.check_hooks_are_burst(DEVICE)
+    step_checks.check_hooks_are_burst(DEVICE)
 
 
 def test_step_scale() -> None:
-    golden.check_step_scale(DEVICE, most_before=0 if INTERPRETED else 2)
+    step_checks.check_step_scale(DEVICE, most_before=0 if INTERPRETED else 2)
 
 
 def test_step_scale_in_every_way() -> None:
-    golden.check_step_scale_in_every_way(DEVICE)
+    step_checks.check_step_scale_in_every_way(DEVICE)
 
 
 def test_update_rms() -> None:
-    golden.check_update_rms(DEVICE)
+    apollo_checks.check_update_rms(DEVICE)
 
 
 @device_only
@@ -153,9 +154,9 @@ def test_rounding_bits_are_the_cpu_s(first: int) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=device_only)])
 def test_a_non_finite_gradient_changes_nothing_and_is_named(bad: float) -> None:
-    weights = golden.mixed_weights()
-    gradients = golden.given_gradients([tuple(w.shape) for w in weights], 3)
-    clean = golden.run(weights, [gradients[0], gradients[2]], DEVICE, lr=1e-3)
+    weights = apollo_checks.mixed_weights()
+    gradients = apollo_checks.given_gradients([tuple(w.shape) for w in weights], 3)
+    clean = apollo_checks.run(weights, [gradients[0], gradients[2]], DEVICE, lr=1e-3)
     parameters = [(f"p{i}", torch.nn.Parameter(w.clone().to(DEVICE))) for i, w in enumerate(weights)]
     optimizer = ApolloMini(parameters, lr=1e-3)
     optimizer.step(grads=[g.to(DEVICE) for g in gradients[0]])
@@ -191,8 +192,8 @@ def test_a_refused_step_is_reported_by_its_numbers() -> None:
 def test_gradients_that_start_anywhere() -> None:
     """A gradient at an odd address is copied, every step again; the result is that of an aligned one."""
     shapes = [(64, 64), (24, 48)]
-    weights = [w.bfloat16() for w in golden.start_weights(shapes)]
-    gradients = [[g.bfloat16() for g in step] for step in golden.given_gradients(shapes, 3)]
+    weights = [w.bfloat16() for w in apollo_checks.start_weights(shapes)]
+    gradients = [[g.bfloat16() for g in step] for step in apollo_checks.given_gradients(shapes, 3)]
     parameters = [torch.nn.Parameter(w.clone().to(DEVICE)) for w in weights]
     buffers = [torch.zeros(w.numel() + 1, dtype=bf16, device=DEVICE) for w in weights]
     odd = [buffer[1:].view_as(w) for buffer, w in zip(buffers, weights, strict=True)]
@@ -201,7 +202,7 @@ def test_gradients_that_start_anywhere() -> None:
         for view, gradient in zip(odd, step, strict=True):
             view.copy_(gradient)
         optimizer.step(grads=odd)
-    wanted = golden.run(weights, gradients, DEVICE, lr=1e-2)
+    wanted = apollo_checks.run(weights, gradients, DEVICE, lr=1e-2)
     assert all(torch.equal(p.detach().cpu(), w) for p, w in zip(parameters, wanted, strict=True))
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import apollo_checks
 import pytest
-import test_apollo_golden as golden
+import step_checks
 import test_apollo_state as state
 import test_factored as factored
 import torch
@@ -41,37 +42,37 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def test_follows_float64() -> None:
-    shapes = [(33, 33), (50, 70), (24, 136)] if INTERPRETED else [*golden.SHAPES, (300, 3000), (40, 9000)]
+    shapes = [(33, 33), (50, 70), (24, 136)] if INTERPRETED else [*apollo_checks.SHAPES, (300, 3000), (40, 9000)]
     factored.check_golden(DEVICE, 0.01, shapes, steps=4 if INTERPRETED else factored.STEPS)
 
 
 @device_only  # it would take a minute
 def test_streaming_is_burst() -> None:
-    golden.check_streaming_is_burst(DEVICE, torch.bfloat16, **RULE)
+    step_checks.check_streaming_is_burst(DEVICE, torch.bfloat16, **RULE)
 
 
 @device_only
 def test_row_slices() -> None:
-    golden.check_row_slices(DEVICE, **RULE)
+    apollo_checks.check_row_slices(DEVICE, **RULE)
 
 
 @device_only
 def test_zero_gradient_is_harmless() -> None:
-    golden.check_zero_gradient_is_harmless(DEVICE, **RULE)
+    apollo_checks.check_zero_gradient_is_harmless(DEVICE, **RULE)
 
 
 @device_only
 def test_update_rms() -> None:
-    golden.check_update_rms(DEVICE, **RULE)
+    apollo_checks.check_update_rms(DEVICE, **RULE)
 
 
 @device_only
 def test_every_promise() -> None:
-    golden.check_hooks_are_burst(DEVICE, **RULE)
-    golden.check_step_scale(DEVICE, most_before=0 if INTERPRETED else 2, **RULE)
-    golden.check_step_scale_in_every_way(DEVICE, **RULE)
-    golden.check_nearest_is_the_rounded_fp32_result(DEVICE, **RULE)
-    golden.check_stochastic_takes_a_neighbour_without_bias(DEVICE, **RULE)
+    step_checks.check_hooks_are_burst(DEVICE, **RULE)
+    step_checks.check_step_scale(DEVICE, most_before=0 if INTERPRETED else 2, **RULE)
+    step_checks.check_step_scale_in_every_way(DEVICE, **RULE)
+    apollo_checks.check_nearest_is_the_rounded_fp32_result(DEVICE, **RULE)
+    apollo_checks.check_stochastic_takes_a_neighbour_without_bias(DEVICE, **RULE)
 
 
 @device_only
@@ -81,8 +82,8 @@ def test_resumes(tmp_path: Path) -> None:
 
 
 def test_a_non_finite_gradient_changes_nothing_and_is_named() -> None:
-    weights = golden.mixed_weights()
-    gradients = golden.given_gradients([tuple(w.shape) for w in weights], 2)
+    weights = apollo_checks.mixed_weights()
+    gradients = apollo_checks.given_gradients([tuple(w.shape) for w in weights], 2)
     parameters = [(f"p{i}", torch.nn.Parameter(w.clone().to(DEVICE))) for i, w in enumerate(weights)]
     optimizer = ApolloMini(parameters, lr=1e-3, **RULE)
     optimizer.step(grads=[g.to(DEVICE) for g in gradients[0]])
@@ -99,18 +100,18 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named() -> None:
 @device_only
 def test_follows_the_cpu_implementation() -> None:
     """fp32 to 2e-6 of the total update; bf16 nearly everywhere bit for bit."""
-    shapes: list[tuple[int, ...]] = [*golden.SHAPES, (9,), (16, 1, 4), (48, 9000)]
-    weights, gradients = golden.start_weights(shapes), golden.given_gradients(shapes, 6)
+    shapes: list[tuple[int, ...]] = [*apollo_checks.SHAPES, (9,), (16, 1, 4), (48, 9000)]
+    weights, gradients = apollo_checks.start_weights(shapes), apollo_checks.given_gradients(shapes, 6)
 
     def both(starts: list[Tensor], steps: list[list[Tensor]]) -> list[list[Tensor]]:
-        gpu = golden.run(starts, steps, DEVICE, lr=1e-3, seed=3, **RULE)
+        gpu = apollo_checks.run(starts, steps, DEVICE, lr=1e-3, seed=3, **RULE)
         with pytest.MonkeyPatch.context() as patch:
             patch.undo()
             patch.setattr(ApolloMini, "_make_backend", lambda self, device: _cpu(self))
-            return [gpu, golden.run(starts, steps, "cpu", lr=1e-3, seed=3, **RULE)]
+            return [gpu, apollo_checks.run(starts, steps, "cpu", lr=1e-3, seed=3, **RULE)]
 
     for ours, theirs, start in zip(*both(weights, gradients), weights, strict=True):
-        assert golden.relative(ours, theirs.double(), start) < 2e-6
+        assert apollo_checks.relative(ours, theirs.double(), start) < 2e-6
     for ours, theirs in zip(*both([w.bfloat16() for w in weights], gradients[:1]), strict=True):
         step = (ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs()
         assert step.max() <= 1
@@ -184,7 +185,7 @@ def test_both_ways_of_summing_agree(way: str) -> None:
     weights round to the other neighbour: neighbours of 1 are 1e-4 of such an update apart (2.2e-6 in all was seen)."""
     parameters, gradients = large_case(2)
     weights = [p.detach().float().cpu() for p in parameters]
-    ours = golden.run(weights, gradients, DEVICE, lr=1e-3, **RULE)
+    ours = apollo_checks.run(weights, gradients, DEVICE, lr=1e-3, **RULE)
     other = replace(WAYS[way], strip_most=0 if WAYS[way].strip_most else 8192)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -192,6 +193,6 @@ def test_both_ways_of_summing_agree(way: str) -> None:
             "_make_backend",
             lambda self, device: cuda.CudaBackend(self._slots, self.area, self._options, other),
         )
-        theirs = golden.run(weights, gradients, DEVICE, lr=1e-3, **RULE)
+        theirs = apollo_checks.run(weights, gradients, DEVICE, lr=1e-3, **RULE)
     for a, b, start in zip(ours, theirs, weights, strict=True):
-        assert golden.relative(a, b.double(), start) < 1e-5
+        assert apollo_checks.relative(a, b.double(), start) < 1e-5

@@ -1,5 +1,7 @@
-"""The pages of docs/: they build without a warning, name every command, flag and key, and need no other host."""
+"""The pages: they build without a warning, name every command, flag and key, and nothing that is not there, and need no
+other host."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -64,3 +66,40 @@ def test_every_key_of_redis_is_in_the_docs() -> None:
     names = [value for value in found.values() if ":" in value]
     assert "weights:ledger" in names
     assert not [one for one in names if not any(re.fullmatch(p.replace("*", ".*"), one) for p in patterns)]
+
+
+def members(classes: dict[str, ast.ClassDef], name: str) -> set[str]:
+    """Methods and attributes of a class and of those it is made of."""
+    one = classes.get(name)
+    if one is None:
+        return set()
+    own = {node.name for node in ast.walk(one) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    own |= {node.attr for node in ast.walk(one) if isinstance(node, ast.Attribute)}
+    own |= {
+        node.target.id for node in one.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    return own.union(*(members(classes, base.id) for base in one.bases if isinstance(base, ast.Name)))
+
+
+def test_what_the_pages_name_is_there() -> None:
+    """Paths, files, and methods of our classes; a module may be named by its room and without its ending."""
+    places = [path for path in ROOT.iterdir() if not path.name.startswith(".") and path.name != "build"]
+    files = [path for place in places for path in (place, *place.rglob("*"))]
+    ours = [path for room in ("worker", "producer") for path in (ROOT / room).rglob("*.py")]
+    nodes = [node for path in ours for node in ast.parse(path.read_text()).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    names = [f"/{path.relative_to(ROOT)}" for path in files]
+    wrong = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        paths = re.findall(r"(?<![\w/.-])((?:worker|producer|tests|benchmarks|scripts|docs)/[\w./-]*\w)", text)
+        paths += re.findall(r"`([\w/-]+\.(?:py|toml|md|html|yml))`", text)
+        rooms = "|".join(path.name for path in (ROOT / "worker").iterdir() if path.is_dir())
+        paths += re.findall(rf"`((?:{rooms})/[a-z_/]+)", text)
+        wrong += [path for path in paths if not any(name.endswith((f"/{path}", f"/{path}.py")) for name in names)]
+        wrong += [
+            f"{name}.{member}"
+            for name, member in re.findall(r"`([A-Z]\w+)\.([a-z_]\w*)", text)
+            if name in classes and member not in members(classes, name)
+        ]
+    assert not wrong

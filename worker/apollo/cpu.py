@@ -3,8 +3,8 @@
 Every sum, and so every decision, is torch's. The bf16 weights of a large model are written by compiled_write.py, all
 else (small models, fp32 weights, rounding to nearest) by torch, in `_write`. Both give the same bits.
 
-Of a matrix that is divided over processes, R and the norms are added up over them (`Options.sum_over_shards`): after
-the pass over the gradients, after N is known, and for the totals. A matrix that a process holds as a whole is computed
+Of a matrix that is divided over processes, R and the norms are added up over them (`cpu_shards`): after the pass over
+the gradients, after N is known, and for the totals. A matrix that a process holds as a whole is computed
 as if there were no others.
 
 Bitwise repeatable for a fixed number of threads.
@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from worker.apollo import compiled_write, cpu_factored, formulas, philox
+from worker.apollo import compiled_write, cpu_factored, cpu_shards, formulas, philox
 from worker.apollo.compiled_write import Write
 from worker.apollo.cpu_factored import Sums
+from worker.apollo.cpu_shards import Measured
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.parameters import Options, Slot, Totals
 from worker.apollo.state_layout import APOLLO, FACTORED, StateArea
@@ -40,7 +41,7 @@ def _chunks(slot: Slot) -> Iterator[tuple[slice, int]]:
 
 
 class CpuBackend:
-    """See `slots.Backend`."""
+    """See `parameters.Backend`."""
 
     def __init__(self, slots: Sequence[Slot], area: StateArea, options: Options) -> None:
         self.slots, self.area, self.options = slots, area, options
@@ -77,7 +78,8 @@ class CpuBackend:
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         pairs = [(slot, slot.matrix(gradient, "the gradient")) for slot, gradient in pairs]
-        measured = self._add_up(pairs, [self._measure(slot, gradient) for slot, gradient in pairs])
+        ours = [self._measure(slot, gradient) for slot, gradient in pairs]
+        measured = cpu_shards.gradients([slot for slot, _ in pairs], ours, self.options.sum_over_shards)
         for (slot, _), (_, g_norm) in zip(pairs, measured, strict=True):
             if not math.isfinite(g_norm):
                 raise NonFiniteGradientError(slot.name)
@@ -125,8 +127,8 @@ class CpuBackend:
             self._memory = torch.empty(rows.numel())
         return self._memory[: rows.numel()].view(rows.shape).copy_(rows)
 
-    def _measure(self, slot: Slot, gradient: Tensor) -> tuple[Tensor | Sums | None, float]:
-        """One pass over the gradient: (R, ||G||); the factored rule's sums in place of R, nothing for AdamW."""
+    def _measure(self, slot: Slot, gradient: Tensor) -> Measured:
+        """One pass over the gradient."""
         own = slot.algorithm == FACTORED
         chunks = ((rows, self._widened(gradient[rows], own)) for rows, _ in _chunks(slot))
         if slot.algorithm == FACTORED:
@@ -143,22 +145,6 @@ class CpuBackend:
                 r += formulas.project(g, self._projection(slot)[rows], tall)
         return r if wanted else None, math.sqrt(squares) if squares >= 0 else squares  # NaN stays NaN
 
-    def _add_up(
-        self, pairs: Sequence[tuple[Slot, Tensor]], measured: list[tuple[Tensor | Sums | None, float]]
-    ) -> list[tuple[Tensor | Sums | None, float]]:
-        """What was measured of shards, over all processes: R in place, and the whole matrix's ||G||."""
-        if self.options.sum_over_shards is None:
-            return measured
-        slots = [slot for slot, _ in pairs]
-        squares = [norm**2 if slot.shard else 0.0 for slot, (_, norm) in zip(slots, measured, strict=True)]
-        total = torch.tensor(squares, dtype=torch.float64)
-        projected = [r for slot, (r, _) in zip(slots, measured, strict=True) if isinstance(r, Tensor) and slot.sums_r]
-        self.options.sum_over_shards([total, *projected])
-        return [
-            (found, math.sqrt(square) if slot.shard and square >= 0 else square if slot.shard else norm)
-            for slot, (found, norm), square in zip(slots, measured, total.tolist(), strict=True)
-        ]
-
     def _follow(self, found: Sequence[tuple[Slot, Tensor]]) -> dict[int, tuple[float, float]]:
         """Moments follow R; (||N||, ||R||) of the whole matrix by the slot's index."""
         norms = {}
@@ -167,12 +153,7 @@ class CpuBackend:
             formulas.update_moments(m, v, r, *slot.group["betas"])
             n = formulas.normalised(m, v, slot.group["eps"])
             norms[slot.index] = float(torch.linalg.vector_norm(n)), float(torch.linalg.vector_norm(r))
-        if self.options.sum_over_shards is not None:
-            parts = [slot.index for slot, _ in found if slot.sums_norms]
-            total = torch.tensor([norms[index] for index in parts], dtype=torch.float64).view(-1, 2).square_()
-            self.options.sum_over_shards([total])
-            norms |= {index: (a, b) for index, (a, b) in zip(parts, total.sqrt().tolist(), strict=True)}
-        return norms
+        return cpu_shards.norms([slot for slot, _ in found], norms, self.options.sum_over_shards)
 
     def _apollo(self, slot: Slot, gradient: Tensor, n_norm: float, r_norm: float, g_norm: float) -> list[Write]:
         """What is left to be written by compiled code."""

@@ -33,7 +33,7 @@ assert columns.LIMITER_FLOOR.value == formulas.LIMITER_FLOOR
 
 
 class CudaBackend(DeviceTables):
-    """See `slots.Backend`."""
+    """See `parameters.Backend`."""
 
     def __init__(self, slots: Sequence[Slot], area: StateArea, options: Options, tiling: Tiling | None = None) -> None:
         super().__init__(slots, area, options, tiling)

@@ -96,7 +96,7 @@ class Rebuilder:
         self._check_experts(version, base, steps)
         try:
             self.snapshots.check_layout(base, self.weights.tensors, self.weights.state)
-            replay.check_steps(steps, self.snapshots.steps_taken(base))
+            replay.check_steps(steps, self.snapshots.optimizer(base).steps_taken())
             replay.check_fits(steps, out, self.room)
         except (SnapshotError, ReplayError) as error:
             raise RebuildError(f"version {version} cannot be made: {error}") from error
@@ -108,7 +108,7 @@ class Rebuilder:
         another one's state has no place in the server's memory. Raises `RebuildError`."""
         ours = self.weights.optimizer
         found: set[str] = {replay.hyperparameters(record.h).rule for record in steps}
-        kept = self.snapshots.matrices(base, self.weights.tensors)
+        kept = self.snapshots.optimizer(base).matrices(self.weights.tensors)
         found |= {name for name, matrices in MATRICES.items() if matrices == kept}
         if others := sorted(found - {ours}):
             raise RebuildError(
@@ -124,7 +124,7 @@ class Rebuilder:
         if not any(is_stack(tensor.shape) for tensor in self.weights.tensors.values()):
             return
         older = any(replay.hyperparameters(record.h).router is None for record in steps)
-        if older or self.snapshots.is_unstacked(base, self.weights.tensors):
+        if older or self.snapshots.optimizer(base).is_unstacked(self.weights.tensors):
             raise RebuildError(
                 f"version {version} cannot be made: an older Tandem trained it, to whose optimizer a layer's experts"
                 " were one tensor, and here each is a matrix of its own; nothing was changed. Use the Tandem that wrote"

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from producer.errors import TandemError
 from producer.progress import BYTES, progress
-from worker.apollo import state_layout
 from worker.checkpoint import model_directory, record_file, records
 from worker.checkpoint.file_digests import fingerprint, sha256
 from worker.checkpoint.state_dir import free_bytes
+from worker.checkpoint.stored_optimizer import STATE, StoredOptimizer
 from worker.utils.fault_injection import point
 
 _EXTRA = "tandem"
@@ -131,7 +131,7 @@ class Snapshots:
             with progress(f"checkpoint of version {version}", both, BYTES) as shown:
                 model_directory.write_layout(tensors, self.source, folder, shown.advance)
                 (folder / _EXTRA).mkdir(mode=0o700)
-                extra = {"state": state.cpu().clone()} | _more_exact(tensors, folder, self.source)
+                extra = {STATE: state.cpu().clone()} | _more_exact(tensors, folder, self.source)
                 save_file(extra, folder / _EXTRA / "state.safetensors")
                 shown.advance(state.nbytes)
                 plain = {"ledger": trained.ledger, "dropped": trained.dropped}
@@ -210,7 +210,7 @@ class Snapshots:
                         wrong.add(parts[name].name)
         if version:
             with safe_open(self._state_file(version), framework="pt") as extra:
-                if tuple(extra.get_slice("state").get_shape()) != tuple(state.shape):
+                if tuple(extra.get_slice(STATE).get_shape()) != tuple(state.shape):
                     wrong.add("the optimizer's state")
         if wrong:
             raise SnapshotError(
@@ -218,30 +218,9 @@ class Snapshots:
                 " another shape. Serve the model that it was made of"
             )
 
-    def steps_taken(self, version: int) -> int:
-        """Steps that the optimizer had taken at `version`. Raises `SnapshotError`."""
-        if version == 0:
-            return 0
-        return state_layout.steps_taken(self._state_header(version))
-
-    def matrices(self, version: int, tensors: dict[str, torch.Tensor]) -> str | None:
-        """What matrices took in the optimizer of `version`: a name of worker.apollo's, or None where none has run.
-        tensors: text name -> tensor, sorted."""
-        if version == 0:
-            return None
-        return state_layout.matrices_of(self._state_header(version), [tensor.shape for tensor in tensors.values()])
-
-    def is_unstacked(self, version: int, tensors: dict[str, torch.Tensor]) -> bool:
-        """Whether the optimizer's state of `version` is of an older Tandem, to which a layer's experts were one tensor.
-        tensors: as for `matrices`."""
-        return version > 0 and state_layout.is_unstacked(
-            self._state_header(version), [tensor.shape for tensor in tensors.values()]
-        )
-
-    def _state_header(self, version: int) -> torch.Tensor:
-        with safe_open(self._state_file(version), framework="pt") as extra:
-            header: torch.Tensor = extra.get_slice("state")[: state_layout.HEADER_BYTES]
-        return header
+    def optimizer(self, version: int) -> StoredOptimizer:
+        """What the checkpoint's state says of the optimizer."""
+        return StoredOptimizer(self._state_file(version) if version else None)
 
     def _state_file(self, version: int) -> Path:
         return self.path(version) / _EXTRA / "state.safetensors"
@@ -264,7 +243,7 @@ class Snapshots:
             return
         with safe_open(self._state_file(version), framework="pt") as extra:
             for name in extra.keys():  # noqa: SIM118 (safe_open is no mapping)
-                target = state if name == "state" else tensors[name.removeprefix("exact.")]
+                target = state if name == STATE else tensors[name.removeprefix("exact.")]
                 target.copy_(extra.get_tensor(name))
 
     def prune(self, keep: set[int]) -> list[int]:

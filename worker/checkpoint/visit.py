@@ -92,7 +92,7 @@ def optimizer_of(history: History, version: int) -> Optimizer:
     shapes = sorted(text_shapes(history.snapshots.source).items())
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes}
     for base in reversed([one for one in history.snapshots.versions() if one <= version]):
-        kept = history.snapshots.matrices(base, tensors)
+        kept = history.snapshots.optimizer(base).matrices(tensors)
         return next((name for name in OPTIMIZERS if MATRICES[name] == kept), DEFAULT)
     return DEFAULT
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from apollo_checks import given_gradients, mixed_weights
 from safetensors.torch import load_file, save_file
-from test_apollo_golden import given_gradients, mixed_weights
 from torch import Tensor
 
 from worker.apollo import ApolloError, ApolloMini, state_bytes

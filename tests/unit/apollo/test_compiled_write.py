@@ -12,9 +12,9 @@ from pathlib import Path
 import numba
 import pytest
 import torch
+from apollo_checks import check_row_slices, given_gradients, mixed_weights, start_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from test_apollo_golden import check_row_slices, given_gradients, mixed_weights, start_weights
 from torch import Tensor
 
 from worker.apollo import ApolloError, ApolloMini, compiled_write, cpu, cpu_kernel, formulas, philox

@@ -5,7 +5,7 @@ The checks take a device, so that test_experts_gpu.py runs the same ones on CUDA
 
 import pytest
 import torch
-from test_apollo_golden import given_gradients, start_weights
+from apollo_checks import given_gradients, start_weights
 from torch import Tensor
 
 from worker.apollo import ApolloError, ApolloMini, NonFiniteGradientError, state_bytes

@@ -7,8 +7,9 @@ import math
 import sys
 from pathlib import Path
 
+import apollo_checks
 import pytest
-import test_apollo_golden as golden
+import step_checks
 import test_apollo_state as state
 import torch
 from test_compiled_write import bits
@@ -40,12 +41,12 @@ def oracle(weight: Tensor, gradients: list[Tensor], *, lr, decay, eps=1e-8) -> t
 
 
 def given_gradients(shapes: list[tuple[int, ...]], steps: int) -> list[list[Tensor]]:
-    """As golden's, but that a matrix's rows and columns differ in size, and a few rows are nearly nothing."""
+    """As apollo_checks', but that a matrix's rows and columns differ in size, and a few rows are nearly nothing."""
     scales = [
         [10 ** torch.linspace(-1, 1, n)[torch.randperm(n, generator=torch.Generator().manual_seed(n))] for n in shape]
         for shape in shapes
     ]
-    found = golden.given_gradients(shapes, steps)
+    found = apollo_checks.given_gradients(shapes, steps)
     for step in found:
         for g, sizes in zip(step, scales, strict=True):
             if g.dim() == 2:
@@ -54,13 +55,15 @@ def given_gradients(shapes: list[tuple[int, ...]], steps: int) -> list[list[Tens
     return found
 
 
-def check_golden(device: str, decay: float, shapes: list[tuple[int, ...]] = golden.SHAPES, steps: int = STEPS) -> None:
-    weights, gradients = golden.start_weights(shapes), given_gradients(shapes, steps)
-    ours = golden.run(weights, gradients, device, lr=1e-2, weight_decay=decay, **RULE)
+def check_golden(
+    device: str, decay: float, shapes: list[tuple[int, ...]] = apollo_checks.SHAPES, steps: int = STEPS
+) -> None:
+    weights, gradients = apollo_checks.start_weights(shapes), given_gradients(shapes, steps)
+    ours = apollo_checks.run(weights, gradients, device, lr=1e-2, weight_decay=decay, **RULE)
     errors, sizes = {}, []
     for i, shape in enumerate(shapes):
         wanted, lengths = oracle(weights[i], [step[i] for step in gradients], lr=1e-2, decay=decay)
-        errors[shape] = golden.relative(ours[i], wanted, weights[i])
+        errors[shape] = apollo_checks.relative(ours[i], wanted, weights[i])
         sizes += lengths
     assert max(errors.values()) < 2e-6, errors
     assert min(sizes) < 0.9 and max(sizes) > 1.1, "some steps are shortened, and some are not"
@@ -75,8 +78,8 @@ def test_is_the_rule_that_the_bench_measured() -> None:
     """benchmarks/update_rules.py, plain torch in fp32, over steps of different sizes; small tensors take AdamW in
     both."""
     shapes: list[tuple[int, ...]] = [(60, 40), (40, 60), (33,)]
-    weights = golden.start_weights(shapes)
-    gradients = [[100 * g for g in step] for step in golden.given_gradients(shapes, STEPS)]
+    weights = apollo_checks.start_weights(shapes)
+    gradients = [[100 * g for g in step] for step in apollo_checks.given_gradients(shapes, STEPS)]
     theirs = [torch.nn.Parameter(w.clone()) for w in weights]
     rule = Adam(beta1=0, second="factored")
     bench = RuleOptimizer([(str(i), p) for i, p in enumerate(theirs)], rule, seed=0)
@@ -84,17 +87,17 @@ def test_is_the_rule_that_the_bench_measured() -> None:
         for parameter, gradient in zip(theirs, step, strict=True):
             parameter.grad = gradient.clone()
         bench.step(1e-2)
-    ours = golden.run(weights, gradients, lr=1e-2, **RULE)
+    ours = apollo_checks.run(weights, gradients, lr=1e-2, **RULE)
     for mine, its, start in zip(ours, theirs, weights, strict=True):
-        assert golden.relative(mine, its.detach().double(), start) < 5e-6
+        assert apollo_checks.relative(mine, its.detach().double(), start) < 5e-6
 
 
 def test_a_row_without_a_gradient_stays() -> None:
-    weights, gradients = golden.start_weights([(8, 6)]), golden.given_gradients([(8, 6)], 3)
+    weights, gradients = apollo_checks.start_weights([(8, 6)]), apollo_checks.given_gradients([(8, 6)], 3)
     for step in gradients:
         step[0][5] = 0
         step[0][:, 2] = 0
-    after = golden.run(weights, gradients, lr=1e-2, **RULE)[0]
+    after = apollo_checks.run(weights, gradients, lr=1e-2, **RULE)[0]
     still = after == weights[0]
     assert still[5].all() and still[:, 2].all() and still.sum() == 8 + 6 - 1
 
@@ -102,44 +105,44 @@ def test_a_row_without_a_gradient_stays() -> None:
 def test_a_heavy_tail_does_not_lengthen_the_step() -> None:
     gradient = torch.full((64, 64), 1e-4)
     gradient.diagonal().fill_(1.0)  # U's RMS would be 8
-    moved = golden.run([torch.zeros(64, 64)], [[gradient]], lr=1e-3, **RULE)[0]
+    moved = apollo_checks.run([torch.zeros(64, 64)], [[gradient]], lr=1e-3, **RULE)[0]
     assert math.isclose(float(moved.square().mean().sqrt()), 1e-3, rel_tol=1e-5)
 
 
 def test_bitwise_repeatable() -> None:
-    golden.check_repeatable(CPU, **RULE)
+    apollo_checks.check_repeatable(CPU, **RULE)
 
 
 def test_nearest_is_the_rounded_fp32_result() -> None:
-    golden.check_nearest_is_the_rounded_fp32_result(CPU, **RULE)
+    apollo_checks.check_nearest_is_the_rounded_fp32_result(CPU, **RULE)
 
 
 def test_stochastic_takes_a_neighbour_without_bias() -> None:
-    golden.check_stochastic_takes_a_neighbour_without_bias(CPU, **RULE)
+    apollo_checks.check_stochastic_takes_a_neighbour_without_bias(CPU, **RULE)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_row_slices(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "COMPILED_FROM", 0 if is_compiled else 1 << 60)
-    golden.check_row_slices(CPU, **RULE)
+    apollo_checks.check_row_slices(CPU, **RULE)
 
 
 def test_zero_gradient_is_harmless() -> None:
-    golden.check_zero_gradient_is_harmless(CPU, **RULE)
+    apollo_checks.check_zero_gradient_is_harmless(CPU, **RULE)
 
 
 def test_every_way_is_a_burst() -> None:
-    golden.check_streaming_is_burst(CPU, **RULE)
-    golden.check_hooks_are_burst(CPU, **RULE)
-    golden.check_step_scale_in_every_way(CPU, **RULE)
+    step_checks.check_streaming_is_burst(CPU, **RULE)
+    step_checks.check_hooks_are_burst(CPU, **RULE)
+    step_checks.check_step_scale_in_every_way(CPU, **RULE)
 
 
 def test_step_scale() -> None:
-    golden.check_step_scale(CPU, **RULE)
+    step_checks.check_step_scale(CPU, **RULE)
 
 
 def test_update_rms() -> None:
-    golden.check_update_rms(CPU, **RULE)
+    apollo_checks.check_update_rms(CPU, **RULE)
 
 
 def test_resumes(tmp_path: Path) -> None:
@@ -163,7 +166,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_named() -> None:
 def train(decay: float) -> tuple[list[Tensor], Tensor, list[float]]:
     """Weights, state and sums after four steps of odd shapes, bf16 gradients and fp32 ones."""
     shapes = [(33, 33), (130, 71), (70, 136), (1, 7), (300, 1), (8, 2500)]
-    weights = [*golden.mixed_weights(), *(w.bfloat16() for w in golden.start_weights(shapes))]
+    weights = [*apollo_checks.mixed_weights(), *(w.bfloat16() for w in apollo_checks.start_weights(shapes))]
     parameters = [torch.nn.Parameter(w.clone()) for w in weights]
     optimizer = ApolloMini(parameters, lr=1e-2, weight_decay=decay, seed=2**63 + 5, **RULE)
     sums = []

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_planner import GB, config_of, configs
+from memory_parts import GB, config_of, configs
 
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory import graphs

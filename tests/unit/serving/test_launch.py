@@ -290,16 +290,6 @@ def _points_to(descriptor: str, path: Path) -> bool:
         return False
 
 
-@pytest.mark.server
-def test_a_second_server_is_refused_by_the_first_ones_name(server: ServerProcess) -> None:
-    with pytest.raises(
-        ServerFailedError, match=rf"exit code 1(?s:.*)in use by process {server.pid} serving"
-    ) as failure:
-        ServerProcess(server.model_dir, server.run_dir)
-    assert "Application startup complete" not in str(failure.value)  # the log is shared, the report is of its own part
-    assert server.alive()
-
-
 def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(ServerFailedError, match="ended with exit code 1") as failure:
         ServerProcess(tmp_path / "no-such-model", tmp_path / "run", extra=["--enable-sleep-mode"])
