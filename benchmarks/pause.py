@@ -10,92 +10,32 @@ model of a few layers of the real width is stepped from the same weights by stre
 backward pass does not repeat itself bit for bit, two streamed steps differ too, and the number of such tensors is said.
 """
 
-import gc
 import logging
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from contestants import LR, make_weights
 from flops import matmul_rate, wait
 from memory import device_used
+from pause_checks import same_products, same_steps
 from record import OutOfTime, Part, Record, Until
-from shapes import SIZES, text_facts, write_shape
+from shapes import SIZES
 from texts import random_examples
-from transformers import AutoTokenizer
+from trainer_bench import Bench, reclaim, timed
 
-from worker.config.hyperparameters import Hyperparameters
-from worker.config.update_options import ApplySettings, Graphs
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.plan import Way
-from worker.model.factors import Product, Rows
-from worker.shared_weights import bind
-from worker.trainer.device import choose_way, growing_segments
-from worker.trainer.factory import make_trainer
+from worker.trainer.device import growing_segments
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
-
-
-class Bench:
-    """A model of `size` and trainers of it by way. layers: 0 for all. graphs: as --graphs."""
-
-    def __init__(
-        self, size: str, longest: int, device: torch.device, memory: float, layers: int = 0, graphs: Graphs = "off"
-    ) -> None:
-        self.device, self.vocabulary, self.memory = device, text_facts(size)["vocab_size"], memory
-        self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
-        self.model_dir = write_shape(size, Path(self._folder.name) / "model")
-        if layers:
-            cut_layers(self.model_dir / "config.json", layers)
-        self.tensors = make_weights(self.model_dir, device)
-        self.model = bind.build_model(self.model_dir, self.tensors)
-        self.tokenizer, self.h = (
-            AutoTokenizer.from_pretrained(self.model_dir),
-            Hyperparameters(lr=LR, max_length=longest),
-        )
-        settings = ApplySettings(memory=memory, graphs=graphs)
-        self.chosen = choose_way(self.model, self.model_dir, self.h, settings, longest, device)
-
-    def trainer(self, way: Way, sizes: tuple[int, ...], budget: int) -> Trainer:
-        made = make_trainer(
-            self.model, self.model.named_parameters(), self.tokenizer, self.h, state=None, way=way, budget=budget
-        )
-        if self.device.type == "cuda":
-            made.sizes = sizes
-        return made
-
-    def close(self) -> None:
-        self.tensors.clear()
-        self._folder.cleanup()
-
-
-def cut_layers(path: Path, layers: int) -> None:
-    """Leave `layers` layers in a config.json."""
-    import json
-
-    config = json.loads(path.read_text())
-    text = config["text_config"]
-    text["num_hidden_layers"], text["layer_types"] = layers, text["layer_types"][:layers]
-    path.write_text(json.dumps(config))
-
-
-def timed(device: torch.device, work: Callable[[], object]) -> float:
-    wait(device)
-    started = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - started
 
 
 def step(trainer: Trainer, tokens: int, vocabulary: int, seed: int) -> dict[str, float]:
@@ -149,92 +89,6 @@ def pauses(bench: Bench, tokens: list[int], rounds: int, part: Part) -> None:
     part["used beside the weights"] = used
 
 
-@torch.no_grad()
-def _norms(trainer: Trainer) -> tuple[int, float]:
-    """How many norms come from Gram matrices, and how far, relatively, one is from its product's at most."""
-    squares, exact = [], []
-    for parameter in trainer.parameters():
-        kept = trainer.sweep.factors.of(parameter)
-        gram = kept.squares() if kept is not None else None
-        if kept is None or gram is None:
-            continue
-        out = trainer.sweep._place(parameter, 0)
-        kept.write(out)
-        squares.append(float(gram) ** 0.5)
-        exact.append(float(torch.linalg.vector_norm(out, dtype=torch.float32)))
-    return len(squares), max((abs(a / b - 1) for a, b in zip(squares, exact, strict=True) if b), default=0.0)
-
-
-def same_products(bench: Bench, tokens: int, part: Part) -> None:
-    """Each product against autograd's gradient of the same X and dY."""
-    row = next(s for s in sizes_up_to(tokens) if s >= tokens)
-    trainer = bench.trainer("factors", (row,), row)
-    factors = trainer.sweep.factors
-    keep, compared = factors._keep, 0
-    differ: list[str] = []
-    names = {id(parameter): name for name, parameter in bench.model.named_parameters()}
-
-    def watched(weight: torch.Tensor, some: Product | Rows) -> None:
-        nonlocal compared
-        keep(weight, some)
-        if not isinstance(some, Product):
-            return
-        ours = torch.empty(some.left.shape[1], some.right.shape[1], dtype=weight.dtype, device=weight.device)
-        Product(some.left, some.right).write(ours)
-        compared += 1
-        if not torch.equal(ours, autograd_linear(weight[some.first : some.first + len(ours)], some)):
-            differ.append(names[id(weight)])
-
-    factors._keep = watched  # type: ignore[method-assign]
-    try:
-        trainer.begin(random_examples([tokens], bench.vocabulary, 0))
-    finally:
-        factors._keep = keep  # type: ignore[method-assign]
-    count, worst = _norms(trainer)
-    trainer.forget()
-    part["products compared"], part["that differ"] = compared, differ[:8]
-    part["norms from Gram matrices"], part["farthest from the product's, relative"] = count, worst
-    part.check("every product has autograd's bits", compared > 0 and not differ)
-    part.check("norms agree", worst < 0.01)
-
-
-def autograd_linear(weight: torch.Tensor, some: Product) -> torch.Tensor:
-    leaf = weight.detach().requires_grad_()
-    with torch.enable_grad():
-        y = functional.linear(some.right[None], leaf)
-    return torch.autograd.grad(y, leaf, some.left[None])[0]
-
-
-def same_steps(size: str, tokens: int, device: torch.device, memory: float, part: Part) -> None:
-    """Two streamed steps and one by factors, each from the same weights and state."""
-    bench = Bench(size, tokens, device, memory, layers=4)
-    row = next(s for s in sizes_up_to(tokens) if s >= tokens)
-    start = {name: tensor.clone() for name, tensor in bench.tensors.items()}
-    ends: dict[str, dict[str, torch.Tensor]] = {}
-    ways: dict[str, Way] = {"streaming": "streaming", "again": "streaming", "factors": "factors"}
-    for name, way in ways.items():
-        for key, tensor in bench.tensors.items():
-            tensor.copy_(start[key])
-        trainer = bench.trainer(way, (row,), row)
-        for seed in range(3):
-            trainer.begin(random_examples([tokens], bench.vocabulary, seed))
-            trainer.gradient_norm()
-            trainer.apply()
-        trainer.optimizer.check()
-        ends[name] = {key: tensor.clone() for key, tensor in bench.tensors.items()}
-        ends[name]["the optimizer's state"] = trainer.optimizer.area.memory.clone()
-        del trainer
-    unsteady = [key for key in ends["streaming"] if not torch.equal(ends["streaming"][key], ends["again"][key])]
-    differ = [key for key in ends["streaming"] if not torch.equal(ends["streaming"][key], ends["factors"][key])]
-    part["tensors"], part["streamed twice and not the same"] = len(ends["streaming"]), unsteady[:8]
-    part["by factors and not the same"] = differ[:8]
-    part["unsteady, differing"] = [len(unsteady), len(differ)]
-    part.check("what streaming repeats, factors give too", set(differ) <= set(unsteady))
-    moved = sum(not torch.equal(ends["factors"][key], start[key]) for key in start)
-    part.check("the steps moved the weights", moved > len(start) / 2)
-    bench.close()
-
-
 def profile(bench: Bench, tokens: int, path: Path) -> None:
     """The kernels of one `apply` by factors, those that take longest first."""
     from torch.profiler import ProfilerActivity
@@ -253,12 +107,6 @@ def profile(bench: Bench, tokens: int, path: Path) -> None:
         wait(bench.device)
     table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90)
     path.write_text(table + "\n")
-
-
-def reclaim(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @click.command()

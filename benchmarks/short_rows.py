@@ -31,11 +31,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flops import matmul_rate, wait
-from pause import Bench, timed
 from record import OutOfTime, Part, Record, Until
 from shapes import SIZES
 from short_rows_checks import after_a_failure, as_a_worker, capture, captured_layer, equal
 from texts import random_examples
+from trainer_bench import Bench, timed
 
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.plan import Way

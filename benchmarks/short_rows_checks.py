@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from memory import device_used
-from pause import Bench
 from record import Part
 from texts import random_examples
+from trainer_bench import Bench
 
 from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import TextConfig

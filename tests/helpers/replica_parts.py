@@ -1,7 +1,9 @@
 """Replicas in a test: processes that form a group over gloo, each with the tiny model, and what they leave in files."""
 
 import json
+import logging
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +140,39 @@ def wait_for_a_command(number: int, count: int, port: int, out: str) -> None:
     except GroupLostError as error:
         Path(out).write_text(str(error))
     until(lambda: Path(out).parent.joinpath("done").exists(), "the test to be over")
+
+
+def lead_and_be_stopped(port: int, out: str, forms: bool) -> None:
+    """In a process of its own: replica 0 of 2, which is stopped; forms: when it has its group, or before."""
+    from worker.distributed.rendezvous import Address, Rendezvous
+
+    meeting = Rendezvous(Address("127.0.0.1", port), 0, 2, seconds=PATIENCE)
+    meeting.open()
+    Path(out).touch()
+    if forms:
+        group = meeting.form([1], PATIENCE, lambda hello: None)
+        assert group is not None
+        group.exchange({})
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def follow_until_told(port: int) -> None:
+    """In a process of its own: replica 1 of 2, until SIGTERM; it says after a moment that replica 0 does not answer."""
+    from worker.distributed import group as groups
+    from worker.distributed import rendezvous
+    from worker.distributed.rendezvous import Address, Rendezvous
+
+    logging.basicConfig(level=logging.INFO)
+    groups.SILENT_SECONDS = rendezvous.KNOCK_SECONDS = 0.5
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    found = Rendezvous(Address("127.0.0.1", port), 1, 2, seconds=PATIENCE).join({}, lambda: bool(told))
+    if found is not None:
+        found.exchange({})
+        print("joined", flush=True)
+        for _ in found.called():
+            if told:
+                break
 
 
 def _fail_once(trainer: Any, ours: bool, batch: Sequence[Any]) -> str:

@@ -26,11 +26,14 @@ import torch
 import torch.distributed as dist
 
 from worker.distributed import messages
+from worker.distributed.asking import Asker, Away, waiting
 from worker.distributed.device_watch import DeviceWatch
 from worker.distributed.errors import GroupLostError
 from worker.utils.messages import WireError
 
 Message = dict[str, Any]
+SILENT_SECONDS = 30.0
+"""How long replica 0 may not answer before a follower says so."""
 
 
 class Group:
@@ -44,7 +47,7 @@ class Group:
         """Why it is closed; None while it is open."""
         self.lost: set[int] = set()
         """Members that the leader knows to be gone."""
-        self._watch = DeviceWatch(seconds, _abort)
+        self._watch, self._asker = DeviceWatch(seconds, _abort), Asker()
 
     @property
     def size(self) -> int:
@@ -161,24 +164,40 @@ class Group:
             self._calls += 1
 
     def called(self, pause: Callable[[float], None] = time.sleep) -> Iterator[None]:
-        """A follower: yields as long as there is no command, a few times a second and more often at first."""
+        """A follower: yields as long as there is no command, a few times a second and more often at first; also while
+        replica 0 does not answer."""
         self._check()
-        wait = 0.001
+        wait, away = 0.001, Away(SILENT_SECONDS)
         while True:
             with self.guarded():
-                if self._store.check([f"{self._prefix}/call/{self._calls}"]):
+                answer = self._asker.submit(self._announced)
+                for _ in waiting(answer):
+                    away.say(
+                        "replica 0 does not answer: it is stopped, hangs, or is cut off", "this replica waits for it"
+                    )
+                    yield
+                away.back()
+                called, closed = answer.result()
+                if called:
                     self._calls += 1
                     return
-                if self._store.check([f"{self._prefix}/closed"]):
+                if closed:
                     raise GroupLostError("replica 0 closed the group")
             yield
             pause(wait)
             wait = min(wait * 1.2, 0.02)
 
+    def _announced(self) -> tuple[bool, bool]:
+        """Whether a command comes, and whether the group is closed."""
+        if self._store.check([f"{self._prefix}/call/{self._calls}"]):
+            return True, False
+        return False, self._store.check([f"{self._prefix}/closed"])
+
     def close(self, reason: str = "closed") -> None:
         """End all connections, so that whoever waits for us is told. Idempotent."""
         if self.closed is None:
             self.closed = reason
+            self._asker.close()
             if self.leads:  # who waits for a command waits at the store, and sees no connection end
                 with contextlib.suppress(Exception):
                     self._store.set(f"{self._prefix}/closed", b"1")

@@ -18,7 +18,6 @@ not encrypted, and torch.distributed checks nobody: whoever reaches them can sto
 import contextlib
 import hashlib
 import hmac
-import logging
 import os
 import secrets
 import socket
@@ -26,25 +25,28 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import msgpack
 import torch
 import torch.distributed as dist
 
+from worker.distributed.asking import Asker, Away, OverError
 from worker.distributed.errors import GroupLostError, RendezvousError
 from worker.distributed.group import Group
 from worker.utils.messages import WireError, unpack
 
-log = logging.getLogger("tandem")
+T = TypeVar("T")
 
 MAX_REPLICAS = 64
 PACE = 0.05
 """Seconds between two looks."""
 KNOCK_SECONDS = 5.0
 """How long an answer is waited for where a packet may be lost on its way."""
-AWAY_SECONDS = 60.0
-"""Between two lines that say that replica 0 is not there."""
+CLIENT_SECONDS = 600.0
+"""How long torch tries to reach a replica 0 that does not answer, until it writes a trace of its stack."""
+LOST = "no connection, or one that was lost"
 Check = Callable[[dict[str, Any]], str | None]
 """Given a hello: why its replica cannot take part; None if it can."""
 
@@ -86,8 +88,7 @@ class Rendezvous:
         self._leader = ""
         self._groups = 0
         self._answered: dict[int, str] = {}
-        self._away: tuple[float, float] | None = None
-        """Since when replica 0 is not there, and when that was said last (monotonic)."""
+        self._asker, self._away, self._silent = Asker(), Away(), Away(KNOCK_SECONDS)
         if address.is_loopback:  # torch.distributed would listen on the host's other addresses
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
@@ -172,14 +173,17 @@ class Rendezvous:
             try:
                 if self._store is None:
                     self._knock()
-                    self._store = self._client()
+                    self._store = self._patiently(self._client, stopping)
                 answer = self._ask(hello, stopping)
             except (RuntimeError, OSError) as error:  # nobody is there (any more)
                 self._store = None
-                self._say_away(error)
+                self._say(self._away, getattr(error, "strerror", None) or LOST)
                 time.sleep(10 * PACE)
                 continue
-            self._away = None
+            except OverError:
+                break
+            for away in (self._away, self._silent):
+                away.back()
             if answer is None:
                 continue
             if "refused" in answer:
@@ -193,36 +197,31 @@ class Rendezvous:
         try."""
         socket.create_connection((self.address.host, self.address.port), KNOCK_SECONDS).close()
 
-    def _say_away(self, error: Exception) -> None:
-        """That replica 0 is not there: at once, and then each minute."""
-        now = time.monotonic()
-        since, said = self._away or (now, None)
-        if said is None or now - said >= AWAY_SECONDS:
-            why = (error.strerror if isinstance(error, OSError) else None) or "the connection was lost"
-            log.warning(
-                "replica %d waits for replica 0, which is not at %s:%d (%s)%s: it is let in when"
-                " `tandem worker --replica 0/%d` runs there",
-                self.number, self.address.host, self.address.port, why,
-                f", for {(now - since) / 60:.0f} min so far" if said is not None else "", self.count,
-            )  # fmt: skip
-            said = now
-        self._away = since, said
+    def _say(self, away: Away, why: str) -> None:
+        who = f"replica {self.number} waits for replica 0 at {self.address.host}:{self.address.port} ({why})"
+        away.say(who, f"it is let in when `tandem worker --replica 0/{self.count}` runs there")
+
+    def _patiently(self, work: Callable[[], T], stopping: Callable[[], bool]) -> T:
+        """`work()`, which asks replica 0. Raises `OverError` once `stopping()`."""
+        return self._asker.call(work, stopping, lambda: self._say(self._silent, "it does not answer"))
 
     def _ask(self, hello: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any] | None:
         """The answer; None if replica 0 is another one now."""
-        if not self._store.check(["leader"]):
+        store, ask = self._store, partial(self._patiently, stopping=stopping)
+        if not ask(lambda: store.check(["leader"])):
             time.sleep(PACE)
             return None
-        self._leader, nonce, body = self._store.get("leader").decode(), secrets.token_hex(8), msgpack.packb(hello)
-        self._check_count()
+        nonce, body = secrets.token_hex(8), msgpack.packb(hello)
+        self._leader = ask(lambda: store.get("leader")).decode()
+        ask(self._check_count)
         asked = {"nonce": nonce, "hello": body, "mac": self._mac(f"{self.number} {nonce}", body)}
-        self._store.set(f"{self._leader}/join/{self.number}", msgpack.packb(asked))
+        ask(lambda: store.set(f"{self._leader}/join/{self.number}", msgpack.packb(asked)))
         key = f"{self._leader}/place/{nonce}"
-        while not self._store.check([key]):
-            if stopping() or self._store.get("leader").decode() != self._leader:
+        while not ask(lambda: store.check([key])):
+            if stopping() or ask(lambda: store.get("leader")).decode() != self._leader:
                 return None
             time.sleep(PACE)
-        message = unpack(bytes(self._store.get(key)))
+        message = unpack(bytes(ask(lambda: store.get(key))))
         if not hmac.compare_digest(bytes(message["mac"]), self._mac(f"answer {nonce}", bytes(message["answer"]))):
             raise RendezvousError("TANDEM_REPLICAS_SECRET is not that of replica 0: give all replicas the same one")
         return unpack(bytes(message["answer"]))
@@ -240,6 +239,7 @@ class Rendezvous:
 
     def close(self) -> None:
         """Let go of the store; whoever waits at it notices."""
+        self._asker.close()
         self._store = None
 
     def _connect(self, number: int, members: list[int]) -> Group:
@@ -283,9 +283,9 @@ class Rendezvous:
         )
 
     def _client(self) -> Any:
-        store = dist.TCPStore(
-            self.address.host, self.address.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5)
-        )
+        host, port, limit = self.address.host, self.address.port, timedelta(seconds=CLIENT_SECONDS)
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+        store.set_timeout(timedelta(seconds=5))
         return dist.PrefixStore("tandem", store)
 
     def _mac(self, purpose: str, body: bytes) -> bytes:

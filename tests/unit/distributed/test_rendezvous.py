@@ -1,6 +1,7 @@
 """Replicas meet where they were told to, nowhere else, and strangers are not let in."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import torch
 from chaos_processes import Forked
 from patience import PATIENCE, until
-from replica_parts import free_port, wait_for_a_command
+from replica_parts import follow_until_told, free_port, lead_and_be_stopped, wait_for_a_command
 
 from worker.cli.main import tandem
 from worker.distributed.checksum import checksum
 from worker.distributed.errors import RendezvousError
 from worker.distributed.rendezvous import Address, Rendezvous
+from worker.utils.process_state import is_stopped
 
 LEVEL = "TORCH_CPP_LOG_LEVEL"
 
@@ -79,12 +81,25 @@ def test_where_replica_0_is_not_there_one_line_says_so_and_no_trace(
         return [record.getMessage() for record in caplog.records]
 
     port = free_port()
-    said = f"replica 1 waits for replica 0, which is not at 127.0.0.1:{port} (Connection refused)"
+    said = f"replica 1 waits for replica 0 at 127.0.0.1:{port} (Connection refused)"
     (once,) = waits(3)
     assert once == f"{said}: it is let in when `tandem worker --replica 0/2` runs there"
     assert "c10d" not in capfd.readouterr().err
-    monkeypatch.setattr("worker.distributed.rendezvous.AWAY_SECONDS", 0)
+    monkeypatch.setattr("worker.distributed.asking.AWAY_SECONDS", 0)
     assert [line.startswith(f"{said}, for 0 min so far: ") for line in waits(3)] == [False, True, True]
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["asks to be let in", "waits for a command"])
+def test_one_whose_replica_0_is_stopped_says_so_and_can_be_told_to_stop(tmp_path: Path, joined: bool) -> None:
+    port, out = free_port(), tmp_path / "out"
+    leader = Forked(lead_and_be_stopped, (port, str(out), joined), {}, tmp_path / "0.log")
+    until(out.exists if joined else lambda: is_stopped(leader.pid), "replica 0 leads, or is stopped")
+    other = Forked(follow_until_told, (port,), {}, tmp_path / "1.log")
+    until(lambda: "does not answer" in other.said() or not other.alive(), "it notices")
+    assert is_stopped(leader.pid) and ("joined" in other.said()) == joined, other.said()
+    os.kill(other.pid, signal.SIGTERM)
+    assert other.ended() == 0, other.said()
+    leader.kill()
 
 
 def test_torch_is_told_to_keep_its_traces_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

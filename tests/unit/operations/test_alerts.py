@@ -171,3 +171,8 @@ def test_rules_name_only_metrics_that_exist_and_say_what_to_do() -> None:
         assert not unknown_metrics(rule["expr"]), alert
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert set(rule["annotations"]) == {"summary", "description"} and all(rule["annotations"].values())
+
+
+def test_operating_says_of_each_what_to_do() -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    assert set(re.findall(r"`(Tandem\w+)`", page)) == set(RULES)
