@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 _IDLE = 60.0
 """Seconds after which a silent connection is closed, so that none holds its thread for ever."""
 
+REST = 0.5
+"""Seconds after which a process that has no descriptor left is asked again for one."""
+
 Answer = Callable[[], dict[str, Any]]
 
 
@@ -36,12 +40,14 @@ class WeightService:
         self._path = unix_socket.socket_path(unix_socket.prepare_run_dir(run_dir), SOCKET)
         self._listener = unix_socket.bind(self._path)
         self._pid = os.getpid()
+        self._closed = False
         threading.Thread(target=self._accept, name="tandem-weights", daemon=True).start()
 
     def close(self) -> None:
         """Stop answering and remove the socket. Idempotent; does nothing in a forked child."""
-        if os.getpid() != self._pid or self._listener.fileno() < 0:
+        if os.getpid() != self._pid or self._closed:
             return
+        self._closed = True
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone would not
         self._listener.close()
         Path(self._path).unlink(missing_ok=True)
@@ -50,9 +56,13 @@ class WeightService:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(connection,), name="tandem-weights", daemon=True).start()
+                threading.Thread(target=self._serve, args=(connection,), name="tandem-weights", daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                if self._closed:
+                    return
+                # No descriptor or no thread is left: it passes, and without an answer no version could be made again.
+                logger.warning("weights.sock: a connection was not accepted (%s)", error)
+                time.sleep(REST)
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
