@@ -23,6 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # server, trainer and tests share
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # vLLM would bind the servers of all processes to the same CPU
+    _cpus = sorted(os.sched_getaffinity(0))
+    _own = _cpus[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_cpus)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(_own))
 os.environ["TANDEM_PROGRESS"] = "off"  # how far work is, is said after two seconds: on a busy machine, in any test
 tqdm.monitor_interval = 0  # its thread lives as long as the process: whichever test ran first would fail for it
 

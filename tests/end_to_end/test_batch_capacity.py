@@ -55,14 +55,7 @@ H = Hyperparameters(lr=3e-4, max_length=512)
 ROW = 512
 """Tokens of the longest packed row of the trainers here."""
 STREAMING = partial(capacity_for, packed=True, way="streaming", budget=ROW)
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    """A worker in this process has torch choose algorithms that repeat; the other tests never asked for them."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 # A room is its trainer's
@@ -151,13 +144,6 @@ def test_a_sequence_that_is_longer_than_any_row_fits_in_no_way() -> None:
 
 
 # Recovery and rollback
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
 
 
 def teach(session: Session) -> int:

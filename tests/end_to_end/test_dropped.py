@@ -2,11 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from chaos_processes import Forked
 from durable_parts import QUIET, Site, transcripts
 from test_rollback import run_batches
@@ -15,22 +13,6 @@ from producer import keys
 from worker.checkpoint import record_file
 
 KEPT = Path(__file__).parents[1] / "data" / "state_format_1"
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def taught(site: Site) -> Site:
-    """Versions 1 to 4 of two transcripts each: x-0 and x-1, x-2 and x-3, ..."""
-    site.send("x", 8)
-    site.work(*QUIET)
-    assert site.agree() == 4
-    return site
 
 
 def jobs_of(site: Site, first: int) -> list[list[str]]:

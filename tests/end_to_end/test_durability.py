@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from disk import Disk
 from durable_parts import Site, transcripts
 
@@ -26,14 +25,7 @@ from worker.orchestrator.session import open_session
 from worker.shared_weights.header import APPLYING, CLEAN
 
 H = Hyperparameters(lr=3e-4, max_length=512)
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    """A worker in this process has torch choose algorithms that repeat; the other tests never asked for them."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 @pytest.fixture(scope="module")

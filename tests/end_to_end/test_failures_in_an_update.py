@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import redis
-import torch
 from chaos_processes import until
 from click.testing import CliRunner
 from durable_parts import QUIET, Site, transcripts
@@ -34,21 +33,7 @@ from worker.trainer.trainer import Trainer
 from worker.versions import ledger, pause_switch
 
 H = Hyperparameters(lr=3e-4, max_length=512)
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    """A worker in this process has torch choose algorithms that repeat; the other tests never asked for them."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
+pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 @contextmanager

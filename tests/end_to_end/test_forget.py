@@ -2,7 +2,6 @@
 
 import copy
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from producer.completions import Completion, save
 from producer.said import user_digest
 
 SECRET = "the patient said something private"
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
 
 
 def recorded(site: Site, user: str, text: str) -> Completion:

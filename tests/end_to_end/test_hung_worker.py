@@ -5,8 +5,6 @@ The server is the stand-in: the real header and sockets around a trivial engine.
 
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from chaos_processes import Forked
@@ -14,13 +12,6 @@ from durable_parts import QUIET, Site
 from patience import until
 
 from worker.shared_weights.header import APPLYING, CLEAN
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
 
 
 def wake(worker: Forked) -> int:

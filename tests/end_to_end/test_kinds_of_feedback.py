@@ -1,21 +1,11 @@
 """All kinds of feedback through the queue: trained once, said in the manifest, journaled, recovered and dropped."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from durable_parts import QUIET, Site, transcripts
 from test_rollback import run_batches
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
-
 
 SAID: list[dict[str, Any]] = [
     {},

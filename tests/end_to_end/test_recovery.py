@@ -57,13 +57,6 @@ def run(model: Path, folder: Path, ids: list[str]) -> tuple[str, int]:
 
 
 @pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
-
-
-@pytest.fixture
 def taught(site: Site) -> Site:
     """Four versions of two transcripts each, the newest checkpoint at version 2."""
     site.send("x", 8)

@@ -1,7 +1,6 @@
 """Going back: each of the last versions bit for bit, without transcripts if asked, and what becomes of the rest."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,6 @@ SLOW = pytest.mark.slow
 """What repeats the guarding tests at greater length."""
 
 VERSIONS = 54
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def taught(site: Site) -> Site:
-    """Versions 1 to 4 of two transcripts each: x-0 and x-1, x-2 and x-3, ..."""
-    site.send("x", 8)
-    site.work(*QUIET)
-    assert site.agree() == 4
-    return site
 
 
 def go_back_to_all(redis_url: str, run_dir: str, state: str, answers: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,6 @@ KEPT = Path(__file__).parents[1] / "data" / "state_format_1"
 
 def expected(name: str) -> dict[int, dict[str, Any]]:
     return {int(version): seen for version, seen in json.loads((KEPT / name / "expected.json").read_text()).items()}
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
 
 
 def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> None:

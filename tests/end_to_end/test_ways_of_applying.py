@@ -35,21 +35,7 @@ from worker.trainer.trainer import Trainer
 STREAMING = ("--apply", "streaming")
 FACTORS = ("--apply", "factors")
 H = Hyperparameters(lr=3e-4, max_length=512)
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    """A worker in this process has torch choose algorithms that repeat; the other tests never asked for them."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def site(tiny_model: Path, tmp_path: Path) -> Iterator[Site]:
-    running = Site(tmp_path, tiny_model)
-    yield running
-    running.close()
+pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 def send(site: Site) -> None:

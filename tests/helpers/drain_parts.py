@@ -85,7 +85,8 @@ class Weights:
         if says.startswith("quoted while preparing"):
             raise KeyError(says)
         if says == "hangs prepare":
-            time.sleep(60)
+            while True:
+                pass
         tokens = int(says.split()[1]) if says.startswith("tokens ") else 10
         return Ready(job_id, tokens, says)
 

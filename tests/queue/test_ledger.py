@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import redis
+from patience import until
 from redis.client import Pipeline
 
 from producer import keys
 from worker.config.version_record import VersionRecord
+from worker.consumer import worker_lock
 from worker.consumer.worker_lock import LockLostError, WorkerBusyError, WorkerLock
 from worker.versions import ledger
 
@@ -266,3 +268,22 @@ def test_a_lock_that_another_took_is_not_released(connection: redis.Redis) -> No
     connection.set(keys.WORKER_LOCK, '{"name": "next", "pid": 1}')
     lock.release()
     assert b"next" in connection.get(keys.WORKER_LOCK)
+
+
+def test_a_lock_is_renewed_during_work_that_takes_longer_than_it_lasts(
+    connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_lock, "BEATS", 600)
+    lock = WorkerLock(connection, "rollback")
+    with lock:  # `tandem rollback`, which makes a version again for minutes
+        connection.delete(keys.WORKER_LOCK)  # as it expires
+        until(lambda: connection.get(keys.WORKER_LOCK) == lock.value, "be the lock's holder again")
+    assert not connection.exists(keys.WORKER_LOCK)
+    lock.acquire()
+    with lock.kept():  # `tandem worker`, which opens its session
+        connection.delete(keys.WORKER_LOCK)
+        until(lambda: connection.get(keys.WORKER_LOCK) == lock.value, "be the lock's holder again")
+    with lock.kept():
+        connection.set(keys.WORKER_LOCK, WorkerLock(connection, "other").value)
+    with pytest.raises(LockLostError, match="'other'"):
+        lock.renew()

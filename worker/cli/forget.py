@@ -61,7 +61,7 @@ def command(
             else:
                 found = look(connection, user)
                 unlearnt = Unlearnt(still=sorted(found.trained))
-            lock.renew()  # making a version again may take longer than the lock lasts
+            lock.renew()  # raises where it was lost meanwhile
             take_out(connection, found, [*unlearnt.still, *(found.held if redis_only else [])])
     _say(found, "gone")
     _say_unlearnt(unlearnt, redis_only)

@@ -160,7 +160,9 @@ def _ready(
         if taken_over := lock.acquire():
             log.info(taken_over)
         stack.callback(lock.release)
-        session = stack.enter_context(opening(known=ledger.state(connection), new_lineage=new_lineage, tell=tell))
-        agree(connection, session, new_lineage=new_lineage, tell=tell)
+        with lock.kept():  # a start may take minutes
+            session = stack.enter_context(opening(known=ledger.state(connection), new_lineage=new_lineage, tell=tell))
+            lock.renew()
+            agree(connection, session, new_lineage=new_lineage, tell=tell)
         metrics.began(session.weights.header.version, session.manager.folder)
         yield connection, lock, session

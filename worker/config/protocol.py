@@ -98,6 +98,7 @@ class Step(Protocol[P]):
     def run(self, prepared: Sequence[P]) -> Update:
         """Train one version. Never interrupted by signals or alarms.
 
-        Raises `TornWeightsError`, `UnavailableError`, or any other exception with no weight touched: the batch is then
-        halved until the transcript at fault stands alone.
+        Raises `TornWeightsError`, `UnavailableError`, or any other exception with no weight touched: redis' where Redis
+        is away, so that the jobs are put back until it is there; else the batch is halved until the transcript at fault
+        stands alone.
         """

@@ -51,7 +51,8 @@ class BatchWorker(RqWorker):
 
     step: what trains. max_jobs, max_tokens, linger (seconds after the first job): whichever fills first ends a batch.
     short_tokens: see `Batcher`.
-    prepare_limit: whole seconds one transcript may take to prepare. heartbeat: seconds between signs of life.
+    prepare_limit: whole seconds of computing that preparing one transcript may take. heartbeat: seconds between signs
+    of life.
     hooks: told of what happens. lock: the worker lock, when the caller took it already (to reconcile under it).
     check: called between batches, about once a second; raises `UnavailableError` when no step can run any more.
     history: how many versions back Redis keeps manifests; None: all.
@@ -123,7 +124,10 @@ class BatchWorker(RqWorker):
             self.put_back_rest()
             return self.versions
         except UnavailableError:
-            self.put_back_rest()
+            try:
+                self.put_back_rest()
+            except redis.RedisError as error:  # what ends the worker is the other error
+                self.tell("on_notice", EndNotTold(own_words(error)))
             raise
         finally:
             self.leave()

@@ -2,13 +2,15 @@
 stands alone.
 
 Must not know: torch.
-Invariants: torn weights and a server that is gone are never blamed on a transcript; a trainer that breaks on everything
-does not empty the queue.
+Invariants: torn weights, a server that is gone and a Redis that is away are never blamed on a transcript; a trainer
+that breaks on everything does not empty the queue.
 """
 
 import time
 from collections.abc import Callable
 from typing import Any
+
+import redis
 
 from producer.errors import TandemError
 from worker.config.protocol import Step, TornWeightsError, UnavailableError
@@ -34,7 +36,7 @@ class Bisection:
         started = time.monotonic()
         try:
             update = self.step.run([held.prepared for held in batch])
-        except (TornWeightsError, UnavailableError):
+        except (TornWeightsError, UnavailableError, redis.RedisError):
             raise
         except Exception as error:
             if len(batch) == 1:

@@ -2,7 +2,8 @@
 
 Invariants: what is raised is no `Exception`, so that an `except Exception` around a template or a tokenizer does not
 eat it; it is raised again every second, so that a destructor or a bare `except` that eats one does not eat the limit;
-nothing is raised after the block has been left, since that could cut a step short.
+nothing is raised after the block has been left, since that could cut a step short; time in which others had the CPU, or
+in which the process was stopped, does not count as the block's.
 """
 
 import contextlib
@@ -14,6 +15,9 @@ from types import FrameType
 
 AGAIN = 1.0
 """Seconds after which it is raised again, if the work goes on."""
+PATIENCE = 10
+"""How many times the limit may pass on the clock for work that computes less than the limit: it waits for a CPU, or it
+hangs."""
 
 
 class TimeLimitExceeded(BaseException):
@@ -22,18 +26,20 @@ class TimeLimitExceeded(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeLimitExceeded` in the block after `seconds` (SIGALRM). Only the main thread can be interrupted so;
-    elsewhere there is no limit. An alarm that was set before goes on afterwards."""
+    """Raise `TimeLimitExceeded` in the block (SIGALRM) once it has computed for `seconds`, or `PATIENCE` times as long
+    has passed. Only the main thread can be interrupted so; elsewhere there is no limit. An alarm that was set before
+    goes on afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    inside = True
+    inside, began, computed = True, time.monotonic(), time.thread_time()
 
     def expired(signum: int, frame: FrameType | None) -> None:
-        if inside:
+        over = time.thread_time() - computed >= seconds or time.monotonic() - began >= PATIENCE * seconds
+        if inside and over:
             raise TimeLimitExceeded
 
-    before, began = signal.signal(signal.SIGALRM, expired), time.monotonic()
+    before = signal.signal(signal.SIGALRM, expired)
     left, again = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         try:

@@ -10,6 +10,8 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,9 +19,12 @@ import redis
 
 from producer import keys
 from producer.errors import TandemError
+from worker.consumer.heartbeat import Heartbeat
 
 TTL = 60
 """Seconds the lock outlives its last renewal; a worker on another machine can be replaced after that."""
+BEATS = 6
+"""How often it is renewed in that time."""
 
 
 class WorkerBusyError(TandemError):
@@ -56,7 +61,7 @@ def is_dead(holder: dict[str, Any]) -> bool:
 
 class WorkerLock:
     """`acquire()` before touching queue or weights, `renew()` well within `TTL` seconds, `release()` at the end; or all
-    of what needs it inside `with lock:`."""
+    of what needs it inside `with lock:`, which renews it. `kept()` renews one that is held."""
 
     def __init__(self, connection: redis.Redis, name: str, key: str = keys.WORKER_LOCK, ttl: int = TTL) -> None:
         self.connection = connection
@@ -69,10 +74,24 @@ class WorkerLock:
 
     def __enter__(self) -> Self:
         self.acquire()
+        self._keeping = self.kept()
+        self._keeping.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._keeping.__exit__(None, None, None)
         self.release()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Renewed by a thread, for work inside that may take longer than `ttl`. Whether it was lost all the same, the
+        next `renew()` says."""
+        beats = Heartbeat(self.ttl / BEATS, self.renew)
+        beats.start()
+        try:
+            yield
+        finally:
+            beats.stop()
 
     def acquire(self) -> str | None:
         """Take the lock; returns a sentence when it was taken from a dead worker. Raises `WorkerBusyError`."""

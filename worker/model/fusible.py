@@ -12,13 +12,14 @@ Invariants: no parameter is read or written; a norm is found only if the formula
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from worker.model.replaced import replaced
 from worker.model.stand_ins import Activation, activate, rms_norm
 
 ROWS = 16
@@ -165,17 +166,3 @@ def _differs(mlp: GatedMlp) -> str | None:
 def _raised(error: Exception) -> str:
     said = (str(error).splitlines() or [""])[0]
     return f"it does not take small tensors to be asked with ({type(error).__name__}: {said[:120]})"
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `module` computes `forward`."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -13,8 +13,7 @@ Invariants: the model is as it was afterwards; what does not have the form of `A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from producer.errors import TandemError
 from worker.model.head_blocks import After
+from worker.model.replaced import replaced
 from worker.model.vocabulary_shard import VocabularyShard
 
 ROWS = 4
@@ -75,8 +75,8 @@ def head_of(model: Any) -> OutputHead:
         )
     states, logits, reached = _probe(head)
     with (
-        _in_place_of(model.base_model, lambda *_, **__: _Output(states)),
-        _in_place_of(head, _hand_over(logits, reached)),
+        replaced(model.base_model, lambda *_, **__: _Output(states)),
+        replaced(head, _hand_over(logits, reached)),
     ):
         try:
             found = model(
@@ -138,16 +138,3 @@ def _fit(kind: str, found: Tensor, given: Tensor) -> tuple[float, float | None]:
             " not known here"
         )
     return (1.0 if abs(scale - 1) < 1e-6 else scale), cap
-
-
-@contextmanager
-def _in_place_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]

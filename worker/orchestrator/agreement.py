@@ -11,6 +11,7 @@ import redis
 
 from worker.checkpoint.snapshots import Trained
 from worker.config.protocol import UnavailableError
+from worker.consumer.redis_errors import own_words, retryable
 from worker.consumer.settlement import settle_with_rq
 from worker.orchestrator.recovery import mend_redis, take_note, take_over
 from worker.orchestrator.reports import Tell, log_report
@@ -21,7 +22,7 @@ from worker.versions.reconcile import reconcile
 log = logging.getLogger("tandem")
 
 REDIS_SECONDS = 60.0
-"""How long a step waits for a Redis that is away before it gives its jobs back."""
+"""How long a step waits for a Redis that is away. Then its jobs are put back, and the worker waits without a limit."""
 
 
 class RedisBehindError(UnavailableError):
@@ -49,8 +50,8 @@ def agree(connection: redis.Redis, session: Session, *, new_lineage: bool = Fals
 
 def confirm(connection: redis.Redis, session: Session) -> None:
     """Before a step: Redis stands where the weights do. It may have come back from an old copy with jobs that are
-    trained already. Waits for a Redis that is away; raises `RedisBehindError`, or `UnavailableError` after
-    `REDIS_SECONDS`."""
+    trained already. Waits for a Redis that is away; raises `RedisBehindError`, after `REDIS_SECONDS`
+    redis' own error, or `UnavailableError` where it is none that passes."""
     deadline = time.monotonic() + REDIS_SECONDS
     while True:
         try:
@@ -58,7 +59,9 @@ def confirm(connection: redis.Redis, session: Session) -> None:
             break
         except redis.RedisError as error:
             if time.monotonic() > deadline:
-                raise UnavailableError(f"Redis has not answered for {REDIS_SECONDS:g} s ({error})") from error
+                if retryable(error):
+                    raise
+                raise UnavailableError(f"Redis refuses to say at which version it is ({own_words(error)})") from error
             time.sleep(0.2)
     header = session.weights.header.fields()
     if (known.version, known.lineage) != (header["version"], header["lineage"]):

@@ -79,11 +79,12 @@ class ServerControl:
             raise
 
     def _hello(self, leaving: float) -> dict[str, Any]:
-        until = time.monotonic() + leaving
+        until = None  # counted from the first answer, which may wait for what the other one asked for last: a pause
         while True:
             try:
                 return self._ask({"op": "hello", "name": self._name})
             except ServerTakenError as error:
+                until = until or time.monotonic() + leaving
                 if time.monotonic() >= until:
                     raise ServerTakenError(f"{error} (it was given {leaving:g} s to go)") from None
                 time.sleep(LOOK_SECONDS)

@@ -47,7 +47,8 @@ LEAST_LEASE, LONGEST_LEASE = 20.0, 24 * 3600.0
 
 
 LEAVING_SECONDS = 5.0
-"""How long a trainer that comes next waits for one that is going away: until the server has noticed."""
+"""How long a trainer that comes next waits for one that is going away: until the server has noticed. The server's first
+answer may come late: when it is done with what the other one asked for."""
 
 
 class ControlError(TandemError):

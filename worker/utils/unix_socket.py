@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ __all__ = ["MAX_MESSAGE", "WireError", "unpack"]
 _LENGTH = struct.Struct(">I")
 _PEERCRED = struct.Struct("3i")  # pid, uid, gid, as Linux' struct ucred
 _MAX_UNIX_PATH = 107
+WAITING = 128
+"""Connections that wait to be accepted by a process that is busy: the next one has to try again."""
+_TRY_AGAIN = 0.05
 
 
 def default_run_dir() -> Path:
@@ -91,6 +95,10 @@ def bind(path: str) -> socket.socket:
         except (ConnectionRefusedError, FileNotFoundError):
             if os.path.exists(path):
                 os.unlink(path)
+        except BlockingIOError:
+            raise WireError(
+                f"{path} is in use by a process that accepts nobody: end it, or choose another --run-dir"
+            ) from None
         else:
             raise WireError(f"{path} is in use by process {peer(probe)[0]}: stop it, or choose another --run-dir")
         finally:
@@ -101,7 +109,7 @@ def bind(path: str) -> socket.socket:
         server.bind(path)
     finally:
         os.umask(mask)
-    server.listen(16)
+    server.listen(WAITING)
     return server
 
 
@@ -110,7 +118,7 @@ def connect(path: str, timeout: float = 10.0) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout)
     try:
-        sock.connect(path)
+        _connect(sock, path, time.monotonic() + timeout)
         check_peer(sock)
     except OSError as error:
         sock.close()
@@ -121,6 +129,17 @@ def connect(path: str, timeout: float = 10.0) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _connect(sock: socket.socket, path: str, deadline: float) -> None:
+    """Where `WAITING` connections wait already, Linux refuses at once (EAGAIN), whatever the socket's timeout is."""
+    while True:
+        try:
+            return sock.connect(path)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise WireError(f"the server at {path} accepts nobody: it hangs, or is stopped; see its log") from None
+            time.sleep(_TRY_AGAIN)
 
 
 def send(sock: socket.socket, message: dict[str, Any]) -> None:

@@ -7,10 +7,12 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from control_parts import LocalServer
 from patience import PATIENCE, until
 
+from worker.serving import control_client
 from worker.serving.cache_policy import KEEP, RECOMPUTE, CachePolicy
 from worker.serving.control_client import ServerControl, ServerError, ServerGoneError, ServerTakenError, server_state
 from worker.serving.protocol import MAX_REQUEST, MAX_ROW, TORN, TakenError
@@ -325,6 +328,28 @@ def test_the_next_trainer_waits_for_one_that_is_going_away(server: LocalServer, 
         until(lambda: refused, "the second has come too early")
         trainer.close()
         assert waiting.result()["trainer"]["name"] == "second"
+    second.close()
+
+
+def test_the_next_trainer_waits_for_what_a_killed_one_asked_for_last(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while its pause waited for the engine's step: that is over before the server sees that it has gone."""
+    over, clock = threading.Event(), [0.0]
+    server.engine.fail["pause keep keep"] = asyncio.to_thread(over.wait)
+    with unix_socket.connect(str(server.run_dir / "control.sock"), PATIENCE) as killed:
+        unix_socket.send(killed, {"op": "hello", "name": "killed"})
+        assert "error" not in (unix_socket.receive(killed) or {})
+        unix_socket.send(killed, {"op": "pause", "seconds": 1000.0})
+        until(lambda: "pause keep keep" in server.engine.calls, "ask the engine")
+    monkeypatch.setattr(control_client, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
+    second = ServerControl(server.run_dir, "second")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(second.connect)
+        until(lambda: server.control._connections == 2, "the second has come")
+        clock[0] = 100.0
+        over.set()
+        assert waiting.result()["state"] == "serving"
     second.close()
 
 
