@@ -23,10 +23,12 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import TornWeightsError, UnavailableError
 from worker.config.update_options import ApplySettings
 from worker.consumer.worker_lock import WorkerLock
+from worker.orchestrator import applying
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.session import open_session
 from worker.orchestrator.worker_loop import WorkerLoop
+from worker.serving import control_client
 from worker.shared_weights.header import APPLYING
 from worker.trainer.outliers import Guards
 from worker.trainer.trainer import Trainer
@@ -58,6 +60,19 @@ def canary(tmp_path: Path) -> Path:
     file = tmp_path / "canary.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in transcripts("held-out", 2)))
     return file
+
+
+def test_the_lease_of_a_streamed_write_knows_how_long_the_forward_pass_took(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one would outlast a lease that knows of no other, on a slow machine: the server would be torn."""
+    planned: list[float] = []
+    monkeypatch.setattr(control_client, "lease_seconds", lambda seconds: planned.append(seconds) or 3600.0)
+    monkeypatch.setattr(applying, "BACKWARD", 1e6)
+    site.send("long", 1)
+    with worker(site, GuardSettings(outliers=0), ApplySettings(apply="streaming")) as loop:
+        loop.run()
+    assert site.agree() == 1 and planned[-1] == pytest.approx(1e6 * float(site.manifest(1)["forward_s"]))
 
 
 def held(site: Site) -> str:

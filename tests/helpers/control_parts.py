@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from patience import PATIENCE
 
 from worker.serving.cache_policy import CachePolicy
 from worker.serving.control_client import server_state
@@ -104,7 +105,7 @@ class LocalServer:
 
     def run(self, work: Any) -> Any:
         """The result of a coroutine on the server's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE)
 
     def until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The server's state, once `condition` holds of it."""

@@ -19,6 +19,9 @@ from worker.orchestrator.session import Session
 from worker.shared_weights.header import LeaseLostError
 from worker.utils.fault_injection import point
 
+BACKWARD = 3.0
+"""How many times as long as the forward pass a streamed write takes: its backward pass, with layers computed anew."""
+
 
 class Others:
     """What is done at the borders of an update together with other replicas: here nothing."""
@@ -46,7 +49,7 @@ def apply_update(session: Session, update: Update, others: Others = NOBODY) -> d
     before, version = header.version, update.version
     assert version is not None
     asked = time.monotonic()
-    _take_lease(session, version)
+    _take_lease(session, version, BACKWARD * float(update.manifest.get("forward_s", 0.0)))
     leased = time.monotonic()
     point("paused")
     try:
@@ -77,13 +80,14 @@ def apply_update(session: Session, update: Update, others: Others = NOBODY) -> d
     return measured | _measured(session, version) | {"sweep_s": written - leased} | waited
 
 
-def _take_lease(session: Session, version: int) -> None:
-    """The server is paused, or knows that it will be written to while it serves; in both cases it watches us."""
+def _take_lease(session: Session, version: int, at_least: float) -> None:
+    """The server is paused, or knows that it will be written to while it serves; in both cases it watches us. at_least:
+    seconds that the write takes, by what is known before."""
     try:
         if session.settings.hogwild:
-            session.control.begin_hogwild()
+            session.control.begin_hogwild(at_least=at_least)
         else:
-            session.control.pause()
+            session.control.pause(at_least=at_least)
     except TandemError as error:
         session.manager.void(version)
         raise UnavailableError(f"the server could not be paused: {error}") from error

@@ -24,6 +24,7 @@ from worker.checkpoint.ancestry import RebuildError
 from worker.checkpoint.journal import JournalError
 from worker.checkpoint.snapshots import SnapshotError
 from worker.config.guard_options import CANARY, GuardSettings
+from worker.config.protocol import UnavailableError
 from worker.consumer.error_text import told
 from worker.data.examples import Example, ExampleBuilder, ExampleError
 from worker.orchestrator.reports import CanaryFailed, CanaryNotScored, CanaryScored, NothingPassed, Report, sentence
@@ -154,8 +155,8 @@ class CanaryStep:
     def take(self, version: int) -> None:
         """Score the live `version` if it is due, and act on it; once, also over a restart that came in between.
 
-        Raises redis errors, after which it is taken again, and whatever a rollback raises after its first write: the
-        worker must end then.
+        Raises redis errors, after which it is taken again; `UnavailableError` when the server has gone; and whatever a
+        rollback raises after its first write: the worker must end then.
         """
         if not self.canary.due(version) or version == self._done:
             return
@@ -164,6 +165,8 @@ class CanaryStep:
             return
         try:
             verdict = self.canary.look(version)
+        except UnavailableError:  # the server has gone: that says nothing of the version, which is scored later
+            raise
         except Exception as error:
             log.error("scoring the canary set failed:\n%s", told(error))
             self._hold(CanaryNotScored(version, type(error).__name__))

@@ -89,32 +89,32 @@ class ServerControl:
                     raise ServerTakenError(f"{error} (it was given {leaving:g} s to go)") from None
                 time.sleep(LOOK_SECONDS)
 
-    def pause(self, planned: float | None = None) -> float:
+    def pause(self, planned: float | None = None, at_least: float = 0.0) -> float:
         """Freeze the server; the seconds that took. Held until `resume`, or until this connection or process ends.
 
-        planned: seconds until `resume` or `renew`; by default the longest that it has taken so far. A trainer that is
-        silent for several times as long (`lease_seconds`) is taken to hang: the server takes the weights back, and
-        `Header.begin` with this pause's `fence` is refused.
+        planned: seconds until `resume` or `renew`; by default the longest that it has taken so far, or `at_least`, what
+        is known of this one. A trainer that is silent for several times as long (`lease_seconds`) is taken to hang: the
+        server takes the weights back, and `Header.begin` with this pause's `fence` is refused.
         From its return on no kernel reads the weights, and requests that come later find nothing that was computed with
         them. A server that recomputes running requests first ends what the last version gave it to recompute;
         ServerError when that takes too long.
         """
-        answer = self._take("pause", planned)
+        answer = self._take("pause", planned, at_least)
         self._still = time.monotonic(), int(answer["running"])
         return float(answer["seconds"])
 
-    def begin_hogwild(self, planned: float | None = None) -> None:
+    def begin_hogwild(self, planned: float | None = None, at_least: float = 0.0) -> None:
         """Tell the server that it will be written to while it serves, from now until a `pause` and a `resume`.
 
-        planned: as in `pause`.
+        planned, at_least: as in `pause`.
         Should this connection end meanwhile, the server judges by the header as in a pause: torn weights answer nobody.
         ServerError unless it is serving whole weights.
         """
-        self._take("begin_hogwild", planned)
+        self._take("begin_hogwild", planned, at_least)
 
-    def _take(self, op: str, planned: float | None) -> dict[str, Any]:
+    def _take(self, op: str, planned: float | None, at_least: float) -> dict[str, Any]:
         """Ask for a lease; the answer."""
-        seconds = lease_seconds(self._longest if planned is None else planned)
+        seconds = lease_seconds(max(self._longest, at_least) if planned is None else planned)
         answer = self._ask({"op": op, "seconds": seconds})
         self.fence = int(answer["fence"])
         self._taken = time.monotonic() if planned is None else None

@@ -32,6 +32,8 @@ SETTINGS = {
 }
 """What docker-compose.yml gives its Redis as well. A full Redis says so; an unbounded one would fill the machine."""
 
+LIMIT = 120.0
+"""Seconds that a start or a stop may take: a machine that is busy takes many times as long as any other."""
 OLDEST = 7
 """Redis' major version with rights to read a key but not to write it, and with rights that hold for some keys only."""
 
@@ -59,7 +61,7 @@ def find_binary() -> str:
 def major(binary: str) -> int | None:
     """The major version that a server's binary says it has: "Redis server v=7.0.15 ..."; None if it says none."""
     try:
-        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=20).stdout
+        said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=LIMIT).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(r"\bv=(\d+)", said)
@@ -84,7 +86,7 @@ class RedisServer:
         assert self._process is not None, "start() first"
         return self._process.pid
 
-    def start(self, timeout: float = 20.0) -> "RedisServer":
+    def start(self, timeout: float = LIMIT) -> "RedisServer":
         """Start (or start again, on the same data) and wait until it answers; `timeout` in seconds."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         conf = self.folder / "redis.conf"
@@ -127,7 +129,7 @@ class RedisServer:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(timeout=20)
+                self._process.wait(timeout=LIMIT)
             except subprocess.TimeoutExpired:
                 self.kill()
         self._process = None

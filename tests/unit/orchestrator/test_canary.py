@@ -219,3 +219,16 @@ def test_a_canary_that_cannot_be_scored_does_not_pass(room: Room, connection: re
     assert connection.hget(keys.STATE, "canary_good") is None and events(connection) == ["held"]
     CanaryStep(make_canary(room, bound=100.0), connection).take(4)
     assert connection.hget(keys.STATE, "canary_good") == b"4", "the next worker could score it"
+
+
+def test_a_server_that_goes_away_meanwhile_says_nothing_of_the_version(room: Room, connection: redis.Redis) -> None:
+    """The canary asks it how many requests run. Training must not wait for a person because it was started again."""
+
+    def alone(examples: Any) -> dict[str, float]:
+        raise UnavailableError("the server has gone")
+
+    with pytest.raises(UnavailableError):
+        CanaryStep(Canary(make_canary(room, bound=1.0).sets, alone, every=2), connection).take(4)
+    assert pause_switch.pause_reason(connection) is None
+    CanaryStep(make_canary(room, bound=100.0), connection).take(4)
+    assert connection.hget(keys.STATE, "canary_good") == b"4", "the next worker scores it"

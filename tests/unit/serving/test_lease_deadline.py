@@ -17,7 +17,7 @@ from control_parts import LocalServer
 
 from worker.serving import control_client
 from worker.serving.control_client import ServerControl, ServerError
-from worker.serving.protocol import LEAST_LEASE, LONGEST_LEASE, lease_seconds
+from worker.serving.protocol import LEAST_LEASE, LONGEST_LEASE, PLANNED_SECONDS, lease_seconds
 from worker.serving.vllm import lease as lease_module
 from worker.shared_weights.header import APPLYING, CLEAN, HEADER_BYTES, Header, HeaderError, LeaseLostError
 from worker.shared_weights.weights_client import read_header
@@ -208,6 +208,21 @@ def test_a_lease_is_several_times_as_long_as_planned() -> None:
     assert lease_seconds(0.01) == LEAST_LEASE
     assert lease_seconds(30) == 300
     assert lease_seconds(1e9) == LONGEST_LEASE
+
+
+def test_a_write_that_is_known_to_be_long_has_a_longer_lease(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[float] = []
+    monkeypatch.setattr(control_client, "lease_seconds", lambda seconds: planned.append(seconds) or LONG)
+    with ServerControl(server.run_dir, "slow") as trainer:
+        for take in (trainer.pause, trainer.begin_hogwild):
+            for at_least in (100.0, 0.1):
+                take(at_least=at_least)
+                if take == trainer.begin_hogwild:
+                    trainer.pause(1.0)
+                trainer.resume(0)
+    assert planned == [100.0, PLANNED_SECONDS, 100.0, 1.0, PLANNED_SECONDS, 1.0]
 
 
 def test_weights_that_nobody_can_judge_answer_nobody(server: LocalServer, trainer: ServerControl, lease: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from safetensors.torch import load_file
 from weights_parts import Owner, padded_model
 
@@ -215,7 +216,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(owner: Owner) -> None:
 )
 def test_garbage_on_the_socket_leaves_it_answering(owner: Owner, garbage: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(PATIENCE)
         sock.connect(str(owner.run_dirs["text"] / "weights.sock"))
         sock.sendall(garbage)
         sock.shutdown(socket.SHUT_WR)
