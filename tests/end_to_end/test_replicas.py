@@ -20,6 +20,7 @@ from worker.checkpoint.records import UpdateRecord
 from worker.checkpoint.state_dir import StateDir
 from worker.shared_weights.attach import attach
 from worker.utils.fault_injection import UPDATE_POINTS
+from worker.utils.process_state import is_stopped
 
 
 @pytest.fixture
@@ -202,6 +203,24 @@ def test_one_that_hangs_while_servers_stand_still_is_left_behind_and_comes_back(
     site.to_version(1, leader)
     assert site.manifest(1).get("replicas") is None and sorted(site.trained()) == sorted(sent)
     site.wakes(other, leader)
+
+
+@pytest.mark.slow
+def test_one_that_hangs_does_not_keep_replica_0_from_ending(site: FleetSite) -> None:
+    """However long it is waited for in a version."""
+    patient = ["--replica-timeout", "1e6"]
+    other = site.follow(1, *patient)
+    leader = site.background(*patient, fault="committed:1:stop")
+    site.send("e", 3)
+    until(lambda: is_stopped(leader.pid) or not leader.alive(), "version 1 is made, and replica 0 stopped after it")
+    os.kill(other.pid, signal.SIGSTOP)
+    for signum in (signal.SIGTERM, signal.SIGCONT):
+        os.kill(leader.pid, signum)
+    assert leader.ended() == 0 and "replica 1 was lost" in leader.said(), leader.said()
+    os.kill(other.pid, signal.SIGCONT)
+    until(lambda: other.said().count("asks replica 0 to be let in") == 2, "it waits for the next one")
+    os.kill(other.pid, signal.SIGTERM)
+    assert other.ended() == 0, other.said()
 
 
 @pytest.mark.slow

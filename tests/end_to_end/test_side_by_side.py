@@ -33,6 +33,26 @@ def workers_of(parent: Forked) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
 
 
+def test_one_that_is_stopped_does_not_keep_the_others_from_ending(site: FleetSite) -> None:
+    """Nor does a second Ctrl-C leave anything half-written: checkpoints are written, and all agree."""
+    sent = site.send("a", 3)
+    parent = all_of_them(site, "--checkpoint-at-stop")
+    until(lambda: site.producer.version() == 1 or not parent.alive(), "version 1")
+    assert parent.alive(), parent.said()
+    sent += site.send("b", 30)
+    stopped = workers_of(parent)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    until(lambda: f"replica 1 (process {stopped}) is stopped" in parent.said(), "it is said")
+    os.kill(parent.pid, signal.SIGINT)
+    until(lambda: "told to stop: replica 0 ends after what it does" in parent.said(), "it is told")
+    os.kill(parent.pid, signal.SIGINT)
+    assert parent.ended() == 0, parent.said()
+    version = site.all_agree()
+    assert len(site.trained()) == len(set(site.trained())) and set(site.trained()) <= set(sent)
+    for number in (0, 1):
+        assert (site.folder / f"state-{number}" / "checkpoints" / str(version)).is_dir(), parent.said()
+
+
 def test_one_command_starts_them_stops_them_and_they_die_with_it(site: FleetSite) -> None:
     sent = site.send("a", 3)
     parent = all_of_them(site)

@@ -17,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 RENDEZVOUS = "127.0.0.1:29400"
 SECRET = "TANDEM_REPLICAS_SECRET"
 """Environment: what all replicas of a fleet know."""
+MOST_SECONDS = 1e6
 PLACE = "{replica}"
 """In --run-dir and --state-dir: this replica's number."""
 
@@ -93,6 +94,9 @@ def replica_settings_of(options: dict[str, Any], environment: Mapping[str, str] 
     replica, rendezvous, here = options.pop("replica"), options.pop("rendezvous"), options.pop("replicas")
     timeout, wait = options.pop("replica_timeout"), options.pop("replica_wait")
     rolling, kept = options.pop("rolling"), False
+    for name, seconds in (("--replica-timeout", timeout), ("--replica-wait", wait)):
+        if not seconds <= MOST_SECONDS:  # nor what is no number
+            raise TandemError(f"{name} {seconds:g}: write a number of seconds, at most {MOST_SECONDS:,.0f}")
     if here is not None:
         if replica is not None:
             raise TandemError("--replicas N starts every replica, --replica I/N is one of them: give one of both")

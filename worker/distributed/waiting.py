@@ -7,6 +7,7 @@ Must not know: torch, Redis, vLLM.
 Invariant: what a rank 0 that died left behind, or says of processes that are gone, is not read.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -32,15 +33,16 @@ class Waited:
 
 
 def tell(run_dir: Path, others: Sequence[Other], since: float) -> None:
-    """Say who is waited for, since when (seconds since 1970)."""
+    """Say who is waited for, since when (seconds since 1970). Where it cannot be written, it is not said."""
     path = run_dir / NAME
-    if not others:
-        path.unlink(missing_ok=True)
-        return
-    found = {"by": os.getpid(), "since": since, "ranks": [[other.rank, other.process.pid] for other in others]}
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(found))
-    new.rename(path)
+    with contextlib.suppress(OSError):
+        if not others:
+            path.unlink(missing_ok=True)
+            return
+        found = {"by": os.getpid(), "since": since, "ranks": [[other.rank, other.process.pid] for other in others]}
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(found))
+        new.rename(path)
 
 
 def read(run_dir: Path) -> list[Waited]:

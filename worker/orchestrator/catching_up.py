@@ -38,7 +38,8 @@ log = logging.getLogger("tandem")
 
 CHUNK = 100_000
 """Ledger entries in a message."""
-PROTOCOL = 1
+PROTOCOL = 2
+"""2: another name for the model."""
 
 
 def hello_of(session: Session) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def hello_of(session: Session) -> dict[str, Any]:
     layout = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in weights.named_tensors()]
     return {
         "protocol": PROTOCOL,
-        "model": session.manager.journal.source,
+        "model (a digest of its files)": session.manager.journal.source,
         "layout of the weights": hashlib.sha256(msgpack.packb(layout)).hexdigest()[:16],
         "torch": torch.__version__,
         "device": trainer.device.type,

@@ -43,7 +43,7 @@ T = TypeVar("T")
 REJOIN_SECONDS = 20.0
 """How long those who are left wait for each other after one of them was lost."""
 PAUSED_SECONDS = 20.0
-"""How long a server stands still for the others: less than the least lease."""
+"""How long a server stands still for the others (less than the least lease), and the end for who hangs."""
 LOOK_SECONDS = 10.0
 """Between two looks at replicas that have nothing to do."""
 TRIES = 4
@@ -179,8 +179,10 @@ class Fleet(Lone):
             self._close("replica 0 forms another group")
 
     def end(self) -> None:
-        with suppress(GroupLostError):
-            self._tell({"op": "end"})
+        try:
+            self._tell({"op": "end"}, PAUSED_SECONDS)  # they wait for nothing else: one that hangs is left behind
+        except GroupLostError as error:
+            log.warning("%s, when it was told to end: if it is there, it waits for the next replica 0", error)
         self._close("replica 0 ended")
         self.meeting.close()
 
@@ -244,12 +246,12 @@ class Fleet(Lone):
 
     # -- what is said ---------------------------------------------------------------------------------------------
 
-    def _tell(self, command: dict[str, Any]) -> None:
-        """Raises `GroupLostError`."""
+    def _tell(self, command: dict[str, Any], seconds: float | None = None) -> None:
+        """seconds: how long each is waited for, where not as ever. Raises `GroupLostError`."""
         if self._group is not None:
             self._busy = True
             self._group.call()
-            self._group.tell(command)
+            self._group.tell(command, seconds)
 
     def _forget(self) -> None:
         """The others need not keep what is not applied."""

@@ -133,6 +133,7 @@ def test_who_is_waited_for_is_read_as_long_as_both_are_there(tmp_path: Path) -> 
         assert waiting.read(tmp_path) == []
         waiting.tell(tmp_path, [], 0)
         assert list(tmp_path.iterdir()) == []
+    waiting.tell(tmp_path / "nowhere", [other], time.time())  # a full disk ends no watch
     for nonsense in ("", "[]", '{"by": 1}', '{"by": 1, "since": "x", "ranks": [[1]]}'):
         (tmp_path / waiting.NAME).write_text(nonsense)
         assert waiting.read(tmp_path) == []

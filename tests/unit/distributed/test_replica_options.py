@@ -50,6 +50,13 @@ def test_what_is_no_number_of_a_replica_is_said(replica: str) -> None:
         replica_settings_of(options(replica), {})
 
 
+@pytest.mark.parametrize("name", ["replica_timeout", "replica_wait"])
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300])
+def test_what_is_no_time_to_wait_is_said(name: str, seconds: float) -> None:
+    with pytest.raises(TandemError, match="write a number of seconds, at most 1,000,000"):
+        replica_settings_of(options("0/2") | {name: seconds}, {})
+
+
 def test_hogwild_is_refused_before_anything_is_asked() -> None:
     result = CliRunner().invoke(command, ["--replica", "1/2", "--apply", "streaming", "--hogwild"])
     assert "--hogwild does not go with --replica" in str(result.exception)
