@@ -1,6 +1,7 @@
 """A Redis that is away for longer than a step waits: the worker puts its jobs back, blames none, and goes on later."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,10 @@ from drain_parts import Lines, Ready, Weights, job, say, start
 
 from producer import keys
 from producer.client import Producer
+from producer.errors import QueueUnavailableError
+from worker.cli import worker as worker_command
 from worker.config.protocol import UnavailableError, Update
+from worker.operations.worker_metrics import WorkerMetrics
 from worker.orchestrator import agreement
 from worker.testing.redis_server import RedisServer
 
@@ -77,3 +81,34 @@ def test_a_redis_that_refuses_for_good_ends_the_worker_with_a_sentence(
     with pytest.raises(UnavailableError, match="Redis refuses to say at which version it is"):
         worker.work(burst=True)
     assert Producer(redis_url).status("a").state == "queued"
+
+
+def test_a_redis_that_goes_away_during_a_start_is_one_sentence(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as server:
+
+        @contextmanager
+        def opening(**_: Any) -> Iterator[Any]:
+            server.stop()
+            yield None
+
+        starting = worker_command._ready("w", WorkerMetrics(server.url, tmp_path), ("127.0.0.1", None), opening, False)
+        with pytest.raises(QueueUnavailableError, match=r"cannot reach Redis at unix://.*start it, or set REDIS_URL"):
+            starting.__enter__()
+
+
+def test_a_redis_that_refuses_a_command_ends_the_worker_without_quoting_it(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_command, "agree", lambda *_, **__: None)
+    weights = SimpleNamespace(header=SimpleNamespace(version=0))
+    session: Any = SimpleNamespace(weights=weights, manager=SimpleNamespace(folder=tmp_path))
+    shown_at = ("127.0.0.1", None)
+    starting = worker_command._ready(
+        "w", WorkerMetrics(redis_url, tmp_path), shown_at, lambda **_: nullcontext(session), False
+    )
+    refusal = pytest.raises(QueueUnavailableError, match="answered with an error: WRONGTYPE")
+    with refusal as refused, starting as (connection, _, _), connection.pipeline() as pipe:
+        connection.set("taken", "by text")
+        pipe.hset("taken", "data", "a secret")
+        pipe.execute()
+    assert "secret" not in str(refused.value) and "secret" not in str(refused.value.__cause__)

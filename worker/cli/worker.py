@@ -136,6 +136,12 @@ def _fleet(replica: ReplicaSettings | None, session: Session) -> Lone | None:
     return RankFleet(session.ranks) if session.ranks is not None else None
 
 
+def _release(lock: WorkerLock) -> None:
+    """Where Redis is away the lock ends by itself, and what ends the worker is not hidden by that."""
+    with contextlib.suppress(redis.RedisError):
+        lock.release()
+
+
 @contextlib.contextmanager
 def _ready(
     name: str,
@@ -157,12 +163,14 @@ def _ready(
             if not is_loopback(host):
                 log.warning("metrics: everybody who reaches %s can read them; they hold no text", host)
         lock = WorkerLock(connection, name)
-        if taken_over := lock.acquire():
-            log.info(taken_over)
-        stack.callback(lock.release)
-        with lock.kept():  # a start may take minutes
+        with redis_errors(safe_url(url)):
+            if taken_over := lock.acquire():
+                log.info(taken_over)
+        stack.callback(_release, lock)
+        with redis_errors(safe_url(url)), lock.kept():  # a start may take minutes
             session = stack.enter_context(opening(known=ledger.state(connection), new_lineage=new_lineage, tell=tell))
             lock.renew()
             agree(connection, session, new_lineage=new_lineage, tell=tell)
         metrics.began(session.weights.header.version, session.manager.folder)
-        yield connection, lock, session
+        with redis_errors(safe_url(url)):  # what redis-py says may quote a command, and so a transcript
+            yield connection, lock, session
