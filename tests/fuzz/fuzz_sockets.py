@@ -58,7 +58,7 @@ def converse(path: str, data: bytes) -> list[dict[str, Any]]:
     """Send `data`, close our half, read the answers until the other side ends; every answer must be a map."""
     answers = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(30)  # a hang, which fails
+        sock.settimeout(PATIENCE)  # a hang, which fails
         sock.connect(path)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(data)
@@ -146,7 +146,7 @@ class Answers:
     def take(self, case: bytes) -> Counter[str]:
         near, theirs = socket.socketpair()
         with near, theirs:
-            near.settimeout(30)
+            near.settimeout(PATIENCE)
             theirs.sendall(case)
             theirs.close()
             try:

@@ -5,6 +5,7 @@ The header, weights.sock, control.sock and the middleware's state are the real o
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -109,11 +110,12 @@ class LocalServer:
 
     def until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The server's state, once `condition` holds of it."""
-        for _ in range(1500):
-            if condition(state := server_state(self.run_dir)):
-                return state
+        deadline = time.monotonic() + PATIENCE
+        while not condition(state := server_state(self.run_dir)):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"never came true; the state is {state}")
             self.run(asyncio.sleep(0.02))
-        raise AssertionError(f"never came true; the state is {state}")
+        return state
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

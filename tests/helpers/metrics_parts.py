@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patience import until
+from patience import PATIENCE, until
 from prometheus_client.parser import text_string_to_metric_families as parsed
 from stack_parts import Stack
 
@@ -146,4 +146,4 @@ def prometheus(targets: dict[str, str], folder: Path) -> Iterator[Any]:
         yield ask
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)

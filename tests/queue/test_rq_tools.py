@@ -93,3 +93,24 @@ def test_a_name_of_a_dead_worker_elsewhere_can_be_taken_again(connection: redis.
     worker = start(connection, weights, hooks=[], name="the-worker")
     worker.work(burst=True)
     assert worker.name == "the-worker"
+
+
+def test_a_redis_that_is_late_does_not_end_the_thread_that_hears_commands(
+    connection: redis.Redis, weights: Weights
+) -> None:
+    worker, calls = start(connection, weights, hooks=[]), []
+    worker.subscribe()
+    get_message = worker.pubsub.get_message
+
+    def late(*args: object, **named: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            raise redis.TimeoutError("Timeout reading from socket")
+        return get_message(*args, **named)
+
+    worker.pubsub.get_message = late
+    thread = worker.pubsub_thread
+    until(lambda: len(calls) > 1 or not thread.is_alive(), "the thread looks again")
+    assert thread.is_alive()
+    worker.unsubscribe()
+    worker.lock.release()

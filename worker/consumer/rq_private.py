@@ -126,8 +126,9 @@ class RqWorker(SimpleWorker):
             thread.join(timeout=5)  # it closes its connection
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
-        """An error in RQ's thread that listens for commands. That Redis is away, the main thread says."""
-        if isinstance(exc, redis.ConnectionError) or self._unsubscribed.is_set():
+        """An error in RQ's thread that listens for commands. That Redis is away, the main thread says. RQ's own ends
+        the thread where Redis is only late, and nobody would hear a command any more."""
+        if isinstance(exc, redis.ConnectionError | redis.TimeoutError) or self._unsubscribed.is_set():
             self._unsubscribed.wait(2.0)
             return
         super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)

@@ -19,7 +19,7 @@ from worker.serving.vllm_flags import LaunchError
 
 GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
-GONE_SECONDS = 30.0
+GONE_SECONDS = 120.0
 """After SIGKILL: the kernel gives a GPU's memory back before the process is gone."""
 API_MODULES = (b"vllm.entrypoints.cli.main", b"vllm.entrypoints.openai.api_server")
 """What `tandem serve` becomes."""
