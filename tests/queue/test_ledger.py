@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -287,3 +288,39 @@ def test_a_lock_is_renewed_during_work_that_takes_longer_than_it_lasts(
         connection.set(keys.WORKER_LOCK, WorkerLock(connection, "other").value)
     with pytest.raises(LockLostError, match="'other'"):
         lock.renew()
+
+
+class Between(redis.Redis):
+    """`act` happens between the first GET of a transaction and its EXEC."""
+
+    act: Callable[[], object]
+
+    def pipeline(self, *args: Any, **named: Any) -> Any:
+        pipe = super().pipeline(*args, **named)
+        get = pipe.get
+
+        def late(name: str) -> Any:
+            found = get(name)
+            pipe.get = get
+            self.act()
+            return found
+
+        pipe.get = late
+        return pipe
+
+
+@pytest.mark.parametrize("first", ["renew", "release"])
+def test_a_heartbeat_beside_the_release_does_not_keep_the_lock(connection: redis.Redis, first: str) -> None:
+    lock, disturbed = WorkerLock(connection, "ends"), Between(connection_pool=connection.connection_pool)
+    lock.acquire()
+
+    def other() -> None:
+        lock.connection = connection
+        if first == "renew":
+            lock.release()
+        else:
+            connection.set(keys.WORKER_LOCK, lock.value)
+
+    lock.connection, disturbed.act = disturbed, other
+    getattr(lock, first)()
+    assert not connection.exists(keys.WORKER_LOCK)

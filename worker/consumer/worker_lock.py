@@ -71,6 +71,7 @@ class WorkerLock:
         holder = {"name": name, "host": socket.gethostname(), "pid": pid, "machine": _machine(), "birth": _birth(pid)}
         self.value = json.dumps(holder | {"since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}).encode()
         self.held = False
+        self._released = False
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -95,6 +96,7 @@ class WorkerLock:
 
     def acquire(self) -> str | None:
         """Take the lock; returns a sentence when it was taken from a dead worker. Raises `WorkerBusyError`."""
+        self._released = False
         while not self.connection.set(self.key, self.value, nx=True, ex=self.ttl):
             with self.connection.pipeline() as pipe:
                 try:
@@ -120,9 +122,9 @@ class WorkerLock:
 
     def renew(self) -> None:
         """Extend it; takes it again if it merely expired (Redis was away). Raises `LockLostError` when it is
-        another's."""
+        another's. Does nothing once it was released: a heartbeat that Redis answers late must not take it again."""
         with self.connection.pipeline() as pipe:
-            while True:
+            while not self._released:
                 try:
                     pipe.watch(self.key)
                     found = pipe.get(self.key)
@@ -132,6 +134,8 @@ class WorkerLock:
                             f"worker {describe(parse_holder(found))} took this worker's place on queue '{keys.QUEUE}'"
                             f" after a silence of more than {self.ttl} s"
                         )
+                    if self._released:
+                        return
                     pipe.multi()
                     pipe.set(self.key, self.value, ex=self.ttl)
                     pipe.execute()
@@ -141,18 +145,21 @@ class WorkerLock:
 
     def release(self) -> None:
         """Give it back if it is still ours."""
+        self._released = True
         if not self.held:
             return
         self.held = False
         with self.connection.pipeline() as pipe:
-            try:
-                pipe.watch(self.key)
-                if pipe.get(self.key) == self.value:
-                    pipe.multi()
-                    pipe.delete(self.key)
-                    pipe.execute()
-            except redis.WatchError:
-                pass  # expired or taken meanwhile: not ours to remove
+            while True:
+                try:
+                    pipe.watch(self.key)
+                    if pipe.get(self.key) == self.value:  # else it expired, or was taken: not ours to remove
+                        pipe.multi()
+                        pipe.delete(self.key)
+                        pipe.execute()
+                    return
+                except redis.WatchError:
+                    continue  # a last heartbeat may have come between
 
 
 def parse_holder(value: bytes | str) -> dict[str, Any]:
