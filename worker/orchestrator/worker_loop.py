@@ -1,7 +1,7 @@
 """The worker's loop: the queue is drained into versions, and between two of them comes whatever must not meet a write.
 
-Between two batches, in this order: is the server there; the canary; a paused training; a checkpoint; the rest until
-what the last versions took from serving is paid.
+Between two batches, in this order: is the server there; the canary; a paused training; a checkpoint; on a CPU, freed
+memory is given back; the rest until what the last versions took from serving is paid.
 Invariants: nothing but this loop's thread writes weights; whatever goes wrong after a first write ends the worker.
 """
 
@@ -31,6 +31,7 @@ from worker.orchestrator.session import Session
 from worker.trainer.outliers import Guards
 from worker.trainer.teachers import Teachers
 from worker.trainer.threads import TrainingThreads
+from worker.utils.heap import HeapTrim
 from worker.versions import ledger, pause_switch, replica_status, share_status
 
 log = logging.getLogger("tandem")
@@ -73,6 +74,7 @@ class WorkerLoop:
         canary = Canary.of(guards, session.builder, self._score)
         going_back = self._all_go_back if guards.auto_rollback else None
         self.canary = CanaryStep(canary, connection, going_back, tell) if canary is not None else None
+        self.heap = HeapTrim() if session.trainer.device.type == "cpu" else None
         self.told, self.told_members = 0.0, ""
         share_status.start(connection, self.update.cost.budget)
 
@@ -134,6 +136,8 @@ class WorkerLoop:
         if cost.budget.total != self.told:
             share_status.tell(self.connection, cost.budget)
             self.told = cost.budget.total
+        if self.heap is not None:
+            self.heap.look()
         share_status.rest(self.connection, cost.budget, stopping=stopping, look=cost.look)
 
     def _see_others(self) -> None:
