@@ -3,7 +3,7 @@ worker's loop in this process, and the stand-in, whose memory and sockets are re
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from chaos_processes import until
 from click.testing import CliRunner
 from durable_parts import QUIET, Site, transcripts
 
+from producer import keys
 from producer.transcript import Transcript
 from worker.checkpoint import rebuild
 from worker.checkpoint.batch_codec import Ready
@@ -23,7 +24,7 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.protocol import TornWeightsError, UnavailableError
 from worker.config.update_options import ApplySettings
 from worker.consumer.worker_lock import WorkerLock
-from worker.orchestrator import applying
+from worker.orchestrator import agreement, applying
 from worker.orchestrator.agreement import agree
 from worker.orchestrator.live_update import LiveUpdate
 from worker.orchestrator.session import open_session
@@ -136,6 +137,32 @@ def test_a_canary_s_rollback_after_which_the_server_cannot_resume_ends_the_worke
         loop.run()
     until(lambda: site.served()["state"] == "serving", "the server goes on by itself")
     assert site.served()["version"] == 3 and site.producer.version() == 2
+    site.work(*QUIET, code=1)
+    assert site.agree() == 3 and site.digest() == site.manifest(1)["digest"]
+
+
+def test_a_canary_s_rollback_that_redis_does_not_hear_of_ends_the_worker(
+    site: Site, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = fail_at(site, canary)
+    monkeypatch.setattr(agreement, "REDIS_SECONDS", 0.5)
+    with ExitStack() as stack:
+        loop = stack.enter_context(worker(site, settings))
+        control = loop.session.control
+        resume_server = control.resume
+
+        def and_redis_goes(version: int, rebuilt: bool = False) -> None:
+            resume_server(version, rebuilt)
+            if rebuilt:
+                site.store.stop()
+
+        monkeypatch.setattr(control, "resume", and_redis_goes)
+        with pytest.raises(UnavailableError, match="rolled back to version 1, and Redis, which has not heard of it"):
+            loop.run()
+        assert site.served()["version"] == 3
+        site.store.start()
+    site.redis.delete(keys.WORKER_LOCK)  # it could not be given back, and this process, whose it is, lives
+    assert site.producer.version() == 2
     site.work(*QUIET, code=1)
     assert site.agree() == 3 and site.digest() == site.manifest(1)["digest"]
 

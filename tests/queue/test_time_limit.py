@@ -1,6 +1,8 @@
 """The limit on preparing one transcript: it ends what swallows every exception, and nothing after it."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +61,27 @@ def test_time_in_which_it_does_not_compute_counts_less(monkeypatch: pytest.Monke
 def test_what_hangs_without_computing_is_ended_too() -> None:
     with pytest.raises(TimeLimitExceeded), time_limit(0.01):
         time.sleep(PATIENCE)
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
+    """Its alarms are one."""
+    code = """
+import sys
+from worker.consumer import time_limit as module
+module.AGAIN = 0.05
+with module.time_limit(0.5):
+    print("inside", flush=True)
+    sys.stdin.read(1)
+print("whole")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None and child.stdout is not None and child.stdout.readline() == b"inside\n"
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(6)  # more than ten times the limit, on the clock
+        child.stdin.write(b"x")
+        child.stdin.flush()
+        child.send_signal(signal.SIGCONT)
+        assert child.stdout.read() == b"whole\n" and child.wait(PATIENCE) == 0
 
 
 @pytest.fixture

@@ -67,10 +67,12 @@ class _Workers:
         self.told: dict[int, float] = {}
         """Who was told to end, and when (monotonic)."""
         self.said: set[tuple[int, str]] = set()
+        self.asked = False
+        """Whether we were told to stop."""
 
     def asked_to_stop(self) -> None:
-        first = self.processes[0]
-        if self.told:
+        first, again, self.asked = self.processes[0], self.asked, True
+        if again:
             log.info(
                 "told to stop again, which changes nothing: %s still to end, after what they do, so that nothing is"
                 " left half-written; who has not ended %g s after it was told is killed",

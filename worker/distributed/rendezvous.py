@@ -182,8 +182,7 @@ class Rendezvous:
                 continue
             except OverError:
                 break
-            for away in (self._away, self._silent):
-                away.back()
+            self._away.back()
             if answer is None:
                 continue
             if "refused" in answer:
@@ -203,7 +202,9 @@ class Rendezvous:
 
     def _patiently(self, work: Callable[[], T], stopping: Callable[[], bool]) -> T:
         """`work()`, which asks replica 0. Raises `OverError` once `stopping()`."""
-        return self._asker.call(work, stopping, lambda: self._say(self._silent, "it does not answer"))
+        answer = self._asker.call(work, stopping, lambda: self._say(self._silent, "it does not answer"))
+        self._silent.back()
+        return answer
 
     def _ask(self, hello: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any] | None:
         """The answer; None if replica 0 is another one now."""

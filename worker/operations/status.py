@@ -218,15 +218,19 @@ def problems(status: dict[str, Any]) -> list[str]:
     if status.get("hold"):
         found.append(f"training is paused: {status['hold']}; `tandem resume` ends it")
     replicas = status.get("replicas")
-    start = f"start `tandem worker --replica 0/{replicas['count']}`" if replicas else "start `tandem worker`"
+    start = "start `tandem worker`"
+    if replicas:
+        start = f"start `tandem worker --replica 0/{replicas['count']} --run-dir DIRECTORY` with that of its server"
     if worker and worker["state"] == "none":
         found.append(f"no worker is running: {start}")
     if worker and worker["state"] == "dead":
         found.append(f"worker '{worker['name']}' (pid {worker['pid']}) died: {start}, it takes over")
     if replicas and worker and worker["state"] not in ("none", "dead"):
         found += _replica_problems(replicas)
-    for one in status.get("waiting", []):
-        if one["doing"] not in BUSY:
+    waiting = status.get("waiting", [])
+    slow = any(one["doing"] in BUSY for one in waiting)  # then who sleeps waits for the same sum as rank 0
+    for one in waiting:
+        if one["doing"] not in BUSY and not (slow and one["doing"] == "sleeps"):
             found.append(
                 f"rank {one['rank']} (process {one['pid']}) {one['doing']}, and the worker has waited for it for"
                 f" {one['seconds']:.0f} s: one that is stopped is ended after {STOPPED_SECONDS:g} s, one that hangs"

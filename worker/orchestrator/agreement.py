@@ -50,8 +50,8 @@ def agree(connection: redis.Redis, session: Session, *, new_lineage: bool = Fals
 
 def confirm(connection: redis.Redis, session: Session) -> None:
     """Before a step: Redis stands where the weights do. It may have come back from an old copy with jobs that are
-    trained already. Waits for a Redis that is away; raises `RedisBehindError`, after `REDIS_SECONDS`
-    redis' own error, or `UnavailableError` where it is none that passes."""
+    trained already. Raises `RedisBehindError`. A Redis that is away is waited for; after `REDIS_SECONDS` redis' own
+    error is raised where it may pass, else `UnavailableError`."""
     deadline = time.monotonic() + REDIS_SECONDS
     while True:
         try:

@@ -14,8 +14,10 @@ import redis
 
 from worker.checkpoint.batch_codec import rename
 from worker.config.guard_options import GuardSettings
+from worker.config.protocol import UnavailableError
 from worker.consumer.batch_worker import BatchWorker
 from worker.consumer.events import Hooks
+from worker.consumer.redis_errors import own_words
 from worker.consumer.worker_lock import WorkerLock
 from worker.data.examples import Example
 from worker.data.replay_buffer import ReplayBuffer
@@ -166,9 +168,13 @@ class WorkerLoop:
                 self.tell(report)
         except redis.RedisError:
             self.update.remember()
-            confirm(
-                self.connection, self.session
-            )  # waits for Redis; `RedisBehindError` has `run` commit from the journal
+            try:  # waits for Redis; `RedisBehindError` has `run` commit from the journal
+                confirm(self.connection, self.session)
+            except redis.RedisError as away:
+                raise UnavailableError(
+                    f"the weights were rolled back to version {version}, and Redis, which has not heard of it, does not"
+                    f" answer ({own_words(away)}): start the worker again, which tells it"
+                ) from away
             raise
         self.update.remember()
         return self.session.weights.header.version

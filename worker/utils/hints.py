@@ -12,7 +12,7 @@ from pathlib import Path
 from worker.utils.unix_socket import default_run_dir
 
 FLAG = "--run-dir"
-_COMMAND = re.compile(r"`(tandem (?:serve|worker|status|doctor|rollback|forget|eval|diff|train)\b[^`]*)`")
+_COMMAND = re.compile(r"`(tandem (?:serve|worker|status|doctor|rollback|forget|eval|diff|log|dashboard|train)\b[^`]*)`")
 """A command that has the flag, as our sentences quote it."""
 
 

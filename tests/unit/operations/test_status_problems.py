@@ -61,10 +61,26 @@ def test_disagreement_between_server_and_redis_is_a_problem() -> None:
     assert len(found) == 1 and "1 of 3 replicas are not there (1)" in found[0]
     assert "`tandem worker --replica 1/3 --run-dir DIRECTORY`" in found[0]
     gone = base | {"server": serving, "replicas": replicas, "worker": {"state": "none"}}
-    assert status.problems(gone) == ["no worker is running: start `tandem worker --replica 0/3`"]
+    assert status.problems(gone) == [
+        "no worker is running: start `tandem worker --replica 0/3 --run-dir DIRECTORY` with that of its server"
+    ]
     found = status.problems(base | {"server": serving, "replicas": replicas | {"count": 1, "unequal": 2}})
     assert len(found) == 1 and "digest unequal, 2 times" in found[0]
     assert "refuses to serve: half" in status.problems(base | {"server": {"state": "torn", "reason": "half"}})[0]
+
+
+def test_a_rank_that_waits_for_a_slow_one_is_not_accused() -> None:
+    serving = {"state": "serving", "version": 4, "lineage": "L"}
+    worker = {"state": "busy", "name": "w", "pid": 1}
+    base = {"redis": {}, "version": 4, "lineage": "L", "worker": worker, "server": serving}
+    first = {"rank": 1, "pid": 11, "seconds": 9.0, "doing": "sleeps"}
+
+    def found(second: str) -> list[str]:
+        return status.problems(base | {"waiting": [first, {"rank": 2, "pid": 12, "seconds": 9.0, "doing": second}]})
+
+    assert found("computes") == []
+    assert [one[:6] for one in found("sleeps")] == ["rank 1", "rank 2"]
+    assert [one[:6] for one in found("is stopped")] == ["rank 1", "rank 2"]
 
 
 def test_replicas_are_listed_by_version_and_who_is_missing_is_said() -> None:

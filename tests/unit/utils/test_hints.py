@@ -17,6 +17,7 @@ from worker.utils.hints import option_of, with_run_dir
             "`tandem serve` or `tandem worker -x`",
             "`tandem serve --run-dir '/run/a b'` or `tandem worker -x --run-dir '/run/a b'`",
         ),
+        ("(`tandem log` lists who was)", "(`tandem log --run-dir '/run/a b'` lists who was)"),
         ("`tandem worker --run-dir DIRECTORY`", "`tandem worker --run-dir DIRECTORY`"),
         ("`tandem resume` ends it; a tandem worker", "`tandem resume` ends it; a tandem worker"),
     ],

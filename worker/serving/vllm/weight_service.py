@@ -55,16 +55,26 @@ class WeightService:
 
     def _accept(self) -> None:
         on_any_cpu()  # so do the threads that it starts
+        lacking = False
         while True:
             try:
-                connection, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), name="tandem-weights", daemon=True).start()
+                self._begin(self._listener.accept()[0])
+                lacking = False
             except (OSError, RuntimeError) as error:
                 if self._closed:
                     return
                 # No descriptor or no thread is left: it passes, and without an answer no version could be made again.
-                logger.warning("weights.sock: a connection was not accepted (%s)", error)
+                if not lacking:
+                    logger.warning("weights.sock: connections are not accepted (%s) until this has passed", error)
+                lacking = True
                 time.sleep(REST)
+
+    def _begin(self, connection: socket.socket) -> None:
+        try:
+            threading.Thread(target=self._serve, args=(connection,), name="tandem-weights", daemon=True).start()
+        except RuntimeError:
+            connection.close()  # who asked hears at once that nobody answers
+            raise
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
