@@ -183,7 +183,7 @@ def test_the_chat_page_teaches(stack: Stack, tmp_path: Path) -> None:
         page.click(".down")
         learnt = [f"learnt in version {before + number}" for number in (1, 2, 3)]
         stack.wait_until(worker, lambda: page.text(".tools > .state") == learnt[0], "learn the thumb")
-        assert page.text("#version") == str(before + 1)
+        until(lambda: page.text("#version") == str(before + 1), "the page shows that version", pace=0.1)
         for number, (button, text) in enumerate([(".edit", "I am a tandem."), (".comment", "Be shorter.")], 1):
             page.click(button)
             page.write(".said", text)
