@@ -198,7 +198,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_where_all_are_known(
     with open_session(site.run_dir, "test", H, state_dir=site.state, settings=ApplySettings(way)) as session:
         paused: list[int] = []
         pause = session.control.pause
-        monkeypatch.setattr(session.control, "pause", lambda: (paused.append(1), pause())[1])
+        monkeypatch.setattr(session.control, "pause", lambda **more: (paused.append(1), pause(**more))[1])
         step = LiveUpdate(session)
         spoiled = spoil(session.trainer)
         with pytest.raises(NonFiniteGradientError, match="embed_tokens"):

@@ -60,7 +60,7 @@ def test_the_weights_are_answered_for_when_descriptors_were_short(
             os.close(free)
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             waiting.connect(str(tmp_path / weight_service.SOCKET))
-            until(lambda: "was not accepted" in caplog.text, "lack a descriptor")
+            until(lambda: "are not accepted" in caplog.text, "lack a descriptor")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:

@@ -51,7 +51,7 @@ def test_every_view_shows_what_was_learnt(client: FlaskClient, connection: redis
         assert code == 200 and "</html>" in text, path
     _, overview = get(client, "/learning/")
     assert '<span class="big">12</span>' in overview and overview.count('<svg class="chart') == 6
-    assert "start <code>tandem worker</code>" in overview and "unreachable" in overview
+    assert "start <code>tandem worker --run-dir " in overview and "unreachable" in overview
     assert 'href="/learning/jobs/chat-12-0"' in overview and "training resumed" in overview
     _, versions = get(client, "/learning/versions")
     assert versions.count("rolled back") == 4 and "back to version 4" in versions and "--state-dir" in versions
