@@ -141,6 +141,7 @@ def test_a_correction_over_http_is_learnt(stack: Stack) -> None:
     assert stack.post("/v1/chat/completions", asked)[2]["x-weight-version"] == str(version)
 
 
+@pytest.mark.slow  # in every run: test_evaluation.py with the stand-in, test_evaluation_server.py with vLLM
 def test_a_set_is_evaluated_while_a_worker_trains_it(stack: Stack, tmp_path: Path) -> None:
     """Every figure is of the version that it names, whatever comes in between; then both are compared from Redis."""
     file = tmp_path / "numbers.jsonl"
@@ -209,11 +210,11 @@ def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
     assert stack.weights_version()["state"] == "serving"
 
 
-SLOW = [pytest.param(point, marks=pytest.mark.slow) for point in ("backward", "resumed", "committed")]
+SLOW = [pytest.param(point, marks=pytest.mark.slow) for point in ("backward", "applied", "resumed", "committed")]
 """Points at which tests with the stand-in kill a worker in every run."""
 
 
-@pytest.mark.parametrize("point", ["paused", "applied", *SLOW])
+@pytest.mark.parametrize("point", ["paused", *SLOW])
 def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(stack: Stack, point: str) -> None:
     before = stack.producer.version()
     sent = transcripts(point, 5)
@@ -291,6 +292,7 @@ def test_a_server_that_was_killed_is_brought_back_to_what_it_had_learnt(stack: S
     assert stack.complete("Hello?")[2]["x-weight-version"] == str(known)
 
 
+@pytest.mark.slow  # in every run: test_rollback.py with the stand-in
 def test_rollback_in_the_live_server(stack: Stack) -> None:
     known, before = stack.producer.version(), served_nll(stack)
     stack.producer.enqueue_many(transcripts("poison", 3))

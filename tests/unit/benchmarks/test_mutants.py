@@ -61,6 +61,7 @@ def test_every_mutant_fits_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert all((mutants.ROOT / test).exists() for test in named), named
 
 
+@pytest.mark.slow
 def test_mutants_that_tests_see_are_killed(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tree, LIST) == 0
     said = capsys.readouterr().out
