@@ -25,6 +25,7 @@ from worker.distributed import waiting
 from worker.distributed.rank_watch import STOPPED_SECONDS
 from worker.operations import canary_losses
 from worker.utils.hints import with_run_dir
+from worker.utils.process_state import COMPUTES, SLEEPS, WAITS_FOR_A_DISK
 from worker.versions import evaluations, ledger, lost_jobs, replica_status
 from worker.versions.eviction_watch import redis_info
 from worker.versions.pause_switch import REASON
@@ -39,7 +40,7 @@ LOSS, LOSSES = "canary_loss", "canary_losses"
 """Fields of `weights:state` (worker/orchestrator/canary.py)."""
 LOST_HOURS = 24.0
 """How long status tells of a transcript that the worker found without a job."""
-BUSY = ("computes", "waits for a disk")
+BUSY = (COMPUTES, WAITS_FOR_A_DISK)
 """What a rank may do that is waited for, and all is well."""
 SHOWN_IDS = 5
 MOST_LOST = 100
@@ -230,7 +231,7 @@ def problems(status: dict[str, Any]) -> list[str]:
     waiting = status.get("waiting", [])
     slow = any(one["doing"] in BUSY for one in waiting)  # then who sleeps waits for the same sum as rank 0
     for one in waiting:
-        if one["doing"] not in BUSY and not (slow and one["doing"] == "sleeps"):
+        if one["doing"] not in BUSY and not (slow and one["doing"] == SLEEPS):
             found.append(
                 f"rank {one['rank']} (process {one['pid']}) {one['doing']}, and the worker has waited for it for"
                 f" {one['seconds']:.0f} s: one that is stopped is ended after {STOPPED_SECONDS:g} s, one that hangs"

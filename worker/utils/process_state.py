@@ -11,6 +11,8 @@ from pathlib import Path
 
 STOPPED = "Tt"
 """Of Linux' letters: stopped by a signal, and by a debugger."""
+COMPUTES, WAITS_FOR_A_DISK, SLEEPS = "computes", "waits for a disk", "sleeps"
+"""What `doing` says of one that is neither stopped nor gone."""
 
 
 @dataclass(frozen=True)
@@ -52,5 +54,5 @@ def doing(pid: int, seconds: float = 0.2) -> str:
     if after is None or after.letter in "ZX":
         return "has ended"
     if after.letter == "R" or after.cpu > before.cpu:
-        return "computes"
-    return "waits for a disk" if after.letter == "D" else "sleeps"
+        return COMPUTES
+    return WAITS_FOR_A_DISK if after.letter == "D" else SLEEPS
