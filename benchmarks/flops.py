@@ -1,11 +1,12 @@
 """How many floating point operations training a model takes, by its dimensions, and how fast the chip multiplies.
 
-Of a Qwen3.5, or of a dense model with a gated MLP and full attention in every layer; a window is not looked at.
+Of a Qwen3.5, its mixture of experts included, or of a dense model with a gated MLP and full attention in every layer; a
+window is not looked at.
 
 Model operations ("MFU") count what the mathematics needs: forward once, backward twice that. What is computed a second
 time to save memory counts apart. Per step over sequences of lengths l, with T = sum l tokens:
 
-    matrices      6 N T            N: weights of all linear layers but the head
+    matrices      6 N T            N: weights of all linear layers but the head; of experts those a token meets
     head          6 V H t          t: trained tokens
     attention     6 F h d sum l^2  F full attention layers, h heads of d; QK^T and AV: 2 l^2 h d each, causality halves
     delta rule    18 G v dk dv T   G layers, v value heads: k^T S, the outer product and q^T S are 2 dk dv each
@@ -24,19 +25,32 @@ import torch
 
 
 def layer_weights(facts: dict[str, Any]) -> int:
-    """Weights of the linear layers between embedding and head; `facts` as shapes.text_facts gives them."""
+    """Weights that a token is multiplied with between embedding and head; `facts` as shapes.text_facts gives them."""
     hidden, layers, head = facts["hidden_size"], facts["num_hidden_layers"], head_size(facts)
     queries, keys = facts["num_attention_heads"] * head, facts["num_key_value_heads"] * head
-    if "full_attention_interval" not in facts:
+    if _full_layers(facts) == layers:
         return layers * hidden * (3 * facts["intermediate_size"] + 2 * queries + 2 * keys)
-    full = layers // facts["full_attention_interval"]
+    full = _full_layers(facts)
     linear_keys = facts["linear_num_key_heads"] * facts["linear_key_head_dim"]
     linear_values = facts["linear_num_value_heads"] * facts["linear_value_head_dim"]
-    mlp = 3 * hidden * facts["intermediate_size"]
+    mlp = _experts(facts) if "num_experts" in facts else 3 * hidden * facts["intermediate_size"]
     attention = hidden * (2 * queries + 2 * keys + queries)  # queries and their gates, keys, values, output
     mixed = 2 * linear_keys + linear_values
     delta = hidden * (mixed + 2 * linear_values + 2 * facts["linear_num_value_heads"])
     return layers * mlp + full * attention + (layers - full) * delta
+
+
+def _full_layers(facts: dict[str, Any]) -> int:
+    """Layers of full attention."""
+    if "layer_types" in facts:
+        return sum(kind != "linear_attention" for kind in facts["layer_types"])
+    return int(facts["num_hidden_layers"] // facts.get("full_attention_interval", 1))
+
+
+def _experts(facts: dict[str, Any]) -> int:
+    """Of one layer: the experts a token is sent to, the shared one with its gate, the router."""
+    met = facts["num_experts_per_tok"] * facts["moe_intermediate_size"] + facts["shared_expert_intermediate_size"]
+    return int(facts["hidden_size"] * (3 * met + facts["num_experts"] + 1))
 
 
 def head_size(facts: dict[str, Any]) -> int:
@@ -55,7 +69,7 @@ class Flops:
 def step_flops(facts: dict[str, Any], lengths: Sequence[int]) -> Flops:
     """For sequences of `lengths` tokens, every token but the first of each trained."""
     layers = facts["num_hidden_layers"]
-    full = layers // facts.get("full_attention_interval", 1)
+    full = _full_layers(facts)
     tokens, trained = sum(lengths), sum(length - 1 for length in lengths)
     heads = facts["num_attention_heads"] * head_size(facts)
     body = 6 * layer_weights(facts) * tokens

@@ -41,6 +41,20 @@ def test_the_weights_that_multiply_are_those_of_the_model_s_linear_layers(size: 
     assert layer_weights(text_facts(size)) == sum(linear)
 
 
+def test_of_a_mixture_those_count_that_a_token_meets() -> None:
+    torch_setup.prepare()
+    facts = text_facts("35B-A3B")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text_config("35B-A3B"), dtype=torch.bfloat16)
+    body = {name: weight.numel() for name, weight in model.model.named_parameters() if weight.dim() > 1}
+    met = facts["num_experts_per_tok"] / facts["num_experts"]
+    expected = 0.0
+    for name, numbers in body.items():
+        if "embed_tokens" not in name and "conv1d" not in name:
+            expected += numbers * (met if ".experts." in name else 1)
+    assert layer_weights(facts) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("size", ["Llama-3.1-8B", "Qwen3-8B", "gemma-3-1b", "tiny-llama"])
 def test_so_are_those_of_other_models_and_their_shape_is_written(size: str, tmp_path: Path) -> None:
     model = bind.on_meta(write_shape(size, tmp_path / "model", context=4096))
