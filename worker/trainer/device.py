@@ -44,6 +44,7 @@ from worker.model.layer_trace import sizes_of
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.parallel_compile import parallel_compile
 from worker.trainer.trainer import Trainer
+from worker.trainer.tuned_kernels import card_of, shipped_table, tuned_kernels
 
 log = logging.getLogger("tandem")
 
@@ -170,13 +171,17 @@ def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
     with progress("warm-up", unit="shapes") as shown:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
-            with parallel_compile() as compiled:
+            table = shipped_table(card_of(trainer.device))
+            with parallel_compile() as compiled, tuned_kernels(table) as tuned:
                 report = warm_up(trainer, shown.at, replayed)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
     gc.collect()
     gc.freeze()  # what lives as long as the worker is not looked through again, least of all in a pause
-    log.info("%s; %s; compiled kernels are kept in ~/.triton and ~/.tilelang", report, compiled)
+    log.info("%s; %s; %s; compiled kernels are kept in ~/.triton and ~/.tilelang", report, tuned, compiled)
+    if tuned.other_sources:
+        names = ", ".join(sorted(name.rpartition(".")[2] for name in tuned.other_sources))
+        log.info("the table of tuned kernels is of another version of these, which were tuned: %s", names)
     used, held = torch.cuda.max_memory_allocated(trainer.device), torch.cuda.max_memory_reserved(trainer.device)
     if len(trainer.rows):
         log.info("CUDA graphs of %s rows hold %s", len(trainer.rows), gigabytes(trainer.rows.held_bytes))
