@@ -5,8 +5,9 @@
 
 Each part is a process of its own with cold caches (Triton's and TileLang's), on a model of few layers: what a kernel is
 tuned by are sizes of heads and rows, not depth. tuned: the trainer's warm-up without a table, which is then recorded.
-table: the same with that table. again (--warm): once more, with the caches of the part before. Then, with the table, what is new
-in the sizes of --also is tuned and recorded. 4B tunes as 9B and 35B-A3B do, 2B as 0.8B does. No server, random weights.
+table: the same with that table. again (--warm): once more, with the caches of the part before. Then, with the table,
+what is new in the sizes of --also is tuned and recorded. 4B and 35B-A3B tune as 9B does, 2B as 0.8B. No server, random
+weights.
 """
 
 import json
