@@ -9,7 +9,7 @@ The file: {"format": 1, "tables": [{"card", "capability", "multiprocessors", "tr
 "winners": [[key, options], ...]}]}]}. source: Triton's own digest of a kernel's source and of what it calls. key: what
 the autotuner keeps a winner by: some arguments' values, and tensors' types.
 
-Must not know: Triton, torch.
+Must not know: the server.
 Invariants: a winner is given for the very source and key that it was recorded with; a file that is not such a document
 is a TableError that names what is wrong, never a shorter table.
 """
