@@ -83,18 +83,9 @@ def synchronise(rig: Rig, group: Any, weights: dict[str, torch.Tensor], pool: Th
     times.append(time.monotonic())
     call(rig.url, "/resume")
     times.append(time.monotonic())
-    parts = dict(
-        zip(
-            ("pause_s", "start_s", "send_s", "finish_s", "resume_s"),
-            map(_less, times[1:], times, strict=False),
-            strict=True,
-        )
-    )
+    names = ("pause_s", "start_s", "send_s", "finish_s", "resume_s")
+    parts = {name: times[n + 1] - times[n] for n, name in enumerate(names)}
     return parts | {"stands_still_s": times[4] - times[1]}
-
-
-def _less(later: float, earlier: float) -> float:
-    return later - earlier
 
 
 def measure(rig: Rig, part: Part, model: torch.nn.Module, rounds: int) -> None:
