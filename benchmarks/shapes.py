@@ -105,6 +105,38 @@ def _write_other(size: str, folder: Path, context: int) -> Path:
     return folder
 
 
+FILE_BYTES = 4 << 30
+"""Of a file of weights, at least."""
+
+
+def write_files(folder: Path) -> None:
+    """Random weights, bf16, for the model directory `folder`, in files: what a server has lost can be restored then.
+
+    One block of random numbers over and over: that takes no longer than the disk does."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    block = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    index: dict[str, str] = {}
+    some: dict[str, Any] = {}
+    for number, (name, shape) in enumerate(shapes.items(), 1):
+        size = shape.numel()
+        some[name] = torch.cat([block] * -(-size // len(block)))[:size].view(shape)
+        if name.endswith("linear_attn.norm.weight"):
+            some[name] = torch.ones(shape, dtype=torch.bfloat16)  # the only norm that does not add one
+        if number == len(shapes) or sum(tensor.nbytes for tensor in some.values()) >= FILE_BYTES:
+            file = f"model-{number:05}.safetensors"
+            index |= dict.fromkeys(some, file)
+            save_file({name: tensor.contiguous() for name, tensor in some.items()}, folder / file, {"format": "pt"})
+            some = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
 @click.command()
 @click.argument("size", type=click.Choice(SIZES + OTHERS))
 @click.argument("folder", type=click.Path(path_type=Path))

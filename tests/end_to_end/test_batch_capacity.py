@@ -223,9 +223,9 @@ def test_a_command_plans_for_as_many_tokens_as_it_is_told(
     """`tandem rollback` and `tandem train --attach`, as the worker. A CPU needs no plan: the call for it is watched."""
     asked = []
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **options: Any) -> Any:
         asked.append((arguments[4], arguments[3].memory))
-        return choose_way(*arguments)
+        return choose_way(*arguments, **options)
 
     monkeypatch.setattr(sessions, "choose_way", watched)
     file = tmp_path / "lines.jsonl"

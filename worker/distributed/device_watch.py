@@ -1,15 +1,16 @@
 """Ends collectives of a GPU that somebody does not take part in.
 
     watch.began(ended)     a collective was launched; `ended()` says whether the device is through with it
-    watch.failed           one of them took too long, and all were ended
+    watch.give_up()        somebody who takes part in them is gone: all are ended
+    watch.failed           that, or one of them took too long, and all were ended
 
 NCCL waits on the device, for ever and without a word: whoever waits for the device then waits with it, and torch's own
 timeout would end the process (torch 2.11; seen on two H200). So a thread looks, and calls `abort`, which ends what is
 waiting: what is in the tensors afterwards means nothing.
 
 Must not know: Redis, vLLM, the optimizer.
-Invariant: `failed` is set before anything is ended: whoever has waited for the device, and finds it not set, has whole
-sums.
+Invariants: `failed` is set before anything is ended: whoever has waited for the device, and finds it not set, has whole
+sums. `abort` is called once at most, and not after `close`.
 """
 
 import logging
@@ -25,10 +26,12 @@ PACE = 0.2
 
 
 class DeviceWatch:
-    """seconds: what a collective may take, from when the one before it has ended. abort: ends all of them."""
+    """seconds: what a collective may take, from when the one before it has ended. abort: ends all of them. whose: who
+    takes part, for the log."""
 
-    def __init__(self, seconds: float, abort: Callable[[], None], pace: float = PACE) -> None:
+    def __init__(self, seconds: float, abort: Callable[[], None], pace: float = PACE, whose: str = "replicas") -> None:
         self.failed = False
+        self._whose, self._ending = whose, threading.Lock()
         self._seconds, self._abort, self._pace = seconds, abort, pace
         self._under_way: deque[tuple[float, Callable[[], bool]]] = deque()
         self._something, self._closed, self._moved = threading.Event(), False, 0.0
@@ -42,9 +45,27 @@ class DeviceWatch:
         self._under_way.append((time.monotonic(), ended))
         self._something.set()
 
+    @property
+    def waiting(self) -> float:
+        """For how many seconds none has ended; 0 while none is under way."""
+        try:
+            began = self._under_way[0][0]
+        except IndexError:
+            return 0.0
+        return time.monotonic() - max(self._moved, began)
+
+    def give_up(self) -> None:
+        """End all of them."""
+        with self._ending:
+            if self.failed or self._closed:
+                return
+            self.failed = True
+            self._abort()
+
     def close(self) -> None:
         """Look no more."""
-        self._closed = True
+        with self._ending:
+            self._closed = True
         self._something.set()
 
     def _look(self) -> None:
@@ -55,10 +76,9 @@ class DeviceWatch:
             if not self._under_way:
                 self._something.wait()
                 self._something.clear()
-            elif time.monotonic() > max(self._moved, self._under_way[0][0]) + self._seconds:
-                self.failed = True
-                log.warning("a sum over replicas took more than %g s: it is given up", self._seconds)
-                self._abort()
+            elif self.waiting > self._seconds:
+                log.warning("a sum over %s took more than %g s: it is given up", self._whose, self._seconds)
+                self.give_up()
                 return
             else:
                 time.sleep(self._pace)

@@ -9,12 +9,13 @@
     meet(message)                                     # the process group
 
 Commands and answers are msgpack on a socket pair that only parent and child have. What is computed together goes
-through torch.distributed's default process group, on the loopback interface.
+through torch.distributed's default process group, on the loopback interface: gloo, and on GPUs NCCL for what lies
+there.
 
 Must not know: Redis, vLLM, versions, the optimizer.
 Invariants: what only one rank fails at ends all of them, as a `GroupLostError` that says why: nobody waits for a rank
-that does something else. The others die with rank 0's process, however it dies. One that is stopped while it is needed
-is ended (`rank_watch`).
+that does something else. When `together` returns, the devices are through with it, too. The others die with rank 0's
+process, however it dies. One that is stopped while it is needed is ended (`rank_watch`).
 """
 
 import contextlib
@@ -29,9 +30,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from producer.errors import TandemError
+from worker.distributed.device_watch import DeviceWatch
 from worker.distributed.errors import GroupLostError
 from worker.distributed.rank_watch import Other, RankWatch, Tell
 from worker.utils import unix_socket
@@ -47,19 +50,36 @@ GONE_SECONDS = 1.0
 """How long a process whose connection is lost may take to be gone."""
 END_SECONDS = 10.0
 """How long a rank that was told to end may take."""
+CPU = torch.device("cpu")
+ENDING_PROCESSES = ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING")
+"""torch's own watches of NCCL, which end the process."""
+FIRST_SUMS = (8, 1 << 19, 1 << 25)
+"""Numbers of each of the first sums on GPUs. NCCL makes its buffers when a sum of their size first needs them: they are
+to be there before anybody asks how much memory is free."""
 ASKED = (signal.SIGINT, signal.SIGTERM)
 """What asks a process to end: a terminal's Ctrl-C and systemd ask the whole group, and rank 0 answers for it."""
 
 
+class SumsLostError(RuntimeError):
+    """Sums on a GPU timed out, or somebody who takes part in them is gone: what they left means nothing."""
+
+
 class RankProcesses:
     """command: starts one; two numbers are added, of a file and of our process. seconds: how long a rank is waited
-    for. tell: hears who is waited for (`RankWatch`)."""
+    for. tell: hears who is waited for (`RankWatch`). device: of rank 0's weights."""
 
     def __init__(
-        self, command: Sequence[str], ranks: int, seconds: float, tell: Tell = lambda others, since: None
+        self,
+        command: Sequence[str],
+        ranks: int,
+        seconds: float,
+        tell: Tell = lambda others, since: None,
+        device: torch.device = CPU,
     ) -> None:
-        self.command, self.ranks, self.seconds = list(command), ranks, seconds
+        self.command, self.ranks, self.seconds, self.device = list(command), ranks, seconds, device
         self.watch = RankWatch(tell)
+        self._sums: DeviceWatch | None = None
+        self._folder: Path | None = None
         self.others: list[Other] = []
         self.lost: str | None = "not started"
         """Why there is no group; None while there is one."""
@@ -71,7 +91,9 @@ class RankProcesses:
         """
         self.close()
         self.lost = None
-        folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))  # for us alone
+        if self.device.type == "cuda":
+            self._sums = self.watch.device = DeviceWatch(self.seconds, _abort, whose="ranks")
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))  # for us alone
         try:
             meeting = {"ranks": self.ranks, "store": str(folder / "store"), "seconds": self.seconds}
             with self.watch.over(self.others):
@@ -80,12 +102,12 @@ class RankProcesses:
                 for other in self.others:
                     self._send(other, {**told, **meeting, "rank": other.rank})
                 self.hear()
-            self.together({"op": "meet"}, lambda: meet({**meeting, "rank": 0}))
+            self.together({"op": "meet"}, lambda: meet({**meeting, "rank": 0}, self.device))
         except BaseException:
             self.close()
             raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.device.type == "cpu":  # NCCL may look into its store later
+            self._remove_folder()
 
     def together(self, message: Message, work: Callable[[], T]) -> T:
         """`work()` here while every other rank does what `message` says. Raises what all of them raise alike (a
@@ -98,6 +120,9 @@ class RankProcesses:
         failed: TandemError | None = None
         try:
             result = work()
+            self.check()
+            settle(self.device)
+            self.check()
         except GroupLostError:
             raise
         except TandemError as error:  # follows from what all have
@@ -115,6 +140,16 @@ class RankProcesses:
         if failed is not None:
             raise failed
         return result
+
+    def check(self) -> None:
+        """As `worker.model.shard_group.Watch.check`. Raises `SumsLostError`."""
+        if self._sums is not None and self._sums.failed:
+            raise SumsLostError("a sum over ranks timed out, or a rank is gone")
+
+    def began(self, ended: Callable[[], bool]) -> None:
+        """As `worker.model.shard_group.Watch.began`."""
+        if self._sums is not None:
+            self._sums.began(ended)
 
     def tell(self, message: Message) -> None:
         """Every other rank, which need not answer."""
@@ -137,6 +172,11 @@ class RankProcesses:
         self.lost = self.lost or "the ranks were ended"
         for other in self.others:
             other.sock.close()
+        if self._sums is not None:
+            self._sums.close()
+            with contextlib.suppress(Exception):  # NCCL's goodbye would wait for the others'
+                _abort()
+        self._sums = self.watch.device = None
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
         for other in self.others:
@@ -146,6 +186,12 @@ class RankProcesses:
                 other.process.kill()
                 other.process.wait()
         self.others = []
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
 
     def _spawn(self, rank: int) -> Other:
         ours, theirs = socket.socketpair()
@@ -200,12 +246,33 @@ class RankProcesses:
         raise GroupLostError(reason) from cause
 
 
-def meet(message: Mapping[str, Any]) -> None:
-    """Form the default process group: gloo, on the loopback interface, whatever the environment names for replicas."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def meet(message: Mapping[str, Any], device: torch.device = CPU) -> None:
+    """Form the default process group, on the loopback interface, whatever the environment names for replicas: gloo, and
+    NCCL for what lies on a GPU. device: of this rank's weights; NCCL takes what it keeps of the GPU's memory now."""
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    for name in ENDING_PROCESSES:  # device_watch.py does not
+        os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
+    gpu = device.type == "cuda"
     limit = timedelta(seconds=float(message["seconds"]))
     store = f"file://{message['store']}"
-    dist.init_process_group("gloo", store, limit, rank=int(message["rank"]), world_size=int(message["ranks"]))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", store, limit,
+        rank=int(message["rank"]), world_size=int(message["ranks"]),
+    )  # fmt: skip
+    for size in FIRST_SUMS if gpu else ():
+        dist.all_reduce(torch.zeros(size, dtype=torch.bfloat16, device=device))
+    settle(device)
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _abort() -> None:
+    if dist.group.WORLD is not None:
+        dist.group.WORLD.abort()
 
 
 def inherited(arguments: Sequence[str]) -> socket.socket:

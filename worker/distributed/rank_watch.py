@@ -1,12 +1,15 @@
 """Looks after the processes of ranks while rank 0 is at work with them: who is stopped, and who is waited for.
 
-    watch = RankWatch(tell)
+    watch = RankWatch(tell, device=collectives)
     with watch.over(others):            # a command is under way
         watch.silent = other            # from whom an answer is waited for now
 
 A process that is stopped (SIGSTOP, a debugger) computes nothing until it is woken: after `STOPPED_SECONDS` it is
 killed, and whoever waits for it is told by its connections. Whether one that sleeps hangs, nobody can tell from a slow
 one: that it is waited for is said, and rank 0's limit ends it.
+
+On a GPU the others' end is not heard of by connections: sums on the device go on waiting. So what is under way there is
+given up as soon as a process is gone; and rank 0 waits for the others while no sum ends.
 
 Must not know: torch, Redis, vLLM.
 Invariants: seconds are counted by looks, so that no time counts in which we were stopped ourselves; the thread ends
@@ -24,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from worker.distributed.device_watch import DeviceWatch
 from worker.utils.process_state import doing, is_stopped
 
 log = logging.getLogger("tandem")
@@ -57,10 +61,16 @@ Tell = Callable[[Sequence[Other], float], object]
 
 
 class RankWatch:
-    """pace: seconds between two looks. stopped_seconds: as `STOPPED_SECONDS`."""
+    """pace: seconds between two looks. stopped_seconds: as `STOPPED_SECONDS`. device: of sums on rank 0's GPU."""
 
-    def __init__(self, tell: Tell, pace: float = PACE, stopped_seconds: float = STOPPED_SECONDS) -> None:
-        self._tell, self._pace, self._stopped_seconds = tell, pace, stopped_seconds
+    def __init__(
+        self,
+        tell: Tell,
+        pace: float = PACE,
+        stopped_seconds: float = STOPPED_SECONDS,
+        device: DeviceWatch | None = None,
+    ) -> None:
+        self._tell, self._pace, self._stopped_seconds, self.device = tell, pace, stopped_seconds, device
         self.silent: Other | None = None
         """Whose answer rank 0 waits for, with its own work done."""
 
@@ -87,6 +97,8 @@ class RankWatch:
             for other in list(others):
                 stopped[other.rank] = stopped.get(other.rank, 0) + 1 if is_stopped(other.process.pid) else 0
                 self._see_stopped(other, stopped[other.rank])
+                if self.device is not None and other.process.poll() is not None:
+                    self.device.give_up()
             before, computed = computed, time.clock_gettime(clock)
             idle = computed - before < self._pace / 100
             found = [other for other in list(others) if stopped[other.rank]] or self._waited(others, ours, idle)
@@ -119,6 +131,8 @@ class RankWatch:
     def _waited(self, others: Sequence[Other], ours: int, idle: bool) -> list[Other]:
         if (silent := self.silent) is not None:
             return [silent]
+        if self.device is not None:
+            return list(others) if self.device.waiting > self._pace else []
         return list(others) if idle and _in_a_sum(sys._current_frames().get(ours)) else []
 
 

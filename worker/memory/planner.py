@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from producer.errors import TandemError
+from worker.memory.divided import COPIES
 from worker.memory.optimizer_memory import scratch_bytes, state_bytes
 from worker.memory.peak_moments import MOMENTS, gradient_bytes
 from worker.memory.plan import STEP, Apply, Plan, Recompute, Way, gigabytes, rounded_up
@@ -23,6 +24,8 @@ CONTEXT_BYTES = 1_150_000_000
 SLACK = 0.03
 """What the allocator rounds up or cannot reuse, as a part of what comes and goes (activations, gradients in flight).
 Its segments grow (`device_setup.growing_segments`): 0.01 was measured at 27B, 0.15 with segments of fixed sizes."""
+GROUP = "NCCL, and other ranks' processes"
+"""A row's name."""
 LEAST_ROW = 512
 """Tokens of the shortest packed row; rows of a power of two from here on exist."""
 SERVER_MEMORY = "a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization"
@@ -42,13 +45,16 @@ def make_plan(
     embeddings: str = "apollo",
     optimizer: str = "apollo-mini",
     context_bytes: int = CONTEXT_BYTES,
+    ranks: int = 1,
+    group_bytes: int = 0,
 ) -> Plan:
     """The plan for forward passes of `tokens` tokens (padding included), all of them trained.
 
     kept: how many of the last layers keep their activations; the others are recomputed.
     embeddings: "frozen" spares the gradients of embeddings and head. optimizer: as `--optimizer`, for its state and
     scratch. context_bytes: what CUDA and its libraries are still to take; less in a process whose context exists before
-    `free` is asked for.
+    `free` is asked for. ranks: of how many `config` is one part. group_bytes: what a group of processes is still to
+    take beside (NCCL).
     """
     tables = embeddings != "frozen"
     standing = gradient_bytes(config, tables) if way == "burst" else 0
@@ -63,6 +69,8 @@ def make_plan(
             ("optimizer's scratch", scratch_bytes(config, optimizer)),
             ("allocator's slack", SLACK * moving),
             ("CUDA context and libraries", context_bytes),
+            *([("copies that are added up over ranks", COPIES * config.hidden * tokens)] if ranks > 1 else []),
+            *([(GROUP, group_bytes)] if group_bytes else []),
         ]
         rounded = tuple((row, rounded_up(size)) for row, size in rows)
         plans.append(Plan(tokens, way, kept, len(config.layers), name, rows=rounded, **shared))
@@ -79,6 +87,8 @@ def choose(
     embeddings: str = "apollo",
     optimizer: str = "apollo-mini",
     context_bytes: int = CONTEXT_BYTES,
+    ranks: int = 1,
+    group_bytes: int = 0,
     way_out: str = SERVER_MEMORY,
 ) -> Plan:
     """The fastest plan that fits into `free_bytes`: burst before streaming, then no recomputation before it.
@@ -91,7 +101,10 @@ def choose(
     ways: list[Way] = ["burst", "streaming"] if apply == "auto" else [apply]
     every = len(config.layers)
     kept = {"auto": [every, 0], "always": [0], "never": [every]}[recompute]
-    at = partial(make_plan, config, embeddings=embeddings, optimizer=optimizer, context_bytes=context_bytes)
+    at = partial(
+        make_plan, config, embeddings=embeddings, optimizer=optimizer, context_bytes=context_bytes, ranks=ranks,
+        group_bytes=group_bytes,
+    )  # fmt: skip
     plans = [at(budget_tokens, way=way, kept=some) for way, some in product(ways, kept)]
     for plan in plans:
         if plan.total <= free_bytes:

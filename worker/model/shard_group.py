@@ -1,26 +1,40 @@
 """The processes that hold one model's shards, and the sums over them: torch.distributed behind a few functions.
 
-    shards = ShardGroup(process_group)          # gloo on CPUs, NCCL on GPUs
+    shards = ShardGroup()                       # gloo on CPUs, NCCL on GPUs
     shards.add_up([squares, r])                 # in place, for the optimizer
     x = shards.summed(partial)                  # Megatron's g: the sum forward, the same gradient to each backward
     x = shards.spread(x)                        # Megatron's f: the same value forward, the gradients' sum backward
+
+On a GPU a sum is ordered with what the device does before and after it on the current stream, forward's or backward's,
+and the host waits for none. One that somebody takes no part in does not end by itself: `watch` ends it.
 
 Shoeybi et al., "Megatron-LM" (arXiv 1909.08053), section 3. Must not know: the optimizer, the server.
 Invariants: all processes call alike, in the same order; what a sum gives is the same, bit for bit, on each.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class ShardGroup:
-    """Sums over `group` (None: the default one)."""
+class Watch(Protocol):
+    """What looks after sums on a GPU: `worker.distributed.rank_processes.RankProcesses`."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    def check(self) -> None:
+        """Raises where sums were given up: no other may begin, and what they left means nothing."""
+
+    def began(self, ended: Callable[[], bool]) -> None:
+        """One was launched; `ended()` says whether the device is through with it."""
+
+
+class ShardGroup:
+    """Sums over `group` (None: the default one, whichever it is at the time)."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None, watch: Watch | None = None) -> None:
+        self._group, self._watch = group, watch
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def add_up(self, tensors: list[Tensor]) -> None:
@@ -30,28 +44,43 @@ class ShardGroup:
             if not some:
                 continue
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in some])
-            dist.all_reduce(flat, group=self._group)
+            self._reduce(flat)
             parts = flat.split([tensor.numel() for tensor in some])
             for tensor, part in zip(some, parts, strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 
     def total(self, part: Tensor) -> Tensor:
         """The sum of all processes' `part`, a new tensor without a gradient."""
-        result = part.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, group=self._group)
-        return result
+        return self._reduce(part.detach().clone(memory_format=torch.contiguous_format))
 
     def highest(self, part: Tensor) -> Tensor:
         """The elementwise maximum of all processes' `part`, a new tensor without a gradient."""
-        result = part.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, dist.ReduceOp.MAX, group=self._group)
-        return result
+        return self._reduce(part.detach().clone(memory_format=torch.contiguous_format), dist.ReduceOp.MAX)
 
     def gathered(self, part: Tensor) -> list[Tensor]:
         """All processes' `part`, which have one shape, in the order of their ranks."""
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
+        self._check()
         dist.all_gather(parts, part.contiguous(), group=self._group)
+        self._began(part)
         return parts
+
+    def _reduce(self, tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+        """`tensor`, contiguous, in place."""
+        self._check()
+        dist.all_reduce(tensor, how, group=self._group)
+        self._began(tensor)
+        return tensor
+
+    def _check(self) -> None:
+        if self._watch is not None:
+            self._watch.check()
+
+    def _began(self, tensor: Tensor) -> None:
+        if self._watch is not None and tensor.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._watch.began(event.query)
 
     def summed(self, part: Tensor) -> Tensor:
         """Megatron's g: `total` forward, the gradient as it is backward."""

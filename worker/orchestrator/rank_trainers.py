@@ -1,7 +1,8 @@
 """The trainer of a server with --tensor-parallel-size: one process a rank, of which this one, rank 0's, leads.
 
-    ranks = RankTrainers(run_dir, weights, tokenizer, way)   # starts the others; refuses what is not trained divided
-    trainer = ranks.make(h)                                  # on all of them; used as any trainer
+    ranks = RankTrainers(run_dir, weights, tokenizer, memory)   # starts the others; refuses what is not divided
+    chosen = ranks.choose(h, settings, max_tokens)              # plans memory, and prepares all ranks' models
+    trainer = ranks.make(h)                                     # on all of them; used as any trainer
 
 Rank 0's process is the worker's own: it has the queue, Redis, the lease, journal and checkpoints, and writes every
 rank's header. The others (`rank_worker`) have their part of the model, and do what the trainer here does.
@@ -23,10 +24,12 @@ from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.distributed import waiting
 from worker.distributed.rank_processes import Message, RankProcesses
-from worker.memory.plan import Way
+from worker.memory.divided import beside
 from worker.model.shard_group import ShardGroup
 from worker.model.sharded import build_sharded
+from worker.shared_weights.attach import AttachedWeights
 from worker.shared_weights.divided import DividedWeights
+from worker.trainer.device import Chosen, Divided, choose_way, keep_within, room_of
 from worker.trainer.factory import make_trainer
 from worker.trainer.leading import LeadingTrainer
 from worker.trainer.proof import Expected, expect
@@ -41,15 +44,21 @@ COMMAND = (sys.executable, "-P", "-m", "worker.orchestrator.rank_worker")
 
 
 class RankTrainers:
-    """Of the server in `run_dir`. Raises `GroupLostError` with what a rank said, where one cannot be started."""
+    """Of the server in `run_dir`. memory: --memory, in GB, of each rank. Raises `GroupLostError` with what a rank said,
+    where one cannot be started."""
 
-    def __init__(self, run_dir: Path, weights: DividedWeights, tokenizer: Any, way: Way) -> None:
-        self.weights, self.tokenizer, self.way = weights, tokenizer, way
-        self._told = {"run_dir": str(Path(run_dir).absolute()), "way": way}
+    def __init__(self, run_dir: Path, weights: DividedWeights, tokenizer: Any, memory: float | None) -> None:
+        self.weights, self.tokenizer = weights, tokenizer
+        self.chosen = Chosen("burst")
+        self._told = {"run_dir": str(Path(run_dir).absolute()), "memory": memory}
+        self._planned: Message | None = None
         self._made: Message | None = None
-        self.processes = RankProcesses(COMMAND, len(weights.ranks), SECONDS, partial(waiting.tell, Path(run_dir)))
+        device, tell = weights.ranks[0].state.device, partial(waiting.tell, Path(run_dir))
+        keep_within(ApplySettings(memory=memory), device, beside(len(weights.ranks)))
+        self.processes = RankProcesses(COMMAND, len(weights.ranks), SECONDS, tell, device)
         try:
             self._start()
+            self.group = ShardGroup(watch=self.processes)
             self.model = self.together({"op": "model"}, self.plain_model)
         except BaseException:
             self.processes.close()
@@ -71,14 +80,29 @@ class RankTrainers:
     def plain_model(self) -> Any:
         """transformers' model over rank 0's part."""
         ours = self.weights.ranks[0]
-        return build_sharded(ours.model_path, ours.tensors, ours.shards, ShardGroup())
+        return build_sharded(ours.model_path, ours.tensors, ours.shards, self.group)
+
+    def choose(self, h: Hyperparameters, settings: ApplySettings, max_tokens: int) -> Chosen:
+        """How all ranks train. On GPUs the memory is planned, by the fullest of them, and models are prepared, on every
+        rank alike. Raises as `choose_way`."""
+        if not self.weights.state.is_cuda:
+            self.chosen = Chosen("streaming" if settings.apply == "streaming" else "burst")
+            return self.chosen
+        room = room_of(settings, [one.state.device for one in self.weights.ranks], beside(self.count))
+        how = {"apply": settings.apply, "max_tokens": max_tokens, "room": room, "ranks": self.count}
+        self._planned = {"op": "choose", "h": asdict(h), **how}
+        self.chosen = self.together(
+            self._planned, partial(choose_divided, self.model, self.weights.ranks[0], h, self._planned, settings.memory)
+        )
+        return self.chosen
 
     def make(self, h: Hyperparameters) -> Trainer:
         """A trainer on the live weights; it takes the place of the one before."""
-        self._made = {"op": "make", "h": asdict(h)}
-        lead = partial(LeadingTrainer, lead=self)
+        chosen = self.chosen
+        self._made = {"op": "make", "h": asdict(h), "way": chosen.way, "budget": chosen.budget}
+        ours, lead = self.weights.ranks[0], partial(LeadingTrainer, lead=self)
         return self.together(
-            self._made, partial(make_divided, self.model, self.weights.ranks[0], self.tokenizer, h, self.way, lead)
+            self._made, partial(make_divided, self.model, ours, self.tokenizer, h, chosen, self.group, lead)
         )
 
     def expect(self, model: Any, ids: Sequence[int]) -> Expected:
@@ -88,9 +112,9 @@ class RankTrainers:
     def renew(self) -> None:
         """New processes, with the present trainer's hyper-parameters. No weight may be half-written."""
         self._start()
-        self.together({"op": "model"}, lambda: None)
-        if self._made is not None:
-            self.together(self._made, lambda: None)
+        for message in ({"op": "model"}, self._planned, self._made):
+            if message is not None:
+                self.together(message, lambda: None)
 
     def close(self) -> None:
         """End the others."""
@@ -102,23 +126,34 @@ class RankTrainers:
             log.info("%s of %d trains its part of the weights", other.name, self.count)
 
 
+def choose_divided(
+    model: Any, weights: AttachedWeights, h: Hyperparameters, message: Message, memory: float | None = None
+) -> Chosen:
+    """On one rank: as `choose_way`, by what `message` says to all. weights: its part."""
+    settings = ApplySettings(apply=message["apply"], memory=memory)
+    divided = Divided(int(message["ranks"]), int(message["room"]))
+    device, most = weights.state.device, int(message["max_tokens"])
+    return choose_way(model, weights.model_path, h, settings, most, device, divided=divided)
+
+
 def make_divided(
-    model: Any, weights: Any, tokenizer: Any, h: Hyperparameters, way: Way, kind: Callable[..., Trainer] = Trainer
+    model: Any,
+    weights: AttachedWeights,
+    tokenizer: Any,
+    h: Hyperparameters,
+    chosen: Chosen,
+    group: ShardGroup,
+    kind: Callable[..., Trainer] = Trainer,
 ) -> Trainer:
-    """The trainer of one rank; weights: its part, `AttachedWeights`; kind: as for `make_trainer`."""
+    """The trainer of one rank; weights: its part; kind: as for `make_trainer`."""
     return make_trainer(
-        model, list(model.named_parameters()), tokenizer, h, state=weights.state, way=way,
-        shards=weights.shards, sum_over_shards=ShardGroup().add_up, kind=kind,
+        model, list(model.named_parameters()), tokenizer, h, state=weights.state, way=chosen.way, budget=chosen.budget,
+        shards=weights.shards, sum_over_shards=group.add_up, kind=kind,
     )  # fmt: skip
 
 
-def check_goes_with_ranks(settings: ApplySettings, *, replica: bool, gpu: bool) -> None:
+def check_goes_with_ranks(settings: ApplySettings, *, replica: bool) -> None:
     """Raise `TandemError` for what does not go with a server whose weights are divided over ranks."""
-    if gpu:
-        raise TandemError(
-            "tandem worker has trained a server with --tensor-parallel-size on CPUs alone so far: on GPUs serve without"
-            " it to train"
-        )
     if replica:
         raise TandemError(
             "--replica does not go with a server that has --tensor-parallel-size: train one such server, or replicas on"

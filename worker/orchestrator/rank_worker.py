@@ -11,6 +11,7 @@ every rank raises alike is said to rank 0, which decides; anything else ends thi
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import sys
@@ -18,17 +19,21 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from transformers import AutoTokenizer
 
 from producer.errors import TandemError
 from worker.checkpoint.replay import make_deterministic
 from worker.config.hyperparameters import Hyperparameters
-from worker.distributed.rank_processes import inherited, meet
+from worker.config.update_options import ApplySettings
+from worker.distributed.rank_processes import inherited, meet, settle
+from worker.memory.divided import beside
 from worker.model.shard_group import ShardGroup
 from worker.model.sharded import build_sharded
-from worker.orchestrator.rank_trainers import make_divided
+from worker.orchestrator.rank_trainers import choose_divided, make_divided
 from worker.shared_weights.attach import attach
 from worker.shared_weights.weights_client import rank_dir
+from worker.trainer.device import Chosen, compiling, growing_segments, keep_within
 from worker.trainer.leading import obey
 from worker.trainer.proof import expect
 from worker.trainer.trainer import Trainer
@@ -47,12 +52,16 @@ class Rank:
     """This process's part. told: what `RankTrainers` says at the start."""
 
     def __init__(self, told: dict[str, Any]) -> None:
-        self.told, self.rank, self.way = told, int(told["rank"]), told["way"]
+        self.told, self.rank = told, int(told["rank"])
         run_dir = Path(told["run_dir"])
         self._lock = _locked(rank_dir(run_dir, self.rank) / LOCK, self.rank)
         torch_setup.prepare()
-        self.weights = attach(run_dir, rank=self.rank)
-        make_deterministic(self.weights.state.device)
+        with growing_segments():
+            self.weights = attach(run_dir, rank=self.rank)
+            torch.empty(1, device=self.weights.state.device)
+        self.device = self.weights.state.device
+        keep_within(ApplySettings(memory=told["memory"]), self.device, beside(int(told["ranks"])))
+        make_deterministic(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(self.weights.model_path)
         self.model: Any = None
         self.trainer: Trainer | None = None
@@ -61,17 +70,26 @@ class Rank:
         """Do it. Raises a `TandemError` that rank 0 gets as well, or anything else, which ends us all."""
         op = message["op"]
         if op == "meet":
-            meet(self.told)
+            meet(self.told, self.device)
         elif op == "model":
             self.model = self._plain_model()
+        elif op == "choose":
+            log.setLevel(logging.WARNING)  # rank 0 shows the plan
+            choose_divided(self.model, self.weights, Hyperparameters(**message["h"]), message)
         elif op == "make":
-            h = Hyperparameters(**message["h"])
-            self.trainer = make_divided(self.model, self.weights, self.tokenizer, h, self.way)
+            h, chosen = Hyperparameters(**message["h"]), Chosen(message["way"], message["budget"])
+            self.trainer = make_divided(self.model, self.weights, self.tokenizer, h, chosen, ShardGroup())
         elif op == "expect":
             expect(self._plain_model(), message["ids"])
         else:
             assert self.trainer is not None
-            obey(self.trainer, message)
+            tunes = op == "dry_run" and self.device.type == "cuda"
+            with compiling(self.device) if tunes else contextlib.nullcontext():
+                obey(self.trainer, message)
+        settle(self.device)
+        if op == "warm_optimizer":  # the warm-up's end: as on rank 0
+            gc.collect()
+            gc.freeze()
 
     def _plain_model(self) -> Any:
         return build_sharded(self.weights.model_path, self.weights.tensors, self.weights.shards, ShardGroup())

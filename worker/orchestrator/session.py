@@ -30,6 +30,7 @@ from worker.config.retention import Policy
 from worker.config.update_options import MAX_TOKENS, ApplySettings
 from worker.data.batch_capacity import capacity_for
 from worker.data.examples import ExampleBuilder
+from worker.memory.divided import NCCL_BYTES
 from worker.orchestrator.attach_proof import prove
 from worker.orchestrator.rank_trainers import RankTrainers, check_goes_with_ranks
 from worker.orchestrator.recovery import mend_weights
@@ -105,14 +106,17 @@ def open_session(
         h = h.settled(weights.optimizer)
         device = weights.state.device
         if isinstance(weights, DividedWeights):
-            check_goes_with_ranks(settings, replica=replica is not None, gpu=weights.state.is_cuda)
+            check_goes_with_ranks(settings, replica=replica is not None)
         state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path, replica or 0)))
         make_deterministic(device)
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)
         builder = make_builder(tokenizer, weights.model_path, h, **control.rendering)
-        settings = within_share(settings, control.trainer_bytes)
-        keep_within(settings, device)
-        make, chosen, ranks = _how_to_train(stack, run_dir, weights, tokenizer, h, settings, max_tokens)
+        group_bytes = 0 if replica is None else NCCL_BYTES  # not made yet
+        share = control.trainer_bytes  # knows nothing of replicas: NCCL's is of what the server left to neither
+        settings = within_share(settings, share + group_bytes if share else 0)
+        keep_within(settings, device, group_bytes)
+        how = run_dir, weights, tokenizer, h, settings, max_tokens, group_bytes
+        make, chosen, ranks = _how_to_train(stack, *how)
         room = partial(
             capacity_for,
             packed=weights.state.is_cuda,
@@ -139,16 +143,18 @@ def _how_to_train(
     h: Hyperparameters,
     settings: ApplySettings,
     max_tokens: int,
+    group_bytes: int,
 ) -> tuple[Make, Chosen, RankTrainers | None]:
     """What makes a trainer on these weights, in which way it trains, and the other ranks' trainers where the server
     divides its weights; they end with `stack`. Whatever is trained again, is trained in the way that new versions are.
+    group_bytes: as for `choose_way`.
     """
     if isinstance(weights, DividedWeights):
-        chosen = Chosen("streaming" if settings.apply == "streaming" else "burst")
-        ranks = stack.enter_context(contextlib.closing(RankTrainers(run_dir, weights, tokenizer, chosen.way)))
-        return ranks.make, chosen, ranks
+        ranks = stack.enter_context(contextlib.closing(RankTrainers(run_dir, weights, tokenizer, settings.memory)))
+        return ranks.make, ranks.choose(h, settings, max_tokens), ranks
     model = weights.build_model()
-    chosen = choose_way(model, weights.model_path, h, settings, max_tokens, weights.state.device)
+    device = weights.state.device
+    chosen = choose_way(model, weights.model_path, h, settings, max_tokens, device, group_bytes=group_bytes)
     make = partial(
         make_trainer,
         model,

@@ -17,6 +17,7 @@ import click
 
 from worker.config.update_options import MAX_TOKENS
 from worker.data.batch_capacity import sizes_up_to
+from worker.memory.divided import beside, divided
 from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import ConfigError
 from worker.memory.optimizer_memory import state_bytes
@@ -96,11 +97,17 @@ def make_room(
     given = parse_flags(options)
     if where := said_by_user(given):
         return Share([], [f"{where} says what vLLM takes: nothing is set aside for the trainer beyond that"])
-    if trainer_memory is None and given.get("--tensor-parallel-size", ["1"])[-1:] != ["1"]:
-        raise LaunchError(f"the trainer's share of a divided model is not computed: {WAY_OUT}")
     if trainer_memory == 0:
         return Share([], ["nothing is set aside for the trainer (--trainer-memory 0)"])
-    return share_of(model, given, trainer_memory, total_memory(environment), optimizer)
+    return share_of(model, given, trainer_memory, total_memory(environment, ranks_of(given)), optimizer)
+
+
+def ranks_of(given: Mapping[str, Sequence[str]]) -> int:
+    """Over how many devices vLLM divides the model. Raises LaunchError."""
+    count = (given.get("--tensor-parallel-size") or ["1"])[-1]
+    if not count.isdecimal() or int(count) < 1:
+        raise LaunchError(f"--tensor-parallel-size {count}: say a number of GPUs")
+    return int(count)
 
 
 def share_of(
@@ -110,14 +117,19 @@ def share_of(
     total: int,
     optimizer: str = "apollo-mini",
 ) -> Share:
-    """As `make_room`, on a device of `total` bytes. given: the user's flags, none of them about memory."""
+    """As `make_room`, on a device of `total` bytes, or on each of several that a model is divided over. given: the
+    user's flags, none of them about memory."""
     if trainer_memory is not None:
         return flags_for(total, 0, math.ceil(trainer_memory * 1e9), "--trainer-memory")
+    ranks = ranks_of(given)
     try:
         config = read_sizes(find_config(model, given))
+        config = config if ranks == 1 else divided(config, ranks)
     except (ConfigError, LaunchError) as error:
         raise LaunchError(f"the trainer's share cannot be computed: {error}; {WAY_OUT}") from None
-    plan = with_graphs(default_plan(config, total, optimizer), config, total, optimizer)
+    plan = default_plan(config, total, optimizer, ranks)
+    if ranks == 1:
+        plan = with_graphs(plan, config, total, optimizer)
     taken = weight_bytes(config) + state_bytes(config, optimizer)
     return flags_for(total, taken, plan.total, f"{plan.title()}; --trainer-memory says otherwise")
 
@@ -127,9 +139,10 @@ def said_by_user(given: Mapping[str, Sequence[str]]) -> str | None:
     return said(given, KV_FLAGS)
 
 
-def default_plan(config: Sizes, total: int, optimizer: str = "apollo-mini") -> Plan:
-    """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed."""
-    at = partial(make_plan, config, MAX_TOKENS, kept=0, optimizer=optimizer)
+def default_plan(config: Sizes, total: int, optimizer: str = "apollo-mini", ranks: int = 1) -> Plan:
+    """Burst where it takes at most a quarter of the device's `total` bytes, else streaming; layers recomputed. ranks:
+    of how many `config` is one part."""
+    at = partial(make_plan, config, MAX_TOKENS, kept=0, optimizer=optimizer, ranks=ranks, group_bytes=beside(ranks))
     burst = at(way="burst")
     return burst if 4 * burst.total <= total else at(way="streaming")
 
@@ -178,15 +191,20 @@ def find_config(model: str, given: Mapping[str, Sequence[str]]) -> Path:
         raise LaunchError(f"{model} is not a directory, and its config.json was not found: {reason}") from None
 
 
-def total_memory(environment: Mapping[str, str]) -> int:
-    """Bytes of the device vLLM will use: the first of CUDA_VISIBLE_DEVICES. Raises LaunchError."""
+def total_memory(environment: Mapping[str, str], devices: int = 1) -> int:
+    """Bytes of the smallest of the `devices` that vLLM will use: the first of CUDA_VISIBLE_DEVICES. Raises
+    LaunchError."""
     command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or getattr(error, "stdout", None) or error
         raise LaunchError(_unknown_device(f"nvidia-smi failed: {str(said).strip()}")) from None
-    return pick_device(result.stdout, environment.get("CUDA_VISIBLE_DEVICES"))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    named = list(map(str, range(devices))) if visible is None else visible.split(",")[:devices]
+    if len(named) < devices:
+        raise LaunchError(f"--tensor-parallel-size {devices}: CUDA_VISIBLE_DEVICES={visible!r} names fewer devices")
+    return min(pick_device(result.stdout, one) for one in named)
 
 
 def pick_device(table: str, visible: str | None) -> int:

@@ -58,7 +58,10 @@ def attach_any(run_dir: Path, timeout: float = 60.0) -> AttachedWeights:
     try:
         return attach(run_dir, timeout)
     except DividedError as divided:
-        return DividedWeights([attach(run_dir, timeout, rank) for rank in range(divided.ranks)])
+        weights = DividedWeights([attach(run_dir, timeout, rank) for rank in range(divided.ranks)])
+        if weights.state.is_cuda:
+            torch.cuda.set_device(weights.ranks[0].state.device)  # where this process computes: the last was attached
+        return weights
 
 
 class DividedTensor:
@@ -76,8 +79,8 @@ class DividedTensor:
 
     @torch.no_grad()
     def detach(self) -> Tensor:
-        """The whole, as a copy."""
-        return assemble(zip(self.tensors, self.shards, strict=True))
+        """The whole, as a copy on the host: no GPU need have room for it."""
+        return assemble((part.cpu(), shard) for part, shard in zip(self.tensors, self.shards, strict=True))
 
     @torch.no_grad()
     def copy_(self, whole: Tensor) -> None:

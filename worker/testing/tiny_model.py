@@ -161,7 +161,7 @@ def _config(
         "depth": 1,
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_heads": 1,
+        "num_heads": 2,
         "num_position_embeddings": 16,
         "out_hidden_size": hidden,
         "deepstack_visual_indexes": [],

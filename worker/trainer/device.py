@@ -3,6 +3,8 @@
     with growing_segments():                                          # around the first allocation
     keep_within(settings, device)                                     # to what --memory says
     chosen = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
+    room = room_of(settings, devices, group_bytes)                    # of a model that is divided over `devices`
+    chosen = choose_way(..., divided=Divided(len(devices), room))     # the same on every rank
     warm(trainer, chosen.replayed)                                    # says how far it is; logs what it cost
 
 On a CPU there is nothing to plan, and transformers' own code runs as it is, with an attention that knows all that the
@@ -27,6 +29,7 @@ from producer.progress import progress
 from worker.config.hyperparameters import Hyperparameters
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
+from worker.memory.divided import divided as part_of
 from worker.memory.graphs import NO_GRAPHS, Graphs, graphs_beside
 from worker.memory.plan import Way, gigabytes
 from worker.memory.planner import (
@@ -42,9 +45,9 @@ from worker.memory.traced_sizes import NOT_SEEN, Sizes, has_been_captured, has_r
 from worker.model import fuse, settle_attention
 from worker.model.layer_trace import sizes_of
 from worker.trainer.kernel_warmup import warm_up
-from worker.trainer.parallel_compile import parallel_compile
+from worker.trainer.parallel_compile import Compiled, parallel_compile
 from worker.trainer.trainer import Trainer
-from worker.trainer.tuned_kernels import card_of, shipped_table, tuned_kernels
+from worker.trainer.tuned_kernels import Tuned, card_of, shipped_table, tuned_kernels
 
 log = logging.getLogger("tandem")
 
@@ -64,6 +67,14 @@ class Chosen:
     budget: int | None = None
     by_factors: int = 0
     replayed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Of a model that is divided over `ranks`: what the trainer of each may take in bytes (`room_of`)."""
+
+    ranks: int
+    room: int
 
 
 @contextmanager
@@ -86,12 +97,22 @@ def growing_segments() -> Iterator[None]:
 
 
 def choose_way(
-    model: Any, model_path: Path, h: Hyperparameters, settings: ApplySettings, max_tokens: int, device: torch.device
+    model: Any,
+    model_path: Path,
+    h: Hyperparameters,
+    settings: ApplySettings,
+    max_tokens: int,
+    device: torch.device,
+    *,
+    group_bytes: int = 0,
+    divided: Divided | None = None,
 ) -> Chosen:
     """Plan the memory, prepare `model` (transformers', on the shared weights), and say which way fits.
 
-    max_tokens: most tokens of a version, as the queue collects them. Raises MemoryPlanError, ModelError,
-    AttentionError, ConfigError.
+    max_tokens: most tokens of a version, as the queue collects them. group_bytes: what NCCL is still to take, where
+    gradients of several replicas are added up. divided: `model` is one rank's; all ranks have to come to the same plan,
+    which says what is computed again, and so which sums there are. Raises MemoryPlanError, ModelError, AttentionError,
+    ConfigError.
     """
     if device.type == "cpu":
         settle_attention(model)
@@ -100,16 +121,17 @@ def choose_way(
     sizes = sizes_up_to(max(max_tokens, h.max_length))
     budget = sizes[-1]
     free, whole = torch.cuda.mem_get_info(device)
-    may, way_out = free, SERVER_MEMORY
-    if settings.memory:  # of the whole process, whose context is there already
-        said = max(0, int(settings.memory * 1e9) - (CONTEXT_BYTES - LIBRARIES_BYTES))
-        may, way_out = (said, "a larger --memory") if said < free else (free, SERVER_MEMORY)
+    may = room_of(settings, [device], 0) if divided is None else divided.room
+    way_out = "a larger --memory" if settings.memory and may < free else SERVER_MEMORY
     costs: dict[str, Any] = {"embeddings": h.embeddings, "optimizer": h.rule, "context_bytes": LIBRARIES_BYTES}
+    costs["group_bytes"] = group_bytes
+    if divided is not None:
+        config, costs["ranks"] = part_of(config, divided.ranks), divided.ranks
     plan = choose(config, budget, may, settings.apply, way_out=way_out, **costs)
 
-    mixed = settings.apply == "auto" and plan.way == "streaming"
+    mixed = settings.apply == "auto" and plan.way == "streaming" and divided is None
     graphs = NO_GRAPHS
-    if settings.graphs == "auto":
+    if settings.graphs == "auto" and divided is None:
         graphs = graphs_beside(config, sizes, may, way=plan.way, by_factors=mixed, **costs)
     rest = may - graphs.held
     by_factors = longest_by_factors(config, sizes, rest, **costs) if mixed else 0
@@ -129,9 +151,20 @@ def choose_way(
             shown = shown.with_graphs(graphs.held, graphs.rows)
         for line in shown.within(may).render(whole):
             log.info(line)
-    _say(config, by_factors, graphs, wanted=settings.graphs == "auto")
+    if divided is None:
+        _say(config, by_factors, graphs, wanted=settings.graphs == "auto")
     fuse(model, kept)
     return Chosen(plan.way, budget, by_factors, graphs.rows)
+
+
+def room_of(settings: ApplySettings, devices: Sequence[torch.device], group_bytes: int) -> int:
+    """Bytes that this process, or the ranks on `devices` each, may still take: what is free on the fullest device, and
+    no more than --memory. group_bytes: what of --memory NCCL and other ranks' processes have taken already."""
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    if not settings.memory:
+        return free
+    taken = CONTEXT_BYTES - LIBRARIES_BYTES + group_bytes  # the context is there
+    return min(free, max(0, int(settings.memory * 1e9) - taken))
 
 
 def _say(config: Sizes, by_factors: int, graphs: Graphs, *, wanted: bool) -> None:
@@ -155,13 +188,22 @@ def within_share(settings: ApplySettings, share: int) -> ApplySettings:
     return replace(settings, memory=share / 1e9) if settings.memory is None and share else settings
 
 
-def keep_within(settings: ApplySettings, device: torch.device) -> None:
+def keep_within(settings: ApplySettings, device: torch.device, group_bytes: int = 0) -> None:
     """Hold torch's allocator to what --memory leaves beside CUDA's own: it gives back what it keeps for later rather
-    than take more. For a process whose weights are somebody else's."""
+    than take more. For a process whose weights are somebody else's. group_bytes: what NCCL and other ranks' processes
+    take of it."""
     if settings.memory and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        rest = max(0.0, settings.memory * 1e9 - CONTEXT_BYTES)
+        rest = max(0.0, settings.memory * 1e9 - CONTEXT_BYTES - group_bytes)
         torch.cuda.set_per_process_memory_fraction(min(1.0, rest / whole), device)
+
+
+@contextmanager
+def compiling(device: torch.device) -> Iterator[tuple[Compiled, Tuned]]:
+    """Around what compiles kernels for a GPU: candidates side by side, and of kernels in the table one."""
+    table = shipped_table(card_of(device))
+    with parallel_compile() as compiled, tuned_kernels(table) as tuned:
+        yield compiled, tuned
 
 
 def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
@@ -171,8 +213,7 @@ def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
     with progress("warm-up", unit="shapes") as shown:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
-            table = shipped_table(card_of(trainer.device))
-            with parallel_compile() as compiled, tuned_kernels(table) as tuned:
+            with compiling(trainer.device) as (compiled, tuned):
                 report = warm_up(trainer, shown.at, replayed)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error

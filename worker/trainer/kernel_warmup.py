@@ -41,7 +41,7 @@ def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replaye
         (f"{size} tokens", partial(_run, trainer, size)) for size in (longest, *shorter)
     ]
     work.insert(1, ("again", partial(_run, trainer, longest)))
-    work.append(("optimizer", trainer.optimizer.warm_up))
+    work.append(("optimizer", trainer.warm_optimizer))
     work += [(f"graphs of {size} tokens", partial(trainer.capture, size)) for size in sorted(replayed, reverse=True)]
     seconds = {}
     for done, (what, run) in enumerate(work):

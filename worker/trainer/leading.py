@@ -75,6 +75,9 @@ class LeadingTrainer(Trainer):
     def dry_run(self, examples: Sequence[Example]) -> None:
         self._all("dry_run", partial(super().dry_run, examples), examples)
 
+    def warm_optimizer(self) -> None:
+        self._all("warm_optimizer", super().warm_optimizer)
+
     def score(self, examples: Sequence[Example]) -> dict[str, float]:
         return self._all("score", partial(super().score, examples), examples)
 
@@ -136,6 +139,7 @@ _OBEYED: dict[str, Callable[[Trainer, list[Example], Message], object]] = {
     "gradient_norm": lambda trainer, examples, message: trainer.gradient_norm(),
     "skip": lambda trainer, examples, message: trainer.skip(),
     "dry_run": lambda trainer, examples, message: trainer.dry_run(examples),
+    "warm_optimizer": lambda trainer, examples, message: trainer.warm_optimizer(),
     "score": lambda trainer, examples, message: trainer.score(examples),
     "expectations": lambda trainer, examples, message: trainer.expectations(examples),
     "drift": lambda trainer, examples, message: trainer.drift(examples, Teachers.read(message["then"])),

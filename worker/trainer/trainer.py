@@ -190,6 +190,10 @@ class Trainer(ModelReader):
             self.sweep.rehearse()
         self.forget()
 
+    def warm_optimizer(self) -> None:
+        """Have what the optimizer's step needs compiled."""
+        self.optimizer.warm_up()
+
     def _parts(self, examples: Sequence[Example]) -> list[Part]:
         """What is computed here, with what its teachers expect."""
         parts = self.sharing.divide(examples)

@@ -49,3 +49,22 @@ def test_each_has_its_time_from_the_end_of_the_one_before() -> None:
     second.ended.set()
     until(lambda: not watch._under_way, "see the second one end")
     watch.close()
+
+
+def test_what_is_given_up_is_ended_once_and_nothing_after_the_close() -> None:
+    said: list[bool] = []
+    watch = DeviceWatch(600.0, lambda: said.append(watch.failed), pace=0.001)
+    assert watch.waiting == 0
+    one = Collective()
+    watch.began(one.ended.is_set)
+    until(lambda: watch.waiting > 0.05, "seconds pass")
+    watch.give_up()
+    watch.give_up()
+    assert said == [True], "it was said before, and ended once"
+    one.ended.set()
+    until(lambda: watch.waiting == 0, "it has ended")
+    watch.close()
+    closed = DeviceWatch(600.0, lambda: said.append(True))
+    closed.close()
+    closed.give_up()
+    assert said == [True] and not closed.failed

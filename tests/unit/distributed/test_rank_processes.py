@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from rank_child import OtherError, total
 
 from producer.errors import TandemError
 from worker.distributed import waiting
+from worker.distributed.device_watch import DeviceWatch
 from worker.distributed.errors import GroupLostError
 from worker.distributed.rank_processes import RankProcesses
 from worker.distributed.rank_watch import Other, RankWatch
@@ -107,6 +109,27 @@ def test_one_that_is_stopped_is_named_and_ended_long_before_one_that_is_slow(
         assert told.heard_of(1)
         ranks.start({})
     assert ranks.together({"op": "sum"}, total) == 2
+
+
+def test_sums_on_a_device_are_given_up_when_a_process_is_gone_and_waited_for_while_none_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No connection ends there: the device waits. Whether rank 0's thread computes says nothing."""
+    monkeypatch.setattr("worker.distributed.rank_watch.SHOWN_SECONDS", 0.2)
+    heard, given_up = list[list[int]](), threading.Event()
+    sums = DeviceWatch(PATIENCE, given_up.set, pace=0.01)
+    watch = RankWatch(lambda others, since: heard.append([other.rank for other in others]), 0.05, device=sums)
+    here, there = socket.socketpair()
+    with here, there, subprocess.Popen(["sleep", "1000"]) as process:
+        with watch.over([Other(1, process, here)]):
+            assert not given_up.wait(0.5) and not heard
+            sums.began(lambda: False)
+            until(lambda: heard == [[1]], "it is waited for")
+            assert not given_up.is_set()
+            process.kill()
+            until(given_up.is_set, "the sum is given up")
+        sums.close()
+    assert heard[-1] == [] and sums.failed
 
 
 def test_one_that_is_stopped_while_it_starts_is_ended_too(ranks: RankProcesses) -> None:

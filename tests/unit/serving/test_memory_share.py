@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory import planner
+from worker.memory.divided import beside, divided
 from worker.memory.graphs import graphs_beside
 from worker.memory.model_config import TextConfig
 from worker.memory.plan import Way
@@ -246,6 +247,29 @@ def test_trainer_memory_is_read(text: str, value: float | None) -> None:
     assert memory_share.TrainerMemory().convert(text, None, None) == value
 
 
-def test_the_share_of_a_divided_model_is_not_guessed() -> None:
-    with pytest.raises(launch.LaunchError, match=r"share of a divided model is not computed: .*--trainer-memory N"):
-        memory_share.make_room("any", ["-tp", "2"], None, {}, on_cpu=False)
+def test_each_device_of_a_divided_model_has_the_share_of_a_part(tmp_path: Path) -> None:
+    """Half of the weights and state, a part's activations, and what NCCL and rank 0's process take there."""
+    (tmp_path / "config.json").write_text((CONFIGS / "qwen3_5-27B.json").read_text())
+    config, total = TextConfig.read(tmp_path / "config.json"), 141 * 10**9
+    _, (note,), left = memory_share.share_of(str(tmp_path), {"--tensor-parallel-size": ["2"]}, None, total)
+    plan = memory_share.default_plan(divided(config, 2), total, ranks=2)
+    assert plan.way == "streaming" and plan.title() in note and left >= plan.total
+    whole = memory_share.default_plan(config, total)
+    assert beside(2) < plan.total < whole.total + beside(2)
+    with pytest.raises(launch.LaunchError, match=r"the device has 30.00 GB, and .*: 26.94 GB for the weights"):
+        memory_share.share_of(str(tmp_path), {"--tensor-parallel-size": ["2"]}, None, 30 * 10**9)
+    for said in ("0", "two"):
+        with pytest.raises(launch.LaunchError, match=f"--tensor-parallel-size {said}: say a number"):
+            memory_share.make_room("any", ["-tp", said], None, {}, on_cpu=False)
+
+
+def test_the_smallest_of_the_devices_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, GPU-a, 100'\necho '1, GPU-b, 70'\necho '2, GPU-c, 90'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for visible, devices, mib in ((None, 2, 70), ("2,0,1", 2, 90), ("0,1", 1, 100)):
+        environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        assert memory_share.total_memory(environment, devices) == mib << 20
+    with pytest.raises(launch.LaunchError, match="CUDA_VISIBLE_DEVICES='2' names fewer devices"):
+        memory_share.total_memory({"CUDA_VISIBLE_DEVICES": "2"}, 2)
