@@ -210,11 +210,8 @@ def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
     assert stack.weights_version()["state"] == "serving"
 
 
-SLOW = [pytest.param(point, marks=pytest.mark.slow) for point in ("backward", "applied", "resumed", "committed")]
-"""Points at which tests with the stand-in kill a worker in every run."""
-
-
-@pytest.mark.parametrize("point", ["paused", *SLOW])
+@pytest.mark.slow  # in every run: test_recovery.py with the stand-in, test_chaos.py with vLLM, at points that it draws
+@pytest.mark.parametrize("point", ["backward", "paused", "applied", "resumed", "committed"])
 def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(stack: Stack, point: str) -> None:
     before = stack.producer.version()
     sent = transcripts(point, 5)
@@ -306,6 +303,7 @@ def test_rollback_in_the_live_server(stack: Stack) -> None:
     assert "rollback" in stack.tandem("log").stdout
 
 
+@pytest.mark.slow  # in every run: test_recovery.py with the stand-in; vLLM in test_lease.py, test_serving_through_writes.py
 def test_torn_weights_are_never_served_and_the_next_worker_mends_them(stack: Stack) -> None:
     before = stack.producer.version()
     stack.producer.enqueue_many(transcripts("torn", 2))
