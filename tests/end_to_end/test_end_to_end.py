@@ -303,7 +303,7 @@ def test_rollback_in_the_live_server(stack: Stack) -> None:
     assert "rollback" in stack.tandem("log").stdout
 
 
-@pytest.mark.slow  # in every run: test_recovery.py with the stand-in; vLLM in test_lease.py, test_serving_through_writes.py
+@pytest.mark.slow  # in every run: test_recovery.py with the stand-in; vLLM in test_lease.py and beside writes
 def test_torn_weights_are_never_served_and_the_next_worker_mends_them(stack: Stack) -> None:
     before = stack.producer.version()
     stack.producer.enqueue_many(transcripts("torn", 2))
