@@ -210,7 +210,7 @@ def test_a_second_worker_is_refused_by_name(stack: Stack) -> None:
     assert stack.weights_version()["state"] == "serving"
 
 
-@pytest.mark.slow  # in every run: test_recovery.py and test_chaos.py with the stand-in; with vLLM the leases of test_lease.py
+@pytest.mark.slow  # in every run: test_recovery.py, test_chaos.py with the stand-in; test_lease.py with vLLM
 @pytest.mark.parametrize("point", ["backward", "paused", "applied", "resumed", "committed"])
 def test_killed_worker_leaves_a_serving_server_and_nothing_is_lost_or_repeated(stack: Stack, point: str) -> None:
     before = stack.producer.version()
