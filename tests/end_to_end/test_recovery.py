@@ -69,7 +69,7 @@ def taught(site: Site) -> Site:
 
 
 @pytest.mark.parametrize(
-    "point", points("journaled applying applied", "backward", "paused", "swept", "resumed", "committed")
+    "point", points("journaled paused applying applied", "backward", "swept", "resumed", "committed")
 )
 def test_a_worker_killed_anywhere_costs_nothing(
     site: Site, point: str, undisturbed: dict[int, tuple[str, int]], tiny_model: Path, tmp_path: Path

@@ -14,6 +14,7 @@ sums. `abort` is called once at most, and not after `close`.
 """
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -23,6 +24,13 @@ log = logging.getLogger("tandem")
 
 PACE = 0.2
 """Seconds between two looks, while anything is under way."""
+
+
+def watch_alone() -> None:
+    """Before a group is made: have torch's own watches of NCCL off, which end the process, unless the environment says
+    otherwise."""
+    for name in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING"):
+        os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
 
 
 class DeviceWatch:

@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from producer.errors import TandemError
+from worker.distributed import device_watch
 from worker.distributed.device_watch import DeviceWatch
 from worker.distributed.errors import GroupLostError
 from worker.distributed.rank_watch import Other, RankWatch, Tell
@@ -51,8 +52,6 @@ GONE_SECONDS = 1.0
 END_SECONDS = 10.0
 """How long a rank that was told to end may take."""
 CPU = torch.device("cpu")
-ENDING_PROCESSES = ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING")
-"""torch's own watches of NCCL, which end the process."""
 FIRST_SUMS = (8, 1 << 19, 1 << 25)
 """Numbers of each of the first sums on GPUs. NCCL makes its buffers when a sum of their size first needs them: they are
 to be there before anybody asks how much memory is free."""
@@ -250,8 +249,7 @@ def meet(message: Mapping[str, Any], device: torch.device = CPU) -> None:
     """Form the default process group, on the loopback interface, whatever the environment names for replicas: gloo, and
     NCCL for what lies on a GPU. device: of this rank's weights; NCCL takes what it keeps of the GPU's memory now."""
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-    for name in ENDING_PROCESSES:  # device_watch.py does not
-        os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
+    device_watch.watch_alone()
     gpu = device.type == "cuda"
     limit = timedelta(seconds=float(message["seconds"]))
     store = f"file://{message['store']}"

@@ -32,6 +32,7 @@ import msgpack
 import torch
 import torch.distributed as dist
 
+from worker.distributed import device_watch
 from worker.distributed.asking import Asker, Away, OverError
 from worker.distributed.errors import GroupLostError, RendezvousError
 from worker.distributed.group import Group
@@ -92,11 +93,7 @@ class Rendezvous:
         if address.is_loopback:  # torch.distributed would listen on the host's other addresses
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
-        for name in (
-            "ASYNC_ERROR_HANDLING",
-            "ENABLE_MONITORING",
-        ):  # they would end the process: device_watch.py does not
-            os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
+        device_watch.watch_alone()
 
     # -- replica 0 ------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class TracedSizes:
 
 Sizes = TextConfig | TracedSizes
 NOT_SEEN = "no GPU has trained such a model yet"
-RAN = frozenset({"llama", "qwen3"})
+RAN = frozenset({"gemma3_text", "llama", "qwen3"})
 """Types whose models a GPU trained beside a live server, and whose plans were compared with what they took
 (benchmarks/RESULTS.md: within 6 % on an H200). All Qwen3.5 besides, mixtures included."""
 

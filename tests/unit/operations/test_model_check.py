@@ -42,7 +42,7 @@ def test_the_parameters_are_counted(answers: dict[str, dict[str, Any]]) -> None:
     assert {name: round(answers[name]["parameters"] / 1e9, 2) for name in BILLIONS} == BILLIONS
 
 
-SEEN = {"Llama-3.1-8B", "Qwen3-8B"}
+SEEN = {"Llama-3.1-8B", "Qwen3-8B", "gemma-3-1b"}
 NOT_ON_A_GPU = {"gpt-oss-20b", "gemma-2-9b", "qwen3_5-35B-A3B"}
 
 
