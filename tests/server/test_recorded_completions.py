@@ -156,20 +156,34 @@ def test_answers_come_while_redis_is_away_or_full(server: Any, kept: RedisServer
         assert record(client, full).token_ids
 
 
-def test_a_client_that_goes_away_leaves_what_it_had_got(server: Any, store: redis.Redis) -> None:
+LONG = 1500
+"""Tokens of an answer that somebody goes away from."""
+TRIES = 6
+"""On a busy machine the whole answer may be there before the server hears that its client is gone."""
+
+
+def gone_away(server: Any) -> str:
+    """A client that got the first tokens of a long answer, and went as a user who presses stop: the answer's key."""
     import http.client
     from urllib.parse import urlsplit
 
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc)
-    long = body(server, "go on", max_tokens=1500, ignore_eos=True, stream=True, temperature=0)
+    long = body(server, "go on", max_tokens=LONG, ignore_eos=True, stream=True, temperature=0)
     connection.request("POST", CHAT, json.dumps(long), {"content-type": "application/json"})
     answer = connection.getresponse()
     key = answer.headers["X-Tandem-Completion"]
     got = b""
     while got.count(b"data: ") < 8:
         got += answer.read1()
-    answer.close()  # as a user presses stop
+    answer.close()
     connection.close()
-    kept = record(store, key)
-    assert 4 <= len(kept.token_ids) < 1500 and kept.answer["content"]
+    return str(key)
+
+
+def test_a_client_that_goes_away_leaves_what_it_had_got(server: Any, store: redis.Redis) -> None:
+    for _ in range(TRIES):
+        kept = record(store, gone_away(server))
+        if len(kept.token_ids) < LONG:
+            break
+    assert 4 <= len(kept.token_ids) < LONG and kept.answer["content"]
     assert kept.logprobs is not None and len(kept.logprobs) == len(kept.token_ids)
