@@ -6,6 +6,15 @@ It knows torch, and Triton in its CUDA files alone; no Redis, no vLLM, no transf
 
 from worker.apollo.apollo_mini import ApolloMini, LastUpdate
 from worker.apollo.errors import ApolloError, NonFiniteGradient, NonFiniteGradientError
+from worker.apollo.products import GradientProduct
 from worker.apollo.state_layout import state_bytes
 
-__all__ = ["ApolloError", "ApolloMini", "LastUpdate", "NonFiniteGradient", "NonFiniteGradientError", "state_bytes"]
+__all__ = [
+    "ApolloError",
+    "ApolloMini",
+    "GradientProduct",
+    "LastUpdate",
+    "NonFiniteGradient",
+    "NonFiniteGradientError",
+    "state_bytes",
+]

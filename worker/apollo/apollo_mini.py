@@ -28,6 +28,7 @@ from worker.apollo.parameters import (
     SumOverShards,
     make_slots,
 )
+from worker.apollo.products import GradientProduct, Part
 from worker.apollo.rehearsal import rehearse
 from worker.apollo.saved_groups import check_groups, load_groups, plain_groups
 from worker.apollo.slot_table import SlotTable
@@ -195,6 +196,22 @@ class ApolloMini(torch.optim.Optimizer):
     def update_many(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Streaming, several (parameter, gradient) at a time: the same result with fewer launches."""
         self._steps.update(self._table.pairs(pairs))
+
+    def takes_product(self, weight: Tensor, parts: Sequence[Part]) -> bool:
+        """Whether a gradient that is given as these products can be applied without being formed: on CUDA, a whole
+        matrix in bf16 under APOLLO's rule."""
+        return self._steps.backend.takes_product(self._table.first(weight), parts)
+
+    @torch.no_grad()
+    def prepare_products(self, given: Sequence[GradientProduct]) -> Any:
+        """For `update_products`: all that it needs of the host, and of memory. Each was taken by `takes_product`."""
+        return self._steps.backend.prepare_products([(self._table.first(one.weight), one) for one in given])
+
+    @torch.no_grad()
+    def update_products(self, prepared: Any) -> None:
+        """Streaming: apply what was prepared, before any other gradient of the step. The products are summed in fp32
+        and rounded nowhere: nearer to the exact step than one from gradients in bf16, and not the same bits."""
+        self._steps.update_products(prepared)
 
     def sweep_order(self) -> list[Tensor]:
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""

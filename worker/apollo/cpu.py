@@ -22,6 +22,7 @@ from worker.apollo.cpu_factored import Sums
 from worker.apollo.cpu_shards import Measured
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.parameters import Options, Slot, Totals
+from worker.apollo.products import GradientProduct, Part
 from worker.apollo.state_layout import APOLLO, FACTORED, StateArea
 
 CHUNK = 1 << 20
@@ -67,6 +68,15 @@ class CpuBackend:
 
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
         raise ApolloError("capture() records a CUDA graph: the parameters are on a CPU")
+
+    def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
+        return False  # a product in fp32 would take longer than one in bf16 and the reading of it
+
+    def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> None:
+        raise ApolloError("on a CPU every gradient is formed: takes_product() said so")
+
+    def update_products(self, prepared: None) -> None:
+        raise ApolloError("on a CPU every gradient is formed: takes_product() said so")
 
     def prepare(self, draw: int, step_scale: float = 1.0) -> None:
         self._step_scale = step_scale

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from worker.apollo import cuda_factored, formulas, philox
+from worker.apollo import cuda_factored, cuda_products, formulas, philox
 from worker.apollo.cuda_shards import ShardSums
 from worker.apollo.device_tables import DeviceTables
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
@@ -23,6 +23,7 @@ from worker.apollo.kernels import columns, decide, measure, write
 from worker.apollo.kernels.common import TRITON
 from worker.apollo.launch_tables import FACTORED, SMALL, TALL, WIDE, Run, Tiling, merge
 from worker.apollo.parameters import Options, Slot, Totals
+from worker.apollo.products import GradientProduct, Part
 from worker.apollo.state_layout import StateArea
 
 LANES = 4096
@@ -38,6 +39,7 @@ class CudaBackend(DeviceTables):
     def __init__(self, slots: Sequence[Slot], area: StateArea, options: Options, tiling: Tiling | None = None) -> None:
         super().__init__(slots, area, options, tiling)
         self._shards: ShardSums | None = None
+        self._untouched = False
         if any(slot.shard is not None for slot in slots):
             if options.sum_over_shards is None:
                 raise ApolloError("parameters are shards, and no sum_over_shards says what the others hold")
@@ -70,8 +72,22 @@ class CudaBackend(DeviceTables):
     def open(self) -> None:
         self.control[columns.BAD.value].zero_()
         self.statistics.zero_()
+        self._untouched = True
+
+    def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
+        return self._shards is None and cuda_products.takes(self, slot, parts)
+
+    def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> cuda_products.Prepared:
+        return cuda_products.prepare(self, given)
+
+    def update_products(self, prepared: cuda_products.Prepared) -> None:
+        if not self._untouched:
+            raise ApolloError("products are the first part of a step")
+        self._untouched = False
+        cuda_products.update(self, prepared)
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        self._untouched = False
         if not self._known.matches(pairs):
             self._runs = self.bind(pairs)
         self.sweep(self._runs)
@@ -86,9 +102,7 @@ class CudaBackend(DeviceTables):
         if self._shards is not None:
             self._shards.squares_and_r(runs)
         for first, last in spans:
-            decide.judge[(1,)](
-                self.parameters, first, last - first, self.statistics, self.control, BLOCK=LANES, num_warps=8
-            )
+            self._judge(first, last)
         matrices = merge([run for run in runs if run[2].shape in (TALL, WIDE)])
         for first, last in matrices:
             self._moments(first, last)
@@ -189,6 +203,17 @@ class CudaBackend(DeviceTables):
     ) -> None:
         decide.total[(last - first,)](
             self.parameters, first, partials, totals, START=start, COUNT=count, BLOCK=LANES, num_warps=8
+        )
+
+    def decide(self, first: int, last: int) -> None:
+        """Of matrices whose squared norm and R are there: judge, moments, factors."""
+        self._judge(first, last)
+        self._moments(first, last)
+        self._factors(first, last)
+
+    def _judge(self, first: int, last: int) -> None:
+        decide.judge[(1,)](
+            self.parameters, first, last - first, self.statistics, self.control, BLOCK=LANES, num_warps=8
         )
 
     def _moments(self, first: int, last: int) -> None:

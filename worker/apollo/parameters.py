@@ -16,6 +16,7 @@ from torch import Tensor
 from worker.apollo import philox
 from worker.apollo.errors import ApolloError
 from worker.apollo.formulas import is_tall, root_scale
+from worker.apollo.products import GradientProduct, Part
 from worker.apollo.state_layout import ADAMW, FACTORED, MATRIX_ALGORITHMS, algorithm_for, stacked
 from worker.utils.shard import Shard
 from worker.utils.stacks import is_stack
@@ -219,6 +220,15 @@ class Backend(Protocol):
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         """Apply these gradients, or, if one is not finite, report it and change nothing."""
+
+    def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
+        """Whether a gradient that is given as these products can be applied as it is."""
+
+    def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> Any:
+        """What `update_products` will need of them."""
+
+    def update_products(self, prepared: Any) -> None:
+        """Apply these gradients, before any other of the step, or, if a norm is not finite, report it."""
 
     def finish(self) -> None:
         """End the step: the step count goes up by one."""

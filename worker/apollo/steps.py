@@ -8,7 +8,7 @@ launched, and whoever is told that it was refused finds the area's count again.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -53,6 +53,12 @@ class Steps:
         if not self._open:
             raise ApolloError("update() outside begin() and finish()")
         self.backend.update(pairs)
+
+    def update_products(self, prepared: Any) -> None:
+        """The first part of the open step, from gradients that are given as products."""
+        if not self._open:
+            raise ApolloError("update_products() outside begin() and finish()")
+        self.backend.update_products(prepared)
 
     def finish(self) -> None:
         """Close it: the count goes up by one."""

@@ -1,4 +1,5 @@
-"""A step from factors: products are formed into one buffer and applied, bucket by bucket, until all matrices are done.
+"""A step from factors. Where the optimizer takes products as they are (on CUDA), the gradient is never formed. The
+others are formed into one buffer and applied, bucket by bucket, until all matrices are done.
 
     sweep = FactorSweep(factors, optimizer)
     sweep.reserve()                    # before the forward pass: all the memory that `apply` will take
@@ -8,18 +9,20 @@
     sweep.forget()
 
 Must not know: the server, versions.
-Invariants: the step is, bit for bit, the one that the optimizer makes of the gradients themselves. `apply` takes no
-memory for the first time (with one backward pass; a second one needs a matrix more).
+Invariants: of gradients that are formed the step is, bit for bit, the one that the optimizer makes of the gradients
+themselves; of products that are not it is nearer to the exact one, since nothing is rounded to the gradient's dtype.
+`apply` takes no memory for the first time (with one backward pass; a second one needs a matrix more).
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.apollo import ApolloMini, NonFiniteGradientError
+from worker.apollo import ApolloMini, GradientProduct, NonFiniteGradientError
 from worker.model.factors import Factors
 from worker.model.gradient_factors import GradientFactors
 
@@ -36,6 +39,10 @@ class FactorSweep:
         self.factors, self.optimizer, self.bucket_bytes = factors, optimizer, bucket_bytes
         self._buffer: Tensor | None = None
         self._buckets: list[list[tuple[Factors, Tensor]]] | None = None
+        self._norms: dict[int, Tensor] = {}
+        """Squared norms that are known, by the parameter's id."""
+        self._unformed: Any = None
+        """Products that the optimizer takes as they are, prepared."""
 
     def buffer_bytes(self) -> int:
         """What `reserve` takes."""
@@ -63,7 +70,9 @@ class FactorSweep:
         parts = [part for part in (known[1], squares) if part is not None]
         if not parts:
             return 0.0
-        all = torch.cat(parts).cpu()
+        together = torch.cat(parts)
+        self._norms = {id(parameter): one for parameter, one in zip([*known[0], *others], together, strict=True)}
+        all = together.cpu()
         bad = ~(all < LARGEST_SQUARES)  # true for NaN as well
         if bad.any():
             raise NonFiniteGradientError(self.optimizer.name_of([*known[0], *others][int(bad.nonzero()[0])]))
@@ -83,16 +92,21 @@ class FactorSweep:
         return [one for one, _ in found], torch.stack([value for _, value in found]) if found else None
 
     def prepare(self) -> None:
-        """Decide which products are formed where; `apply` does it otherwise."""
+        """Decide which products are formed where, and which are not; `apply` does it otherwise."""
         if self._buckets is None:
-            self._buckets = self._fill()
+            given = [one for kept in self._kept() if (one := self._product(kept)) is not None]
+            self._unformed = self.optimizer.prepare_products(given) if given else None
+            self._buckets = self._fill({id(one.weight) for one in given})
 
     @torch.no_grad()
     def apply(self, step_scale: float = 1.0) -> None:
         """One step, multiplied with `step_scale`, over all that was kept, and the gradients beside it. What goes wrong
         in it leaves weights half-written."""
+        self.prepare()
         self.optimizer.begin(step_scale)
         try:
+            if self._unformed is not None:
+                self.optimizer.update_products(self._unformed)
             for bucket in self.products():
                 self.optimizer.update_many(bucket)
             small = [(p, p.grad) for p in self.optimizer.sweep_order() if self._is_plain(p) and p.grad is not None]
@@ -113,7 +127,8 @@ class FactorSweep:
 
     @torch.no_grad()
     def products(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """(weight, gradient) of every matrix, a bucket at a time; the next bucket takes the place of the last."""
+        """(weight, gradient) of every matrix whose gradient is formed, a bucket at a time; the next bucket takes the
+        place of the last."""
         self.prepare()
         assert self._buckets is not None
         for bucket in self._buckets:
@@ -124,7 +139,8 @@ class FactorSweep:
     def forget(self) -> None:
         """Let go of factors and buffer."""
         self.factors.forget()
-        self._buffer = self._buckets = None
+        self._buffer = self._buckets = self._unformed = None
+        self._norms = {}
 
     def _is_plain(self, parameter: Tensor) -> bool:
         return self.factors.of(parameter) is None
@@ -136,14 +152,30 @@ class FactorSweep:
         kept.write(out)
         return torch.linalg.vector_norm(out, dtype=torch.float32).double().square()
 
-    def _fill(self) -> list[list[tuple[Factors, Tensor]]]:
-        """Factors, and where in the buffer their product goes: in the optimizer's order, in which neighbours share
-        launches."""
+    def _kept(self) -> Iterator[Factors]:
+        """In the optimizer's order, in which neighbours share launches."""
+        for parameter in self.optimizer.sweep_order():
+            if (kept := self.factors.of(parameter)) is not None:
+                yield kept
+
+    def _product(self, kept: Factors) -> GradientProduct | None:
+        """Of one backward pass, and nothing looked up beside it, if the optimizer takes it."""
+        if len(kept.passes) != 1 or kept.passes[0][1]:
+            return None
+        parts = [(product.left, product.right, product.first) for product in kept.passes[0][0]]
+        if not self.optimizer.takes_product(kept.weight, parts):
+            return None
+        squares = self._norms.get(id(kept.weight))
+        return GradientProduct(kept.weight, parts, self._squares(kept, {}) if squares is None else squares)
+
+    def _fill(self, unformed: set[int]) -> list[list[tuple[Factors, Tensor]]]:
+        """Factors, and where in the buffer their product goes. unformed: ids of the weights whose is not formed."""
         assert self._buffer is not None, "apply() without reserve()"
         buckets: list[list[tuple[Factors, Tensor]]] = []
         end = len(self._buffer)
-        for parameter in self.optimizer.sweep_order():
-            if (kept := self.factors.of(parameter)) is None:
+        for kept in self._kept():
+            parameter = kept.weight
+            if id(parameter) in unformed:
                 continue
             if end + parameter.nbytes > len(self._buffer):
                 buckets.append([])

@@ -16,6 +16,7 @@ import pytest
         "test_apollo_gpu.py",
         "test_factored_gpu.py",
         "test_experts_gpu.py",
+        "test_products_gpu.py",
         pytest.param("test_shards_gpu.py", marks=pytest.mark.slow),
     ],
 )

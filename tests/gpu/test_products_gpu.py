@@ -1,0 +1,178 @@
+"""Gradients that are given as products, on CUDA: the step is that of the product in fp32, and nothing else changes.
+
+With TRITON_INTERPRET=1 they run on the CPU, as test_apollo_gpu.py's do.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from test_apollo_gpu import DEVICE, INTERPRETED, pytestmark  # noqa: F401
+from torch import Tensor
+
+from worker.apollo import ApolloError, ApolloMini, GradientProduct, NonFiniteGradientError
+from worker.apollo.products import Part, covers
+
+cuda = pytest.importorskip("worker.apollo.cuda")
+launch_tables = pytest.importorskip("worker.apollo.launch_tables")
+
+SHAPES = [(24, 40), (40, 136), (200, 72)] if INTERPRETED else [(48, 5120), (1000, 264), (4104, 1032)]
+TILINGS = {"whole": {"product_splits": 0, "product_registers": 255}, "halves": {"product_splits": 2}}
+if INTERPRETED:
+    TILINGS = {name: {**tiling, "product": (32, 64, 16), "factor": (16, 64)} for name, tiling in TILINGS.items()}
+
+
+@pytest.fixture(autouse=True)
+def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    given = launch_tables.Tiling(**TILINGS[getattr(request, "param", "halves")])
+    monkeypatch.setattr(
+        ApolloMini, "_make_backend", lambda self, device: cuda.CudaBackend(self._slots, self.area, self._options, given)
+    )
+    yield
+
+
+def made(tokens: int, seed: int = 0) -> tuple[list[Tensor], list[list[Part]]]:
+    """Weights, and of each the factors; the third's come in two parts."""
+    torch.manual_seed(seed)
+    weights = [torch.randn(shape).mul(0.02).bfloat16().to(DEVICE) for shape in SHAPES]
+    parts: list[list[Part]] = []
+    for i, (rows, cols) in enumerate(SHAPES):
+        cuts = [0, rows // 2 // 8 * 8, rows] if i == 2 else [0, rows]
+        right = torch.randn(tokens, cols).bfloat16().to(DEVICE)
+        parts.append(
+            [
+                (torch.randn(tokens, end - first).mul(1e-3).bfloat16().to(DEVICE), right, first)
+                for first, end in pairwise(cuts)
+            ]
+        )
+    return weights, parts
+
+
+def exact(parts: Sequence[Part]) -> Tensor:
+    """The gradient in fp32 [rows, cols], summed in fp64."""
+    return torch.cat([left.double().t() @ right.double() for left, right, _ in parts]).float()
+
+
+def given(weights: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> list[GradientProduct]:
+    return [
+        GradientProduct(weight, some, exact(some).double().square().sum())
+        for weight, some in zip(weights, parts, strict=True)
+    ]
+
+
+def step(
+    optimizer: ApolloMini, products: Sequence[GradientProduct], others: Sequence[tuple[Tensor, Tensor]] = ()
+) -> None:
+    prepared = optimizer.prepare_products(products)
+    optimizer.begin()
+    optimizer.update_products(prepared)
+    optimizer.update_many(others)
+    optimizer.finish()
+
+
+@pytest.mark.parametrize("tiling", TILINGS, indirect=True)
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_the_step_is_that_of_the_product_in_fp32(rounding: str) -> None:
+    """Same moments, limiter and totals, and the same weights but where fp32's order of sums tips a rounding; with
+    gradients in bf16 many more differ."""
+    ends = {}
+    for way in ("products", "fp32", "bf16"):
+        ends[way], _ = made(1)
+        optimizer = ApolloMini(ends[way], lr=3e-3, weight_decay=0.01, rounding=rounding)
+        for seed in range(2):
+            _, parts = made(37 if INTERPRETED else 400, seed)
+            if way == "products":
+                assert all(optimizer.takes_product(w, some) for w, some in zip(ends[way], parts, strict=True))
+                step(optimizer, given(ends[way], parts))
+            else:
+                gradients = [exact(some) for some in parts]
+                optimizer.step(grads=gradients if way == "fp32" else [one.bfloat16() for one in gradients])
+        optimizer.check()
+        ends[way] += [optimizer.area.memory.clone()]
+        ends[way] += [torch.tensor([optimizer.last_update.update_rms, optimizer.last_update.weight_rms])]
+    assert optimizer.step_count == 2
+    differ = {way: 0 for way in ("products", "bf16")}
+    for i, start in enumerate(made(1)[0]):
+        assert not torch.equal(ends["products"][i], start)
+        for way in differ:
+            differ[way] += int((ends[way][i] != ends["fp32"][i]).sum())
+            assert float((ends[way][i] - ends["fp32"][i]).abs().max()) < 2e-3  # a rounding of the largest weights
+    elements = sum(rows * cols for rows, cols in SHAPES)
+    assert differ["products"] < 1e-3 * elements
+    assert differ["products"] * 4 < differ["bf16"]
+    torch.testing.assert_close(ends["products"][-1], ends["fp32"][-1], rtol=1e-5, atol=0)
+
+
+def test_moments_are_those_of_the_product() -> None:
+    weights, parts = made(37)
+    twins = [weight.clone() for weight in weights]
+    ours, theirs = ApolloMini(weights, lr=1e-3), ApolloMini(twins, lr=1e-3)
+    step(ours, given(weights, parts))
+    theirs.step(grads=[exact(some) for some in parts])
+    for i in range(len(weights)):
+        for mine, other in zip(ours.area.moments(i), theirs.area.moments(i), strict=True):
+            assert float((mine - other).norm() / other.norm()) < 1e-5
+    torch.testing.assert_close(ours.area.previous, theirs.area.previous, rtol=1e-5, atol=0)
+
+
+def test_the_rest_of_the_step_comes_after_it() -> None:
+    """Another matrix and a vector, formed: each is moved once, as in a step of formed gradients alone."""
+    weights, parts = made(37)
+    others = [torch.randn(40, 24).bfloat16().to(DEVICE), torch.randn(50).bfloat16().to(DEVICE)]
+    gradients = [torch.randn_like(other) for other in others]
+    copies = [tensor.clone() for tensor in (*weights, *others)]
+    ours = ApolloMini([*weights, *others], lr=1e-3)
+    theirs = ApolloMini(copies, lr=1e-3)
+    for _ in range(2):
+        step(ours, given(weights, parts), list(zip(others, gradients, strict=True)))
+        theirs.step(grads=[*(exact(some) for some in parts), *gradients])
+    for mine, other in zip(others, copies[len(weights) :], strict=True):
+        assert torch.equal(mine, other)
+    ours.begin()
+    ours.update_many([(others[0], gradients[0])])
+    with pytest.raises(ApolloError, match="first part of a step"):
+        ours.update_products(ours.prepare_products(given(weights, parts)))
+    ours.abandon()
+
+
+def test_a_norm_that_is_not_finite_changes_nothing() -> None:
+    weights, parts = made(37)
+    optimizer = ApolloMini(weights, lr=1e-3)
+    step(optimizer, given(weights, parts))
+    optimizer.check()
+    before = [weight.clone() for weight in weights], optimizer.area.memory.clone()
+    nan = torch.tensor(float("nan"), device=DEVICE)
+    step(optimizer, [*given(weights, parts)[:-1], GradientProduct(weights[-1], parts[-1], nan)])
+    with pytest.raises(NonFiniteGradientError, match="parameter 2"):
+        optimizer.check()
+    assert all(torch.equal(now, then) for now, then in zip(weights, before[0], strict=True))
+    assert torch.equal(optimizer.area.memory, before[1])
+
+
+def test_what_is_not_taken() -> None:
+    weights, parts = made(37)
+    odd = torch.zeros(20, 40, dtype=torch.bfloat16, device=DEVICE)
+    wide = torch.zeros(16, 48, dtype=torch.bfloat16, device=DEVICE)
+    full = torch.zeros(16, 48, device=DEVICE)
+    optimizer = ApolloMini([*weights, odd, wide, full], lr=1e-3)
+
+    def zeros(rows: int, cols: int, first: int = 0, dtype: torch.dtype = torch.bfloat16) -> Part:
+        return torch.zeros(8, rows, dtype=dtype, device=DEVICE), torch.zeros(8, cols, dtype=dtype, device=DEVICE), first
+
+    assert optimizer.takes_product(weights[2], parts[2])
+    assert not optimizer.takes_product(weights[2], parts[2][:1])  # rows without a gradient
+    assert not optimizer.takes_product(weights[2], [*parts[2], parts[2][0]])  # rows with two
+    assert not optimizer.takes_product(odd, [zeros(20, 40)])  # rows of factors that do not start at 16 bytes
+    assert optimizer.takes_product(wide, [zeros(16, 48)])
+    assert not optimizer.takes_product(wide, [zeros(8, 48), zeros(8, 48, 8)])
+    assert not optimizer.takes_product(wide, [zeros(16, 48, dtype=torch.float32)])
+    assert not optimizer.takes_product(full, [zeros(16, 48)])
+
+
+def test_covers() -> None:
+    left = torch.zeros(3, 8)
+    assert covers([(left, left, 8), (left, left, 0)], 16)
+    assert not covers([(left, left, 0)], 16)
+    assert not covers([(left, left, 0), (left, left, 4)], 12)
+    assert not covers([(left, left, 8)], 16)
