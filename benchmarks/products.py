@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def main(**options: Any) -> None:
     for tokens in map(int, options["tokens"].split(",")):
         case = make(options["layers"], tokens, options["head"])
         tilings, rounds = options["tilings"], options["rounds"]
-        record.part(f"{tokens} tokens", lambda part, case=case: compare(case, tilings, rounds, until, part))
+        record.part(f"{tokens} tokens", partial(compare, case, tilings, rounds, until))
         del case
         torch.cuda.empty_cache()
 
