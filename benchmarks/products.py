@@ -1,14 +1,14 @@
 """A step from factors on one GPU: gradients that are formed and then applied, against products applied as such.
 
     python benchmarks/products.py --layers 16 --tokens 400 --out results
-    python benchmarks/products.py --tiling 128,128,64,8,3,2,128 --tiling 128,256,64,8,3,2,255 --out results
+    python benchmarks/products.py --tiling 128,128,64,8,3,2,128,0 --tiling 128,256,64,8,3,2,255,0 --out results
 
 Shapes are those of Qwen3.5-27B's layers and its output head; weights and factors are random. Formed: cuBLAS writes a
 bucket of 1 GiB of gradients in bf16, which pass 1 reads for R and the norm, and pass 2 for the weights. Products: one
 kernel forms a tile in fp32 and moves the weights by it; R comes from the factors, the norm is given in both. Every
 round times each way once, in turn; medians. The floors are computed: products at the rate that a large product of
 cuBLAS reached here, and weights read and written at the rate of a copy.
-A tiling is rows, columns and tokens of a tile, warps, stages, splits, registers (worker/apollo/launch_tables.py).
+A tiling is rows, columns and tokens of a tile, warps, stages, splits, registers, down (worker/apollo/launch_tables.py).
 """
 
 import statistics
@@ -122,10 +122,10 @@ def milliseconds(step: Callable[[], None]) -> float:
 def tiling_of(text: str) -> Tiling:
     if text == "default":
         return Tiling()
-    rows, cols, tokens, warps, stages, splits, registers = map(int, text.split(","))
+    rows, cols, tokens, warps, stages, splits, registers, down = map(int, text.split(","))
     return Tiling(
         product=(rows, cols, tokens), product_warps=warps, product_stages=stages, product_splits=splits,
-        product_registers=registers,
+        product_registers=registers, product_down=bool(down),
     )  # fmt: skip
 
 

@@ -60,6 +60,8 @@ class Tiling:
     product_stages: int = 3
     product_splits: int = 2
     """How often the columns of such a tile are halved before they are moved."""
+    product_down: bool = False
+    """Whether tiles that run side by side lie below each other."""
     product_registers: int = 128
     """A thread, at most: so that two programs share a multiprocessor, one in its products while the other moves."""
 

@@ -148,7 +148,7 @@ def _move(
 def apply_products(
     parameters, products, tiles, count, knobs, steps, statistics, partial_weights, key0, key1,
     TYPE: tl.constexpr, W_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, DOWN: tl.constexpr,
 ):  # fmt: skip
     """W <- (W - factor * left^T right) * (1 - decay) for a BM x BN tile, and its share of ||W||^2 before.
 
@@ -171,8 +171,12 @@ def apply_products(
         tl.multiple_of(l_stride, 8)
         tl.multiple_of(r_stride, 8)
         tl.multiple_of(w_stride, 8)
-        down = tl.cdiv(rows, BM)
-        top, left = (block % down) * BM, (block // down) * BN
+        if DOWN:
+            down = tl.cdiv(rows, BM)
+            top, left = (block % down) * BM, (block // down) * BN
+        else:
+            across = tl.cdiv(cols, BN)
+            top, left = (block // across) * BM, (block % across) * BN
         row, col, k = top + tl.arange(0, BM), left + tl.arange(0, BN), tl.arange(0, BK)
         l_at = pointer(tl.load(product + LEFT), TYPE, True) + k[:, None] * l_stride + row[None, :]
         r_at = pointer(tl.load(product + RIGHT), TYPE, True) + k[:, None] * r_stride + col[None, :]
