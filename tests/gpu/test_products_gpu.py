@@ -13,6 +13,8 @@ from torch import Tensor
 
 from worker.apollo import ApolloError, ApolloMini, GradientProduct, NonFiniteGradientError
 from worker.apollo.products import Part, covers
+from worker.model.gradient_factors import factors_of
+from worker.trainer.factor_sweep import FactorSweep
 
 cuda = pytest.importorskip("worker.apollo.cuda")
 launch_tables = pytest.importorskip("worker.apollo.launch_tables")
@@ -176,3 +178,56 @@ def test_covers() -> None:
     assert not covers([(left, left, 0)], 16)
     assert not covers([(left, left, 0), (left, left, 4)], 12)
     assert not covers([(left, left, 8)], 16)
+
+
+class Model(torch.nn.Module):
+    """Of what a language model has: embeddings, linear layers, one of them too odd to be taken, a norm, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(128, 64)
+        self.up, self.odd, self.down = (torch.nn.Linear(*s, bias=False) for s in ((64, 104), (104, 60), (60, 64)))
+        self.norm, self.head = torch.nn.LayerNorm(64), torch.nn.Linear(64, 128, bias=False)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(self.norm(x + self.down(self.odd(torch.nn.functional.silu(self.up(x))))))  # type: ignore[no-any-return]
+
+
+def test_a_sweep_forms_only_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the sweep that forms every gradient, in bf16: the same norm, and nearly the same weights."""
+    ids = torch.arange(40, device=DEVICE) * 7 % 128
+    ends, norms = [], []
+    for takes in (True, False):
+        torch.manual_seed(0)
+        model = Model().bfloat16().to(DEVICE)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = ApolloMini(model.named_parameters(), lr=1e-3)
+        if not takes:
+            monkeypatch.setattr(optimizer, "takes_product", lambda weight, parts: False)
+        sweep = FactorSweep(factors_of(model), optimizer)
+        for _ in range(2):
+            sweep.reserve()
+            with sweep.factors.recording():
+                sweep.factors.begin_pass()
+                torch.nn.functional.cross_entropy(model(ids).float(), ids).backward()
+            norms.append(sweep.norm())
+            sweep.prepare()
+            formed = {id(weight) for bucket in sweep.products() for weight, _ in bucket}
+            names = {name for name, p in model.named_parameters() if id(p) in formed}
+            assert names == {"embed.weight", "odd.weight", "down.weight"} | (set() if takes else {"up.weight"})
+            sweep.apply()
+            optimizer.check()
+            sweep.forget()
+            optimizer.zero_grad(set_to_none=True)
+        assert not any(torch.equal(p, start[name]) for name, p in model.named_parameters())
+        ends.append(model.state_dict())
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-2)
+    for name, tensor in ends[0].items():
+        assert float((tensor == ends[1][name]).float().mean()) > 0.7, name

@@ -116,7 +116,8 @@ def update(on: CudaBackend, prepared: Prepared) -> None:
         on.statistics, on.partial_weights, low, high,
         TYPE=TRITON[torch.bfloat16], W_TYPE=TRITON[torch.bfloat16], STOCHASTIC=on.options.stochastic,
         UPCAST=not on.pinned, BM=rows, BN=cols, BK=tokens, SPLITS=tiling.product_splits,
-        STAGES=tiling.product_stages, DOWN=tiling.product_down, num_warps=tiling.product_warps, maxnreg=tiling.product_registers,
+        STAGES=tiling.product_stages, DOWN=tiling.product_down, num_warps=tiling.product_warps,
+        maxnreg=tiling.product_registers,
     )  # fmt: skip
 
 

@@ -148,7 +148,8 @@ def _move(
 def apply_products(
     parameters, products, tiles, count, knobs, steps, statistics, partial_weights, key0, key1,
     TYPE: tl.constexpr, W_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, DOWN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    DOWN: tl.constexpr,
 ):  # fmt: skip
     """W <- (W - factor * left^T right) * (1 - decay) for a BM x BN tile, and its share of ||W||^2 before.
 
