@@ -3,22 +3,22 @@ replica that is killed and comes back.
 
     python benchmarks/replicas.py --size 27B --replicas 2 --out results --until 560     # N GPUs of one host
     python benchmarks/replicas.py --size tiny --replicas 2 --out results                # the same on a CPU
+    python benchmarks/replicas.py --attach RUN_DIR=URL --attach RUN_DIR=URL ...         # servers that are there
 
-Random weights; one server a GPU. `one` and `all` take turns on the same servers: versions of --version-tokens a
-replica, whose parts (in the manifest) say where the time went. OUT/replicas_SIZE.json is whole after every figure.
+Random weights; one server a GPU. In `speed` one replica and all take turns on the same servers: versions of
+--version-tokens a replica, whose parts (in the manifest) say where the time went. `one` is one worker alone. Workers of
+`serving` have their defaults, but for --outliers 0, as in serving.py. OUT/replicas_SIZE.json is whole after every
+figure.
 
 Must not know: how replicas meet and what they tell each other.
 """
 
-import json
 import statistics
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,67 +28,33 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import outputs
+from fleet import Fleet, attached, served_version
 from load import ClosedLoop
 from memory import device_used
 from record import OutOfTime, Part, Record, Until
-from rig import CLOSING, Rig, Worker, server_options
+from rig import CLOSING, Rig, server_options
 from serving_loads import Load
 from shapes import SIZES, write_shape
-from texts import conversation, text_builder
+from texts import text_builder
 from transcript_clock import TranscriptClock
 
-from worker.data.examples import ExampleBuilder
 from worker.utils import torch_setup
-from worker.versions import replica_status
 
-PARTS = ("speed", "serving", "lost")
+PARTS = ("speed", "serving", "lost", "one")
+WORKER = ("--outliers", "0")
+"""Of workers under load, besides the defaults: gradients of random weights wander, and a guard would set some aside."""
+TIMED = ("tokens_per_s", "itl_p50", "itl_p99", "itl_p999", "first_token_p50")
+"""Of what is served, what is compared with alone."""
 
 
-@dataclass
-class Fleet:
-    """Servers, one a GPU, and the workers beside them; all share the Redis of the first."""
-
-    rigs: list[Rig]
-    builder: ExampleBuilder
-    tokens: int
-    jobs: int
-    options: list[str]
-
-    @contextmanager
-    def workers(self, count: int, rendezvous: int) -> Iterator[list[Worker]]:
-        """`count` replicas that train as one, all ready; one of them is a plain worker."""
-        with ExitStack() as stack:
-            started = [self.start(number, count, rendezvous) for number in range(count)]
-            for worker in started:
-                stack.callback(worker.stop)
-            started[0].until("be ready", lambda: "worker ready" in started[0].said(), 300)
-            if count > 1:
-                started[0].until("have all replicas", lambda: len(self.members().present) == count, 300)
-            yield started
-
-    def start(self, number: int, count: int, rendezvous: int) -> Worker:
-        replica = ["--replica", f"{number}/{count}", "--rendezvous", f"127.0.0.1:{rendezvous}"] if count > 1 else []
-        jobs = ["--max-jobs", str(self.jobs * count), "--linger", "3"]
-        return self.rigs[number].start_worker(*self.options, *jobs, *replica)
-
-    def members(self) -> replica_status.Members:
-        store = self.rigs[0].redis
-        said = {key.decode(): value.decode() for key, value in store.hgetall("weights:state").items()}
-        return replica_status.read(said) or replica_status.Members()
-
-    def version(self, name: str, count: int) -> dict[str, float]:
-        """One version of `count` times `tokens`; its manifest's numbers, and seconds from the first begin to CLEAN."""
-        rig, number = self.rigs[0], self.jobs * count
-        texts = [conversation(self.builder, f"{name}-{n}", self.tokens // self.jobs) for n in range(number)]
-        versions = {rig.producer.wait(one.id, 240) for one in rig.producer.enqueue_many(texts)}
-        if len(versions) != 1:
-            raise RuntimeError(f"{number} transcripts became {len(versions)} versions: a longer --linger is needed")
-        row = rig.manifest(versions.pop())
-        row["step_s"] = (
-            row["gradients_s"] + row.get("journal_s", 0.0) + row.get("wait_for_pause_s", 0.0) + row["pause_s"]
-        )
-        row["tokens_per_s"] = row["tokens"] / row["step_s"]
-        return row
+def one(fleet: Fleet, part: Part, versions: int) -> None:
+    """A worker alone, on the first server; the first version is not timed."""
+    with fleet.workers(1, 29440) as (worker,):
+        fleet.version("warm-alone", 1)
+        rows = [fleet.version(f"alone-{number}", 1) for number in range(versions)]
+        part["version"] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        part["step_s of each"] = [row["step_s"] for row in rows]
+        part["what the worker said"] = [line for line in worker.said().splitlines() if "version " not in line][-60:]
 
 
 def speed(fleet: Fleet, part: Part, versions: int, rounds: int) -> None:
@@ -106,33 +72,54 @@ def speed(fleet: Fleet, part: Part, versions: int, rounds: int) -> None:
             part["device_gb"] = device_used() / 1e9 if torch.cuda.is_available() else None
     one, every = (part.figures[f"{count} replicas"]["tokens_per_s"] for count in found)
     part["times one"] = every / one
-    part.check("all servers have the last version", len({_served_version(rig) for rig in fleet.rigs}) == 1)
+    part.check("all servers have the last version", len({served_version(rig) for rig in fleet.rigs}) == 1)
 
 
 def serving(fleet: Fleet, part: Part, load: Load, seconds: float, every: float) -> None:
     """All servers under `load`, alone and beside transcripts that arrive by a clock."""
-    with fleet.workers(len(fleet.rigs), 29450):
+    with fleet.workers(len(fleet.rigs), 29450, WORKER) as workers:
         for state in ("alone", "training"):
-            with ExitStack() as stack:
-                loops = [
-                    stack.enter_context(ClosedLoop(rig.url, str(rig.model), load=load, spread=0.5))
-                    for rig in fleet.rigs
-                ]
-                clock = None
-                if state == "training":
-                    length = min(400, fleet.tokens // fleet.jobs)
-                    clock = stack.enter_context(TranscriptClock(fleet.rigs[0], fleet.builder, every, (length, length)))
-                time.sleep(seconds / 4)
-                started = time.monotonic()
-                time.sleep(seconds)
-                served = [loop.between(started, time.monotonic()).plain() for loop in loops]
-            part[state] = served
-            part.check(f"no request failed, {state}", not any(loop.failures for loop in loops))
-            if clock is not None:
-                part["transcripts"] = clock.plain()
-                part.check("every transcript became live", part.figures["transcripts"]["live"] == clock.sent)
-    alone, training = (sum(one["tokens_per_s"] for one in part.figures[state]) for state in ("alone", "training"))
-    part["times alone"] = training / alone
+            part[state] = _under_load(fleet, part, state, load, seconds, every)
+        part["members"] = fleet.members().plain()
+        part.check("no replica's weights were ever unequal", fleet.members().unequal == 0)
+    alone, training = part.figures["alone"], part.figures["training"]
+    part["times alone"] = sum(row["tokens_per_s"] for row in training) / sum(row["tokens_per_s"] for row in alone)
+    part["times alone, each server"] = [
+        {name: beside[name] / before[name] for name in TIMED if before[name]}
+        for before, beside in zip(alone, training, strict=True)
+    ]
+    part.check("all servers have the last version", len({served_version(rig) for rig in fleet.rigs}) == 1)
+    short = {"prompt": [300, 301], "max_tokens": 1}
+    part.check("all servers answer", all(rig.post("/v1/completions", short)[0] == 200 for rig in fleet.rigs))
+    part["what replica 0 said"] = workers[0].said().splitlines()[-200:]
+
+
+def _under_load(
+    fleet: Fleet, part: Part, state: str, load: Load, seconds: float, every: float
+) -> list[dict[str, float]]:
+    """What each server served in `seconds`, after a fourth of them; of `training`, versions and transcripts too."""
+    with ExitStack() as stack:
+        loops = [stack.enter_context(ClosedLoop(rig.url, str(rig.model), load=load, spread=0.5)) for rig in fleet.rigs]
+        clock = None
+        if state == "training":
+            length = min(400, fleet.tokens // fleet.jobs)
+            clock = stack.enter_context(TranscriptClock(fleet.rigs[0], fleet.builder, every, (length, length)))
+        time.sleep(seconds / 4)
+        first, started = fleet.rigs[0].producer.version(), time.monotonic()
+        time.sleep(seconds)
+        served = [loop.between(started, time.monotonic()).plain() for loop in loops]
+        last = fleet.rigs[0].producer.version()
+    part.check(f"no request failed, {state}", not any(loop.failures for loop in loops))
+    if failures := [reason for loop in loops for _, reason in loop.failures]:
+        part[f"failures, {state}"] = failures[:10]
+    if clock is not None:
+        made = [fleet.rigs[0].manifest(version) for version in range(first + 1, last + 1)]
+        part["versions"] = len(made)
+        part["a version"] = {name: statistics.median(row.get(name, 0.0) for row in made) for name in (made or [{}])[0]}
+        part["transcripts"] = clock.plain()
+        part.check("something was trained", len(made) > 0)
+        part.check("every transcript became live", clock.plain()["live"] == clock.sent)
+    return served
 
 
 def lost(fleet: Fleet, part: Part) -> None:
@@ -150,23 +137,20 @@ def lost(fleet: Fleet, part: Part) -> None:
             part["there again after_s"] = again.ready_s = time.monotonic() - again.started
             part["what it said"] = again.said().splitlines()[-6:]
             fleet.version("with", count)
-            part.check("its server has the last version", len({_served_version(rig) for rig in fleet.rigs}) == 1)
+            part.check("its server has the last version", len({served_version(rig) for rig in fleet.rigs}) == 1)
             part.check("no replica's weights were unequal", fleet.members().unequal == 0)
         finally:
             again.stop()
 
 
-def _served_version(rig: Rig) -> Any:
-    with urllib.request.urlopen(f"{rig.url}/weights/version", timeout=30) as answer:
-        return json.load(answer)["version"]
-
-
 @click.command()
 @click.option("--size", type=click.Choice(SIZES), default="27B", show_default=True)
 @click.option("--replicas", default=2, show_default=True)
+@click.option("--attach", multiple=True, metavar="RUN_DIR=URL", help="A server that is there; once a replica, by card.")
+@click.option("--redis", "redis_url", help="A Redis that knows those servers' weights [default: a private, empty one].")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder of the results.")
 @click.option("--until", "seconds", type=float, default=560.0, show_default=True, help="Seconds for all of it.")
-@click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, comma-separated; in this order.")
+@click.option("--parts", default=",".join(PARTS[:3]), show_default=True, help="Which, comma-separated; in this order.")
 @click.option("--version-tokens", type=int, help="Tokens a replica of a version [default: 8192; tiny: 1024].")
 @click.option("--jobs", default=8, show_default=True, help="Transcripts a replica of a version.")
 @click.option("--versions", default=5, show_default=True, help="Timed versions a turn.")
@@ -185,17 +169,17 @@ def main(**o: Any) -> None:
     until = Until(max(1.0, o["seconds"] - CLOSING))
     torch_setup.prepare()
     record = Record(o["out"] / f"replicas_{o['size']}.json")
+    servers = [attached(name) for name in o["attach"]]
     tokens = o["version_tokens"] or (1024 if o["size"] == "tiny" else 8192)
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder, ExitStack() as stack:
         stack.callback(until.disarm)
-        model = write_shape(o["size"], Path(folder) / "model")
-        fleet = _fleet(Path(folder), model, tokens, o)
+        fleet = _fleet(Path(folder), servers, tokens, o)
         for rig in fleet.rigs:
             stack.callback(rig.close)
         stack.callback(_keep_logs, fleet, o["out"])
         try:
             options = server_options(Load.parse(o["load"]).longest(192), o["trainer_memory"], o["server_option"])
-            if record.part("servers", lambda part: _start(fleet, part, options, until)):
+            if servers or record.part("servers", lambda part: _start(fleet, part, options, until)):
                 for name in o["parts"].split(","):
                     _run(record, fleet, name, o)
         except OutOfTime:
@@ -204,15 +188,18 @@ def main(**o: Any) -> None:
     sys.exit(0 if all(part.get("ok") for part in record.parts.values()) else 1)
 
 
-def _fleet(folder: Path, model: Path, tokens: int, o: dict[str, Any]) -> Fleet:
+def _fleet(folder: Path, servers: Sequence[tuple[Path, str, Path]], tokens: int, o: dict[str, Any]) -> Fleet:
+    """On `servers`, or on as many that are still to be started."""
     gpus, rigs = torch.cuda.is_available(), list[Rig]()
-    for number in range(o["replicas"]):
+    model = servers[0][2] if servers else write_shape(o["size"], folder / "model")
+    for number in range(len(servers) or o["replicas"]):
         own = folder / str(number)
         own.mkdir()
-        shared = rigs[0].redis_url if rigs else None
-        rigs.append(Rig(own, model, redis_url=shared, card=number if gpus else None))
+        shared = rigs[0].redis_url if rigs else o["redis_url"]
+        run_dir, url, _ = servers[number] if servers else (None, "", model)
+        rigs.append(Rig(own, model, run_dir=run_dir, url=url, redis_url=shared, card=number if gpus else None))
     options = ["--max-tokens", str(tokens), "--max-length", str(tokens // o["jobs"]), "--serving-share", "0"]
-    return Fleet(rigs, text_builder(model), tokens, o["jobs"], [*options, *o["worker_option"]])
+    return Fleet(rigs, text_builder(model), tokens, o["jobs"], options, list(o["worker_option"]))
 
 
 def _start(fleet: Fleet, part: Part, options: list[str], until: Until) -> None:
@@ -229,6 +216,8 @@ def _start(fleet: Fleet, part: Part, options: list[str], until: Until) -> None:
 def _run(record: Record, fleet: Fleet, name: str, o: dict[str, Any]) -> None:
     if name == "speed":
         record.part("speed", lambda part: speed(fleet, part, o["versions"], o["rounds"]))
+    elif name == "one":
+        record.part("one", lambda part: one(fleet, part, o["versions"]))
     elif name == "serving":
         load = Load.parse(o["load"])
         record.part("serving", lambda part: serving(fleet, part, load, o["serving_seconds"], o["every"]))
