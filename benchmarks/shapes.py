@@ -1,6 +1,7 @@
 """Model directories of real shapes without weights, for `tandem serve DIR --load-format dummy`.
 
     python benchmarks/shapes.py 27B DIR             # Qwen3.5; 35B-A3B is its mixture of experts
+    python benchmarks/shapes.py 27B DIR --files     # with random weights, as files: without --load-format dummy
     python benchmarks/shapes.py Llama-3.1-8B DIR    # others, as published
 
 The dimensions are those of the published configurations (shapes.json: what the sizes share, and where they differ).
@@ -140,11 +141,20 @@ def write_files(folder: Path) -> None:
 @click.command()
 @click.argument("size", type=click.Choice(SIZES + OTHERS))
 @click.argument("folder", type=click.Path(path_type=Path))
-def main(size: str, folder: Path) -> None:
+@click.option("--files", is_flag=True, help="Random weights, too, of a Qwen3.5; 27B has 54 GB of them.")
+def main(size: str, folder: Path, files: bool) -> None:
     """Write the model directory FOLDER of SIZE, without weights."""
+    if files and size in OTHERS:
+        sys.exit(f"error: --files is for Qwen3.5, and {size} is none")
     if folder.exists():
         sys.exit(f"error: {folder} exists already: name a new directory")
-    click.echo(f"{write_shape(size, folder)}: {size}, no weights: serve it with --load-format dummy")
+    write_shape(size, folder)
+    if files:
+        from worker.utils import torch_setup
+
+        torch_setup.prepare()
+        write_files(folder)
+    click.echo(f"{folder}: {size}, " + ("random weights" if files else "no weights: serve it with --load-format dummy"))
 
 
 if __name__ == "__main__":
