@@ -103,7 +103,9 @@ def measure(rig: Rig, part: Part, model: torch.nn.Module, rounds: int) -> None:
             row = synchronise(rig, group, weights, pool)
             seen.append(logprob(rig))
             rows += [row] if seed else []
-            part["bytes"] = sum(tensor.nbytes for tensor in weights.values())
+            part.keep("bytes", sum(tensor.nbytes for tensor in weights.values()))
+            part.keep("rows", rows)  # the time may be over before all are there
+            part.keep("log-probabilities", seen)
             del weights
     part["rows"], part["log-probabilities"] = rows, seen
     part["median"] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
