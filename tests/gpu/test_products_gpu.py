@@ -22,7 +22,7 @@ launch_tables = pytest.importorskip("worker.apollo.launch_tables")
 SHAPES = [(24, 40), (40, 136), (200, 72)] if INTERPRETED else [(48, 5120), (1000, 264), (4104, 1032)]
 TILINGS = {"whole": {"product_splits": 0, "product_registers": 255}, "halves": {"product_splits": 2}}
 if INTERPRETED:
-    TILINGS = {name: {**tiling, "product": (32, 64, 16), "factor": (16, 64)} for name, tiling in TILINGS.items()}
+    TILINGS = {name: {**tiling, "product": (64, 64, 32), "factor": (16, 128)} for name, tiling in TILINGS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +73,7 @@ def step(
     optimizer.finish()
 
 
-@pytest.mark.parametrize("tiling", TILINGS, indirect=True)
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize(("tiling", "rounding"), [("whole", "nearest"), ("halves", "stochastic")], indirect=["tiling"])
 def test_the_step_is_that_of_the_product_in_fp32(rounding: str) -> None:
     """Same moments, limiter and totals, and the same weights but where fp32's order of sums tips a rounding; with
     gradients in bf16 many more differ."""
