@@ -170,6 +170,17 @@ def autograd(weight: torch.Tensor, some: Product) -> torch.Tensor:
     return torch.autograd.grad(y, leaf, some.left[None])[0]
 
 
+def test_a_model_made_after_a_fused_one_is_as_transformers_wrote_it(reference: Any) -> None:
+    """The proof at a worker's start computes a plain model in the same process."""
+    fused = on_gpu(reference).model
+    plain = AutoModelForCausalLM.from_config(config())
+    for ours, theirs in ((fused.model.norm, plain.model.norm), (fused.model.layers[0].mlp, plain.model.layers[0].mlp)):
+        assert type(ours) is type(theirs)
+        assert type(theirs).__module__.startswith("transformers.")
+        assert theirs.forward.__func__ is type(theirs).forward
+        assert ours.forward.__func__ is not type(ours).forward
+
+
 @pytest.mark.parametrize("kept", [0, 4])
 def test_products_have_the_bits_of_autograd(
     reference: Any, examples: list[Example], kept: int, monkeypatch: pytest.MonkeyPatch

@@ -10,8 +10,10 @@ never a slower way taken unasked. What only a trace of the model shows is refuse
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Callable
-from types import MethodType
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -59,14 +61,27 @@ def _fuse_qwen(model: Any, kind: str) -> None:
     from liger_kernel import transformers as liger
 
     chosen = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False, "rms_norm": True}
-    if kind == "qwen3_5_text":
-        liger.apply_liger_kernel_to_qwen3_5(**chosen, swiglu=True, model=model)
-    else:
-        liger.apply_liger_kernel_to_qwen3_5_moe(**chosen, swiglu=False, model=model)  # it would take the experts, too
+    with names_kept(sys.modules[type(model).__module__]):  # models that are made later stay as transformers wrote them
+        if kind == "qwen3_5_text":
+            liger.apply_liger_kernel_to_qwen3_5(**chosen, swiglu=True, model=model)
+        else:  # swiglu would take the experts, too
+            liger.apply_liger_kernel_to_qwen3_5_moe(**chosen, swiglu=False, model=model)
+    if kind != "qwen3_5_text":
         group_experts(model)
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.forward = MethodType(gated_delta_net.forward, layer.linear_attn)
+
+
+@contextmanager
+def names_kept(module: ModuleType) -> Iterator[None]:
+    """What the block makes names of `module` mean, they no longer mean after it."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 def require() -> None:
