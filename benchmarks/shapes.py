@@ -113,7 +113,8 @@ FILE_BYTES = 4 << 30
 def write_files(folder: Path) -> None:
     """Random weights, bf16, for the model directory `folder`, in files: what a server has lost can be restored then.
 
-    One block of random numbers over and over: that takes no longer than the disk does."""
+    One block of random numbers over and over: that takes no longer than the disk does. Each tensor begins elsewhere in
+    it, since layers that are all alike would send everything into one direction."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -127,7 +128,10 @@ def write_files(folder: Path) -> None:
     some: dict[str, Any] = {}
     for number, (name, shape) in enumerate(shapes.items(), 1):
         size = shape.numel()
-        some[name] = torch.cat([block] * -(-size // len(block)))[:size].view(shape)
+        begin = number * 7_919_777 % len(block)
+        first = block[begin : begin + size]
+        whole, rest = divmod(size - len(first), len(block))
+        some[name] = torch.cat([first, *[block] * whole, block[:rest]]).view(shape)
         if name.endswith("linear_attn.norm.weight"):
             some[name] = torch.ones(shape, dtype=torch.bfloat16)  # the only norm that does not add one
         if number == len(shapes) or sum(tensor.nbytes for tensor in some.values()) >= FILE_BYTES:

@@ -1,16 +1,19 @@
 """benchmarks/shapes.py: directories of the real dimensions, which transformers reads as the models they stand for."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
-from shapes import MIXTURE, SIZES, write_shape
+from shapes import MIXTURE, SIZES, write_files, write_shape
 
+from worker.testing.tiny_model import make_tiny
 from worker.utils import torch_setup
 
 TEXT_PARAMETERS = {
@@ -48,3 +51,17 @@ def test_the_tokenizer_fits_into_the_model_s_vocabulary(tmp_path: Path, size: st
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
     assert turn.startswith("<|im_start|>user\nHi<|im_end|>")
+
+
+def test_random_files_have_the_published_names_and_layers_that_differ(tmp_path: Path) -> None:
+    torch_setup.prepare()
+    folder = write_shape("tiny", tmp_path / "files")
+    write_files(folder)
+    found = load_file(next(folder.glob("*.safetensors")))
+    published = load_file(next(make_tiny(tmp_path / "published", vision=True).glob("*.safetensors")))
+    without_numbers = [{re.sub(r"\.\d+\.", ".N.", name) for name in names} for names in (found, published)]
+    assert without_numbers[0] == without_numbers[1]
+    same = [tensor for name, tensor in found.items() if re.search(r"language_model.*mlp\.up_proj", name)]
+    assert len(same) > 1 and not torch.equal(same[0], same[1])
+    assert all(tensor.dtype == torch.bfloat16 for tensor in found.values())
+    assert 0.015 < same[0].float().std() < 0.025
