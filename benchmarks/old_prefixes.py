@@ -16,7 +16,7 @@ PREFIX_HITS = "vllm:prefix_cache_hits_total"
 
 
 def check(rig: Rig, builder: ExampleBuilder, length: int, lengths: tuple[int, int], part: Part) -> None:
-    """A prompt of `length` tokens, asked three times, then again after a version of a transcript of `lengths` tokens."""
+    """A prompt of `length` tokens, asked three times, then after a version of a transcript of `lengths`."""
     prompt = next(Load("old prefixes", 1, (length,)).prompts(0, 900))
 
     def ask(salt: str | None = None) -> tuple[float, dict[str, float]]:
