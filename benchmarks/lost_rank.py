@@ -13,7 +13,10 @@ from typing import Any
 
 from divided_bench import STREAMING, Bench
 from record import Part
-from rig import Rig, Worker
+from rig import Rig, RigError, Worker
+
+PATIENCE = 60.0
+"""Seconds for a worker to end after the kill; then it is killed, too, and what follows is measured all the same."""
 
 
 def lost(bench: Bench, rig: Rig, part: Part, restorable: bool) -> None:
@@ -25,7 +28,7 @@ def lost(bench: Bench, rig: Rig, part: Part, restorable: bool) -> None:
     status, answer = _torn(rig)
     part["a request was answered"] = [status, json.dumps(answer)[:500]]
     part.check("503 with the reason", status == 503 and "the weights are torn" in json.dumps(answer))
-    code = worker.ended(60.0)
+    code = _ended(worker)
     part["with code"], part["it said"] = code, worker.said().splitlines()[-3:]
     part.check("the worker says which rank was killed", "rank 1 (process" in worker.said() and code == 1)
     if not restorable:
@@ -54,17 +57,31 @@ def _killed_in_the_write(bench: Bench, rig: Rig, worker: Worker, part: Part) -> 
         time.sleep(wait)
         os.kill(int(re.findall(r"rank 1 \(process (\d+)\)", worker.said())[-1]), signal.SIGKILL)
         killed = time.monotonic()
-        while time.monotonic() < killed + 60.0 and (state := _served(rig))["state"] != "torn":
-            if state["state"] == "serving" and state["version"] > last:
-                break  # too late: the worker starts its ranks again
+        state = _served(rig)
+        while state["state"] != "torn" and not (state["state"] == "serving" and state["version"] > last):
+            if worker.runs and time.monotonic() > killed + PATIENCE:
+                part.check(f"the worker ends within {PATIENCE:g} s", False)
+                worker.kill()
             time.sleep(0.01)
+            state = _served(rig)
         if state["state"] == "torn":
             part["torn after_s"], part["in the write for_s"] = time.monotonic() - killed, wait
             part["the version before"] = last
             return last, ids
+        # too late, the write was over: the worker starts its ranks again
         wait /= 3
-        {rig.producer.wait(one, 120) for one in ids}
+        for one in ids:
+            rig.producer.wait(one, 120)
     raise RuntimeError("three times the write was over before the rank was killed")
+
+
+def _ended(worker: Worker) -> int | None:
+    """Its exit code; None if it had to be killed."""
+    try:
+        return worker.ended(PATIENCE)
+    except RigError:
+        worker.kill()
+        return None
 
 
 def _served(rig: Rig) -> dict[str, Any]:
