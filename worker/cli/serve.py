@@ -25,6 +25,7 @@ from worker.serving.launch import (
 )
 from worker.serving.memory_share import TrainerMemory, make_room
 from worker.serving.refused_options import check_options
+from worker.serving.step_size import step_size
 from worker.serving.vllm_flags import LaunchError
 from worker.utils import supported_versions, unix_socket
 
@@ -89,7 +90,9 @@ def command(
     options, notes = with_defaults(vllm_options, os.environ, on_cpu)
     share = make_room(model, vllm_options, trainer_memory, os.environ, on_cpu, optimizer)
     kernels = kernel_options(model, vllm_options, on_cpu)
-    options, notes = [*options, *share.options, *kernels.options], [*notes, *share.notes, *kernels.notes]
+    step = step_size(vllm_options, on_cpu)
+    options = [*options, *share.options, *kernels.options, *step.options]
+    notes = [*notes, *share.notes, *kernels.notes, *step.notes]
     environment = build_environment(os.environ, run_dir, vllm_options, on_cpu)
     environment |= policy.environment() | share.environment() | {OPTIMIZER_ENV: optimizer} | variables
     notes += feedback.notes(safe_url(resolve_url(redis_url)))

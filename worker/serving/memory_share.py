@@ -7,7 +7,6 @@ are 10^9 of them.
 """
 
 import math
-import subprocess
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from worker.memory.optimizer_memory import state_bytes
 from worker.memory.plan import Plan, gigabytes
 from worker.memory.planner import CONTEXT_BYTES, make_plan, weight_bytes
 from worker.memory.traced_sizes import Sizes, read_sizes
+from worker.serving import nvidia_smi
 from worker.serving.vllm_flags import KV_FLAGS, LaunchError, parse_flags, said
 
 MARGIN = 3_000_000_000
@@ -194,17 +194,15 @@ def find_config(model: str, given: Mapping[str, Sequence[str]]) -> Path:
 def total_memory(environment: Mapping[str, str], devices: int = 1) -> int:
     """Bytes of the smallest of the `devices` that vLLM will use: the first of CUDA_VISIBLE_DEVICES. Raises
     LaunchError."""
-    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or getattr(error, "stdout", None) or error
-        raise LaunchError(_unknown_device(f"nvidia-smi failed: {str(said).strip()}")) from None
+        table = nvidia_smi.ask("index", "uuid", "memory.total")
+    except LaunchError as error:
+        raise LaunchError(_unknown_device(str(error))) from None
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     named = list(map(str, range(devices))) if visible is None else visible.split(",")[:devices]
     if len(named) < devices:
         raise LaunchError(f"--tensor-parallel-size {devices}: CUDA_VISIBLE_DEVICES={visible!r} names fewer devices")
-    return min(pick_device(result.stdout, one) for one in named)
+    return min(pick_device(table, one) for one in named)
 
 
 def pick_device(table: str, visible: str | None) -> int:
