@@ -1,14 +1,11 @@
-"""A step from factors on one GPU: gradients that are formed and then applied, against products applied as such.
+"""A step from factors on one GPU: decided from gradients, which are read twice, and decided from the factors.
 
     python benchmarks/products.py --layers 16 --tokens 400 --out results
-    python benchmarks/products.py --tiling 128,128,64,8,3,2,128,0 --tiling 128,256,64,8,3,2,255,0 --out results
 
-Shapes are those of Qwen3.5-27B's layers and its output head; weights and factors are random. Formed: cuBLAS writes a
-bucket of 1 GiB of gradients in bf16, which pass 1 reads for R and the norm, and pass 2 for the weights. Products: one
-kernel forms a tile in fp32 and moves the weights by it; R comes from the factors, the norm is given in both. Every
-round times each way once, in turn; medians. The floors are computed: products at the rate that a large product of
-cuBLAS reached here, and weights read and written at the rate of a copy.
-A tiling is rows, columns and tokens of a tile, warps, stages, splits, registers, down (worker/apollo/launch_tables.py).
+Shapes are those of Qwen3.5-27B's layers and its output head; weights and factors are random. In both ways cuBLAS writes
+a bucket of 1 GiB of gradients in bf16. Updated: pass 1 reads them for R, pass 2 for the weights. Decided: R comes from
+the factors, and only the weights' pass reads them. The norm is given. Every round times each way once, in turn;
+medians.
 """
 
 import statistics
@@ -29,10 +26,10 @@ from optimizer_shapes import MODELS, layer_shapes
 from record import Part, Record, Until
 
 from worker.apollo import ApolloMini, GradientProduct
-from worker.apollo.cuda import CudaBackend
-from worker.apollo.launch_tables import Tiling
 
 BUCKET = 1 << 30
+BYTES = 53.8e9
+"""Of 27B's weights."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ def make(layers: int, tokens: int, head: bool) -> Case:
     return Case(weights, given)
 
 
-def formed(case: Case) -> Callable[[], None]:
-    optimizer = ApolloMini(case.weights, lr=1e-5)
+def buckets_of(case: Case) -> list[list[tuple[GradientProduct, torch.Tensor]]]:
+    """Each product, and where in one buffer it is formed."""
     largest = max(BUCKET, max(weight.nbytes for weight in case.weights))
     buffer = torch.empty(largest, dtype=torch.uint8, device="cuda")
     buckets: list[list[tuple[GradientProduct, torch.Tensor]]] = []
@@ -77,33 +74,39 @@ def formed(case: Case) -> Callable[[], None]:
         place = buffer[end : end + one.weight.nbytes].view(torch.bfloat16).view(one.weight.shape)
         buckets[-1].append((one, place))
         end += one.weight.nbytes
+    return buckets
+
+
+def form(bucket: list[tuple[GradientProduct, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    for one, place in bucket:
+        left, right, _ = one.parts[0]
+        torch.mm(left.t(), right, out=place)
+    return [(one.weight, place) for one, place in bucket]
+
+
+def updated(case: Case) -> Callable[[], None]:
+    optimizer, buckets = ApolloMini(case.weights, lr=1e-5), buckets_of(case)
 
     def step() -> None:
         optimizer.begin()
         for bucket in buckets:
-            for one, place in bucket:
-                left, right, _ = one.parts[0]
-                torch.mm(left.t(), right, out=place)
-            optimizer.update_many([(one.weight, place) for one, place in bucket])
+            optimizer.update_many(form(bucket))
         optimizer.finish()
 
     return step
 
 
-def as_products(case: Case, tiling: Tiling) -> Callable[[], None]:
-    make_backend = ApolloMini._make_backend
-    ApolloMini._make_backend = lambda self, device: CudaBackend(self._slots, self.area, self._options, tiling)  # type: ignore[method-assign]
-    try:
-        optimizer = ApolloMini(case.weights, lr=1e-5)
-    finally:
-        ApolloMini._make_backend = make_backend  # type: ignore[method-assign]
+def decided(case: Case) -> Callable[[], None]:
+    optimizer = ApolloMini(case.weights, lr=1e-5)
     refused = [one for one in case.given if not optimizer.takes_product(one.weight, one.parts)]
     assert not refused, [one.weight.shape for one in refused]
-    prepared = optimizer.prepare_products(case.given)
+    prepared, buckets = optimizer.prepare_products(case.given), buckets_of(case)
 
     def step() -> None:
         optimizer.begin()
-        optimizer.update_products(prepared)
+        optimizer.decide_products(prepared)
+        for bucket in buckets:
+            optimizer.write(form(bucket))
         optimizer.finish()
 
     return step
@@ -119,44 +122,27 @@ def milliseconds(step: Callable[[], None]) -> float:
     return start.elapsed_time(end)
 
 
-def tiling_of(text: str) -> Tiling:
-    if text == "default":
-        return Tiling()
-    rows, cols, tokens, warps, stages, splits, registers, down = map(int, text.split(","))
-    return Tiling(
-        product=(rows, cols, tokens), product_warps=warps, product_stages=stages, product_splits=splits,
-        product_registers=registers, product_down=bool(down),
-    )  # fmt: skip
-
-
-def compare(case: Case, tilings: list[str], rounds: int, until: Until, part: Part) -> None:
-    ways = {"formed": formed(case)} | {text: as_products(case, tiling_of(text)) for text in tilings}
-    times: dict[str, list[float]] = {}
-    for name, step in dict(ways).items():
-        try:
-            for _ in range(2):
-                milliseconds(step)
-        except Exception as error:  # a tiling that does not fit this device
-            part[f"{name}: refused"] = str(error)[:200]
-            del ways[name]
+def compare(case: Case, rounds: int, until: Until, part: Part) -> None:
+    ways = {"updated": updated(case), "decided": decided(case)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for step in ways.values():
+        for _ in range(2):
+            milliseconds(step)
     for _ in range(rounds):
         for name, step in ways.items():
-            times.setdefault(name, []).append(milliseconds(step))
-        part["ms"] = {name: round(statistics.median(found), 3) for name, found in times.items()}
+            times[name].append(milliseconds(step))
         if until.left < 5:
             break
-    whole = 53.8e9 / case.bytes
-    part["ms, for all of 27B"] = {name: round(statistics.median(found) * whole, 1) for name, found in times.items()}
+    whole = BYTES / case.bytes
+    part["ms"] = {name: round(statistics.median(found), 3) for name, found in times.items()}
     part["worst ms"] = {name: round(max(found), 3) for name, found in times.items()}
-    for name, found in times.items():
-        print(f"{name}: {statistics.median(found):.3f} ms, 27B {statistics.median(found) * whole:.1f}", flush=True)
+    part["ms, for all of 27B"] = {name: round(statistics.median(found) * whole, 1) for name, found in times.items()}
 
 
 @click.command()
 @click.option("--layers", default=16, show_default=True, help="Of the 64.")
 @click.option("--tokens", default="400", show_default=True, help="Of the factors; several, separated by commas.")
 @click.option("--head/--no-head", default=True, show_default=True)
-@click.option("--tiling", "tilings", multiple=True, default=("default",), show_default=True)
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--seconds", default=240.0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
@@ -172,15 +158,14 @@ def main(**options: Any) -> None:
         part["matmul_tflop_s"] = matmul_rate(device) / 1e12
         source = torch.empty(1 << 31, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        copy = statistics.median(milliseconds(lambda: target.copy_(source)) for _ in range(5))
-        part["copy_tb_s"] = 2 * source.nbytes / copy / 1e9
-        part["weights_ms"] = 2 * 53.8e9 / part["copy_tb_s"] / 1e9
+        seconds = statistics.median(milliseconds(lambda: target.copy_(source)) for _ in range(5)) / 1000
+        part["copy_tb_s"] = 2 * source.nbytes / seconds / 1e12
+        part["weights read and written, ms"] = 2 * BYTES * 1000 * seconds / (2 * source.nbytes)
 
     record.part("floors", floors)
     for tokens in map(int, options["tokens"].split(",")):
         case = make(options["layers"], tokens, options["head"])
-        tilings, rounds = options["tilings"], options["rounds"]
-        record.part(f"{tokens} tokens", partial(compare, case, tilings, rounds, until))
+        record.part(f"{tokens} tokens", partial(compare, case, options["rounds"], until))
         del case
         torch.cuda.empty_cache()
 

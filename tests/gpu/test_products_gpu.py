@@ -1,4 +1,4 @@
-"""Gradients that are given as products, on CUDA: the step is that of the product in fp32, and nothing else changes.
+"""Steps that are decided from products, on CUDA: moments are those of the product in fp32, and nothing else changes.
 
 With TRITON_INTERPRET=1 they run on the CPU, as test_apollo_gpu.py's do.
 """
@@ -20,17 +20,18 @@ cuda = pytest.importorskip("worker.apollo.cuda")
 launch_tables = pytest.importorskip("worker.apollo.launch_tables")
 
 SHAPES = [(24, 40), (40, 136), (200, 72)] if INTERPRETED else [(48, 5120), (1000, 264), (4104, 1032)]
-TILINGS = {"whole": {"product_splits": 0, "product_registers": 255}, "halves": {"product_splits": 2}}
-if INTERPRETED:
-    TILINGS = {name: {**tiling, "product": (64, 64, 32), "factor": (16, 128)} for name, tiling in TILINGS.items()}
 
 
 @pytest.fixture(autouse=True)
-def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    given = launch_tables.Tiling(**TILINGS[getattr(request, "param", "halves")])
-    monkeypatch.setattr(
-        ApolloMini, "_make_backend", lambda self, device: cuda.CudaBackend(self._slots, self.area, self._options, given)
-    )
+def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Interpreted, the CUDA implementation has to be asked for, in larger tiles: each costs what it does."""
+    if INTERPRETED:
+        tiling = launch_tables.Tiling(factor=(16, 128))
+        monkeypatch.setattr(
+            ApolloMini,
+            "_make_backend",
+            lambda self, device: cuda.CudaBackend(self._slots, self.area, self._options, tiling),
+        )
     yield
 
 
@@ -66,54 +67,51 @@ def given(weights: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> list[Gr
 def step(
     optimizer: ApolloMini, products: Sequence[GradientProduct], others: Sequence[tuple[Tensor, Tensor]] = ()
 ) -> None:
+    """One whose gradients are formed in bf16, once it was decided."""
     prepared = optimizer.prepare_products(products)
     optimizer.begin()
-    optimizer.update_products(prepared)
+    optimizer.decide_products(prepared)
+    optimizer.write([(one.weight, exact(one.parts).bfloat16()) for one in products])
     optimizer.update_many(others)
     optimizer.finish()
 
 
-@pytest.mark.parametrize(("tiling", "rounding"), [("whole", "nearest"), ("halves", "stochastic")], indirect=["tiling"])
-def test_the_step_is_that_of_the_product_in_fp32(rounding: str) -> None:
-    """Same moments, limiter and totals, and the same weights but where fp32's order of sums tips a rounding; with
-    gradients in bf16 many more differ."""
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_weights_are_those_of_a_step_from_gradients(rounding: str) -> None:
+    """In bf16, but where moments that were not rounded tip a rounding; and so are the step's sizes."""
     ends = {}
-    for way in ("products", "fp32", "bf16"):
-        ends[way], _ = made(1)
-        optimizer = ApolloMini(ends[way], lr=3e-3, weight_decay=0.01, rounding=rounding)
+    for way in ("products", "gradients"):
+        weights, _ = made(1)
+        optimizer = ApolloMini(weights, lr=3e-4, weight_decay=0.01, rounding=rounding)
         for seed in range(2):
             _, parts = made(37 if INTERPRETED else 400, seed)
             if way == "products":
-                assert all(optimizer.takes_product(w, some) for w, some in zip(ends[way], parts, strict=True))
-                step(optimizer, given(ends[way], parts))
+                assert all(optimizer.takes_product(w, some) for w, some in zip(weights, parts, strict=True))
+                step(optimizer, given(weights, parts))
             else:
-                gradients = [exact(some) for some in parts]
-                optimizer.step(grads=gradients if way == "fp32" else [one.bfloat16() for one in gradients])
+                optimizer.step(grads=[exact(some).bfloat16() for some in parts])
         optimizer.check()
-        ends[way] += [optimizer.area.memory.clone()]
-        ends[way] += [torch.tensor([optimizer.last_update.update_rms, optimizer.last_update.weight_rms])]
-    assert optimizer.step_count == 2
-    differ = {way: 0 for way in ("products", "bf16")}
-    for i, start in enumerate(made(1)[0]):
-        assert not torch.equal(ends["products"][i], start)
-        for way in differ:
-            differ[way] += int((ends[way][i] != ends["fp32"][i]).sum())
-            assert float((ends[way][i] - ends["fp32"][i]).abs().max()) < 2e-3  # a rounding of the largest weights
-    elements = sum(rows * cols for rows, cols in SHAPES)
-    assert differ["products"] < 1e-3 * elements
-    assert differ["products"] * 4 < differ["bf16"]
-    torch.testing.assert_close(ends["products"][-1], ends["fp32"][-1], rtol=1e-5, atol=0)
+        assert optimizer.step_count == 2
+        ends[way] = weights, torch.tensor([optimizer.last_update.update_rms, optimizer.last_update.weight_rms])
+    for ours, theirs, start in zip(ends["products"][0], ends["gradients"][0], made(1)[0], strict=True):
+        assert not torch.equal(ours, start)
+        assert float((ours != theirs).float().mean()) < 0.01
+    torch.testing.assert_close(ends["products"][1], ends["gradients"][1], rtol=1e-3, atol=0)
 
 
-def test_moments_are_those_of_the_product() -> None:
+def test_moments_are_those_of_the_product_in_fp32() -> None:
+    """Which those of a gradient in bf16 are not."""
     weights, parts = made(37)
     twins = [weight.clone() for weight in weights]
     ours, theirs = ApolloMini(weights, lr=1e-3), ApolloMini(twins, lr=1e-3)
     step(ours, given(weights, parts))
     theirs.step(grads=[exact(some) for some in parts])
+    rounded = ApolloMini([weight.clone() for weight in weights], lr=1e-3)
+    rounded.step(grads=[exact(some).bfloat16() for some in parts])
     for i in range(len(weights)):
-        for mine, other in zip(ours.area.moments(i), theirs.area.moments(i), strict=True):
+        for mine, other, bf16 in zip(*(one.area.moments(i) for one in (ours, theirs, rounded)), strict=True):
             assert float((mine - other).norm() / other.norm()) < 1e-5
+            assert float((bf16 - other).norm() / other.norm()) > 1e-4
     torch.testing.assert_close(ours.area.previous, theirs.area.previous, rtol=1e-5, atol=0)
 
 
@@ -133,7 +131,7 @@ def test_the_rest_of_the_step_comes_after_it() -> None:
     ours.begin()
     ours.update_many([(others[0], gradients[0])])
     with pytest.raises(ApolloError, match="first part of a step"):
-        ours.update_products(ours.prepare_products(given(weights, parts)))
+        ours.decide_products(ours.prepare_products(given(weights, parts)))
     ours.abandon()
 
 
@@ -168,7 +166,7 @@ def test_what_is_not_taken() -> None:
     assert optimizer.takes_product(wide, [zeros(16, 48)])
     assert not optimizer.takes_product(wide, [zeros(8, 48), zeros(8, 48, 8)])
     assert not optimizer.takes_product(wide, [zeros(16, 48, dtype=torch.float32)])
-    assert not optimizer.takes_product(full, [zeros(16, 48)])
+    assert optimizer.takes_product(full, [zeros(16, 48)])
 
 
 def test_covers() -> None:
@@ -199,8 +197,8 @@ class Model(torch.nn.Module):
         return self.head(self.norm(x + self.down(self.odd(torch.nn.functional.silu(self.up(x))))))  # type: ignore[no-any-return]
 
 
-def test_a_sweep_forms_only_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the sweep that forms every gradient, in bf16: the same norm, and nearly the same weights."""
+def test_a_sweep_decides_from_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the sweep that decides from gradients alone: the same norm, and nearly the same weights."""
     ids = torch.arange(40, device=DEVICE) * 7 % 128
     ends, norms = [], []
     for takes in (True, False):
@@ -218,9 +216,8 @@ def test_a_sweep_forms_only_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -
                 torch.nn.functional.cross_entropy(model(ids).float(), ids).backward()
             norms.append(sweep.norm())
             sweep.prepare()
-            formed = {id(weight) for bucket in sweep.products() for weight, _ in bucket}
-            names = {name for name, p in model.named_parameters() if id(p) in formed}
-            assert names == {"embed.weight", "odd.weight", "down.weight"} | (set() if takes else {"up.weight"})
+            decided = {name for name, p in model.named_parameters() if id(p) in sweep._decided}
+            assert decided == ({"up.weight"} if takes else set())
             sweep.apply()
             optimizer.check()
             sweep.forget()
@@ -229,4 +226,4 @@ def test_a_sweep_forms_only_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -
         ends.append(model.state_dict())
     assert norms[:2] == pytest.approx(norms[2:], rel=1e-2)
     for name, tensor in ends[0].items():
-        assert float((tensor == ends[1][name]).float().mean()) > 0.7, name
+        assert float((tensor == ends[1][name]).float().mean()) > 0.9, name

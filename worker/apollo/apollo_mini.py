@@ -198,20 +198,25 @@ class ApolloMini(torch.optim.Optimizer):
         self._steps.update(self._table.pairs(pairs))
 
     def takes_product(self, weight: Tensor, parts: Sequence[Part]) -> bool:
-        """Whether a gradient that is given as these products can be applied without being formed: on CUDA, a whole
-        matrix in bf16 under APOLLO's rule."""
+        """Whether a step can be decided from the products that a gradient is made of: on CUDA, of a whole matrix under
+        APOLLO's rule, of factors in bf16."""
         return self._steps.backend.takes_product(self._table.first(weight), parts)
 
     @torch.no_grad()
     def prepare_products(self, given: Sequence[GradientProduct]) -> Any:
-        """For `update_products`: all that it needs of the host, and of memory. Each was taken by `takes_product`."""
+        """For `decide_products`: all that it needs of the host, and of memory. Each was taken by `takes_product`."""
         return self._steps.backend.prepare_products([(self._table.first(one.weight), one) for one in given])
 
     @torch.no_grad()
-    def update_products(self, prepared: Any) -> None:
-        """Streaming: apply what was prepared, before any other gradient of the step. The products are summed in fp32
-        and rounded nowhere: nearer to the exact step than one from gradients in bf16, and not the same bits."""
-        self._steps.update_products(prepared)
+    def decide_products(self, prepared: Any) -> None:
+        """Streaming: what `write` will move these matrices by, before any other gradient of the step. R is that of
+        the products in fp32, not of gradients in bf16: moments differ in their last bits from those of `update`."""
+        self._steps.decide_products(prepared)
+
+    @torch.no_grad()
+    def write(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Streaming: move matrices that `decide_products` was given, by their gradients, which are read once."""
+        self._steps.write(self._table.pairs(pairs))
 
     def sweep_order(self) -> list[Tensor]:
         """All parameters, in the order in which `update_many` takes the fewest launches for neighbours."""

@@ -70,13 +70,16 @@ class CpuBackend:
         raise ApolloError("capture() records a CUDA graph: the parameters are on a CPU")
 
     def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
-        return False  # a product in fp32 would take longer than one in bf16 and the reading of it
+        return False
 
     def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> None:
-        raise ApolloError("on a CPU every gradient is formed: takes_product() said so")
+        raise ApolloError("on a CPU a step is decided from gradients alone: takes_product() said so")
 
-    def update_products(self, prepared: None) -> None:
-        raise ApolloError("on a CPU every gradient is formed: takes_product() said so")
+    def decide_products(self, prepared: None) -> None:
+        raise ApolloError("on a CPU a step is decided from gradients alone: takes_product() said so")
+
+    def write(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        raise ApolloError("on a CPU a step is decided from gradients alone: takes_product() said so")
 
     def prepare(self, draw: int, step_scale: float = 1.0) -> None:
         self._step_scale = step_scale

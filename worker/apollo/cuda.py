@@ -80,11 +80,15 @@ class CudaBackend(DeviceTables):
     def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> cuda_products.Prepared:
         return cuda_products.prepare(self, given)
 
-    def update_products(self, prepared: cuda_products.Prepared) -> None:
+    def decide_products(self, prepared: cuda_products.Prepared) -> None:
         if not self._untouched:
             raise ApolloError("products are the first part of a step")
         self._untouched = False
-        cuda_products.update(self, prepared)
+        cuda_products.decide(self, prepared)
+
+    def write(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        for run in self.bind(pairs):
+            self._write(run)
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         self._untouched = False

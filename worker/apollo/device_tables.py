@@ -14,7 +14,7 @@ from torch import Tensor
 from worker.apollo import formulas
 from worker.apollo.errors import ApolloError
 from worker.apollo.kernels import columns
-from worker.apollo.launch_tables import UNIT, Known, Run, Tiling, build, cut, is_aligned, numbered
+from worker.apollo.launch_tables import UNIT, Known, Run, Tiling, build, cut, is_aligned
 from worker.apollo.parameters import DTYPES, Options, Slot
 from worker.apollo.state_layout import StateArea
 
@@ -37,7 +37,6 @@ class DeviceTables:
         self._runs: list[Run] = []
         self._copies: list[Tensor] = []
         self._knobs: list[tuple[float, ...]] = [()] * len(self.groups)
-        self._product_tiles: tuple[tuple[int, ...], Tensor] | None = None
         self._scales: list[object] = []
 
     def _allocate(self) -> None:
@@ -62,12 +61,6 @@ class DeviceTables:
         self.sides = zeros(tables.sides)
         self.control = zeros(columns.CONTROLS.value, dtype=torch.int64)
         self.told = torch.zeros(columns.CONTROLS.value, dtype=torch.int64, pin_memory=self.pinned)
-
-    def product_tiles(self, counts: tuple[int, ...]) -> Tensor:
-        """int32 [n, 2] of (product, number within it), for products of so many tiles each; kept for the next step."""
-        if self._product_tiles is None or self._product_tiles[0] != counts:
-            self._product_tiles = counts, numbered(counts)[0].to(self.device)
-        return self._product_tiles[1]
 
     def draw(self, draw: int) -> None:
         """Draw every P on the CPU, a stack's together, and send them up in one copy."""

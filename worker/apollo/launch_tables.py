@@ -36,9 +36,7 @@ class Tiling:
     out: tuple[int, int, int] = (64, 8, 256)
     """The same in pass 2; no result depends on it."""
     factor: tuple[int, int] = (16, 256)
-    """Gradients that are given as products: tokens and columns at a time, where their factors are read for R."""
-    product: tuple[int, int, int] = (128, 128, 64)
-    """Rows and columns a program where they are applied, and tokens at a time."""
+    """Products of which gradients are made: tokens and columns at a time, where the factors are read for R."""
     small: int = 1024
     """Elements a program for AdamW."""
     chunk: int = 1024
@@ -56,14 +54,6 @@ class Tiling:
     tall_warps: int = 4
     wide_warps: int = 4
     out_warps: int = 4
-    product_warps: int = 8
-    product_stages: int = 3
-    product_splits: int = 2
-    """How often the columns of such a tile are halved before they are moved."""
-    product_down: bool = False
-    """Whether tiles that run side by side lie below each other."""
-    product_registers: int = 128
-    """A thread, at most: so that two programs share a multiprocessor, one in its products while the other moves."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +121,6 @@ def counts_of(slot: Slot, kind: Kind, tiling: Tiling) -> Counts:
         return Counts(tiles, tiles)
     height, _, width = tiling.out
     out = _ceil(slot.rows, height) * _ceil(slot.cols, width)
-    if kind.shape in (TALL, WIDE):
-        out = max(out, product_tiles(slot.rows, slot.cols, tiling))
     if kind.shape == FACTORED:
         chunks = _ceil(slot.rows, tiling.side) + _ceil(slot.cols, tiling.side)
         if kind.width:
@@ -145,11 +133,6 @@ def counts_of(slot: Slot, kind: Kind, tiling: Tiling) -> Counts:
         return Counts(_ceil(slot.rows, tiling.tall[0]), out, chunks, 1, _padded(slot.rows))
     parts = _ceil(slot.rows, tiling.wide[0])
     return Counts(parts * _ceil(slot.cols, tiling.wide[2]), out, chunks, parts, _padded(parts * slot.cols))
-
-
-def product_tiles(rows: int, cols: int, tiling: Tiling) -> int:
-    """How many programs apply a gradient of this shape that is given as a product."""
-    return _ceil(rows, tiling.product[0]) * _ceil(cols, tiling.product[1])
 
 
 def _padded(count: int) -> int:
@@ -176,7 +159,7 @@ def scratch_of(kinds: Sequence[Kind], counts: Sequence[Counts], window: int) -> 
     return offsets, windows, end
 
 
-def numbered(counts: Sequence[int]) -> tuple[Tensor, list[int]]:
+def _pairs(counts: Sequence[int]) -> tuple[Tensor, list[int]]:
     """int32 [sum, 2] of (position, number), and where each position starts (one more entry than positions)."""
     each = torch.tensor(counts, dtype=torch.int64)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
@@ -198,9 +181,9 @@ def build(slots: Sequence[Slot], groups: Sequence[int], area: StateArea, tiling:
     counts = [counts_of(slot, kind, tiling) for slot, kind in zip(order, by_position, strict=True)]
     offsets, windows, scratch = scratch_of(by_position, counts, tiling.window)
     by_position = [replace(kind, window=window) for kind, window in zip(by_position, windows, strict=True)]
-    tiles, tile_starts = numbered([c.tiles for c in counts])
-    out_tiles, out_starts = numbered([c.out for c in counts])
-    chunks, chunk_starts = numbered([c.chunks for c in counts])
+    tiles, tile_starts = _pairs([c.tiles for c in counts])
+    out_tiles, out_starts = _pairs([c.out for c in counts])
+    chunks, chunk_starts = _pairs([c.chunks for c in counts])
     rows, projections, sides = [], [0], 0
     for i, (slot, kind, count) in enumerate(zip(order, by_position, counts, strict=True)):
         m, v = area.moments(slot.index)

@@ -222,13 +222,17 @@ class Backend(Protocol):
         """Apply these gradients, or, if one is not finite, report it and change nothing."""
 
     def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
-        """Whether a gradient that is given as these products can be applied as it is."""
+        """Whether a step can be decided from these products, before the gradient is formed."""
 
     def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> Any:
-        """What `update_products` will need of them."""
+        """What `decide_products` will need of them."""
 
-    def update_products(self, prepared: Any) -> None:
-        """Apply these gradients, before any other of the step, or, if a norm is not finite, report it."""
+    def decide_products(self, prepared: Any) -> None:
+        """Decide what these matrices are moved by, before any other of the step, or, if a norm is not finite, report
+        it."""
+
+    def write(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        """Move matrices of which that was decided by their gradients."""
 
     def finish(self) -> None:
         """End the step: the step count goes up by one."""

@@ -1,4 +1,4 @@
-"""A gradient that is given as a product, and need not be formed: G = left^T right."""
+"""A gradient that is known as a product, G = left^T right, before it is formed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -40,5 +40,5 @@ def _rehearse_products(twin: Any, tensors: Sequence[Tensor]) -> None:
                 given.append(GradientProduct(weight, [(left, right, 0)], torch.zeros((), device=weight.device)))
     if given:
         twin.begin()
-        twin.update_products(twin.prepare_products(given))
+        twin.decide_products(twin.prepare_products(given))
         twin.finish()

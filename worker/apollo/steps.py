@@ -54,11 +54,17 @@ class Steps:
             raise ApolloError("update() outside begin() and finish()")
         self.backend.update(pairs)
 
-    def update_products(self, prepared: Any) -> None:
-        """The first part of the open step, from gradients that are given as products."""
+    def decide_products(self, prepared: Any) -> None:
+        """The first part of the open step, for matrices whose gradients are products."""
         if not self._open:
-            raise ApolloError("update_products() outside begin() and finish()")
-        self.backend.update_products(prepared)
+            raise ApolloError("decide_products() outside begin() and finish()")
+        self.backend.decide_products(prepared)
+
+    def write(self, pairs: Pairs) -> None:
+        """A further part of it: those matrices' gradients."""
+        if not self._open:
+            raise ApolloError("write() outside begin() and finish()")
+        self.backend.write(pairs)
 
     def finish(self) -> None:
         """Close it: the count goes up by one."""

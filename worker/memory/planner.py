@@ -26,7 +26,7 @@ SLACK = 0.03
 Its segments grow (`device_setup.growing_segments`): 0.01 was measured at 27B, 0.15 with segments of fixed sizes."""
 GROUP = "NCCL, and other ranks' processes"
 """A row's name."""
-LEAST_ROW = 512
+LEAST_ROW = 256
 """Tokens of the shortest packed row; rows of a power of two from here on exist."""
 SERVER_MEMORY = "a server started with a larger --trainer-memory or a smaller --gpu-memory-utilization"
 """What to do for more free memory."""

@@ -1,5 +1,4 @@
-"""A step from factors. Where the optimizer takes products as they are (on CUDA), the gradient is never formed. The
-others are formed into one buffer and applied, bucket by bucket, until all matrices are done.
+"""A step from factors: products are formed into one buffer and applied, bucket by bucket, until all matrices are done.
 
     sweep = FactorSweep(factors, optimizer)
     sweep.reserve()                    # before the forward pass: all the memory that `apply` will take
@@ -9,9 +8,10 @@ others are formed into one buffer and applied, bucket by bucket, until all matri
     sweep.forget()
 
 Must not know: the server, versions.
-Invariants: of gradients that are formed the step is, bit for bit, the one that the optimizer makes of the gradients
-themselves; of products that are not it is nearer to the exact one, since nothing is rounded to the gradient's dtype.
-`apply` takes no memory for the first time (with one backward pass; a second one needs a matrix more).
+On CUDA the optimizer decides from the factors what a matrix is moved by, and then reads the gradient once, not twice.
+Invariants: gradients have the very bits that autograd makes. On a CPU so has the step that the optimizer makes of them;
+on CUDA its moments are nearer to the exact ones. `apply` takes no memory for the first time (with one backward pass; a
+second one needs a matrix more).
 """
 
 import math
@@ -41,8 +41,10 @@ class FactorSweep:
         self._buckets: list[list[tuple[Factors, Tensor]]] | None = None
         self._norms: dict[int, Tensor] = {}
         """Squared norms that are known, by the parameter's id."""
-        self._unformed: Any = None
-        """Products that the optimizer takes as they are, prepared."""
+        self._prepared: Any = None
+        """Products from which the optimizer decides."""
+        self._decided: set[int] = set()
+        """Ids of their weights."""
 
     def buffer_bytes(self) -> int:
         """What `reserve` takes."""
@@ -92,11 +94,13 @@ class FactorSweep:
         return [one for one, _ in found], torch.stack([value for _, value in found]) if found else None
 
     def prepare(self) -> None:
-        """Decide which products are formed where, and which are not; `apply` does it otherwise."""
+        """Decide which products are formed where, and ready those from which the optimizer decides; `apply` does it
+        otherwise."""
         if self._buckets is None:
             given = [one for kept in self._kept() if (one := self._product(kept)) is not None]
-            self._unformed = self.optimizer.prepare_products(given) if given else None
-            self._buckets = self._fill({id(one.weight) for one in given})
+            self._prepared = self.optimizer.prepare_products(given) if given else None
+            self._decided = {id(one.weight) for one in given}
+            self._buckets = self._fill()
 
     @torch.no_grad()
     def apply(self, step_scale: float = 1.0) -> None:
@@ -105,10 +109,13 @@ class FactorSweep:
         self.prepare()
         self.optimizer.begin(step_scale)
         try:
-            if self._unformed is not None:
-                self.optimizer.update_products(self._unformed)
+            if self._prepared is not None:
+                self.optimizer.decide_products(self._prepared)
             for bucket in self.products():
-                self.optimizer.update_many(bucket)
+                if decided := [pair for pair in bucket if id(pair[0]) in self._decided]:
+                    self.optimizer.write(decided)
+                if others := [pair for pair in bucket if id(pair[0]) not in self._decided]:
+                    self.optimizer.update_many(others)
             small = [(p, p.grad) for p in self.optimizer.sweep_order() if self._is_plain(p) and p.grad is not None]
             self.optimizer.update_many(small)
         except BaseException:
@@ -127,8 +134,7 @@ class FactorSweep:
 
     @torch.no_grad()
     def products(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """(weight, gradient) of every matrix whose gradient is formed, a bucket at a time; the next bucket takes the
-        place of the last."""
+        """(weight, gradient) of every matrix, a bucket at a time; the next bucket takes the place of the last."""
         self.prepare()
         assert self._buckets is not None
         for bucket in self._buckets:
@@ -139,8 +145,8 @@ class FactorSweep:
     def forget(self) -> None:
         """Let go of factors and buffer."""
         self.factors.forget()
-        self._buffer = self._buckets = self._unformed = None
-        self._norms = {}
+        self._buffer = self._buckets = self._prepared = None
+        self._norms, self._decided = {}, set()
 
     def _is_plain(self, parameter: Tensor) -> bool:
         return self.factors.of(parameter) is None
@@ -159,7 +165,7 @@ class FactorSweep:
                 yield kept
 
     def _product(self, kept: Factors) -> GradientProduct | None:
-        """Of one backward pass, and nothing looked up beside it, if the optimizer takes it."""
+        """Of one backward pass, and nothing looked up beside it, if the optimizer can decide from it."""
         if len(kept.passes) != 1 or kept.passes[0][1]:
             return None
         parts = [(product.left, product.right, product.first) for product in kept.passes[0][0]]
@@ -168,15 +174,13 @@ class FactorSweep:
         squares = self._norms.get(id(kept.weight))
         return GradientProduct(kept.weight, parts, self._squares(kept, {}) if squares is None else squares)
 
-    def _fill(self, unformed: set[int]) -> list[list[tuple[Factors, Tensor]]]:
-        """Factors, and where in the buffer their product goes. unformed: ids of the weights whose is not formed."""
+    def _fill(self) -> list[list[tuple[Factors, Tensor]]]:
+        """Factors, and where in the buffer their product goes."""
         assert self._buffer is not None, "apply() without reserve()"
         buckets: list[list[tuple[Factors, Tensor]]] = []
         end = len(self._buffer)
         for kept in self._kept():
             parameter = kept.weight
-            if id(parameter) in unformed:
-                continue
             if end + parameter.nbytes > len(self._buffer):
                 buckets.append([])
                 end = 0

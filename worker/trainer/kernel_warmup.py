@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from worker.data.examples import Example, TokenSequence
+from worker.trainer.device_time import FORWARD
 from worker.trainer.trainer import Trainer
 
 Tell = Callable[[int, int, str], None]
@@ -47,7 +48,7 @@ def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replaye
     for done, (what, run) in enumerate(work):
         tell(done, len(work), what)
         seconds[what] = _timed(trainer, run)
-    trainer.device_time.learn(longest, seconds["again"])
+    trainer.device_time.learn(longest * (1 + FORWARD), seconds["again"])  # with the teacher's pass
     tell(len(work), len(work), "ready")
     return WarmUp(seconds)
 

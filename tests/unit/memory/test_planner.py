@@ -154,7 +154,7 @@ def test_27b_by_factors_is_what_was_asked_for() -> None:
     assert longest_by_factors(config, sizes_up_to(8192), share, **costs) == 512
     assert layers_kept(config, 512, share, way="factors", **costs) > 40
     assert longest_by_factors(config, sizes_up_to(8192), 18 * GB, **costs) == 1024
-    assert longest_by_factors(config, sizes_up_to(8192), 8 * GB, **costs) == 0
+    assert longest_by_factors(config, sizes_up_to(8192), 6 * GB, **costs) == 0
 
 
 @given(configs, st.integers(0, 400 * GB))
