@@ -152,13 +152,8 @@ def make_divided(
     )  # fmt: skip
 
 
-def check_goes_with_ranks(settings: ApplySettings, *, replica: bool, gpu: bool) -> None:
+def check_goes_with_ranks(settings: ApplySettings, *, replica: bool) -> None:
     """Raise `TandemError` for what does not go with a server whose weights are divided over ranks."""
-    if gpu:
-        raise TandemError(
-            "tandem worker trains a server with --tensor-parallel-size on CPUs alone so far: on GPUs serve without it"
-            " to train"
-        )
     if replica:
         raise TandemError(
             "--replica does not go with a server that has --tensor-parallel-size: train one such server, or replicas on"

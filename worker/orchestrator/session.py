@@ -106,7 +106,7 @@ def open_session(
         h = h.settled(weights.optimizer)
         device = weights.state.device
         if isinstance(weights, DividedWeights):
-            check_goes_with_ranks(settings, replica=replica is not None, gpu=weights.state.is_cuda)
+            check_goes_with_ranks(settings, replica=replica is not None)
         state = stack.enter_context(StateDir(state_dir or default_state_dir(weights.model_path, replica or 0)))
         make_deterministic(device)
         tokenizer = AutoTokenizer.from_pretrained(weights.model_path)

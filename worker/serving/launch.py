@@ -74,11 +74,6 @@ def with_defaults(options: Sequence[str], environment: Mapping[str, str], on_cpu
         notes.append("no compilation on the CPU (--no-enforce-eager compiles)")
     if on_cpu and not _kv_cache_said(given, environment):
         notes.append("a KV cache of 1 GiB (VLLM_CPU_KVCACHE_SPACE says otherwise)")
-    if not on_cpu and given.get("--tensor-parallel-size", ["1"])[-1:] != ["1"]:
-        notes.append(
-            "`tandem worker` cannot train a model that is divided over GPUs yet, and refuses it; --trainer-memory 0"
-            " leaves nothing to a trainer"
-        )
     if method := stale_drafter(options):
         notes.append(
             f"the speculative drafter ({method}) does not learn with the model: answers stay right, but fewer drafted"
