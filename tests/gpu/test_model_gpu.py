@@ -315,7 +315,7 @@ def test_steps_over_replayed_rows_are_those_over_launched_ones(reference: Any, w
         trainer = on_gpu(reference, way=way, kept=4)
         trainer.by_factors = 512
         warm_up(trainer, replayed=[size for size in trainer.sizes if size <= 512] if graphs else ())
-        assert len(trainer.rows) == 4 * graphs
+        assert len(trainer.rows) == 3 * graphs
         said = {}
         for number, row in enumerate(rows_of(cuts)):
             said[f"loss {number}"] = torch.tensor(trainer.begin(row).loss)
