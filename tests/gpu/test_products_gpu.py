@@ -135,6 +135,46 @@ def test_the_rest_of_the_step_comes_after_it() -> None:
     ours.abandon()
 
 
+def test_gradients_that_were_written_are_known_to_the_next_step() -> None:
+    """The same tensors again, in a step that is decided from gradients: it is theirs, not the last update's."""
+    weights, parts = made(37)
+    other, vector = torch.randn(50).bfloat16().to(DEVICE), torch.randn(50).bfloat16().to(DEVICE)
+    copies = [tensor.clone() for tensor in (*weights, other)]
+    ours, theirs = ApolloMini([*weights, other], lr=1e-3), ApolloMini(copies, lr=1e-3)
+    formed = [exact(some).bfloat16() for some in parts]
+    for optimizer, tensors in ((ours, [*weights, other]), (theirs, copies)):
+        optimizer.begin()
+        optimizer.update_many([(tensors[-1], vector)])
+        optimizer.finish()
+        prepared = optimizer.prepare_products(given(tensors[:-1], parts))
+        optimizer.begin()
+        optimizer.decide_products(prepared)
+        optimizer.write(list(zip(tensors[:-1], formed, strict=True)))
+        optimizer.finish()
+        optimizer.begin()
+        again = formed if optimizer is ours else [gradient.clone() for gradient in formed]
+        optimizer.update_many(list(zip(tensors[:-1], again, strict=True)))
+        optimizer.finish()
+    for mine, twin in zip([*weights, other], copies, strict=True):
+        assert torch.equal(mine, twin)
+
+
+def test_a_matrix_that_was_not_decided_is_not_written() -> None:
+    weights, parts = made(37)
+    optimizer = ApolloMini(weights, lr=1e-3)
+    products = given(weights, parts)
+    formed = exact(parts[0]).bfloat16()
+    optimizer.begin()
+    optimizer.decide_products(optimizer.prepare_products(products[1:]))
+    with pytest.raises(ApolloError, match=r"parameter 0 .*decide_products"):
+        optimizer.write([(weights[0], formed)])
+    optimizer.abandon()
+    optimizer.begin()
+    with pytest.raises(ApolloError, match=r"parameter 1 .*decide_products"):
+        optimizer.write([(weights[1], exact(parts[1]).bfloat16())])  # of the step before
+    optimizer.abandon()
+
+
 def test_a_norm_that_is_not_finite_changes_nothing() -> None:
     weights, parts = made(37)
     optimizer = ApolloMini(weights, lr=1e-3)

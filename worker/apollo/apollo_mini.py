@@ -19,15 +19,7 @@ from torch import Tensor
 from worker.apollo.backends import backend_for, one_device
 from worker.apollo.errors import ApolloError
 from worker.apollo.gradient_hooks import OneBehind, Pairs, collecting
-from worker.apollo.parameters import (
-    Backend,
-    LastUpdate,
-    Options,
-    Projection,
-    Slot,
-    SumOverShards,
-    make_slots,
-)
+from worker.apollo.parameters import Backend, LastUpdate, Options, Projection, Slot, SumOverShards, make_slots
 from worker.apollo.products import GradientProduct, Part
 from worker.apollo.rehearsal import rehearse
 from worker.apollo.saved_groups import check_groups, load_groups, plain_groups
@@ -165,8 +157,7 @@ class ApolloMini(torch.optim.Optimizer):
 
     def prepare(self) -> None:
         """Do ahead what the next step would do first: on CUDA, once in `projection_gap` steps, draw new projections on
-        the CPU, a fraction of a second for a large model. Optional; call it before pausing a server for the step.
-        """
+        the CPU, a fraction of a second for a large model. Optional; call it before pausing a server for the step."""
         self._steps.prepare()
 
     def warm_up(self) -> None:

@@ -22,7 +22,7 @@ from worker.apollo.cpu_factored import Sums
 from worker.apollo.cpu_shards import Measured
 from worker.apollo.errors import ApolloError, NonFiniteGradientError
 from worker.apollo.parameters import Options, Slot, Totals
-from worker.apollo.products import GradientProduct, Part
+from worker.apollo.products import FromGradientsAlone
 from worker.apollo.state_layout import APOLLO, FACTORED, StateArea
 
 CHUNK = 1 << 20
@@ -41,7 +41,7 @@ def _chunks(slot: Slot) -> Iterator[tuple[slice, int]]:
             yield slice(start, min(start + step, rows.stop)), number + start - rows.start
 
 
-class CpuBackend:
+class CpuBackend(FromGradientsAlone):
     """See `parameters.Backend`."""
 
     def __init__(self, slots: Sequence[Slot], area: StateArea, options: Options) -> None:
@@ -68,18 +68,6 @@ class CpuBackend:
 
     def capture(self, pairs: Sequence[tuple[Slot, Tensor]]) -> Callable[[], None]:
         raise ApolloError("capture() records a CUDA graph: the parameters are on a CPU")
-
-    def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
-        return False
-
-    def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> None:
-        raise ApolloError("on a CPU a step is decided from gradients alone: takes_product() said so")
-
-    def decide_products(self, prepared: None) -> None:
-        raise ApolloError("on a CPU a step is decided from gradients alone: takes_product() said so")
-
-    def write(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
-        raise ApolloError("on a CPU a step is decided from gradients alone: takes_product() said so")
 
     def prepare(self, draw: int, step_scale: float = 1.0) -> None:
         self._step_scale = step_scale

@@ -40,6 +40,7 @@ class CudaBackend(DeviceTables):
         super().__init__(slots, area, options, tiling)
         self._shards: ShardSums | None = None
         self._untouched = False
+        self._decided: frozenset[int] = frozenset()
         if any(slot.shard is not None for slot in slots):
             if options.sum_over_shards is None:
                 raise ApolloError("parameters are shards, and no sum_over_shards says what the others hold")
@@ -72,7 +73,7 @@ class CudaBackend(DeviceTables):
     def open(self) -> None:
         self.control[columns.BAD.value].zero_()
         self.statistics.zero_()
-        self._untouched = True
+        self._untouched, self._decided = True, frozenset()
 
     def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
         return self._shards is None and cuda_products.takes(self, slot, parts)
@@ -83,17 +84,20 @@ class CudaBackend(DeviceTables):
     def decide_products(self, prepared: cuda_products.Prepared) -> None:
         if not self._untouched:
             raise ApolloError("products are the first part of a step")
-        self._untouched = False
+        self._untouched, self._decided = False, frozenset(slot.index for slot, _ in prepared.given)
         cuda_products.decide(self, prepared)
 
     def write(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+        for slot, _ in pairs:
+            if slot.index not in self._decided:
+                raise ApolloError(f"{slot.name} is written, and decide_products() was not given its products")
         for run in self.bind(pairs):
             self._write(run)
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         self._untouched = False
-        if not self._known.matches(pairs):
-            self._runs = self.bind(pairs)
+        if not pairs or not self._known.matches(pairs):
+            self.bind(pairs)
         self.sweep(self._runs)
 
     def sweep(self, runs: Sequence[Run]) -> None:

@@ -105,7 +105,8 @@ class DeviceTables:
                 for column, value in enumerate(entries[position]):
                     self.bindings[position, column].fill_(value)
         self._known = Known(() if self._copies else pairs)  # a copy has to be made again
-        return cut({position: (self.tables.kinds[position], dtype) for position, dtype in dtypes.items()})
+        self._runs = cut({position: (self.tables.kinds[position], dtype) for position, dtype in dtypes.items()})
+        return self._runs
 
     def _weight(self, position: int, slot: Slot) -> tuple[int, int]:
         """Address and row stride."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from worker.apollo import philox
 from worker.apollo.errors import ApolloError
 from worker.apollo.formulas import is_tall, root_scale
-from worker.apollo.products import GradientProduct, Part
+from worker.apollo.products import FromProducts
 from worker.apollo.state_layout import ADAMW, FACTORED, MATRIX_ALGORITHMS, algorithm_for, stacked
 from worker.utils.shard import Shard
 from worker.utils.stacks import is_stack
@@ -202,7 +202,7 @@ class LastUpdate:
         return math.sqrt(totals.weight_squares / max(totals.elements, 1))
 
 
-class Backend(Protocol):
+class Backend(FromProducts, Protocol):
     """One device's implementation of a step. `begin`, any number of `update`s of different slots, `finish`."""
 
     def begin(self, draw: int, step_scale: float) -> None:
@@ -220,19 +220,6 @@ class Backend(Protocol):
 
     def update(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
         """Apply these gradients, or, if one is not finite, report it and change nothing."""
-
-    def takes_product(self, slot: Slot, parts: Sequence[Part]) -> bool:
-        """Whether a step can be decided from these products, before the gradient is formed."""
-
-    def prepare_products(self, given: Sequence[tuple[Slot, GradientProduct]]) -> Any:
-        """What `decide_products` will need of them."""
-
-    def decide_products(self, prepared: Any) -> None:
-        """Decide what these matrices are moved by, before any other of the step, or, if a norm is not finite, report
-        it."""
-
-    def write(self, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
-        """Move matrices of which that was decided by their gradients."""
 
     def finish(self) -> None:
         """End the step: the step count goes up by one."""
