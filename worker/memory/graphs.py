@@ -18,7 +18,8 @@ from worker.memory.traced_sizes import Sizes, has_been_captured
 LONGEST = 2048
 """Tokens of the longest row that is captured."""
 LEAST = 512
-"""Tokens: for rows that are all shorter no memory is held; a transcript of some length would find none."""
+"""Tokens: where there are longer rows, no memory is held for shorter ones alone; a transcript of some length would find
+none."""
 HOST_BOUND = 1 << 38
 """Tokens times parameters of a layer up to which the device waits for the host: 512 tokens at 27B, whose step took 2.6
 times as long launched as replayed on an H100; 2,048 at 0.8B and 4B."""
@@ -71,7 +72,7 @@ def graphs_beside(
     short: Way = "factors" if way == "streaming" else way
     longest = make_plan(config, max(sizes), way=way, kept=0, **costs).total
     rows = host_bound(config, sorted(sizes))
-    while rows and rows[-1] >= LEAST:
+    while rows and rows[-1] >= min(LEAST, max(sizes)):
         for kept in (len(config.layers), 0):
             # Launched as well: in the warm-up, and where it has more sequences than its graphs have places.
             launched = make_plan(config, rows[-1], way=short, kept=kept, **costs).total

@@ -13,6 +13,15 @@ from worker.serving import nvidia_smi
 from worker.serving.vllm_flags import LaunchError, parse_flags, said
 
 FLAG = "--max-num-batched-tokens"
+ABOUT_STEPS = (
+    "--enable-chunked-prefill",
+    "--no-enable-chunked-prefill",
+    "--performance-mode",  # "throughput" doubles vLLM's default
+    "--speculative-config",  # some methods take a part of each step: vLLM may refuse, and wants 8,192
+    "--spec-model",
+    "--spec-method",
+)
+"""Flags beside which vLLM's own default stays."""
 STEP = 4096
 SIZES = range(70 << 30, 160 << 30)
 """Bytes of the devices on which vLLM's own default for a server is 8,192 (0.26 and 0.32, EngineArgs.get_batch_defaults)
@@ -45,9 +54,8 @@ def step_size(options: Sequence[str], on_cpu: bool) -> StepSize:
 
 
 def fits(given: Mapping[str, Sequence[str]]) -> bool:
-    """Whether vLLM takes steps of `STEP` tokens beside these flags: prompts come in chunks, and no more requests than
-    tokens."""
-    if said(given, ("--no-enable-chunked-prefill", "--enable-chunked-prefill")):
+    """Whether steps of `STEP` tokens go with these flags: none of `ABOUT_STEPS`, and no more requests than tokens."""
+    if said({flag.partition(".")[0]: values for flag, values in given.items()}, ABOUT_STEPS):
         return False
     (requests,) = (given.get("--max-num-seqs") or ["1"])[-1:]
     return requests.isdecimal() and int(requests) <= STEP

@@ -48,6 +48,11 @@ def test_27b_replays_where_more_than_80_gb_are_there() -> None:
     assert (most.rows, most.kept) == ((256, 416, 512), 64) and 22 * GB < most.total <= 22.5 * GB
 
 
+def test_versions_of_few_tokens_are_replayed() -> None:
+    found = graphs_beside(config_of("27B"), sizes_up_to(400), 23 * GB, way="streaming", by_factors=True, **COSTS)
+    assert found.rows == (256, 416)
+
+
 def test_rows_that_are_streamed_are_never_replayed() -> None:
     assert graphs_beside(config_of("4B"), SIZES, 500 * GB, way="streaming", by_factors=False, **COSTS) == NO_GRAPHS
 

@@ -32,6 +32,10 @@ def test_an_h100_takes_shorter_steps_and_says_so(tmp_path: Path, monkeypatch: py
         ["--max-num-seqs", "5000"],
         ["--no-enable-chunked-prefill"],
         ["--enable-chunked-prefill=False"],
+        ["--performance-mode", "throughput"],
+        ["--speculative-config", '{"method": "dflash", "num_speculative_tokens": 8}'],
+        ["--speculative-config.method", "dflash"],
+        ["--spec-method", "ngram"],
     ],
 )
 def test_what_the_user_said_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
