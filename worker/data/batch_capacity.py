@@ -81,8 +81,9 @@ def capacity_for(
 
 def sizes_up_to(longest: int) -> tuple[int, ...]:
     """Lengths of packed rows, in tokens: few, and none more than half empty. Powers of two, from 4,096 on with one more
-    in between, and 416 below 512: most single transcripts are that short, and an update costs what its row has."""
-    sizes = [256, 416, 512, 1024, 2048, 4096]
+    in between, and 448 below 512: many a transcript is that short, and an update costs what its row has. All are whole
+    chunks of 64 tokens, as the delta net's kernels take them."""
+    sizes = [256, 448, 512, 1024, 2048, 4096]
     while sizes[-1] < longest:
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return tuple(sizes[: next(i for i, size in enumerate(sizes) if size >= longest) + 1])

@@ -99,7 +99,7 @@ def test_sizes_of_packed_rows(longest: int) -> None:
     sizes = sizes_up_to(longest)
     assert list(sizes) == sorted(set(sizes)) and sizes[-1] >= longest
     assert len(sizes) == 1 or sizes[-2] < longest
-    assert all(size % 32 == 0 for size in sizes) and all(2 * a >= b for a, b in pairwise(sizes))
+    assert all(size % 64 == 0 for size in sizes) and all(2 * a >= b for a, b in pairwise(sizes))
 
 
 def test_refusals() -> None:
