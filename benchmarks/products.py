@@ -2,10 +2,10 @@
 
     python benchmarks/products.py --layers 16 --tokens 400 --out results
 
-Shapes are those of Qwen3.5-27B's layers and its output head; weights and factors are random. In both ways cuBLAS writes
-a bucket of 1 GiB of gradients in bf16. Updated: pass 1 reads them for R, pass 2 for the weights. Decided: R comes from
-the factors, and only the weights' pass reads them. The norm is given. Every round times each way once, in turn;
-medians.
+Shapes are those of Qwen3.5-27B's layers and its output head; weights and factors are random. In every way cuBLAS writes
+buckets of gradients in bf16. Updated: pass 1 reads them for R, pass 2 for the weights. Decided: R comes from the
+factors, and only the weights' pass reads them. Overlapped: that pass runs beside the next bucket's products. The norm
+is given. Every round times each way once, in turn; medians.
 """
 
 import statistics
@@ -61,9 +61,9 @@ def make(layers: int, tokens: int, head: bool) -> Case:
     return Case(weights, given)
 
 
-def buckets_of(case: Case) -> list[list[tuple[GradientProduct, torch.Tensor]]]:
-    """Each product, and where in one buffer it is formed."""
-    largest = max(BUCKET, max(weight.nbytes for weight in case.weights))
+def buckets_of(case: Case, least: int = BUCKET) -> list[list[tuple[GradientProduct, torch.Tensor]]]:
+    """Each product, and where in one buffer of at least `least` bytes it is formed."""
+    largest = max(least, max(weight.nbytes for weight in case.weights))
     buffer = torch.empty(largest, dtype=torch.uint8, device="cuda")
     buckets: list[list[tuple[GradientProduct, torch.Tensor]]] = []
     end = largest
@@ -112,6 +112,34 @@ def decided(case: Case) -> Callable[[], None]:
     return step
 
 
+def overlapped(case: Case) -> Callable[[], None]:
+    """As `decided`, but that a bucket is written by another stream while the next is formed: two buckets of half the
+    size. To be measured; no worker does it."""
+    optimizer = ApolloMini(case.weights, lr=1e-5)
+    prepared = optimizer.prepare_products(case.given)
+    halves = [buckets_of(case, BUCKET // 2) for _ in range(2)]
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    free = [torch.cuda.Event() for _ in halves]
+
+    def step() -> None:
+        optimizer.begin()
+        optimizer.decide_products(prepared)
+        side.wait_stream(main)
+        for number in range(len(halves[0])):
+            half = number % 2
+            if number > 1:
+                main.wait_event(free[half])
+            pairs = form(halves[half][number])
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                optimizer.write(pairs)
+                free[half].record(side)
+        main.wait_stream(side)
+        optimizer.finish()
+
+    return step
+
+
 def milliseconds(step: Callable[[], None]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
@@ -123,7 +151,7 @@ def milliseconds(step: Callable[[], None]) -> float:
 
 
 def compare(case: Case, rounds: int, until: Until, part: Part) -> None:
-    ways = {"updated": updated(case), "decided": decided(case)}
+    ways = {"updated": updated(case), "decided": decided(case), "overlapped": overlapped(case)}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for step in ways.values():
         for _ in range(2):
