@@ -72,8 +72,9 @@ def autograd_linear(weight: torch.Tensor, some: Product) -> torch.Tensor:
 
 
 def same_steps(size: str, tokens: int, device: torch.device, memory: float, part: Part) -> None:
-    """Two streamed steps and one by factors, each from the same weights and state. On a GPU the products of factors are
-    rounded nowhere, so that their step is another: how many elements differ is said, of two streamed steps too."""
+    """Two streamed steps and one by factors, each from the same weights and state. On a GPU moments
+    come from products that are not rounded, so that the step is another: how many elements differ is said, of two
+    streamed steps too."""
     bench = Bench(size, tokens, device, memory, layers=4)
     row = next(s for s in sizes_up_to(tokens) if s >= tokens)
     start = {name: tensor.clone() for name, tensor in bench.tensors.items()}

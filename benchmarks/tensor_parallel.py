@@ -80,7 +80,7 @@ def trained(
 @click.option("--ranks", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), help="Folder of the results.")
 @click.option("--until", "seconds", type=float, default=560.0, show_default=True, help="Seconds for all of it.")
-@click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, comma-separated; in this order.")
+@click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, comma-separated; `one` is first.")
 @click.option("--files/--no-files", default=True, show_default=True, help="Whether the model has files.")
 @click.option("--model", type=click.Path(path_type=Path), help="A directory with a model's files [default: written].")
 @click.option("--one", "one_s", type=float, help="Seconds of a version on one GPU, if `one` is left out.")
@@ -103,7 +103,7 @@ def main(**o: Any) -> None:
         stack.callback(until.disarm)
         try:
             bench = _bench(Path(folder), o, until)
-            for ranks, group in ((1, names[:1] if names[0] == "one" else []), (o["ranks"], _after_one(names))):
+            for ranks, group in ((1, ["one"] if "one" in names else []), (o["ranks"], _after_one(names))):
                 if group:
                     _on_one_server(record, bench, ranks, group, o)
         except OutOfTime:

@@ -13,20 +13,19 @@ from torch import Tensor
 
 from worker.apollo import ApolloError, ApolloMini, GradientProduct, NonFiniteGradientError
 from worker.apollo.products import Part, covers
-from worker.model.gradient_factors import factors_of
-from worker.trainer.factor_sweep import FactorSweep
 
 cuda = pytest.importorskip("worker.apollo.cuda")
 launch_tables = pytest.importorskip("worker.apollo.launch_tables")
 
-SHAPES = [(24, 40), (40, 136), (200, 72)] if INTERPRETED else [(48, 5120), (1000, 264), (4104, 1032)]
+SHAPES = [(24, 40), (40, 136), (200, 72)] if INTERPRETED else [(600, 5120), (1000, 264), (4104, 1032)]
+"""The first is wide, and its R comes in several parts from a gradient."""
 
 
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Interpreted, the CUDA implementation has to be asked for, in larger tiles: each costs what it does."""
     if INTERPRETED:
-        tiling = launch_tables.Tiling(factor=(16, 128))
+        tiling = launch_tables.Tiling(factor=(16, 128), wide=(16, 16, 512))
         monkeypatch.setattr(
             ApolloMini,
             "_make_backend",
@@ -83,15 +82,15 @@ def test_weights_are_those_of_a_step_from_gradients(rounding: str) -> None:
     for way in ("products", "gradients"):
         weights, _ = made(1)
         optimizer = ApolloMini(weights, lr=3e-4, weight_decay=0.01, rounding=rounding)
-        for seed in range(2):
+        for seed in range(3):
             _, parts = made(37 if INTERPRETED else 400, seed)
-            if way == "products":
+            if way == "products" and seed != 1:  # in between, one that leaves its own sums
                 assert all(optimizer.takes_product(w, some) for w, some in zip(weights, parts, strict=True))
                 step(optimizer, given(weights, parts))
             else:
                 optimizer.step(grads=[exact(some).bfloat16() for some in parts])
         optimizer.check()
-        assert optimizer.step_count == 2
+        assert optimizer.step_count == 3
         ends[way] = weights, torch.tensor([optimizer.last_update.update_rms, optimizer.last_update.weight_rms])
     for ours, theirs, start in zip(ends["products"][0], ends["gradients"][0], made(1)[0], strict=True):
         assert not torch.equal(ours, start)
@@ -215,55 +214,3 @@ def test_covers() -> None:
     assert not covers([(left, left, 0)], 16)
     assert not covers([(left, left, 0), (left, left, 4)], 12)
     assert not covers([(left, left, 8)], 16)
-
-
-class Model(torch.nn.Module):
-    """Of what a language model has: embeddings, linear layers, one of them too odd to be taken, a norm, a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = torch.nn.Embedding(128, 64)
-        self.up, self.odd, self.down = (torch.nn.Linear(*s, bias=False) for s in ((64, 104), (104, 60), (60, 64)))
-        self.norm, self.head = torch.nn.LayerNorm(64), torch.nn.Linear(64, 128, bias=False)
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.embed
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        return self.head
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        return self.head(self.norm(x + self.down(self.odd(torch.nn.functional.silu(self.up(x))))))  # type: ignore[no-any-return]
-
-
-def test_a_sweep_decides_from_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the sweep that decides from gradients alone: the same norm, and nearly the same weights."""
-    ids = torch.arange(40, device=DEVICE) * 7 % 128
-    ends, norms = [], []
-    for takes in (True, False):
-        torch.manual_seed(0)
-        model = Model().bfloat16().to(DEVICE)
-        start = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer = ApolloMini(model.named_parameters(), lr=1e-3)
-        if not takes:
-            monkeypatch.setattr(optimizer, "takes_product", lambda weight, parts: False)
-        sweep = FactorSweep(factors_of(model), optimizer)
-        for _ in range(2):
-            sweep.reserve()
-            with sweep.factors.recording():
-                sweep.factors.begin_pass()
-                torch.nn.functional.cross_entropy(model(ids).float(), ids).backward()
-            norms.append(sweep.norm())
-            sweep.prepare()
-            decided = {name for name, p in model.named_parameters() if id(p) in sweep._decided}
-            assert decided == ({"up.weight"} if takes else set())
-            sweep.apply()
-            optimizer.check()
-            sweep.forget()
-            optimizer.zero_grad(set_to_none=True)
-        assert not any(torch.equal(p, start[name]) for name, p in model.named_parameters())
-        ends.append(model.state_dict())
-    assert norms[:2] == pytest.approx(norms[2:], rel=1e-2)
-    for name, tensor in ends[0].items():
-        assert float((tensor == ends[1][name]).float().mean()) > 0.9, name

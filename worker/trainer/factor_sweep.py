@@ -93,6 +93,7 @@ class FactorSweep:
                 found.append((parameter, norm.double().square()))
         return [one for one, _ in found], torch.stack([value for _, value in found]) if found else None
 
+    @torch.no_grad()
     def prepare(self) -> None:
         """Decide which products are formed where, and ready those from which the optimizer decides; `apply` does it
         otherwise."""
@@ -176,10 +177,13 @@ class FactorSweep:
 
     def _fill(self) -> list[list[tuple[Factors, Tensor]]]:
         """Factors, and where in the buffer their product goes."""
+        every = list(self._kept())
+        if not every:  # all of a micro-batch was refused
+            return []
         assert self._buffer is not None, "apply() without reserve()"
         buckets: list[list[tuple[Factors, Tensor]]] = []
         end = len(self._buffer)
-        for kept in self._kept():
+        for kept in every:
             parameter = kept.weight
             if end + parameter.nbytes > len(self._buffer):
                 buckets.append([])

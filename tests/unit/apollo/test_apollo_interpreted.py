@@ -17,6 +17,7 @@ import pytest
         "test_factored_gpu.py",
         "test_experts_gpu.py",
         "test_products_gpu.py",
+        "test_decided_sweep_gpu.py",
         pytest.param("test_shards_gpu.py", marks=pytest.mark.slow),
     ],
 )

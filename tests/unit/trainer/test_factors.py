@@ -24,6 +24,7 @@ from worker.model.factors import Factors, Product, Rows
 from worker.trainer.device import choose_way
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.grad_norm import gradient_norm
+from worker.trainer.outliers import ToldLimit
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 
@@ -198,6 +199,18 @@ def test_nothing_is_kept_after_a_step_or_by_a_score(tiny_model: Path, examples: 
     assert all(trainer.sweep.factors.of(parameter) is None for parameter in trainer.parameters())
     trainer.score(examples)
     assert all(trainer.sweep.factors.of(parameter) is None for parameter in trainer.parameters())
+
+
+def test_a_micro_batch_of_which_nothing_is_left_is_prepared_all_the_same(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    """As the worker does: what was refused is known only then."""
+    trainer = fresh(tiny_model, "factors")
+    refused = trainer.begin(examples[:1], limit=ToldLimit(0.0, 0.0))
+    assert not refused.nll and trainer.begun == "factors"
+    trainer.prepare()
+    trainer.begin(examples[:1])
+    trainer.apply()
 
 
 def test_layers_computed_again_keep_their_inputs_once(tiny_model: Path, examples: list[Example]) -> None:
