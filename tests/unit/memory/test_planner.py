@@ -221,6 +221,17 @@ def test_the_refusal_has_the_numbers_and_the_ways_out() -> None:
         choose(config, 8192, 9 * GB, way_out="a larger --memory")
 
 
+def test_the_refusal_names_the_shortest_row_where_that_alone_fits() -> None:
+    config = config_of("27B")
+    shortest = sizes_up_to(1)[0]
+    room = plan_of(config, shortest, way="streaming", recompute=True).total
+    with pytest.raises(MemoryPlanError, match=rf"\({shortest} tokens would fit\)"):
+        choose(config, 8192, room)
+    with pytest.raises(MemoryPlanError) as refused:
+        choose(config, 8192, plan_of(config, shortest - 1, way="streaming", recompute=True).total - 1)
+    assert "would fit" not in str(refused.value)
+
+
 def test_planning_imports_neither_torch_nor_vllm() -> None:
     code = "import sys, worker.memory.planner; sys.exit(bool({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from worker.cli import serve
 from worker.serving.step_size import FLAG, are_meant, step_size
 
 H100 = "NVIDIA H100 80GB HBM3, 81559"
@@ -22,6 +23,17 @@ def test_an_h100_takes_shorter_steps_and_says_so(tmp_path: Path, monkeypatch: py
     options, (note,) = step_size(["--max-num-seqs", "16"], on_cpu=False)
     assert options == [FLAG, "4096"]
     assert note.startswith(f"{FLAG} 4096") and "8192" in note
+
+
+def test_vllm_is_started_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, monkeypatch, H100)
+    started: list[list[str]] = []
+    monkeypatch.setattr(serve, "is_cpu_build", lambda: False)  # no build of vLLM for GPUs is here
+    monkeypatch.setattr("os.execve", lambda program, arguments, environment: started.append(arguments))
+    options = [str(tmp_path), "--run-dir", str(tmp_path / "run"), "--trainer-memory", "0", "--max-num-seqs", "16"]
+    serve.command.main(options, standalone_mode=False)
+    (arguments,) = started
+    assert arguments[arguments.index(FLAG) + 1] == "4096"
 
 
 @pytest.mark.parametrize(
