@@ -21,9 +21,8 @@ class DeviceTime:
         self._token_s = 0.0
         self._tokens = 0.0  # of passes forward and backward; of one without the other, its part
 
-    def learn(self, tokens: float, seconds: float) -> None:
-        """Passes forward and backward over `tokens` tokens, all kernels compiled, took `seconds`. A token of a pass
-        forward alone counts as `FORWARD` of one."""
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A pass forward and backward over a row of `tokens` tokens, all kernels compiled, took `seconds`."""
         self._token_s = seconds / tokens
 
     def begin(self) -> None:

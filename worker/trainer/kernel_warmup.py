@@ -10,13 +10,12 @@ and the optimizer's kernels are compiled on tensors of their own.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from worker.data.examples import Example, TokenSequence
-from worker.trainer.device_time import FORWARD
 from worker.trainer.trainer import Trainer
 
 Tell = Callable[[int, int, str], None]
@@ -36,19 +35,19 @@ class WarmUp:
 def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = ()) -> WarmUp:
     """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; last,
     when all that others keep is allocated, graphs of the rows of `replayed` tokens, longest first. The longest row runs
-    twice: the second time says what a token takes."""
+    twice: the second time, without a teacher, says what a token takes."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [
         (f"{size} tokens", partial(_run, trainer, size)) for size in (longest, *shorter)
     ]
-    work.insert(1, ("again", partial(_run, trainer, longest)))
+    work.insert(1, ("again", partial(_run, trainer, longest, taught=False)))
     work.append(("optimizer", trainer.warm_optimizer))
     work += [(f"graphs of {size} tokens", partial(trainer.capture, size)) for size in sorted(replayed, reverse=True)]
     seconds = {}
     for done, (what, run) in enumerate(work):
         tell(done, len(work), what)
         seconds[what] = _timed(trainer, run)
-    trainer.device_time.learn(longest * (1 + FORWARD), seconds["again"])  # with the teacher's pass
+    trainer.device_time.learn(longest, seconds["again"])
     tell(len(work), len(work), "ready")
     return WarmUp(seconds)
 
@@ -61,12 +60,13 @@ def _timed(trainer: Trainer, work: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-def _run(trainer: Trainer, size: int) -> None:
-    """One forward and backward over a row of `size` tokens: two sequences, every token trained, with a teacher's pass
-    over the same row."""
+def _run(trainer: Trainer, size: int, taught: bool = True) -> None:
+    """One forward and backward over a row of `size` tokens: two sequences, every token trained. taught: with a teacher's
+    pass over the same row before it."""
     cut = size // 3
     words = trainer.head.words
     ids = tuple((7 * i + 1) % words for i in range(size))
     mask = (False,) + (True,) * (size - 1)
     sequences = (TokenSequence(ids[:cut], mask[:cut]), TokenSequence(ids[cut:], mask[: size - cut]))
-    trainer.dry_run([Example("warm-up", sequences, 1.0, {}, "comment", sequences)])
+    plain = Example("warm-up", sequences, 1.0, {})
+    trainer.dry_run([replace(plain, kind="comment", teachers=sequences) if taught else plain])

@@ -1,6 +1,7 @@
 """What a step takes of a device, counted in the rows that its passes went over."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoTokenizer
 from producer.transcript import Transcript
 from worker.checkpoint import model_directory
 from worker.config.hyperparameters import Hyperparameters
+from worker.data.examples import Example
 from worker.memory.plan import Way
-from worker.trainer.device_time import FORWARD, DeviceTime
+from worker.trainer.device_time import DeviceTime
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.kernel_warmup import warm_up
 from worker.utils import torch_setup
@@ -49,13 +51,20 @@ def test_a_step_counts_its_rows_and_streaming_the_pass_before_the_pause_alone(
     assert report.seconds["again"] > 0
 
 
-def test_the_warm_up_times_the_longest_row(tiny_model: Path) -> None:
+def test_the_warm_up_times_the_longest_row_without_a_teacher(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_setup.prepare()
     model, tokenizer = model_directory.load(tiny_model)
     trainer = make_trainer(model, model.named_parameters(), tokenizer, Hyperparameters(max_length=512), state=None)
+    dry_run, ran = trainer.dry_run, []
+
+    def watched(examples: Sequence[Example]) -> None:
+        ran.append((sum(example.tokens for example in examples), sum(example.teacher_tokens for example in examples)))
+        dry_run(examples)
+
+    monkeypatch.setattr(trainer, "dry_run", watched)
     report = warm_up(trainer)
+    assert ran[:2] == [(512, 512), (512, 0)]  # a teacher's pass would make a token dearer
     trainer.device_time.begin()
     trainer.device_time.forward(512)
     trainer.device_time.backward(512)
-    # The warm-up's pass forward and backward had a teacher's pass forward beside it.
-    assert trainer.device_time.seconds() == pytest.approx(report.seconds["again"] / (1 + FORWARD))
+    assert trainer.device_time.seconds() == pytest.approx(report.seconds["again"])
