@@ -61,8 +61,8 @@ def _timed(trainer: Trainer, work: Callable[[], object]) -> float:
 
 
 def _run(trainer: Trainer, size: int, taught: bool = True) -> None:
-    """One forward and backward over a row of `size` tokens: two sequences, every token trained. taught: with a teacher's
-    pass over the same row before it."""
+    """One forward and backward over a row of `size` tokens: two sequences, every token trained. taught: with a pass of
+    their teacher over the same row before it."""
     cut = size // 3
     words = trainer.head.words
     ids = tuple((7 * i + 1) % words for i in range(size))
