@@ -1,4 +1,4 @@
-"""What nvidia-smi says of the machine's devices. Must not know: torch, vLLM; what the figures are for."""
+"""What nvidia-smi says of the machine's devices. Must not know: torch, vLLM."""
 
 import subprocess
 
