@@ -57,15 +57,8 @@ class Bench:
         return [conversation(self.builder, f"{name}-{n}", self.tokens // self.jobs) for n in range(self.jobs)]
 
     def version(self, rig: Rig, name: str) -> dict[str, float]:
-        """One version; its manifest's numbers, and seconds from the first begin to CLEAN."""
-        texts = self.texts(name)
-        versions = {rig.producer.wait(one.id, 240) for one in rig.producer.enqueue_many(texts)}
-        if len(versions) != 1:
-            raise RuntimeError(f"{self.jobs} transcripts became {len(versions)} versions: a longer --linger is needed")
-        row = rig.manifest(versions.pop())
-        waited = row.get("journal_s", 0.0) + row.get("wait_for_pause_s", 0.0)
-        row["step_s"] = row["gradients_s"] + waited + row["pause_s"]
-        return row
+        """One version: see `Rig.version`."""
+        return rig.version(self.texts(name))
 
     def log_probability(self, rig: Rig, name: str) -> float:
         """The server's own, in nats a trained token, of the first text of version `name`."""

@@ -57,20 +57,10 @@ class Fleet:
         return replica_status.read(said) or replica_status.Members()
 
     def version(self, name: str, count: int) -> dict[str, float]:
-        """One version of `count` times `tokens`; its manifest's numbers, and seconds from the first begin to CLEAN."""
-        rig, number = self.rigs[0], self.jobs * count
-        texts = [
-            conversation(self.builder, f"{name}-{os.getpid()}-{n}", self.tokens // self.jobs) for n in range(number)
-        ]
-        versions = {rig.producer.wait(one.id, 240) for one in rig.producer.enqueue_many(texts)}
-        if len(versions) != 1:
-            raise RuntimeError(f"{number} transcripts became {len(versions)} versions: a longer --linger is needed")
-        row = rig.manifest(versions.pop())
-        row["step_s"] = (
-            row["gradients_s"] + row.get("journal_s", 0.0) + row.get("wait_for_pause_s", 0.0) + row["pause_s"]
-        )
-        row["tokens_per_s"] = row["tokens"] / row["step_s"]
-        return row
+        """One version of `count` times `tokens`: see `Rig.version`, and tokens/s."""
+        names = [f"{name}-{os.getpid()}-{n}" for n in range(self.jobs * count)]
+        row = self.rigs[0].version([conversation(self.builder, one, self.tokens // self.jobs) for one in names])
+        return row | {"tokens_per_s": row["tokens"] / row["step_s"]}
 
 
 def served_version(rig: Rig) -> Any:

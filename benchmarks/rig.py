@@ -144,6 +144,15 @@ class Rig:
                 continue
         return numbers
 
+    def version(self, texts: Sequence[Any], timeout: float = 240.0) -> dict[str, float]:
+        """One version of all of `texts`: its manifest's numbers, and `step_s`, seconds from the first begin to CLEAN."""
+        versions = {self.producer.wait(one.id, timeout) for one in self.producer.enqueue_many(texts)}
+        if len(versions) != 1:
+            raise RigError(f"{len(texts)} transcripts became {len(versions)} versions: a longer --linger is needed")
+        row = self.manifest(versions.pop())
+        waited = row.get("journal_s", 0.0) + row.get("wait_for_pause_s", 0.0)
+        return row | {"step_s": row["gradients_s"] + waited + row["pause_s"]}
+
     def post(self, path: str, body: dict[str, Any], timeout: float = 300.0) -> tuple[int, dict[str, Any]]:
         """(status, body) of a request to the server."""
         request = urllib.request.Request(
