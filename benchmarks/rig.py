@@ -145,7 +145,7 @@ class Rig:
         return numbers
 
     def version(self, texts: Sequence[Any], timeout: float = 240.0) -> dict[str, float]:
-        """One version of all of `texts`: its manifest's numbers, and `step_s`, seconds from the first begin to CLEAN."""
+        """One version of all of `texts`: its manifest's numbers, and `step_s`, seconds from begin to CLEAN."""
         versions = {self.producer.wait(one.id, timeout) for one in self.producer.enqueue_many(texts)}
         if len(versions) != 1:
             raise RigError(f"{len(texts)} transcripts became {len(versions)} versions: a longer --linger is needed")
