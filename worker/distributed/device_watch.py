@@ -26,11 +26,20 @@ PACE = 0.2
 """Seconds between two looks, while anything is under way."""
 
 
+TORCH_WATCHES = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
+}
+"""torch's own watches of NCCL. The first two end the process. Of the third, four times as long is slept for each
+collective that was ended, for a dump that nobody makes: 60 s by default, while whoever closes the group waits (torch
+2.11; seen on two H200)."""
+
+
 def watch_alone() -> None:
-    """Before a group is made: have torch's own watches of NCCL off, which end the process, unless the environment says
-    otherwise."""
-    for name in ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING"):
-        os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
+    """Before a group is made: have torch's own watches of NCCL off, unless the environment says otherwise."""
+    for name, value in TORCH_WATCHES.items():
+        os.environ.setdefault(name, value)
 
 
 class DeviceWatch:

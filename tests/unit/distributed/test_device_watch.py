@@ -1,12 +1,13 @@
 """Collectives that do not end are ended; those that take long one after the other are not."""
 
+import os
 import threading
 import time
 
 import pytest
 from patience import until
 
-from worker.distributed.device_watch import DeviceWatch
+from worker.distributed.device_watch import TORCH_WATCHES, DeviceWatch, watch_alone
 
 
 class Collective:
@@ -68,3 +69,15 @@ def test_what_is_given_up_is_ended_once_and_nothing_after_the_close() -> None:
     closed.close()
     closed.give_up()
     assert said == [True] and not closed.failed
+
+
+def test_torch_neither_ends_the_process_nor_sleeps_for_a_collective_that_was_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in TORCH_WATCHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
+    watch_alone()
+    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "1", "what the environment says stays"
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert 4 * int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) < 1000, "milliseconds"
