@@ -22,14 +22,15 @@ NARROWEST = 128
 class BatchCapacity:
     """Of one trainer: the lengths of its rows in tokens, whether it packs several sequences into one, and its way.
 
-    by_factors: in streaming, micro-batches whose row is no longer than this go by factors. parts: among how many
-    trainers a micro-batch is divided; each takes as much.
+    by_factors: in streaming, micro-batches whose row is no longer than this go by factors. places: the most sequences
+    of such a row (0: any number). parts: among how many trainers a micro-batch is divided; each takes as much.
     """
 
     sizes: tuple[int, ...]
     packed: bool
     way: Way
     by_factors: int = 0
+    places: int = 0
     parts: int = 1
 
     @property
@@ -45,7 +46,10 @@ class BatchCapacity:
 
     def way_of(self, examples: Sequence[Example]) -> Way:
         """How `examples`, one micro-batch that it holds, are trained."""
-        return self.way_of_row(next((size for size in self.sizes if size >= self.needs(examples)), math.inf))
+        way = self.way_of_row(next((size for size in self.sizes if size >= self.needs(examples)), math.inf))
+        if way == "factors" and self.places and sum(len(one.sequences) for one in examples) > self.places:
+            return self.way
+        return way
 
     def way_of_row(self, tokens: float) -> Way:
         """How a micro-batch is trained that takes a row of `tokens` tokens."""
@@ -68,7 +72,7 @@ class BatchCapacity:
 
 
 def capacity_for(
-    h: Hyperparameters, *, packed: bool, way: Way, budget: int | None = None, by_factors: int = 0
+    h: Hyperparameters, *, packed: bool, way: Way, budget: int | None = None, by_factors: int = 0, places: int = 0
 ) -> BatchCapacity:
     """The room of the trainer that `make_trainer` makes of the same arguments.
 
@@ -76,7 +80,8 @@ def capacity_for(
     `h` says: a replay's hyper-parameters are those of another day. Rows that are padded go by `h.max_length` alone.
     """
     most = budget or max(h.max_length, 8192)
-    return BatchCapacity(sizes_up_to(most) if packed else widths_up_to(h.max_length), packed, way, by_factors)
+    sizes = sizes_up_to(most) if packed else widths_up_to(h.max_length)
+    return BatchCapacity(sizes, packed, way, by_factors, places)
 
 
 def sizes_up_to(longest: int) -> tuple[int, ...]:

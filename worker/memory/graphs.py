@@ -2,15 +2,17 @@
 
 A row is worth it while the host takes longer to launch a layer's kernels than the device to run them. Its graphs own
 what the layers take (`worker.trainer.captured_row`), whether a row is being replayed or not, so that they are taken
-only where that much is free beside the longest row. Must not know: torch, vLLM.
+only where that much is free beside the longest row. Where it is not, they lend it to the inputs of long rows' layers,
+which are computed again and never beside a replay. Must not know: torch, vLLM.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from worker.memory.peak_moments import layers_bytes
+from worker.memory.peak_moments import input_bytes, layers_bytes
 from worker.memory.plan import Way, rounded_up
 from worker.memory.planner import SLACK, make_plan
 from worker.memory.traced_sizes import Sizes, has_been_captured
@@ -30,12 +32,14 @@ GRAPH_BYTES = 100_000_000
 @dataclass(frozen=True)
 class Graphs:
     """rows: their sizes in tokens, ascending; kept: layers of them that are not recomputed; held: bytes that the graphs
-    hold together; total: the trainer's whole peak with them, in bytes."""
+    hold together; total: the trainer's whole peak with them, in bytes; lent: bytes of `held` that long rows use. Then
+    a short row goes by factors as a replay alone: launched, its own would not fit beside the graphs."""
 
     rows: tuple[int, ...] = ()
     kept: int = 0
     held: int = 0
     total: int = 0
+    lent: int = 0
 
 
 NO_GRAPHS = Graphs()
@@ -62,22 +66,27 @@ def graphs_beside(
     by_factors: bool,
     **costs: Any,
 ) -> Graphs:
-    """The graphs that fit into `free_bytes` with a trainer by `way` of rows of `sizes`: the longest rows first, then no
-    recomputation before it. by_factors: in streaming, short rows go by factors where they fit. costs: of
-    `make_plan`."""
+    """The graphs that fit into `free_bytes` with a trainer by `way` of rows of `sizes`: those that lend nothing before
+    those that do, the longest rows first, then no recomputation before it. by_factors: in streaming, short rows go by
+    factors where they fit. costs: of `make_plan`."""
     if not has_been_captured(config):
         return NO_GRAPHS  # nobody has captured a row of it
     if way == "streaming" and not by_factors:
         return NO_GRAPHS
     short: Way = "factors" if way == "streaming" else way
-    longest = make_plan(config, max(sizes), way=way, kept=0, **costs).total
+    longest = partial(make_plan, config, max(sizes), way=way, kept=0, **costs)
     rows = host_bound(config, sorted(sizes))
-    while rows and rows[-1] >= min(LEAST, max(sizes)):
-        for kept in (len(config.layers), 0):
-            # Launched as well: in the warm-up, and where it has more sequences than its graphs have places.
-            launched = make_plan(config, rows[-1], way=short, kept=kept, **costs).total
-            held = held_bytes(config, rows[-1], way=short, kept=kept)
-            if (total := max(longest, launched) + held) <= free_bytes:
-                return Graphs(tuple(rows), kept, held, total)
-        rows.pop()
+    choices = [
+        (row, kept) for row in reversed(rows) if row >= min(LEAST, max(sizes)) for kept in (len(config.layers), 0)
+    ]
+    for lends in (False, True) if way == "streaming" and not costs.get("group_bytes") else (False,):
+        for row, kept in choices:
+            held = held_bytes(config, row, way=short, kept=kept)
+            lent = min(held - GRAPH_BYTES, input_bytes(config, max(sizes))) if lends else 0
+            # Launched as well: in the warm-up, before there are graphs; and if they lend nothing, where it has more
+            # sequences than its graphs have places.
+            launched = make_plan(config, row, way=short, kept=kept, **costs).total
+            total = max(longest(lent=lent).total + held, launched + (0 if lends else held))
+            if total <= free_bytes:
+                return Graphs(tuple(size for size in rows if size <= row), kept, held, total, lent)
     return NO_GRAPHS

@@ -31,7 +31,8 @@ them: which they are and where (8 each), whether in this block (1), expected, fo
 HIDDEN = 12
 """Bytes for each element of the last hidden states while the loss and its gradient are computed."""
 FACTORS = "factors of the matrices' gradients"
-"""A row's name."""
+INPUTS = "layer inputs"
+"""Rows' names."""
 
 Moment = tuple[float, list[tuple[str, float]]]
 """(gradients in flight, activations by name), in bytes."""
@@ -61,7 +62,7 @@ def in_backward(config: Sizes, tokens: int, way: Way, kept: int, tables: bool) -
     # a recomputed layer's input is one of the layer inputs already
     again = max(sum(saved(config, kind)) - 2 * config.hidden + extra(config, kind) for kind in kinds)
     first = len(config.layers) - kept
-    inputs = ("layer inputs", 2 * config.hidden * first * tokens)
+    inputs = (INPUTS, 2 * config.hidden * first * tokens)
     moments = [[*_held(config, tokens, kept), ("one layer's backward pass", last * tokens)]] if kept else []
     if way == "factors":
         head = _table_factors(config, tables)
@@ -101,6 +102,11 @@ def layers_bytes(config: Sizes, tokens: int, *, way: Way, kept: int) -> float:
     return _sum(activations) + (gradient_bytes(config, tables=False) if way == "burst" else 0)
 
 
+def input_bytes(config: Sizes, tokens: int) -> int:
+    """Bytes of the inputs of all layers, where all are computed again."""
+    return 2 * config.hidden * len(config.layers) * tokens
+
+
 def gradient_bytes(config: Sizes, tables: bool) -> int:
     """Bytes of all gradients together; without tables, those of embeddings and head are left out."""
     return 2 * config.count() - (0 if tables else _table_bytes(config) * len(config.tables()))
@@ -112,7 +118,7 @@ def _held(config: Sizes, tokens: int, kept: int) -> list[tuple[str, float]]:
     each = {kind: sum(saved(config, kind)) for kind in set(config.layers)}
     rows: list[tuple[str, float]] = []
     if again:
-        rows.append(("layer inputs", 2 * config.hidden * again * tokens))
+        rows.append((INPUTS, 2 * config.hidden * again * tokens))
     if kept:
         rows.append((f"activations of {kept} layers", sum(each[kind] for kind in config.layers[again:]) * tokens))
     return rows

@@ -15,7 +15,7 @@ from typing import Any
 from producer.errors import TandemError
 from worker.memory.divided import COPIES
 from worker.memory.optimizer_memory import scratch_bytes, state_bytes
-from worker.memory.peak_moments import MOMENTS, gradient_bytes
+from worker.memory.peak_moments import INPUTS, MOMENTS, gradient_bytes
 from worker.memory.plan import STEP, Apply, Plan, Recompute, Way, gigabytes, rounded_up
 from worker.memory.traced_sizes import Sizes
 
@@ -47,6 +47,7 @@ def make_plan(
     context_bytes: int = CONTEXT_BYTES,
     ranks: int = 1,
     group_bytes: int = 0,
+    lent: int = 0,
 ) -> Plan:
     """The plan for forward passes of `tokens` tokens (padding included), all of them trained.
 
@@ -54,14 +55,15 @@ def make_plan(
     embeddings: "frozen" spares the gradients of embeddings and head. optimizer: as `--optimizer`, for its state and
     scratch. context_bytes: what CUDA and its libraries are still to take; less in a process whose context exists before
     `free` is asked for. ranks: of how many `config` is one part. group_bytes: what a group of processes is still to
-    take beside (NCCL).
+    take beside (NCCL). lent: bytes for layers' inputs that somebody else holds (`worker.model.lent_memory`).
     """
     tables = embeddings != "frozen"
     standing = gradient_bytes(config, tables) if way == "burst" else 0
     shared = {"weights": rounded_up(weight_bytes(config)), "state": rounded_up(state_bytes(config, optimizer))}
     plans = []
     for name, moment in MOMENTS.items():
-        gradients, activations = moment(config, tokens, way, kept, tables)
+        gradients, every = moment(config, tokens, way, kept, tables)
+        activations = [(row, max(0.0, size - lent) if row == INPUTS else size) for row, size in every]
         moving = gradients + sum(size for _, size in activations)
         rows = [
             ("gradients", standing + gradients),

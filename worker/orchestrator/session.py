@@ -122,6 +122,7 @@ def open_session(
             packed=weights.state.is_cuda,
             way=chosen.way,
             by_factors=chosen.by_factors,
+            places=chosen.places,
             budget=chosen.budget,
         )
         manager = stack.enter_context(contextlib.closing(CheckpointManager(state, weights, make, room, policy)))
@@ -129,7 +130,7 @@ def open_session(
             for report in mend_weights(manager, control, known, new_lineage=new_lineage):
                 tell(report)
         trainer = make(h)
-        warm(trainer, chosen.replayed)
+        warm(trainer, chosen.replayed, chosen.lent)
         if weights.header.state == CLEAN:  # a torn server, which is brought up later, computes nothing
             prove(trainer, weights, control, tokenizer, ranks)
         yield Session(control, weights, manager, builder, trainer, h, settings, ranks)
@@ -163,6 +164,7 @@ def _how_to_train(
         state=weights.state,
         way=chosen.way,
         by_factors=chosen.by_factors,
+        places=chosen.places,
         budget=chosen.budget,
     )
     return make, chosen, None

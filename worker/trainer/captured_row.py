@@ -89,13 +89,13 @@ class CapturedRow:
         self._measured: list[Tensor] = []
         if self.by_factors:
             self.norm_graph, (self._measured, found) = self._graph(squares)
-            self._known = _alias(found)
+            self._known = alias(found)
         # The owners of all this go: the memory is then the pool's again, and the graphs' all the same.
-        self._hidden, self._inner = _alias(hidden), _alias(gradients[0])
+        self._hidden, self._inner = alias(hidden), alias(gradients[0])
         self._products = [
-            (weight, Product(_alias(one.left), _alias(one.right), one.first)) for weight, one in self.factors.products()
+            (weight, Product(alias(one.left), alias(one.right), one.first)) for weight, one in self.factors.products()
         ]
-        self._left = [(p, _alias(g)) for p, g in zip(self._plain, gradients[1:], strict=True) if g is not None]
+        self._left = [(p, alias(g)) for p, g in zip(self._plain, gradients[1:], strict=True) if g is not None]
         self._drop()
 
     def _graph(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -193,6 +193,6 @@ class _Address:
         }
 
 
-def _alias(tensor: Tensor) -> Tensor:
+def alias(tensor: Tensor) -> Tensor:
     """The same memory, not owned."""
     return torch.as_tensor(_Address(tensor), device=tensor.device).view(tensor.dtype)

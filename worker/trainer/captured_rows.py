@@ -3,11 +3,13 @@
     rows = rows_of(model)
     rows.capture(model.model, sweep, 512, by_factors=True)    # in the warm-up, longest first, and never in traffic
     row = rows.of(batch, by_factors=True)                     # None: launch its kernels
+    rows.lend(model, size)                                    # long rows may use so many bytes of theirs meanwhile
 
 Belongs to the model, as its graphs do to the weights' addresses: every trainer of the model finds them.
 Must not know: Redis, vLLM, the header, versions.
-Invariants: the graphs share one pool of memory, which is theirs alone, so that all rows together hold what the longest
-holds. A capture that fails changes nothing: kernels are launched as before, random numbers and allocator go on.
+Invariants: the graphs share one pool of memory, so that all rows together hold what the longest holds. It is theirs
+alone, or lent to the inputs of long rows' layers: while one of these may still be read, no row is replayed. A capture
+that fails changes nothing: kernels are launched as before, random numbers and allocator go on.
 """
 
 import logging
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 
 from worker.data.packing import Batch
-from worker.trainer.captured_row import CapturedRow
+from worker.memory.plan import gigabytes
+from worker.model.lent_memory import LentMemory, lend
+from worker.trainer.captured_row import CapturedRow, alias
 from worker.trainer.factor_sweep import FactorSweep
 
 log = logging.getLogger("tandem")
@@ -34,6 +38,9 @@ class CapturedRows:
         self._pool: Any = None
         self._stream: Any = None
         self._failed = False
+        self.capturing = False
+        """Whether a row is being captured, or run for the last time before it."""
+        self._lent: LentMemory | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,7 +51,9 @@ class CapturedRows:
 
     def of(self, batch: Batch, *, by_factors: bool) -> CapturedRow | None:
         """What stands in for the layers over `batch`, a packed row; None where no graphs were made of its kind, or it
-        has more sequences than they have places."""
+        has more sequences than they have places, or their memory is in use."""
+        if self._lent is not None and self._lent.is_used:
+            return None
         row = self.get(batch.input_ids.numel(), by_factors=by_factors)
         return row if row is not None and len(batch.lengths) <= row.places else None
 
@@ -61,6 +70,7 @@ class CapturedRows:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
+        self.capturing = True
         try:
             with _undone_if_it_fails(self._pool), sweep.factors.recording() if by_factors else nullcontext():
                 self._rows[tokens, by_factors] = CapturedRow(body, sweep, tokens, self._pool, self._stream)
@@ -70,9 +80,27 @@ class CapturedRows:
             log.debug("where the capture failed", exc_info=error)
             self._failed, self._pool = True, torch.cuda.graph_pool_handle()  # to torch the old one is being filled
             return False
+        finally:
+            self.capturing = False
         torch.cuda.empty_cache()
         self.held_bytes += max(0, torch.cuda.memory_reserved() - before)
         return True
+
+    def lend(self, model: Any, size: int) -> None:
+        """Have `model` keep inputs of layers that it computes again in `size` bytes of the graphs' memory, which holds
+        as much: after the last capture, once. Whatever a replay left there is lost in a long row's forward pass."""
+        if not self._rows or self._lent is not None:
+            return
+        before = torch.cuda.memory_reserved()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
+            region = torch.empty(size, dtype=torch.uint8, device=next(model.parameters()).device)
+            region[:1].zero_()  # torch warns of a capture without a kernel
+        grown = torch.cuda.memory_reserved() - before
+        if grown > 0:
+            log.warning(
+                "the graphs' memory has no %s in one piece: %s more were taken", gigabytes(size), gigabytes(grown)
+            )
+        self._lent = lend(model, alias(region))
 
 
 def rows_of(model: Any) -> CapturedRows:

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,9 @@ from worker.memory.planner import (
 )
 from worker.memory.traced_sizes import NOT_SEEN, Sizes, has_been_captured, has_run
 from worker.model import fuse, settle_attention
+from worker.model.inputs import PLACES
 from worker.model.layer_trace import sizes_of
+from worker.trainer.captured_rows import rows_of
 from worker.trainer.kernel_warmup import warm_up
 from worker.trainer.parallel_compile import Compiled, parallel_compile
 from worker.trainer.trainer import Trainer
@@ -61,12 +63,15 @@ class Chosen:
     """How gradients are applied, and the most tokens of one forward pass (None: the trainer's default).
 
     by_factors: in streaming, rows of up to so many tokens go by factors. replayed: rows of which CUDA graphs are made.
+    lent: bytes of these that long rows use. places: the most sequences of a row that goes by factors (0: any number).
     """
 
     way: Way
     budget: int | None = None
     by_factors: int = 0
     replayed: tuple[int, ...] = ()
+    lent: int = 0
+    places: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,18 +139,23 @@ def choose_way(
     if settings.graphs == "auto" and divided is None:
         graphs = graphs_beside(config, sizes, may, way=plan.way, by_factors=mixed, **costs)
     rest = may - graphs.held
+    costs["lent"] = graphs.lent
     by_factors = longest_by_factors(config, sizes, rest, **costs) if mixed else 0
+    places = 0
+    if graphs.lent:  # launched, these rows' factors would stand beside the graphs
+        by_factors, places = graphs.rows[-1], PLACES - 1
 
     def way_of(tokens: int) -> Way:
         return "factors" if tokens <= by_factors else plan.way
 
-    @cache
-    def kept(tokens: int) -> int:
-        if tokens in graphs.rows:
-            return graphs.kept
-        return layers_kept(config, tokens, rest, way=way_of(tokens), **costs)
+    rows, beside = rows_of(model), cache(partial(layers_kept, config, free_bytes=rest, **costs))
 
-    for tokens in [budget, *([by_factors] if 0 < by_factors < budget else [])]:
+    def kept(tokens: int) -> int:
+        if tokens in graphs.rows and (rows.capturing or not graphs.lent):
+            return graphs.kept
+        return beside(tokens, way=way_of(tokens))
+
+    for tokens in [budget, *([by_factors] if 0 < by_factors < budget and not graphs.lent else [])]:
         shown = make_plan(config, tokens, way=way_of(tokens), kept=kept(tokens), **costs)
         if graphs.rows:
             shown = shown.with_graphs(graphs.held, graphs.rows)
@@ -154,7 +164,7 @@ def choose_way(
     if divided is None:
         _say(config, by_factors, graphs, wanted=settings.graphs == "auto")
     fuse(model, kept)
-    return Chosen(plan.way, budget, by_factors, graphs.rows)
+    return Chosen(plan.way, budget, by_factors, graphs.rows, graphs.lent, places)
 
 
 def room_of(settings: ApplySettings, devices: Sequence[torch.device], group_bytes: int) -> int:
@@ -206,15 +216,16 @@ def compiling(device: torch.device) -> Iterator[tuple[Compiled, Tuned]]:
         yield compiled, tuned
 
 
-def warm(trainer: Trainer, replayed: Sequence[int] = ()) -> None:
-    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens; says how far it is."""
+def warm(trainer: Trainer, replayed: Sequence[int] = (), lent: int = 0) -> None:
+    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens, which lend `lent` bytes to longer
+    ones; says how far it is."""
     if trainer.device.type == "cpu":
         return
     with progress("warm-up", unit="shapes") as shown:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
             with compiling(trainer.device) as (compiled, tuned):
-                report = warm_up(trainer, shown.at, replayed)
+                report = warm_up(trainer, shown.at, replayed, lent)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
     gc.collect()

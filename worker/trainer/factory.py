@@ -54,6 +54,7 @@ def make_trainer(
     state: torch.Tensor | None,
     way: Way = "burst",
     by_factors: int = 0,
+    places: int = 0,
     budget: int | None = None,
     shards: Mapping[str, Shard] | None = None,
     sum_over_shards: SumOverShards | None = None,
@@ -86,7 +87,7 @@ def make_trainer(
         state=state,
         sum_over_shards=sum_over_shards,
     )
-    room = capacity_for(h, packed=named[0][1].is_cuda, way=way, by_factors=by_factors, budget=budget)
+    room = capacity_for(h, packed=named[0][1].is_cuda, way=way, budget=budget)
     return kind(
         model,
         optimizer,
@@ -98,4 +99,5 @@ def make_trainer(
         packed=room.packed,
         way=way,
         by_factors=by_factors,
+        places=places,
     )

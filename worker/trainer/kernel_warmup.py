@@ -32,10 +32,13 @@ class WarmUp:
         return f"warm-up took {sum(self.seconds.values()):.1f} s ({parts})"
 
 
-def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = ()) -> WarmUp:
+def warm_up(
+    trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = (), lent: int = 0
+) -> WarmUp:
     """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; last,
     when all that others keep is allocated, graphs of the rows of `replayed` tokens, longest first. The longest row runs
-    twice: the second time, without a teacher, says what a token takes."""
+    twice: the second time, without a teacher, says what a token takes. lent: bytes of the graphs' memory that the
+    longest row uses from then on; it runs once more."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [
         (f"{size} tokens", partial(_run, trainer, size)) for size in (longest, *shorter)
@@ -43,6 +46,8 @@ def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replaye
     work.insert(1, ("again", partial(_run, trainer, longest, taught=False)))
     work.append(("optimizer", trainer.warm_optimizer))
     work += [(f"graphs of {size} tokens", partial(trainer.capture, size)) for size in sorted(replayed, reverse=True)]
+    if lent:
+        work.append(("in the graphs' memory", partial(_run_lent, trainer, longest, lent)))
     seconds = {}
     for done, (what, run) in enumerate(work):
         tell(done, len(work), what)
@@ -50,6 +55,11 @@ def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replaye
     trainer.device_time.learn(longest, seconds["again"])
     tell(len(work), len(work), "ready")
     return WarmUp(seconds)
+
+
+def _run_lent(trainer: Trainer, size: int, lent: int) -> None:
+    trainer.rows.lend(trainer.model, lent)
+    _run(trainer, size)
 
 
 def _timed(trainer: Trainer, work: Callable[[], object]) -> float:

@@ -63,13 +63,14 @@ class Trainer(ModelReader):
         packed: bool = False,
         way: Way = "burst",
         by_factors: int = 0,
+        places: int = 0,
     ) -> None:
         super().__init__(model, pad_id=pad_id, sizes=sizes, budget=budget, packed=packed)
         if self.head.vocabulary is not None and (way == "factors" or by_factors):
             raise ModelError("a model that is divided over ranks is not trained by factors: --apply burst or streaming")
         self.optimizer = optimizer
         self.lr, self.warmup = lr, warmup
-        self.way, self.by_factors = way, by_factors
+        self.way, self.by_factors, self.places = way, by_factors, places
         self.sweep = FactorSweep(factors_of(model), optimizer)
         self.pending = PendingStep(optimizer, self.sweep, way)
         self.rows = rows_of(model)
@@ -88,7 +89,7 @@ class Trainer(ModelReader):
     @property
     def room(self) -> BatchCapacity:
         """What it takes at once: `begin` raises BatchError for what this does not hold."""
-        return BatchCapacity(self.sizes, self.packed, self.way, self.by_factors)
+        return BatchCapacity(self.sizes, self.packed, self.way, self.by_factors, self.places)
 
     def begin(self, examples: Sequence[Example], limit: Limit | None = None, rule: Rule = weighted_mean) -> Gradients:
         """All of a step that comes before its first write: gradients, or in streaming the forward pass.

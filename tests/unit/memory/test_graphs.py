@@ -11,6 +11,7 @@ from worker.data.batch_capacity import sizes_up_to
 from worker.memory import graphs
 from worker.memory.graphs import NO_GRAPHS, graphs_beside, held_bytes, host_bound
 from worker.memory.model_config import TextConfig
+from worker.memory.peak_moments import input_bytes
 from worker.memory.plan import Way
 from worker.memory.planner import CONTEXT_BYTES, make_plan
 
@@ -37,13 +38,19 @@ def test_what_graphs_held_on_a_gpu_is_covered_and_not_by_much(
     assert measured <= held / GB <= 1.6 * measured, held / GB
 
 
-def test_27b_replays_where_more_than_80_gb_are_there() -> None:
-    """The share of a server on 80 GB has no room for graphs; what has to be asked for instead, and what is enough."""
+def test_27b_replays_on_80_gb_since_its_graphs_lend_what_they_hold() -> None:
+    """What a server leaves for streaming alone has no room for graphs; a quarter of the KV cache is enough."""
     config = config_of("27B")
     share = make_plan(config, 8192, way="streaming", kept=0).total
     assert graphs_beside(config, SIZES, share, way="streaming", by_factors=True, **COSTS) == NO_GRAPHS
+    found = graphs_beside(config, SIZES, share + 3 * GB, way="streaming", by_factors=True, **COSTS)
+    assert (found.rows, found.kept) == ((256, 448, 512), 64) and found.total < share + 3 * GB
+    assert 5 * GB < found.lent < found.held, "all inputs of a row of 8,192 tokens"
+    group = COSTS | {"group_bytes": GB}
+    assert graphs_beside(config, SIZES, share + 5 * GB, way="streaming", by_factors=True, **group) == NO_GRAPHS
     least = graphs_beside(config, SIZES, int(18.5 * GB), way="streaming", by_factors=True, **COSTS)
     assert (least.rows, least.kept) == ((256, 448, 512), 0) and 18 * GB < least.total <= 18.5 * GB
+    assert least.lent == 0, "who has the room lends nothing"
     most = graphs_beside(config, SIZES, 23 * GB, way="streaming", by_factors=True, **COSTS)
     assert (most.rows, most.kept) == ((256, 448, 512), 64) and 22 * GB < most.total <= 22.5 * GB
 
@@ -68,17 +75,24 @@ def test_what_is_chosen_fits_beside_the_longest_row_and_no_longer_one_does(
     short: Way = "factors" if way == "streaming" else way
     longest = make_plan(config, max(SIZES), way=way, kept=0, context_bytes=CONTEXT_BYTES).total
 
-    def needs(tokens: int, kept: int) -> int:
+    def needs(tokens: int, kept: int, lends: bool = False) -> int:
         launched = make_plan(config, tokens, way=short, kept=kept, context_bytes=CONTEXT_BYTES).total
-        return max(longest, launched) + held_bytes(config, tokens, way=short, kept=kept)
+        held = held_bytes(config, tokens, way=short, kept=kept)
+        if not lends:
+            return max(longest, launched) + held
+        lent = min(held - graphs.GRAPH_BYTES, input_bytes(config, max(SIZES)))
+        beside = make_plan(config, max(SIZES), way=way, kept=0, lent=lent, context_bytes=CONTEXT_BYTES).total
+        return max(beside + held, launched)
 
     every = len(config.layers)
     longer = [size for size in host_bound(config, SIZES) if size > max(found.rows, default=0)]
     assert all(needs(size, kept) > free for size in longer for kept in (0, every))
     if found.rows:
-        assert found.total == needs(max(found.rows), found.kept) <= free
+        lends = found.lent > 0
+        assert found.total == needs(max(found.rows), found.kept, lends) <= free
         assert found.rows == tuple(size for size in SIZES if size <= max(found.rows))
-        assert found.kept == every or needs(max(found.rows), every) > free
+        assert found.kept == every or needs(max(found.rows), every, lends) > free
+        assert not lends or way == "streaming"
     else:
         assert found == NO_GRAPHS
 

@@ -245,3 +245,11 @@ def test_short_micro_batches_go_by_factors_and_long_ones_are_streamed(lengths: l
     assert replace(mixed, way="burst").way_of(ones) == "burst"
     assert replace(mixed, way="factors").way_of(ones) == "factors"
     assert replace(mixed, packed=False).way_of(ones) == "streaming"
+
+
+def test_a_row_of_more_sequences_than_the_graphs_have_places_is_streamed_where_only_they_go_by_factors() -> None:
+    mixed = BatchCapacity((512, 1024), packed=True, way="streaming", by_factors=512)
+    few, many = [example("a", [20] * 15)], [example("a", [20] * 8), example("b", [20] * 8)]
+    assert mixed.way_of(many) == "factors", "any number, where they fit launched as well"
+    assert replace(mixed, places=15).way_of(few) == "factors"
+    assert replace(mixed, places=15).way_of(many) == "streaming"

@@ -1,0 +1,97 @@
+"""Memory that is lent to the inputs of layers that are computed again in backward, by somebody who does not use it
+meanwhile: the graphs of short rows hold as much as a long row needs, and never run beside one.
+
+    lent = lend(model, region)      # region: uint8 [bytes]; once, for as long as the model lives
+    lent.is_used                    # whether an input stands in it: its owner must not write there
+
+Must not know: the optimizer.
+Invariants: what is computed has the bits that it has without; only where a layer's input stands is another. What does
+not fit stands where it would have stood. Memory of an input that anybody may still read is never given to another.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.model.layers import layers_of
+
+ALIGNED = 512
+"""Bytes: as torch's allocator aligns, so that kernels choose what they would have chosen."""
+
+
+class LentMemory:
+    """region: uint8 [bytes], contiguous."""
+
+    def __init__(self, region: Tensor) -> None:
+        self._region, self._taken = region, 0
+        self._inputs: list[weakref.ref[Tensor]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of it."""
+        return self._region.nbytes
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything that stands in it may still be read."""
+        return any(ref() is not None for ref in self._inputs)
+
+    def begin_pass(self) -> None:
+        """A forward pass begins: what earlier ones left is given up, if nobody reads it any more."""
+        if not self.is_used:
+            self._inputs.clear()
+            self._taken = 0
+
+    def moved(self, x: Tensor) -> Tensor:
+        """`x`, differentiable, in this memory; `x` itself where no room is left."""
+        if self._taken + x.nbytes > self.nbytes or not x.is_contiguous():
+            return x
+        out: Tensor = _Moved.apply(x, self._place(x))
+        self._inputs.append(weakref.ref(out))
+        return out
+
+    def _place(self, x: Tensor) -> Tensor:
+        """Not a view: autograd counts the writes to all views of one tensor together."""
+        begin = (self._region.data_ptr() - self._region.untyped_storage().data_ptr() + self._taken) // x.element_size()
+        self._taken += -(-x.nbytes // ALIGNED) * ALIGNED
+        return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+            self._region.untyped_storage(), begin, x.shape, x.stride()
+        )
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.mark_dirty(place)
+        return place.copy_(x)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return outer, None
+
+
+def lend(model: Any, region: Tensor) -> LentMemory:
+    """Have the layers of `model` that are computed again (`layers.recompute`) keep their inputs in `region`."""
+    lent = LentMemory(region)
+
+    def begin(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled():
+            lent.begin_pass()
+
+    model.base_model.register_forward_pre_hook(begin)
+    layers: list[Any] = list(layers_of(model))
+    for layer in layers:
+        layer._gradient_checkpointing_func = _moving(layer._gradient_checkpointing_func, lent)
+    return lent
+
+
+def _moving(checkpoint: Callable[..., Any], lent: LentMemory) -> Callable[..., Any]:
+    """checkpoint: as transformers calls it: with a layer and its arguments, hidden states [B, T, H] first."""
+
+    def moving(layer: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+        return checkpoint(layer, lent.moved(hidden) if torch.is_grad_enabled() else hidden, *args)
+
+    return moving
