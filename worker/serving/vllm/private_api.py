@@ -115,7 +115,7 @@ def salt_requests(engine_client: Any, salt: Callable[[str | None, Sequence[int]]
 
 
 def prefix_cache_of(engine_client: Any) -> tuple[int, int]:
-    """(tokens of a block, tokens of all) of the cache that prefixes are found in, once the engine runs; (block, 0) where
+    """(tokens of a block, tokens of all) of the cache that prefixes are found in, once the engine runs; (block, 0) if
     there is none. VllmChangedError where its configuration does not say so."""
     cache = engine_client.vllm_config.cache_config
     if not all(hasattr(cache, name) for name in ("block_size", "kv_cache_size_tokens", "enable_prefix_caching")):
