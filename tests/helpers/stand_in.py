@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 from worker.apollo import state_bytes
 from worker.config.optimizers import MATRICES, optimizer_of
 from worker.serving.vllm.control_server import Control
+from worker.serving.vllm.lost_prefixes import LEAST_BLOCK, LostPrefixes
 from worker.serving.vllm.server_state import ServerState
 from worker.serving.vllm.weight_service import WeightService
 from worker.shared_weights.backend import dtype_of, unique_parameters
@@ -39,13 +41,15 @@ LAYOUT = Path(__file__).parents[1] / "data" / "tiny_layout.json"
 
 WEIGHTS = "model.safetensors"
 REQUESTS = "STAND_IN_REQUESTS"
-"""Environment: how many requests are said to run, always; by default none."""
+"""Environment: how many requests are said to run, always; by default none. If any, one prompt, which fills two blocks
+of a prefix cache, comes again after every pause."""
 
 
 class Engine:
     """What `Control` asks of vLLM's EngineClient."""
 
-    def __init__(self) -> None:
+    def __init__(self, goes_on: Callable[[], object] = lambda: None) -> None:
+        self.goes_on = goes_on
         self.paused = False
         self.errored = False
 
@@ -54,6 +58,7 @@ class Engine:
 
     async def resume_generation(self) -> None:
         self.paused = False
+        self.goes_on()
 
     async def is_paused(self) -> bool:
         return self.paused
@@ -155,7 +160,12 @@ async def serve(answers: dict[str, Any], score: Any, run_dir: Path) -> None:
     running = dict.fromkeys(map(str, range(int(os.environ.get(REQUESTS) or 0))), 0)
     state.changed = lambda: print(time.monotonic(), state.condition, state.version, flush=True)
     rendering = {"chat_template": None, "template_kwargs": {}}
-    control = Control(Engine(), state, run_dir, rendering, progress=lambda: running, score=score)
+    if running:
+        state.lost_prefixes = LostPrefixes(LEAST_BLOCK, 10**6)
+    prompt = range(2 * LEAST_BLOCK + 1)
+    control = Control(
+        Engine(lambda: state.salt(None, prompt)), state, run_dir, rendering, progress=lambda: running, score=score
+    )
     await control.start()
     print("ready", flush=True)
     await asyncio.Event().wait()

@@ -22,6 +22,8 @@ from worker.config.update_options import ApplySettings, apply_settings_of
 from worker.operations.status import gather
 from worker.orchestrator.serving_cost import ServingCost
 from worker.orchestrator.session import open_session
+from worker.serving.vllm.lost_prefixes import LEAST_BLOCK
+from worker.trainer.device_time import PROMPT
 from worker.utils.serving_budget import ServingBudget
 from worker.versions import share_status
 
@@ -159,6 +161,28 @@ def test_what_computes_beside_requests_is_charged_its_cpu_time_over_the_cores(bu
             while time.process_time() < end:
                 pass
         assert cost.budget.total - charged == pytest.approx(0.001)
+
+
+def test_prompts_that_an_update_makes_a_server_compute_again_are_charged_by_their_tokens(busy_site: Site) -> None:
+    h = Hyperparameters(lr=3e-4, max_length=512)
+    with open_session(busy_site.run_dir, "test", h, state_dir=busy_site.state) as session:
+
+        def stand_still() -> None:
+            session.control.pause()
+            session.control.resume(session.weights.header.version)
+
+        cost = ServingCost(session, ServingBudget(0.9))
+        stand_still()
+        cost.look()
+        stand_still()
+        cost.look()
+        assert session.check()["lost_prefix_tokens"] == 2 * LEAST_BLOCK
+        assert cost.budget.total == 0, "on a CPU nobody knows what a token takes"
+        session.trainer.device_time.learn(tokens=1, seconds=0.5)
+        stand_still()
+        for _ in range(2):
+            cost.look()
+            assert cost.budget.total == pytest.approx(2 * LEAST_BLOCK * 0.5 * PROMPT), "once"
 
 
 def test_without_running_requests_no_version_costs_or_waits(tiny_model: Path, tmp_path: Path) -> None:

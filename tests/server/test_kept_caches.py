@@ -55,6 +55,11 @@ class Trainer:
     def version(self) -> int:
         return self._weights.header.version
 
+    @property
+    def lost(self) -> int:
+        """Tokens of prompts that would have been found cached, had no update come between, as the server counts."""
+        return int(self._control.state()["lost_prefix_tokens"])
+
     def update(self) -> int:
         """One version; its number."""
         version = self.version + 1
@@ -101,12 +106,16 @@ def test_a_prompt_of_before_an_update_is_answered_like_one_never_seen(
     assert first == 0 and again > LONG / 2, "prefixes are cached, or this test shows nothing"
     assert same == old
     trainer.update()
+    lost = trainer.lost
     found, new = hits(server, tokens, **own)
+    assert again / 2 < trainer.lost - lost < LONG, "what it would have found, but for the update"
+    lost = trainer.lost
     fresh, never_seen = hits(server, tokens, cache_salt="nobody has used this")
     assert (found, fresh) == (0, 0)
     assert new == never_seen and new != old
     found, again_new = hits(server, tokens, **own)
     assert found > LONG / 2 and again_new == new, "within a version prefixes are cached as ever"
+    assert trainer.lost == lost
 
 
 def test_samples_of_one_request_belong_to_the_present_version(server: ServerProcess, trainer: Trainer) -> None:

@@ -5,10 +5,11 @@
                      device needs for them (`worker.trainer.device_time`), at most those that pass; on a CPU this
                      process' CPU time over the cores, since waiting for a core takes nothing
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
+    lost prefixes    on a GPU, what the device needs for tokens of later prompts that would have been found cached, had
+                     no update made them too old (`--prefix-max-age`), as the server estimates them
 
 On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
-is acknowledged the server ends the step that it is in, and its requests get their tokens. Prefixes that an update makes
-useless are not charged: nobody knows which of them would have been asked for.
+is acknowledged the server ends the step that it is in, and its requests get their tokens.
 Invariant: how many requests run is what the server says, asked before and after.
 """
 
@@ -30,6 +31,7 @@ class ServingCost:
         self.requests = 0
         """The most requests that were seen running beside the present version."""
         self._recomputed: float | None = None
+        self._lost: int | None = None
 
     def begin(self) -> None:
         """A version begins."""
@@ -37,13 +39,15 @@ class ServingCost:
         self.budget.begin()
 
     def look(self) -> int:
-        """How many requests run; charges what recomputing has taken since the last look. Raises `UnavailableError` when
-        the server has gone."""
+        """How many requests run; charges what recomputing and lost prefixes have taken since the last look. Raises
+        `UnavailableError` when the server has gone."""
         state = self.session.check()
         recomputed, running = float(state["recomputed_s"]), int(state["running"])
-        if self._recomputed is not None:
+        lost = int(state["lost_prefix_tokens"])
+        if self._recomputed is not None and self._lost is not None:
             self.budget.charge(recomputed - self._recomputed)
-        self._recomputed = recomputed
+            self.budget.charge((lost - self._lost) * self.session.trainer.device_time.prompt_token_s)
+        self._recomputed, self._lost = recomputed, lost
         self.requests = max(self.requests, running)
         return running
 

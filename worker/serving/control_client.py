@@ -149,7 +149,8 @@ class ServerControl:
         "reason"?, "trainer": {"name", "pid", "since"} | None,
         "in_flight": requests that came in whole and are not answered yet, "running": those inside vLLM's engine,
         "recomputed_s": seconds since the server's start in which requests that an update threw back were being computed
-        again (--running recompute)}"""
+        again (--running recompute), "lost_prefix_tokens": tokens of prompts since then that would have been read from
+        the prefix cache, had no update made them too old (`serving.vllm.lost_prefixes`)}"""
         return self._ask({"op": "state"})
 
     def close(self) -> None:

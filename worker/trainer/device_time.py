@@ -12,6 +12,8 @@ import math
 
 FORWARD = 1 / 3
 """Of a pass forward and backward, in products."""
+PROMPT = 1 / 4
+"""Of the longest row's pass, whose layers are computed twice forward: what a server does for a prompt."""
 
 
 class DeviceTime:
@@ -24,6 +26,11 @@ class DeviceTime:
     def learn(self, tokens: int, seconds: float) -> None:
         """A pass forward and backward over a row of `tokens` tokens, all kernels compiled, took `seconds`."""
         self._token_s = seconds / tokens
+
+    @property
+    def prompt_token_s(self) -> float:
+        """Seconds that the device needs for a token of a server's prompt; 0 where nothing is known."""
+        return PROMPT * self._token_s
 
     def begin(self) -> None:
         """A step begins."""

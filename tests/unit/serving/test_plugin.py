@@ -114,10 +114,20 @@ class Core:
         sent.append(request.cache_salt)
 
 engine = Made(engine_core=Core())
-private_api.salt_requests(engine, lambda own: f"version 3 {own}")
-for own in (None, "alice"):
-    asyncio.run(engine.engine_core.add_request_async(Made(cache_salt=own)))
-assert sent == ["version 3 None", "version 3 alice"], sent
+private_api.salt_requests(engine, lambda own, ids: f"version 3 {own} {len(ids)}")
+for own, ids in ((None, [7, 8]), ("alice", None)):
+    asyncio.run(engine.engine_core.add_request_async(Made(cache_salt=own, prompt_token_ids=ids)))
+assert sent == ["version 3 None 2", "version 3 alice 0"], sent
+for enabled, tokens in ((True, 48), (False, 48), (True, None)):
+    cache = Made(block_size=16, kv_cache_size_tokens=tokens, enable_prefix_caching=enabled)
+    found = private_api.prefix_cache_of(Made(vllm_config=Made(cache_config=cache)))
+    assert found == (16, 48 if enabled and tokens else 0), found
+try:
+    private_api.prefix_cache_of(Made(vllm_config=Made(cache_config=Made(block_size=16))))
+except private_api.VllmChangedError as error:
+    assert "kv_cache_size_tokens" in str(error)
+else:
+    raise AssertionError("nothing was said")
 
 class Moved:
     async def add_request_async(self, request, priority):

@@ -64,7 +64,11 @@ class Leases:
 
     def load(self) -> Reply:
         """What of the engine's load a trainer is told: see `ServerControl.state`."""
-        return {"running": self._engine.running, "recomputed_s": self._engine.recomputed_s}
+        return {
+            "running": self._engine.running,
+            "recomputed_s": self._engine.recomputed_s,
+            "lost_prefix_tokens": self._state.lost_prefixes.tokens,
+        }
 
     @property
     def overdue(self) -> bool:

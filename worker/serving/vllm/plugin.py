@@ -105,6 +105,7 @@ class TandemEndpoints:
         from worker.serving.cache_policy import CachePolicy
         from worker.serving.vllm import private_api
         from worker.serving.vllm.control_server import Control
+        from worker.serving.vllm.lost_prefixes import LostPrefixes
         from worker.serving.vllm.server_metrics import of_process
         from worker.serving.vllm.server_state import ServerState
         from worker.shared_weights.weights_client import read_header
@@ -115,7 +116,8 @@ class TandemEndpoints:
         policy = CachePolicy.of(os.environ)
         server = self._state = ServerState(header["lineage"], header["version"], policy.prefix_max_age)
         of_process().watch(server)
-        private_api.salt_requests(engine_client, server.prefixes.salt)
+        server.lost_prefixes = LostPrefixes(*private_api.prefix_cache_of(engine_client))
+        private_api.salt_requests(engine_client, server.salt)
         if self._feedback is not None:
             from worker.serving.vllm.feedback.samples import CURRENT
 

@@ -20,13 +20,14 @@ class PrefixEpochs:
     def __init__(self, version: int, max_age: int = 0) -> None:
         self._server = uuid.uuid4().hex[:16]
         self._max_age = max_age
-        self._number = 0
+        self.number = 0
+        """Of the present epoch: how many came before it."""
         self.oldest = version
         """The version with which the present epoch began, or will begin."""
 
     def salt(self, own: str | None) -> str:
         """The cache salt of a request that is handed to the engine now; own: the user's, if any."""
-        epoch = f"tandem-{self._server}-{self._number}"
+        epoch = f"tandem-{self._server}-{self.number}"
         return epoch if own is None else f"{epoch} {own}"
 
     def before(self, version: int) -> None:
@@ -42,5 +43,5 @@ class PrefixEpochs:
 
     def separate(self, version: int) -> None:
         """Start an epoch at `version`: requests from now on read nothing that was cached before."""
-        self._number += 1
+        self.number += 1
         self.oldest = version

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import sys
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -93,8 +93,8 @@ def register_weight_engine(name: str, module: str, cls: str) -> None:
     lookup("vllm.distributed.weight_transfer.factory", "WeightTransferEngineFactory").register_engine(name, module, cls)
 
 
-def salt_requests(engine_client: Any, salt: Callable[[str | None], str]) -> None:
-    """Give every request `salt(its own)` as its cache salt at the moment it is handed to the engine.
+def salt_requests(engine_client: Any, salt: Callable[[str | None, Sequence[int]], str]) -> None:
+    """Give every request `salt(its own, its token ids)` as its cache salt at the moment it is handed to the engine.
 
     `engine_core.add_request_async` is the last call of the API process that all of them pass: chats, completions, every
     sample of n > 1 (a request of its own by then), pooling, and input that is streamed. VllmChangedError where it, or
@@ -103,14 +103,24 @@ def salt_requests(engine_client: Any, salt: Callable[[str | None], str]) -> None
     fields = getattr(lookup("vllm.v1.engine", "EngineCoreRequest"), "__struct_fields__", ())
     core = getattr(engine_client, "engine_core", None)
     send = getattr(core, "add_request_async", None)
-    if "cache_salt" not in fields or send is None or list(inspect.signature(send).parameters) != ["request"]:
-        raise _changed("EngineCoreRequest.cache_salt, or engine_core.add_request_async(request)")
+    read = {"cache_salt", "prompt_token_ids"} <= set(fields)
+    if not read or send is None or list(inspect.signature(send).parameters) != ["request"]:
+        raise _changed("EngineCoreRequest.cache_salt or prompt_token_ids, or engine_core.add_request_async(request)")
 
     async def add_request_async(request: Any) -> None:
-        request.cache_salt = salt(request.cache_salt)
+        request.cache_salt = salt(request.cache_salt, request.prompt_token_ids or ())  # none: embeddings
         await send(request)
 
     core.add_request_async = add_request_async  # type: ignore[union-attr]
+
+
+def prefix_cache_of(engine_client: Any) -> tuple[int, int]:
+    """(tokens of a block, tokens of all) of the cache that prefixes are found in, once the engine runs; (block, 0) if
+    there is none. VllmChangedError where its configuration does not say so."""
+    cache = engine_client.vllm_config.cache_config
+    if not all(hasattr(cache, name) for name in ("block_size", "kv_cache_size_tokens", "enable_prefix_caching")):
+        raise _changed("cache_config.block_size, kv_cache_size_tokens or enable_prefix_caching")
+    return cache.block_size, (cache.kv_cache_size_tokens or 0) if cache.enable_prefix_caching else 0
 
 
 def progress_of(engine_client: Any) -> Callable[[], dict[str, int]]:

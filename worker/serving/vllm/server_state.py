@@ -8,10 +8,11 @@ start or must be told that it cannot.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from worker.serving.protocol import PAUSED, SERVING, TORN
+from worker.serving.vllm.lost_prefixes import LostPrefixes
 from worker.serving.vllm.prefixes import PrefixEpochs
 
 
@@ -22,6 +23,8 @@ class ServerState:
         self.lineage = lineage
         self.version = version
         self.prefixes = PrefixEpochs(version, prefix_max_age)
+        self.lost_prefixes = LostPrefixes()
+        """Replaced as soon as vLLM's cache is known."""
         self.condition = SERVING
         self.reason: str | None = None
         self.ended = False
@@ -59,6 +62,11 @@ class ServerState:
     def oldest(self) -> int:
         """The lowest version that an answer to a request of now may have parts of: its prefix may be that old."""
         return min(self.version, self.prefixes.oldest)
+
+    def salt(self, own: str | None, ids: Sequence[int]) -> str:
+        """The cache salt of a request of `ids` that is handed to the engine now; own: the user's, if any."""
+        self.lost_prefixes.asked(own, ids, self.prefixes.number)
+        return self.prefixes.salt(own)
 
     def begin_hogwild(self) -> None:
         """The next version is written while requests run. What is computed meanwhile is for nobody else."""
