@@ -1,8 +1,9 @@
 """The decoder layers over a row of one size as CUDA graphs: of forward, of backward, and by factors of the norms.
 
-    row = CapturedRow(body, sweep, tokens, pool, stream)   # in a warm-up: it runs everything once more, and captures it
-    hidden = row.run(embeds, positions, packing)           # in traffic: replays in place of thousands of launches
-    ...                                                    # loss.backward() goes through it
+    row = CapturedRow(body, sweep, tokens, stream)   # in a warm-up: it runs everything once
+    row.capture(sweep, pool)                         # and captures it
+    hidden = row.run(embeds, positions, packing)     # in traffic: replays in place of thousands of launches
+    ...                                              # loss.backward() goes through it
 
 A row has few tokens when the host needs longer to launch its kernels than the device to run them; a graph has one
 launch. What depends on the data stays outside: embeddings, the output head, the loss.
@@ -17,6 +18,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,24 +30,23 @@ from worker.trainer.factor_sweep import FactorSweep
 
 
 class CapturedRow:
-    """Captures in its constructor: by factors if `sweep.factors` is recording, else with all gradients.
+    """By factors if `sweep.factors` is recording, in its constructor and in `capture`, else with all gradients.
 
-    body: transformers' text model, fused. pool: of `torch.cuda.graph`. stream: to capture on.
+    body: transformers' text model, fused. stream: to capture on.
     """
 
-    def __init__(self, body: Any, sweep: FactorSweep, tokens: int, pool: Any, stream: torch.cuda.Stream) -> None:
+    def __init__(self, body: Any, sweep: FactorSweep, tokens: int, stream: torch.cuda.Stream) -> None:
         self.body, self.factors, self.tokens = body, sweep.factors, tokens
         self.by_factors = sweep.factors.is_recording
         table = body.embed_tokens.weight
         self._embeds = torch.zeros(1, tokens, table.shape[1], dtype=table.dtype, device=table.device).requires_grad_()
         self._positions = torch.arange(tokens, device=table.device)[None]  # [1, T]
         self._packing = packing_of([tokens]).to(table.device)
-        self._pool, self._stream = pool, stream
+        self._stream = stream
         kept = sweep.factors.takes if self.by_factors else lambda parameter: False
         self._plain = [p for p in body.parameters() if p.requires_grad and not kept(p) and p is not table]
         self._weights = [(p, p.data_ptr()) for p in body.parameters()]
-        with _no_collector():
-            self._capture(sweep)
+        self._run_once(sweep)
 
     @property
     def places(self) -> int:
@@ -66,29 +67,19 @@ class CapturedRow:
 
     # -- capturing ------------------------------------------------------------------------------------------------
 
-    def _capture(self, sweep: FactorSweep) -> None:
-        def squares() -> tuple[list[Tensor], Tensor]:
-            parameters, found = sweep.squares(self.body.parameters())
-            assert found is not None
-            return parameters, found
-
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            hidden = self._layers()
-            self._outer = torch.zeros_like(hidden)
-            self._gradients(hidden)  # what a first run loads, it cannot load in a capture
-            if self.by_factors:
-                squares()
-            del hidden
-        torch.cuda.current_stream().wait_stream(self._stream)
-        self._drop()
+    def capture(self, sweep: FactorSweep, pool: Any) -> None:
+        """Make the graphs, once. pool: of `torch.cuda.graph`."""
         torch.cuda.synchronize()
-        self.forward_graph, hidden = self._graph(self._layers)
-        self.backward_graph, gradients = self._graph(lambda: self._gradients(hidden))
+        with _no_collector():
+            self._capture(sweep, partial(self._graph, pool))
+
+    def _capture(self, sweep: FactorSweep, graph: Callable[..., Any]) -> None:
+        self.forward_graph, hidden = graph(self._layers)
+        self.backward_graph, gradients = graph(lambda: self._gradients(hidden))
         self.norm_graph: torch.cuda.CUDAGraph | None = None
         self._measured: list[Tensor] = []
         if self.by_factors:
-            self.norm_graph, (self._measured, found) = self._graph(squares)
+            self.norm_graph, (self._measured, found) = graph(lambda: self._squares(sweep))
             self._known = alias(found)
         # The owners of all this go: the memory is then the pool's again, and the graphs' all the same.
         self._hidden, self._inner = alias(hidden), alias(gradients[0])
@@ -98,9 +89,29 @@ class CapturedRow:
         self._left = [(p, alias(g)) for p, g in zip(self._plain, gradients[1:], strict=True) if g is not None]
         self._drop()
 
-    def _graph(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def _run_once(self, sweep: FactorSweep) -> None:
+        """What a first run loads, a capture cannot load."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                hidden = self._layers()
+                self._outer = torch.zeros_like(hidden)
+                self._gradients(hidden)
+                if self.by_factors:
+                    self._squares(sweep)
+                del hidden
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._drop()
+
+    def _squares(self, sweep: FactorSweep) -> tuple[list[Tensor], Tensor]:
+        parameters, found = sweep.squares(self.body.parameters())
+        assert found is not None
+        return parameters, found
+
+    def _graph(self, pool: Any, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
             made = work()
         return graph, made
 

@@ -1,7 +1,7 @@
 """The rows of a model that are replayed as CUDA graphs: made in the warm-up, found by what is trained.
 
     rows = rows_of(model)
-    rows.capture(model.model, sweep, 512, by_factors=True)    # in the warm-up, longest first, and never in traffic
+    rows.capture(model.model, sweep, {512: True})             # in the warm-up, by factors, and never in traffic
     row = rows.of(batch, by_factors=True)                     # None: launch its kernels
     rows.lend(model, size)                                    # long rows may use so many bytes of theirs meanwhile
 
@@ -13,8 +13,8 @@ that fails changes nothing: kernels are launched as before, random numbers and a
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -57,39 +57,63 @@ class CapturedRows:
         row = self.get(batch.input_ids.numel(), by_factors=by_factors)
         return row if row is not None and len(batch.lengths) <= row.places else None
 
-    def capture(self, body: Any, sweep: FactorSweep, tokens: int, *, by_factors: bool) -> bool:
-        """Make graphs of a row of `tokens` tokens; the longest row comes first. False where that fails: why is
-        logged, and the row stays launched."""
-        if self._failed and self._rows:
-            log.warning(
-                "rows of %s tokens are launched: after a failed capture they would need more memory", f"{tokens:,}"
-            )
-            return False
+    def capture(self, body: Any, sweep: FactorSweep, by_factors: Mapping[int, bool]) -> bool:
+        """Make graphs of rows: tokens of each, and whether it leaves factors. All run once before the first graph takes
+        memory for good. False where one fails: why is logged, and its row stays launched."""
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
         self.capturing = True
         try:
-            with _undone_if_it_fails(self._pool), sweep.factors.recording() if by_factors else nullcontext():
-                self._rows[tokens, by_factors] = CapturedRow(body, sweep, tokens, self._pool, self._stream)
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            log.warning("rows of %s tokens are not replayed as CUDA graphs, but launched: %s", f"{tokens:,}", reason)
-            log.debug("where the capture failed", exc_info=error)
-            self._failed, self._pool = True, torch.cuda.graph_pool_handle()  # to torch the old one is being filled
-            return False
+            ready = {}
+            for tokens in sorted(by_factors, reverse=True):
+                with self._saying(tokens), _recording(sweep, by_factors[tokens]):
+                    ready[tokens] = CapturedRow(body, sweep, tokens, self._stream)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            for tokens, row in ready.items():
+                with self._saying(tokens):
+                    self._capture(row, sweep, by_factors[tokens])
         finally:
             self.capturing = False
         torch.cuda.empty_cache()
         self.held_bytes += max(0, torch.cuda.memory_reserved() - before)
-        return True
+        return all(self.get(tokens, by_factors=factors) for tokens, factors in by_factors.items())
+
+    def _capture(self, row: CapturedRow, sweep: FactorSweep, by_factors: bool) -> None:
+        if self._failed and self._rows:
+            raise RuntimeError("after a failed capture it would need more memory")
+        try:
+            with _undone_if_it_fails(self._pool), _recording(sweep, by_factors):
+                row.capture(sweep, self._pool)
+        except Exception:
+            self._failed, self._pool = True, torch.cuda.graph_pool_handle()  # to torch the old one is being filled
+            raise
+        self._rows[row.tokens, by_factors] = row
+
+    @contextmanager
+    def _saying(self, tokens: int) -> Iterator[None]:
+        """What goes wrong is logged, and no more."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            log.warning("rows of %s tokens are not replayed as CUDA graphs, but launched: %s", f"{tokens:,}", reason)
+            log.debug("where the capture failed", exc_info=error)
 
     def lend(self, model: Any, size: int) -> None:
         """Have `model` keep inputs of layers that it computes again in `size` bytes of the graphs' memory, which holds
-        as much: after the last capture, once. Whatever a replay left there is lost in a long row's forward pass."""
+        as much: after the last capture, once. Whatever a replay left there is lost in a long row's forward pass. Where
+        a capture has failed, all graphs are given up: without the loan they would not fit beside a long row."""
         if not self._rows or self._lent is not None:
+            return
+        if self._failed:
+            log.warning("every row is launched: a capture has failed, and graphs lend nothing then")
+            self._rows.clear()
+            self.held_bytes = 0
+            torch.cuda.empty_cache()
             return
         before = torch.cuda.memory_reserved()
         with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
@@ -108,6 +132,10 @@ def rows_of(model: Any) -> CapturedRows:
     if not isinstance(known := getattr(model, "_captured_rows", None), CapturedRows):
         known = model._captured_rows = CapturedRows()
     return known
+
+
+def _recording(sweep: FactorSweep, by_factors: bool) -> AbstractContextManager[None]:
+    return sweep.factors.recording() if by_factors else nullcontext()
 
 
 @contextmanager

@@ -36,14 +36,16 @@ def warm_up(
     trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = (), lent: int = 0
 ) -> WarmUp:
     """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; then,
-    when all that others keep is allocated, graphs of the rows of `replayed` tokens, longest first. The longest row runs
-    twice: first with a teacher, whose kernels are those of every length, then without one, which says what a token
-    takes. lent: bytes of the graphs' memory that the longest row uses from then on, and already the second time."""
+    when all that others keep is allocated, graphs of the rows of `replayed` tokens. The longest row runs twice: first
+    with a teacher, whose kernels are those of every length, then without one, which says what a token takes. lent:
+    bytes of the graphs' memory that the longest row uses from then on, and already the second time."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [(f"{longest} tokens", partial(_run, trainer, longest, taught=True))]
     work += [(f"{size} tokens", partial(_run, trainer, size)) for size in shorter if size not in replayed]
     work.append(("optimizer", trainer.warm_optimizer))
-    work += [(f"graphs of {size} tokens", partial(_capture, trainer, size)) for size in sorted(replayed, reverse=True)]
+    if replayed:
+        work.append(("graphs", partial(trainer.capture, *replayed)))
+    work += [(f"replay of {size} tokens", partial(_run, trainer, size)) for size in sorted(replayed, reverse=True)]
     if lent:
         work.append(("lending", partial(trainer.rows.lend, trainer.model, lent)))
     work.append(("again", partial(_run, trainer, longest)))
@@ -54,12 +56,6 @@ def warm_up(
     trainer.device_time.learn(longest, seconds["again"])
     tell(len(work), len(work), "ready")
     return WarmUp(seconds)
-
-
-def _capture(trainer: Trainer, size: int) -> None:
-    """Graphs of a row, whose layers run once before; then its step, for what is not in them."""
-    trainer.capture(size)
-    _run(trainer, size)
 
 
 def _timed(trainer: Trainer, work: Callable[[], object]) -> float:

@@ -260,14 +260,15 @@ class Trainer(ModelReader):
                 " turns (train_on), raise --max-tokens, or use --apply burst"
             )
 
-    def capture(self, tokens: int) -> bool:
-        """Have `begin` replay rows of `tokens` tokens: see `CapturedRows.capture`."""
+    def capture(self, *sizes: int) -> bool:
+        """Have `begin` replay rows of `sizes` tokens: see `CapturedRows.capture`."""
         if self.head.vocabulary is not None:
             return False  # sums over ranks in a graph were not tried
-        by_factors = self.room.way_of_row(tokens) == "factors"
         self.forget()
         try:
-            return self.rows.capture(self.body, self.sweep, tokens, by_factors=by_factors)
+            return self.rows.capture(
+                self.body, self.sweep, {size: self.room.way_of_row(size) == "factors" for size in sizes}
+            )
         finally:
             self.forget()
 
