@@ -372,9 +372,11 @@ def test_warm_means_that_nothing_is_compiled_any_more(reference: Any, way: Way) 
 
     triton.knobs.runtime.jit_cache_hook = note
     try:
-        for lengths in ([[700]], [[12], [44, 31], [199]], [[500], [12]]):
-            trainer.begin([example(f"x{i}", some, 1.0, VOCABULARY) for i, some in enumerate(lengths)])
-            trainer.apply()
+        for lengths in ([[700]], [[12], [44, 31], [199]], [[500], [12]], [[90]], [[30]] * (PLACES + 1)):
+            plain = [example(f"x{i}", some, 1.0, VOCABULARY) for i, some in enumerate(lengths)]
+            for row in (plain, [replace(one, kind="comment", teachers=one.sequences) for one in plain]):
+                trainer.begin(row)
+                trainer.apply()
     finally:
         triton.knobs.runtime.jit_cache_hook = None
     assert not compiled

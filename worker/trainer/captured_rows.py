@@ -49,8 +49,8 @@ class CapturedRows:
         return row if row is not None and len(batch.lengths) <= row.places else None
 
     def capture(self, body: Any, sweep: FactorSweep, tokens: int, *, by_factors: bool) -> bool:
-        """Make graphs of a row of `tokens` tokens, whose kernels have run before; the longest row comes first. False
-        where that fails: why is logged, and the row stays launched."""
+        """Make graphs of a row of `tokens` tokens; the longest row comes first. False where that fails: why is
+        logged, and the row stays launched."""
         if self._failed and self._rows:
             log.warning(
                 "rows of %s tokens are launched: after a failed capture they would need more memory", f"{tokens:,}"

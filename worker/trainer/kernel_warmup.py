@@ -33,16 +33,16 @@ class WarmUp:
 
 
 def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = ()) -> WarmUp:
-    """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; last,
+    """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; then,
     when all that others keep is allocated, graphs of the rows of `replayed` tokens, longest first. The longest row runs
-    twice: the second time, without a teacher, says what a token takes."""
+    twice: first with a teacher, whose kernels are those of every length, then without one, which says what a token
+    takes."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
-    work: list[tuple[str, Callable[[], object]]] = [
-        (f"{size} tokens", partial(_run, trainer, size)) for size in (longest, *shorter)
-    ]
-    work.insert(1, ("again", partial(_run, trainer, longest, taught=False)))
+    work: list[tuple[str, Callable[[], object]]] = [(f"{longest} tokens", partial(_run, trainer, longest, taught=True))]
+    work += [(f"{size} tokens", partial(_run, trainer, size)) for size in shorter if size not in replayed]
     work.append(("optimizer", trainer.warm_optimizer))
-    work += [(f"graphs of {size} tokens", partial(trainer.capture, size)) for size in sorted(replayed, reverse=True)]
+    work += [(f"graphs of {size} tokens", partial(_capture, trainer, size)) for size in sorted(replayed, reverse=True)]
+    work.append(("again", partial(_run, trainer, longest)))
     seconds = {}
     for done, (what, run) in enumerate(work):
         tell(done, len(work), what)
@@ -50,6 +50,12 @@ def warm_up(trainer: Trainer, tell: Tell = lambda done, all, what: None, replaye
     trainer.device_time.learn(longest, seconds["again"])
     tell(len(work), len(work), "ready")
     return WarmUp(seconds)
+
+
+def _capture(trainer: Trainer, size: int) -> None:
+    """Graphs of a row, whose layers run once before; then its step, for what is not in them."""
+    trainer.capture(size)
+    _run(trainer, size)
 
 
 def _timed(trainer: Trainer, work: Callable[[], object]) -> float:
@@ -60,7 +66,7 @@ def _timed(trainer: Trainer, work: Callable[[], object]) -> float:
     return time.monotonic() - started
 
 
-def _run(trainer: Trainer, size: int, taught: bool = True) -> None:
+def _run(trainer: Trainer, size: int, taught: bool = False) -> None:
     """One forward and backward over a row of `size` tokens: two sequences, every token trained. taught: with a pass of
     their teacher over the same row before it."""
     cut = size // 3

@@ -180,10 +180,11 @@ class Trainer(ModelReader):
         """All that a step over `examples` computes before it writes, and as much memory as it takes; nothing is written
         or kept. Afterwards a step of the same shape takes nothing for the first time."""
         self.forget()
-        self.pending.way, self._alone = self.room.way_of(examples), False
-        teachers = self._teachers(examples)
+        self.pending.way = self.room.way_of(examples)
+        teachers, batches = self._teachers(examples), self._batches(examples)
+        self._alone = len(batches) == 1
         with self.pending.recording(), self.pending.dropping():
-            for batch in self._batches(examples):
+            for batch in batches:
                 self.sweep.factors.begin_pass()
                 self._forward(batch, teachers=teachers).loss.backward()  # type: ignore[no-untyped-call]
         if self.begun == "factors":
@@ -259,7 +260,7 @@ class Trainer(ModelReader):
             )
 
     def capture(self, tokens: int) -> bool:
-        """Have `begin` replay rows of `tokens` tokens, whose kernels have run before: see `CapturedRows.capture`."""
+        """Have `begin` replay rows of `tokens` tokens: see `CapturedRows.capture`."""
         if self.head.vocabulary is not None:
             return False  # sums over ranks in a graph were not tried
         by_factors = self.room.way_of_row(tokens) == "factors"

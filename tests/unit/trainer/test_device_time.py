@@ -63,7 +63,7 @@ def test_the_warm_up_times_the_longest_row_without_a_teacher(tiny_model: Path, m
 
     monkeypatch.setattr(trainer, "dry_run", watched)
     report = warm_up(trainer)
-    assert ran[:2] == [(512, 512), (512, 0)]  # a teacher's pass would make a token dearer
+    assert [ran[0], ran[-1]] == [(512, 512), (512, 0)]  # a teacher's pass would make a token dearer
     trainer.device_time.begin()
     trainer.device_time.forward(512)
     trainer.device_time.backward(512)
