@@ -80,6 +80,11 @@ class Factors:
             for products, rows in self.passes
         )
 
+    @property
+    def inputs(self) -> int:
+        """Address of its first product's X, which several matrices may share; 0 where there is none."""
+        return next((p.right.data_ptr() for products, _ in self.passes for p in products), 0)
+
     def squares(self, inputs: dict[int, Tensor] | None = None) -> Tensor | None:
         """The gradient's squared norm (fp64 scalar on its device) from T x T products, where that is less work than the
         gradient itself and there was one pass; else None.

@@ -1,6 +1,6 @@
 """The decoder layers over a row of one size as CUDA graphs: of forward, of backward, and by factors of the norms.
 
-    row = CapturedRow(body, sweep, tokens, stream)   # in a warm-up: it runs everything once
+    row = CapturedRow(body, sweep, tokens, streams)  # in a warm-up: it runs everything once
     row.capture(sweep, pool)                         # and captures it
     hidden = row.run(embeds, positions, packing)     # in traffic: replays in place of thousands of launches
     ...                                              # loss.backward() goes through it
@@ -15,7 +15,7 @@ valid until the next replay of any graph in `pool`, whose memory is the graphs' 
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,17 +32,18 @@ from worker.trainer.factor_sweep import FactorSweep
 class CapturedRow:
     """By factors if `sweep.factors` is recording, in its constructor and in `capture`, else with all gradients.
 
-    body: transformers' text model, fused. stream: to capture on.
+    body: transformers' text model, fused. streams: the first is captured on; norms, whose kernels are small, run on the
+    others.
     """
 
-    def __init__(self, body: Any, sweep: FactorSweep, tokens: int, stream: torch.cuda.Stream) -> None:
+    def __init__(self, body: Any, sweep: FactorSweep, tokens: int, streams: Sequence[torch.cuda.Stream]) -> None:
         self.body, self.factors, self.tokens = body, sweep.factors, tokens
         self.by_factors = sweep.factors.is_recording
         table = body.embed_tokens.weight
         self._embeds = torch.zeros(1, tokens, table.shape[1], dtype=table.dtype, device=table.device).requires_grad_()
         self._positions = torch.arange(tokens, device=table.device)[None]  # [1, T]
         self._packing = packing_of([tokens]).to(table.device)
-        self._stream = stream
+        self._stream, *self._others = streams
         kept = sweep.factors.takes if self.by_factors else lambda parameter: False
         self._plain = [p for p in body.parameters() if p.requires_grad and not kept(p) and p is not table]
         self._weights = [(p, p.data_ptr()) for p in body.parameters()]
@@ -105,7 +106,7 @@ class CapturedRow:
             self._drop()
 
     def _squares(self, sweep: FactorSweep) -> tuple[list[Tensor], Tensor]:
-        parameters, found = sweep.squares(self.body.parameters())
+        parameters, found = sweep.squares(self.body.parameters(), self._others)
         assert found is not None
         return parameters, found
 

@@ -26,6 +26,8 @@ from worker.trainer.captured_row import CapturedRow, alias
 from worker.trainer.factor_sweep import FactorSweep
 
 log = logging.getLogger("tandem")
+BESIDE = 4
+"""Streams for norms: one of them has a product of 16 tiles at a time, for 132 multiprocessors."""
 
 
 class CapturedRows:
@@ -36,7 +38,7 @@ class CapturedRows:
         """What torch's allocator took for the graphs; it counts as free there, and is not."""
         self._rows: dict[tuple[int, bool], CapturedRow] = {}
         self._pool: Any = None
-        self._stream: Any = None
+        self._streams: list[torch.cuda.Stream] = []
         self._failed = False
         self.capturing = False
         """Whether a row is being captured, or run for the last time before it."""
@@ -60,8 +62,9 @@ class CapturedRows:
     def capture(self, body: Any, sweep: FactorSweep, by_factors: Mapping[int, bool]) -> bool:
         """Make graphs of rows: tokens of each, and whether it leaves factors. All run once before the first graph takes
         memory for good. False where one fails: why is logged, and its row stays launched."""
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        if not self._streams:
+            self._streams = [torch.cuda.Stream() for _ in range(1 + BESIDE)]
+            self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         self.capturing = True
@@ -69,7 +72,7 @@ class CapturedRows:
             ready = {}
             for tokens in sorted(by_factors, reverse=True):
                 with self._saying(tokens), _recording(sweep, by_factors[tokens]):
-                    ready[tokens] = CapturedRow(body, sweep, tokens, self._stream)
+                    ready[tokens] = CapturedRow(body, sweep, tokens, self._streams)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
@@ -116,7 +119,7 @@ class CapturedRows:
             torch.cuda.empty_cache()
             return
         before = torch.cuda.memory_reserved()
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._streams[0]):
             region = torch.empty(size, dtype=torch.uint8, device=next(model.parameters()).device)
             region[:1].zero_()  # torch warns of a capture without a kernel
         grown = torch.cuda.memory_reserved() - before

@@ -15,7 +15,7 @@ second one needs a matrix more).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from worker.apollo import ApolloMini, GradientProduct, NonFiniteGradientError
 from worker.model.factors import Factors
 from worker.model.gradient_factors import GradientFactors
+from worker.trainer.side_by_side import SideBySide
 
 ALIGNMENT = 512
 """Of a product in the buffer, in bytes: what torch's own allocations have, so that the same kernels are chosen."""
@@ -81,16 +82,22 @@ class FactorSweep:
         return math.sqrt(max(0.0, float(all.sum())))
 
     @torch.no_grad()
-    def squares(self, parameters: Iterable[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        """Those of `parameters` that have a gradient, and their squared norms, fp64 [n], or None. Does not wait."""
+    def squares(
+        self, parameters: Iterable[Tensor], streams: Sequence[torch.cuda.Stream] = ()
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Those of `parameters` that have a gradient, and their squared norms, fp64 [n], or None. Does not wait.
+        streams: where they are computed, some at a time; there must be no buffer (`reserve`) then."""
+        assert not streams or self._buffer is None
         found: list[tuple[Tensor, Tensor]] = []
         grams: dict[int, Tensor] = {}
-        for parameter in parameters:
-            if (kept := self.factors.of(parameter)) is not None:
-                found.append((parameter, self._squares(kept, grams)))
-            elif parameter.grad is not None:
-                norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
-                found.append((parameter, norm.double().square()))
+        with SideBySide(streams) as beside:
+            for parameter in parameters:
+                if (kept := self.factors.of(parameter)) is not None:
+                    with beside.on(kept.inputs, kept.nbytes):
+                        found.append((parameter, self._squares(kept, grams)))
+                elif parameter.grad is not None:
+                    norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+                    found.append((parameter, norm.double().square()))
         return [one for one, _ in found], torch.stack([value for _, value in found]) if found else None
 
     @torch.no_grad()
