@@ -90,14 +90,24 @@ def measure(
             for load in loads:
 
                 def one(part: Part, load: Load = load) -> None:
-                    for state in (ALONE,) if kind == "plain" else phases.states:
-                        found = rows.setdefault((load.name, state), [])
-                        found.append(_phase(rig, builder, load, state, phases, part, worker))
-                        part[state] = {key: statistics.median(row[key] for row in found) for key in found[0]}
-                    part["rounds"] = len(found)
+                    states = (ALONE,) if kind == "plain" else phases.states
+                    found = {state: rows.setdefault((load.name, state), []) for state in states}
+                    for state in states:  # a round that is cut off takes nothing of those before it along
+                        _medians(part, state, found[state])
+                    for state in states:
+                        found[state].append(_phase(rig, builder, load, state, phases, part, worker))
+                        _medians(part, state, found[state])
+                    part["rounds"] = len(found[states[0]])
                     _judge(part)
 
                 record.part(part_name(kind, load), one)
+
+
+def _medians(part: Part, state: str, rows: list[dict[str, float]]) -> None:
+    """Of the rounds so far, and what each served."""
+    if rows:
+        part[state] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        part[f"{state}, tokens/s by rounds"] = [row["tokens_per_s"] for row in rows]
 
 
 def part_name(kind: str, load: Load) -> str:

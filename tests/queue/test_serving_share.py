@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import torch
 from click.testing import CliRunner
 from durable_parts import LEARNING, QUIET, Site
 from patience import until
@@ -23,7 +24,7 @@ from worker.operations.status import gather
 from worker.orchestrator.serving_cost import ServingCost
 from worker.orchestrator.session import open_session
 from worker.serving.vllm.lost_prefixes import LEAST_BLOCK
-from worker.trainer.device_time import PROMPT
+from worker.trainer.device_time import PROMPT, DeviceTime
 from worker.utils.serving_budget import ServingBudget
 from worker.versions import share_status
 
@@ -156,10 +157,32 @@ def test_what_computes_beside_requests_is_charged_its_cpu_time_over_the_cores(bu
         assert cost.requests == 2
         charged = cost.budget.total
         assert 0.5 / cores <= charged <= (time.process_time() - before) / cores
-        with cost.computing(lambda: 0.001):  # what the device needs is less than what passes: it took turns
+        needed, before = DeviceTime(), time.process_time()
+        with cost.computing(needed):
+            needed.forward(30)
             end = time.process_time() + 0.1
             while time.process_time() < end:
                 pass
+        assert 0.1 / cores <= cost.budget.total - charged <= (time.process_time() - before) / cores
+        assert needed.seconds() == pytest.approx(cost.budget.total - charged), "what a token takes is learnt"
+
+
+def test_on_a_gpu_what_computes_is_charged_what_the_device_needs(
+    busy_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes is more: the trainer and the server take turns."""
+    h = Hyperparameters(lr=3e-4, max_length=512)
+    with open_session(busy_site.run_dir, "test", h, state_dir=busy_site.state) as session:
+        monkeypatch.setattr(session.trainer, "device", torch.device("cuda", 0))
+        cost, needed = ServingCost(session, ServingBudget(0.9)), DeviceTime()
+        with cost.computing(needed):  # before the warm-up has said what a token takes
+            needed.forward(300)
+            time.sleep(0.05)
+        charged = cost.budget.total
+        assert 0.05 <= charged < 5
+        needed.learn(tokens=100, seconds=0.001)
+        with cost.computing(needed):
+            time.sleep(0.05)
         assert cost.budget.total - charged == pytest.approx(0.001)
 
 
@@ -177,7 +200,7 @@ def test_prompts_that_an_update_makes_a_server_compute_again_are_charged_by_thei
         stand_still()
         cost.look()
         assert session.check()["lost_prefix_tokens"] == 2 * LEAST_BLOCK
-        assert cost.budget.total == 0, "on a CPU nobody knows what a token takes"
+        assert cost.budget.total == 0, "before the first step nobody knows what a token takes"
         session.trainer.device_time.learn(tokens=1, seconds=0.5)
         stand_still()
         for _ in range(2):

@@ -146,7 +146,7 @@ class LiveUpdate:
             self.session.trainer.forget()  # of what was not applied, gradients or a whole graph
 
     def _run(self, prepared: Sequence[Ready]) -> Update:
-        with self.cost.computing(self.session.trainer.device_time.seconds):
+        with self.cost.computing(self.session.trainer.device_time):
             computed = self._compute(prepared)
         if (rejected := self._screen(computed)) is not None:
             return Update(version=None, lineage=self.session.weights.header.lineage, rejected=rejected)

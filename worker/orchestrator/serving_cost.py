@@ -5,21 +5,21 @@
                      device needs for them (`worker.trainer.device_time`), at most those that pass; on a CPU this
                      process' CPU time over the cores, since waiting for a core takes nothing
     recomputing      with --running recompute: the time until the last request that was thrown back goes on
-    lost prefixes    on a GPU, what the device needs for tokens of later prompts that would have been found cached, had
-                     no update made them too old (`--prefix-max-age`), as the server estimates them
+    lost prefixes    what the device needs for tokens of later prompts that would have been found cached, had no update
+                     made them too old (`--prefix-max-age`), as the server estimates them
 
 On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
 is acknowledged the server ends the step that it is in, and its requests get their tokens.
 Invariant: how many requests run is what the server says, asked before and after.
 """
 
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from worker.orchestrator.session import Session
+from worker.trainer.device_time import DeviceTime
 from worker.utils.serving_budget import ServingBudget
 
 
@@ -59,18 +59,20 @@ class ServingCost:
         return time.monotonic()
 
     @contextmanager
-    def computing(self, needed: Callable[[], float] = lambda: math.inf) -> Iterator[None]:
-        """What runs inside computes while the server serves. A pause inside does not count. needed: seconds that the
-        device needs for it with nothing else to do, asked at the end."""
+    def computing(self, needed: DeviceTime | None = None) -> Iterator[None]:
+        """What runs inside computes while the server serves. A pause inside does not count. needed: of what runs
+        inside, if that is all of it; a CPU's learns here what it took."""
         control, running = self.session.control, self.look()
         started, paused = self._clock(), control.paused_s
         try:
             yield
             running = max(running, self.look())
         finally:
+            passed = self._clock() - started - (control.paused_s - paused)
+            if needed is not None and self.session.trainer.device.type == "cpu":
+                needed.took(passed)
             if running:
-                passed = self._clock() - started - (control.paused_s - paused)
-                self.budget.charge(min(passed, needed()))
+                self.budget.charge(passed if needed is None else min(passed, needed.seconds()))
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:

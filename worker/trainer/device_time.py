@@ -4,8 +4,8 @@ A GPU that also serves gives each process turns, and a trainer that launches man
 the time that passes until gradients are there says little of what they took from the server. The tokens of the passes
 do.
 Must not know: the server.
-Invariant: a token costs what it costs in the longest row, which keeps the device busy: at least what it takes in a
-shorter one, where no layer is computed twice.
+Invariant: on a GPU a token costs what it costs in the longest row, which keeps the device busy: at least what it takes
+in a shorter one, where no layer is computed twice. On a CPU it costs what it has cost in the last step.
 """
 
 import math
@@ -13,7 +13,8 @@ import math
 FORWARD = 1 / 3
 """Of a pass forward and backward, in products."""
 PROMPT = 1 / 4
-"""Of the longest row's pass, whose layers are computed twice forward: what a server does for a prompt."""
+"""Of a GPU's longest row, whose layers are computed twice forward: what a server does for a prompt. A CPU computes
+them once, in wider types than a server's."""
 
 
 class DeviceTime:
@@ -43,6 +44,11 @@ class DeviceTime:
     def backward(self, tokens: int) -> None:
         """A pass backward."""
         self._tokens += (1 - FORWARD) * tokens
+
+    def took(self, seconds: float) -> None:
+        """All since `begin` took `seconds`: what a token costs, where no warm-up has said so."""
+        if self._tokens:
+            self._token_s = seconds / self._tokens
 
     def seconds(self) -> float:
         """Since `begin`; infinite where nothing is known."""

@@ -13,7 +13,7 @@ from worker.checkpoint import model_directory
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
 from worker.memory.plan import Way
-from worker.trainer.device_time import DeviceTime
+from worker.trainer.device_time import PROMPT, DeviceTime
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.kernel_warmup import warm_up
 from worker.utils import torch_setup
@@ -31,6 +31,15 @@ def test_nothing_is_known_until_a_pass_was_timed() -> None:
     assert time.seconds() == pytest.approx(100 * 0.002)
     time.begin()
     assert time.seconds() == 0
+
+
+def test_a_cpu_learns_from_each_step() -> None:
+    time = DeviceTime()
+    time.took(3.0)
+    assert time.seconds() == math.inf and time.prompt_token_s == 0, "nothing was computed"
+    time.forward(90)
+    time.took(3.0)
+    assert time.seconds() == pytest.approx(3.0) and time.prompt_token_s == pytest.approx(PROMPT * 0.1)
 
 
 @pytest.mark.parametrize(("way", "part"), [("burst", 1.0), ("factors", 1.0), ("streaming", 1 / 3)])
