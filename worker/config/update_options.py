@@ -86,7 +86,7 @@ def apply_options(command: F) -> F:
             show_default=False,
             metavar="SHARE",
             help="The part of the time that updates leave to running requests: after a version the worker rests until"
-            " what it took from them is paid. 0: never rest. Without running requests nothing is taken. Default:"
+            " what it took from them is paid. 0: never rest. Without requests nothing is taken. Default:"
             f" {SERVING_SHARE:g}.",
         ),
         click.option("--duty-cycle", type=click.FloatRange(0, 1, min_open=True), hidden=True),

@@ -8,8 +8,8 @@
     lost prefixes    what the device needs for tokens of later prompts that would have been found cached, had no update
                      made them too old (`--prefix-max-age`), as the server estimates them
 
-On a server without running requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it
-is acknowledged the server ends the step that it is in, and its requests get their tokens.
+On a server without requests nothing is taken, and nothing is charged. Nor is the wait for the pause: until it is
+acknowledged the server ends the step that it is in, and its requests get their tokens.
 Invariant: how many requests run is what the server says, asked before and after.
 """
 
@@ -32,9 +32,11 @@ class ServingCost:
         """The most requests that were seen running beside the present version."""
         self._recomputed: float | None = None
         self._lost: int | None = None
+        self._told = 0.0
 
     def begin(self) -> None:
-        """A version begins."""
+        """A version begins. Raises `UnavailableError` when the server has gone."""
+        self.look()  # what is known only now was taken by the last one
         self.requests = 0
         self.budget.begin()
 
@@ -84,5 +86,7 @@ class ServingCost:
             self.budget.charge(self.session.control.stood_s - before)
 
     def measured(self) -> dict[str, float]:
-        """What the version's manifest says: `serving_cost_s`, and how many requests were seen running."""
-        return {"serving_cost_s": self.budget.version_s, "running_requests": self.requests}
+        """What the version's manifest says: `serving_cost_s`, all that was charged since the last one's (also what the
+        versions before took, and was known only later), and how many requests were seen running."""
+        charged, self._told = self.budget.total - self._told, self.budget.total
+        return {"serving_cost_s": charged, "running_requests": self.requests}

@@ -69,7 +69,7 @@ class ServerControl:
         self._socket = unix_socket.connect(unix_socket.socket_path(self._run_dir, SOCKET), CONNECT_SECONDS)
         try:
             answer = self._hello(leaving)
-            if "running" not in answer:
+            if not {"running", "lost_prefix_tokens"} <= answer.keys():
                 raise ServerError("the server was started by an older Tandem: start it again (tandem serve ...)")
             self.rendering = answer.pop("rendering")
             self.trainer_bytes = int(answer.pop("trainer_bytes", 0))

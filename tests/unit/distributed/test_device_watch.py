@@ -75,7 +75,8 @@ def test_torch_neither_ends_the_process_nor_sleeps_for_a_collective_that_was_end
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in TORCH_WATCHES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
     monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")
     watch_alone()
     assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "1", "what the environment says stays"

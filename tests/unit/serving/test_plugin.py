@@ -115,13 +115,25 @@ class Core:
 
 engine = Made(engine_core=Core())
 private_api.salt_requests(engine, lambda own, ids: f"version 3 {own} {len(ids)}")
-for own, ids in ((None, [7, 8]), ("alice", None)):
-    asyncio.run(engine.engine_core.add_request_async(Made(cache_salt=own, prompt_token_ids=ids)))
-assert sent == ["version 3 None 2", "version 3 alice 0"], sent
-for enabled, tokens in ((True, 48), (False, 48), (True, None)):
-    cache = Made(block_size=16, kv_cache_size_tokens=tokens, enable_prefix_caching=enabled)
-    found = private_api.prefix_cache_of(Made(vllm_config=Made(cache_config=cache)))
-    assert found == (16, 48 if enabled and tokens else 0), found
+plain = {"params": Made(skip_reading_prefix_cache=False), "prompt_embeds": None, "mm_features": None}
+pictures = [Made(mm_position=Made(offset=offset)) for offset in (3, 1)]
+for own, ids, other in (
+    (None, [7, 8], {}),
+    ("alice", None, {}),
+    (None, [7, 8, 9, 9], {"mm_features": pictures}),
+    (None, [7, 8], {"params": Made(skip_reading_prefix_cache=True)}),
+    (None, [7, 8], {"prompt_embeds": object()}),
+):
+    asyncio.run(engine.engine_core.add_request_async(Made(cache_salt=own, prompt_token_ids=ids, **plain | other)))
+assert sent == [f"version 3 {who}" for who in ("None 2", "alice 0", "None 1", "None 0", "None 0")], sent
+# 12 blocks for prompts of 64 tokens: all of them for tokens, or 4 for tokens and twice 1 for states.
+for enabled, tokens, expected in (
+    (True, 192, (16, 192, 0)), (True, 128, (16, 192, 16)), (False, 192, (16, 0, 0)), (True, None, (16, 0, 0)),
+):
+    cache = Made(block_size=16, num_gpu_blocks=12, kv_cache_size_tokens=tokens, enable_prefix_caching=enabled)
+    model = Made(max_model_len=64)
+    found = private_api.prefix_cache_of(Made(vllm_config=Made(cache_config=cache, model_config=model)))
+    assert found == expected, (found, expected)
 try:
     private_api.prefix_cache_of(Made(vllm_config=Made(cache_config=Made(block_size=16))))
 except private_api.VllmChangedError as error:

@@ -94,7 +94,8 @@ def register_weight_engine(name: str, module: str, cls: str) -> None:
 
 
 def salt_requests(engine_client: Any, salt: Callable[[str | None, Sequence[int]], str]) -> None:
-    """Give every request `salt(its own, its token ids)` as its cache salt at the moment it is handed to the engine.
+    """Give every request `salt(its own, ids)` as its cache salt at the moment it is handed to the engine; ids: of as
+    much of its prompt as the prefix cache is searched for by them.
 
     `engine_core.add_request_async` is the last call of the API process that all of them pass: chats, completions, every
     sample of n > 1 (a request of its own by then), pooling, and input that is streamed. VllmChangedError where it, or
@@ -103,24 +104,46 @@ def salt_requests(engine_client: Any, salt: Callable[[str | None, Sequence[int]]
     fields = getattr(lookup("vllm.v1.engine", "EngineCoreRequest"), "__struct_fields__", ())
     core = getattr(engine_client, "engine_core", None)
     send = getattr(core, "add_request_async", None)
-    read = {"cache_salt", "prompt_token_ids"} <= set(fields)
+    read = {"cache_salt", "prompt_token_ids", "prompt_embeds", "mm_features", "sampling_params"} <= set(fields)
+    kinds = (lookup("vllm.sampling_params", "SamplingParams"), lookup("vllm.pooling_params", "PoolingParams"))
+    read = read and all(hasattr(kind, "skip_reading_prefix_cache") for kind in kinds)
     if not read or send is None or list(inspect.signature(send).parameters) != ["request"]:
-        raise _changed("EngineCoreRequest.cache_salt or prompt_token_ids, or engine_core.add_request_async(request)")
+        raise _changed(
+            "EngineCoreRequest.cache_salt, prompt_token_ids, prompt_embeds or mm_features, its parameters'"
+            " skip_reading_prefix_cache, or engine_core.add_request_async(request)"
+        )
 
     async def add_request_async(request: Any) -> None:
-        request.cache_salt = salt(request.cache_salt, request.prompt_token_ids or ())  # none: embeddings
+        request.cache_salt = salt(request.cache_salt, _found_by_ids(request))
         await send(request)
 
     core.add_request_async = add_request_async  # type: ignore[union-attr]
 
 
-def prefix_cache_of(engine_client: Any) -> tuple[int, int]:
-    """(tokens of a block, tokens of all) of the cache that prefixes are found in, once the engine runs; (block, 0) if
-    there is none. VllmChangedError where its configuration does not say so."""
-    cache = engine_client.vllm_config.cache_config
-    if not all(hasattr(cache, name) for name in ("block_size", "kv_cache_size_tokens", "enable_prefix_caching")):
-        raise _changed("cache_config.block_size, kv_cache_size_tokens or enable_prefix_caching")
-    return cache.block_size, (cache.kv_cache_size_tokens or 0) if cache.enable_prefix_caching else 0
+def _found_by_ids(request: Any) -> Sequence[int]:
+    """The beginning of its prompt that vLLM looks up by token ids alone: nothing of one that is scored, or that is
+    embeddings, and nothing from its first picture on."""
+    if request.params.skip_reading_prefix_cache or request.prompt_embeds is not None:
+        return ()
+    ids: Sequence[int] = request.prompt_token_ids or ()
+    return ids[: min(one.mm_position.offset for one in request.mm_features)] if request.mm_features else ids
+
+
+def prefix_cache_of(engine_client: Any) -> tuple[int, int, int]:
+    """Of the cache that prefixes are found in, once the engine runs: tokens of a block, tokens of all, and as how many
+    tokens counts what is kept of a prompt besides; (block, 0, 0) if there is none. VllmChangedError where its
+    configuration does not say so."""
+    config = engine_client.vllm_config
+    cache, named = config.cache_config, ("block_size", "num_gpu_blocks", "kv_cache_size_tokens")
+    if not all(hasattr(cache, name) for name in (*named, "enable_prefix_caching")):
+        raise _changed("cache_config.block_size, num_gpu_blocks, kv_cache_size_tokens or enable_prefix_caching")
+    block, blocks, tokens = (getattr(cache, name) or 0 for name in named)
+    if not cache.enable_prefix_caching or not blocks or not tokens:
+        return block, 0, 0
+    # vLLM's own count is of prompts of the greatest length; beside their tokens it plans two states of each group.
+    longest = config.model_config.max_model_len
+    states = max(0, round(blocks * longest / tokens) - -(-longest // block)) // 2
+    return block, blocks * block, states * block
 
 
 def progress_of(engine_client: Any) -> Callable[[], dict[str, int]]:

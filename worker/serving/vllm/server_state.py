@@ -85,6 +85,10 @@ class ServerState:
 
     def go_on(self) -> None:
         """The pause came to nothing: the waiting requests go on as they would have before it."""
+        self.lost_prefixes.excuse(self.prefixes.number)
+        self._go_on()
+
+    def _go_on(self) -> None:
         self.condition = SERVING
         self.running.set()
         self.changed()
@@ -94,12 +98,15 @@ class ServerState:
         self.take(version, rebuilt)
         self.reason = None
         self.mending = self.written = False
-        self.go_on()
+        self._go_on()
 
     def take(self, version: int, rebuilt: bool = False) -> None:
         """The weights are `version`, and the engine is about to go on with them."""
+        again = rebuilt or self.mending
         self.version = version
-        self.prefixes.after(version, rebuilt or self.mending)
+        self.prefixes.after(version, again)
+        if again:
+            self.lost_prefixes.excuse(self.prefixes.number)
 
     def tear(self, reason: str) -> None:
         """No answer can be made any more. Waiting requests wake up to be told `reason`."""
