@@ -20,6 +20,7 @@ from worker.model.factors import Product, Rows
 from worker.model.inputs import PLACES
 from worker.trainer.factory import make_trainer
 from worker.trainer.kernel_warmup import warm_up
+from worker.trainer.parallel_compile import parallel_compile
 from worker.trainer.trainer import Trainer
 from worker.utils import torch_setup
 
@@ -66,7 +67,8 @@ def reference() -> Iterator[Any]:
                 parameter.copy_(torch.randn(parameter.shape) * 0.05)  # a leak, or a wrong gate, is seen in the logits
             if not name.endswith("A_log"):
                 parameter.copy_(parameter.to(torch.bfloat16))
-    yield model
+    with parallel_compile():  # as a warm-up does: cold, ten candidates of each kernel
+        yield model
     undo.undo()
 
 
