@@ -214,17 +214,19 @@ def test_what_a_version_took_and_was_known_later_is_in_the_next_manifest_and_no_
     h = Hyperparameters(lr=3e-4, max_length=512)
     with open_session(busy_site.run_dir, "test", h, state_dir=busy_site.state) as session:
         session.trainer.device_time.learn(tokens=1, seconds=0.5)
-        cost, lost = ServingCost(session, ServingBudget(0.9)), 2 * LEAST_BLOCK * 0.5 * PROMPT
-        told = []
+        clock, lost = Clock(), 2 * LEAST_BLOCK * 0.5 * PROMPT
+        cost, told = ServingCost(session, ServingBudget(0.9, clock)), []
         for _ in range(3):
+            clock.now += 1000
             cost.begin()
-            assert cost.budget.version_s == 0, "of the version before"
+            cost.look()
+            assert cost.budget.left() == 0, "of the version before, in time that has passed"
             session.control.pause()
             session.control.resume(session.weights.header.version)
-            told.append(cost.measured()["serving_cost_s"])
+            told.append(cost.take()["serving_cost_s"])
         cost.look()
         assert told == pytest.approx([0, 0, lost]) and cost.budget.total == pytest.approx(2 * lost)
-        assert cost.measured()["serving_cost_s"] == pytest.approx(lost)
+        assert cost.take()["serving_cost_s"] == pytest.approx(lost)
 
 
 def test_without_running_requests_no_version_costs_or_waits(tiny_model: Path, tmp_path: Path) -> None:

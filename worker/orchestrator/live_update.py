@@ -248,7 +248,7 @@ class LiveUpdate:
             if self.dislikes is not None:
                 with self.cost.computing():
                     update.manifest |= self.dislikes.after(update.version, computed.dislikes_share)
-            update.manifest |= self.cost.measured()
+            update.manifest |= self.cost.take()
             if self.rehearsal is not None:
                 self.rehearsal.add(computed.trained)
             if self.guards is not None:

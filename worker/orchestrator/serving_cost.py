@@ -32,7 +32,6 @@ class ServingCost:
         """The most requests that were seen running beside the present version."""
         self._recomputed: float | None = None
         self._lost: int | None = None
-        self._told = 0.0
 
     def begin(self) -> None:
         """A version begins. Raises `UnavailableError` when the server has gone."""
@@ -85,8 +84,7 @@ class ServingCost:
         finally:
             self.budget.charge(self.session.control.stood_s - before)
 
-    def measured(self) -> dict[str, float]:
+    def take(self) -> dict[str, float]:
         """What the version's manifest says: `serving_cost_s`, all that was charged since the last one's (also what the
         versions before took, and was known only later), and how many requests were seen running."""
-        charged, self._told = self.budget.total - self._told, self.budget.total
-        return {"serving_cost_s": charged, "running_requests": self.requests}
+        return {"serving_cost_s": self.budget.take(), "running_requests": self.requests}

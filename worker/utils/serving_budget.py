@@ -27,21 +27,25 @@ class ServingBudget:
         """When all that was charged so far is paid; in the past: since when nothing is owed."""
         self._charges: deque[tuple[float, float]] = deque()
         """(when, seconds), oldest first: the last minute's."""
-        self.total = self.version_s = 0.0
-        """Seconds charged in all, and to the last version."""
+        self.total = self._untold = 0.0
+        """Seconds charged in all, and since `take`."""
 
     def begin(self) -> None:
-        """A version begins: what is charged from now on is its charge."""
+        """A version begins: what is charged from now on is its debt."""
         self._paid = max(self._paid, self.clock() - CREDIT)
-        self.version_s = 0.0
 
     def charge(self, seconds: float) -> None:
         """`seconds` were taken from serving, by the last version that began."""
         if seconds > 0:
             self._paid += seconds / (1 - self.share)
-            self.total, self.version_s = self.total + seconds, self.version_s + seconds
+            self.total, self._untold = self.total + seconds, self._untold + seconds
             self._charges.append((self.clock(), seconds))
             self._forget()
+
+    def take(self) -> float:
+        """Seconds charged since the last call."""
+        taken, self._untold = self._untold, 0.0
+        return taken
 
     def left(self) -> float:
         """Seconds until the next version may begin."""

@@ -310,6 +310,18 @@ def test_only_the_first_that_says_hello_is_the_trainer(server: LocalServer, trai
     assert trainer.state()["state"] == "serving" and server.engine.calls == []
 
 
+@pytest.mark.parametrize("missing", ["running", "lost_prefix_tokens"])
+def test_a_server_of_an_older_tandem_is_refused_in_a_sentence(server: LocalServer, missing: str) -> None:
+    hello = server.control._ops["hello"]
+
+    async def older(*asked: Any) -> Any:
+        return {name: value for name, value in (await hello(*asked)).items() if name != missing}
+
+    server.control._ops["hello"] = older
+    with pytest.raises(ServerError, match=r"started by an older Tandem: start it again"):
+        ServerControl(server.run_dir, "newer").connect()
+
+
 def test_the_next_trainer_waits_for_one_that_is_going_away(server: LocalServer, trainer: ServerControl) -> None:
     refused: list[str] = []
     hello = server.control._ops["hello"]

@@ -27,6 +27,7 @@ class Run:
         self.clock = Clock()
         self.budget = ServingBudget(share, self.clock)
         self.taken: list[tuple[float, float]] = []
+        self.later = 0.0
 
     def version(self, charge: float, *, lasts: float = 0.0, later: float = 0.0) -> float:
         """One, as soon as it may begin; the seconds that it had to wait. later: charged after its end."""
@@ -37,8 +38,9 @@ class Run:
         self.budget.begin()
         self.clock.now += lasts
         self.budget.charge(charge)
-        assert self.budget.version_s == charge
+        assert self.budget.take() == pytest.approx(self.later + charge)
         self.budget.charge(later)
+        self.later = later
         return waited
 
     def in_the_minute_from(self, start: float) -> float:

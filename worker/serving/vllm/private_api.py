@@ -101,16 +101,17 @@ def salt_requests(engine_client: Any, salt: Callable[[str | None, Sequence[int]]
     sample of n > 1 (a request of its own by then), pooling, and input that is streamed. VllmChangedError where it, or
     the salt in what it takes, is not as it was read.
     """
-    fields = getattr(lookup("vllm.v1.engine", "EngineCoreRequest"), "__struct_fields__", ())
+    made, picture = lookup("vllm.v1.engine", "EngineCoreRequest"), lookup("vllm.multimodal.inputs", "PlaceholderRange")
+    fields, placed = getattr(made, "__struct_fields__", ()), getattr(picture, "__dataclass_fields__", {})
     core = getattr(engine_client, "engine_core", None)
     send = getattr(core, "add_request_async", None)
-    read = {"cache_salt", "prompt_token_ids", "prompt_embeds", "mm_features", "sampling_params"} <= set(fields)
+    read = {"cache_salt", "prompt_token_ids", "prompt_embeds", "mm_features"} <= set(fields) and hasattr(made, "params")
     kinds = (lookup("vllm.sampling_params", "SamplingParams"), lookup("vllm.pooling_params", "PoolingParams"))
-    read = read and all(hasattr(kind, "skip_reading_prefix_cache") for kind in kinds)
+    read = read and all(hasattr(kind, "skip_reading_prefix_cache") for kind in kinds) and "offset" in placed
     if not read or send is None or list(inspect.signature(send).parameters) != ["request"]:
         raise _changed(
-            "EngineCoreRequest.cache_salt, prompt_token_ids, prompt_embeds or mm_features, its parameters'"
-            " skip_reading_prefix_cache, or engine_core.add_request_async(request)"
+            "EngineCoreRequest.cache_salt, prompt_token_ids, prompt_embeds, mm_features or params, their"
+            " skip_reading_prefix_cache, PlaceholderRange.offset, or engine_core.add_request_async(request)"
         )
 
     async def add_request_async(request: Any) -> None:
