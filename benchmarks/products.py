@@ -11,7 +11,6 @@ way once, in turn; medians.
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -146,26 +145,19 @@ def overlapped(case: Case) -> Callable[[], None]:
 
 
 SLICES = {
-    "16 MB": (16, 1, False, ""),
-    "32 MB": (32, 1, False, ""),
-    "8 MB, graph": (8, 1, True, ""),
-    "16 MB, graph": (16, 1, True, ""),
-    "24 MB, graph": (24, 1, True, ""),
-    "32 MB, graph": (32, 1, True, ""),
-    "2 x 8 MB, graph": (8, 2, True, ""),
-    "2 x 16 MB, graph": (16, 2, True, ""),
-    "4 x 6 MB, graph": (6, 4, True, ""),
-    "16 MB, graph, evict first": (16, 1, True, "evict_first"),
-    "24 MB, graph, evict first": (24, 1, True, "evict_first"),
-    "2 x 12 MB, graph, evict first": (12, 2, True, "evict_first"),
+    "sliced 8 MB": (8, 1),
+    "sliced 16 MB": (16, 1),
+    "sliced 32 MB": (32, 1),
+    "2 x 8 MB": (8, 2),
+    "2 x 16 MB": (16, 2),
 }
-"""MB of a slice, streams, whether they are one CUDA graph, and what the cache is told of weights."""
+"""MB of a slice, and streams."""
 
 
-def sliced(case: Case, megabytes: int, streams: int, graph: bool = False, policy: str = "") -> Callable[[], None]:
+def sliced(case: Case, megabytes: int, streams: int) -> Callable[[], None]:
     """As `decided`, but that a gradient is formed and written some rows at a time, in a buffer that the device's L2
     cache holds, so that it need not go through memory. On several streams one slice is written while the next is
-    formed. As a graph the host has one launch. To be measured; no worker does it, and it looks inside the optimizer."""
+    formed. To be measured; no worker does it, and it looks inside the optimizer."""
     optimizer = ApolloMini(case.weights, lr=1e-5)
     prepared, on = optimizer.prepare_products(case.given), optimizer._steps.backend
     where = {id(slot.parameter): position for position, slot in enumerate(on.tables.slots)}
@@ -188,7 +180,9 @@ def sliced(case: Case, megabytes: int, streams: int, graph: bool = False, policy
     cuda = device.type == "cuda"
     others = [torch.cuda.Stream() for _ in range(streams)] if cuda and streams > 1 else []
 
-    def slices() -> None:
+    def step() -> None:
+        optimizer.begin()
+        optimizer.decide_products(prepared)
         for stream in others:
             stream.wait_stream(torch.cuda.current_stream())
         for number, (left, right, place, position, first, tiles) in enumerate(work):
@@ -199,73 +193,39 @@ def sliced(case: Case, megabytes: int, streams: int, graph: bool = False, policy
                     on.area.step_count, on.statistics, on.partial_weights, low, high, on.sides,
                     G_TYPE=TRITON[torch.bfloat16], W_TYPE=TRITON[torch.bfloat16], ALIGNED=True, STOCHASTIC=True,
                     SCALED=False, TR=height, BR=on.tiling.out[1], BC=width, num_warps=on.tiling.out_warps,
-                    POLICY=policy,
                 )  # fmt: skip
         for stream in others:
             torch.cuda.current_stream().wait_stream(stream)
-
-    if graph:
-        step = stepping(optimizer, prepared, slices)
-        step()  # compiles
-        torch.cuda.synchronize()
-        made = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(made):
-            slices()
-
-        def replay() -> None:
-            assert slices, "its memory is the graph's, and kept"
-            made.replay()
-
-        return stepping(optimizer, prepared, replay)
-    return stepping(optimizer, prepared, slices)
-
-
-def stepping(optimizer: ApolloMini, prepared: Any, write: Callable[[], None]) -> Callable[[], None]:
-    def step() -> None:
-        optimizer.begin()
-        optimizer.decide_products(prepared)
-        write()
         optimizer.finish()
 
     return step
 
 
 def milliseconds(step: Callable[[], None]) -> float:
-    return both(step)[0]
-
-
-def both(step: Callable[[], None]) -> tuple[float, float]:
-    """Milliseconds of the device, and those until the host has launched it all."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    began = time.perf_counter()
     start.record()
     step()
     end.record()
-    host = time.perf_counter() - began
     torch.cuda.synchronize()
-    return start.elapsed_time(end), 1000 * host
+    return start.elapsed_time(end)
 
 
 def compare(case: Case, rounds: int, until: Until, part: Part) -> None:
     ways = {"updated": updated(case), "decided": decided(case), "overlapped": overlapped(case)}
     ways |= {name: sliced(case, *how) for name, how in SLICES.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    hosts: dict[str, list[float]] = {name: [] for name in ways}
     for step in ways.values():
         for _ in range(2):
             milliseconds(step)
     for _ in range(rounds):
         for name, step in ways.items():
-            device, host = both(step)
-            times[name].append(device)
-            hosts[name].append(host)
+            times[name].append(milliseconds(step))
         if until.left < 5:
             break
     whole = BYTES / case.bytes
     part["ms"] = {name: round(statistics.median(found), 3) for name, found in times.items()}
     part["worst ms"] = {name: round(max(found), 3) for name, found in times.items()}
-    part["host ms, for all of 27B"] = {name: round(statistics.median(one) * whole, 1) for name, one in hosts.items()}
     part["ms, for all of 27B"] = {name: round(statistics.median(found) * whole, 1) for name, found in times.items()}
 
 

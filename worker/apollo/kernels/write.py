@@ -34,12 +34,11 @@ from worker.apollo.kernels.rounding import bits_of_blocks, bits_of_elements, rou
 def apply(
     parameters, bindings, tiles, first, count, knobs, steps, statistics, partial_weights, key0, key1, sides,
     G_TYPE: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
-    TR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, POLICY: tl.constexpr = "",
+    TR: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """W <- (W - factor * G) * (1 - decay) for a TR x BC tile of a matrix, and the tile's share of ||W||^2 before.
 
     SCALED: G is first multiplied with what kernels/factored.py made of its row and of its column.
-    POLICY: what caches are told of W.
     """
     tile = first + tl.program_id(0)
     position = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -80,7 +79,7 @@ def apply(
             x = tl.load(g + row_ * g_stride + col[None, :], mask, other=0).to(tl.float32)
             if SCALED:
                 x = x * tl.load(by_rows + row, row < rows, other=0)[:, None] * by_col[None, :]
-            value = tl.load(at, mask, other=0, eviction_policy=POLICY).to(tl.float32)
+            value = tl.load(at, mask, other=0).to(tl.float32)
             squares += fold(value * value, BR, BC)
             value -= factor * x
             value -= decay * value
@@ -92,9 +91,9 @@ def apply(
                     bits = bits_of_blocks(blocks, step, id, k0, k1, BR, BC)
                 else:
                     bits = bits_of_elements(number + col[None, :], step, id, k0, k1)
-                tl.store(at, rounded(value, bits), mask, eviction_policy=POLICY)
+                tl.store(at, rounded(value, bits), mask)
             else:
-                tl.store(at, value.to(W_TYPE), mask, eviction_policy=POLICY)
+                tl.store(at, value.to(W_TYPE), mask)
         tl.store(partial_weights + tile, tl.sum(tl.sum(squares, 1), 0))
 
 
