@@ -4,15 +4,13 @@
 
 Shapes are those of Qwen3.5-27B's layers and its output head; weights and factors are random. In every way cuBLAS writes
 buckets of gradients in bf16. Updated: pass 1 reads them for R, pass 2 for the weights. Decided: R comes from the
-factors, and only the weights' pass reads them. Overlapped: that pass runs beside the next bucket's products. Sliced:
-both go some rows of a matrix at a time, which the L2 cache holds in between. The norm is given. Every round times each
-way once, in turn; medians.
+factors, and only the weights' pass reads them. Overlapped: that pass runs beside the next bucket's products. The norm
+is given. Every round times each way once, in turn; medians.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +25,7 @@ from flops import matmul_rate
 from optimizer_shapes import MODELS, layer_shapes
 from record import Part, Record, Until
 
-from worker.apollo import ApolloMini, GradientProduct, philox
-from worker.apollo.kernels import write
-from worker.apollo.kernels.common import TRITON
+from worker.apollo import ApolloMini, GradientProduct
 
 BUCKET = 1 << 30
 BYTES = 53.8e9
@@ -144,63 +140,6 @@ def overlapped(case: Case) -> Callable[[], None]:
     return step
 
 
-SLICES = {
-    "sliced 8 MB": (8, 1),
-    "sliced 16 MB": (16, 1),
-    "sliced 32 MB": (32, 1),
-    "2 x 8 MB": (8, 2),
-    "2 x 16 MB": (16, 2),
-}
-"""MB of a slice, and streams."""
-
-
-def sliced(case: Case, megabytes: int, streams: int) -> Callable[[], None]:
-    """As `decided`, but that a gradient is formed and written some rows at a time, in a buffer that the device's L2
-    cache holds, so that it need not go through memory. On several streams one slice is written while the next is
-    formed. To be measured; no worker does it, and it looks inside the optimizer."""
-    optimizer = ApolloMini(case.weights, lr=1e-5)
-    prepared, on = optimizer.prepare_products(case.given), optimizer._steps.backend
-    where = {id(slot.parameter): position for position, slot in enumerate(on.tables.slots)}
-    height, width = on.tiling.out[0], on.tiling.out[2]
-    device, count = case.weights[0].device, len(on.tables.slots)
-    buffers = [torch.empty(megabytes << 20, dtype=torch.uint8, device=device) for _ in range(streams)]
-    work, bindings = [], [[0] * 4] * count
-    for one in case.given:
-        (rows, cols), position = one.weight.shape, where[id(one.weight)]
-        across, least = -(-cols // width), max(height, (megabytes << 19) // cols // height * height)
-        for top in range(0, rows, least):
-            end, buffer = min(rows, top + least), buffers[len(work) % streams]
-            place = buffer[: 2 * cols * (end - top)].view(torch.bfloat16).view(end - top, cols)
-            left, right, _ = one.parts[0]
-            bindings.append([one.weight.data_ptr(), cols, place.data_ptr() - 2 * cols * top, cols])
-            first = on.tables.out_tile_starts[position] + top // height * across
-            work.append((left[:, top:end].t(), right, place, position, first, -(-(end - top) // height) * across))
-    table = torch.tensor(bindings, dtype=torch.int64, device=device)
-    low, high = philox.seed_words(on.options.seed)
-    cuda = device.type == "cuda"
-    others = [torch.cuda.Stream() for _ in range(streams)] if cuda and streams > 1 else []
-
-    def step() -> None:
-        optimizer.begin()
-        optimizer.decide_products(prepared)
-        for stream in others:
-            stream.wait_stream(torch.cuda.current_stream())
-        for number, (left, right, place, position, first, tiles) in enumerate(work):
-            with torch.cuda.stream(others[number % streams]) if others else nullcontext():
-                torch.mm(left, right, out=place)
-                write.apply[(tiles,)](
-                    on.parameters, table[count + number - position :], on.out_tiles, first, count, on.knobs,
-                    on.area.step_count, on.statistics, on.partial_weights, low, high, on.sides,
-                    G_TYPE=TRITON[torch.bfloat16], W_TYPE=TRITON[torch.bfloat16], ALIGNED=True, STOCHASTIC=True,
-                    SCALED=False, TR=height, BR=on.tiling.out[1], BC=width, num_warps=on.tiling.out_warps,
-                )  # fmt: skip
-        for stream in others:
-            torch.cuda.current_stream().wait_stream(stream)
-        optimizer.finish()
-
-    return step
-
-
 def milliseconds(step: Callable[[], None]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
@@ -213,7 +152,6 @@ def milliseconds(step: Callable[[], None]) -> float:
 
 def compare(case: Case, rounds: int, until: Until, part: Part) -> None:
     ways = {"updated": updated(case), "decided": decided(case), "overlapped": overlapped(case)}
-    ways |= {name: sliced(case, *how) for name, how in SLICES.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for step in ways.values():
         for _ in range(2):

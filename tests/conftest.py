@@ -94,8 +94,9 @@ def no_thread_outlives_its_test() -> Iterator[None]:
     yield
     deadline = time.monotonic() + THREAD_SECONDS
     # A loop's idle helpers end with the loop, which may be that of a fixture of several tests.
-    # And torch's own threads, in which hooks of a backward pass run, are known to Python as dummies for ever.
-    lasting = ("asyncio_", "Dummy-")
+    # So do those that compile kernels for a GPU. And torch's own threads, in which hooks of a backward pass run, are
+    # known to Python as dummies for ever.
+    lasting = ("asyncio_", "compile_", "Dummy-")
     new = [one for one in threading.enumerate() if one not in before and not one.name.startswith(lasting)]
     for thread in new:
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -23,6 +23,11 @@ class After:
     bias: Tensor | None = None
     """[V], of the weight's dtype."""
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether z are the logits."""
+        return self.scale == 1.0 and self.cap is None and self.bias is None
+
     def slope(self, logits: Tensor) -> Tensor | None:
         """By how much the cap flattens what lies below `logits`, which are capped: fp32, of their shape; None: not."""
         return None if self.cap is None else 1 - (logits / self.cap).square_()

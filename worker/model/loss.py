@@ -4,6 +4,8 @@ For 8,192 tokens and 248,320 words the logits are 4 GB in bf16 and 8 GB in fp32,
 Here the vocabulary is gone through in blocks: once for every token's log-sum-exp, and once more in backward for the
 gradients, which are therefore rounded to the weights' dtype once, however many blocks there are.
 
+On a GPU the plain case is `plain_head_loss`.
+
 Two losses, for different tokens of one pass: the cross entropy with the token that came, and the divergence from a
 teacher's distribution (`worker.model.soft_targets`).
 
@@ -13,8 +15,8 @@ sums, the target's logit and the gradient of the hidden states are added up over
 Must not know: examples, the optimizer.
 Invariants: the loss of each token is that of `cross_entropy(head(hidden).float())` up to the order of sums, where the
 head does what the model's own forward does after the hidden states (`worker.model.output_head`); nothing of size [N, V]
-outlives a block; no gradient is computed that nobody asked for; without a teacher, or without anything after the
-product with the matrix, not a bit is other.
+outlives a block; no gradient is computed that nobody asked for; on a CPU, without a teacher, or without anything after
+the product with the matrix, not a bit is other.
 """
 
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from worker.model import plain_head_loss as plain
 from worker.model.head_blocks import PLAIN, After, blocks_of, logits_of
 from worker.model.soft_targets import Soft
 from worker.model.vocabulary_shard import VocabularyShard
@@ -73,6 +76,9 @@ def head_loss(
     if vocabulary is not None:
         targets = vocabulary.local(targets)
         soft = None if soft is None else replace(soft, ids=vocabulary.local(soft.ids))
+    if soft is None and plain.takes(hidden, after):
+        loss, nll = plain.plain_head_loss(hidden, weight, targets, factors, keep, vocabulary)
+        return HeadLoss(loss, nll, nll.new_zeros(0), nll.new_zeros(0))
     return HeadLoss(*_HeadLoss.apply(hidden, weight, after.bias, targets, factors, keep, soft, after, vocabulary))
 
 

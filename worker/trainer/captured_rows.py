@@ -27,7 +27,7 @@ from worker.trainer.factor_sweep import FactorSweep
 
 log = logging.getLogger("tandem")
 BESIDE = 4
-"""Streams for norms: one of them has a product of 16 tiles at a time, for 132 multiprocessors."""
+"""Streams for norms: each of their products is too small for all multiprocessors."""
 
 
 class CapturedRows:

@@ -5,7 +5,7 @@
             ...
     # what follows on the current stream sees all of it
 
-Must not know: what the work is.
+Must not know: Redis, the server.
 Invariant: nothing here waits for the device. Also while a graph is captured: the streams become branches of it.
 """
 

@@ -18,6 +18,7 @@ import pytest
         "test_experts_gpu.py",
         "test_products_gpu.py",
         "test_decided_sweep_gpu.py",
+        "test_head_kernels_gpu.py",
         pytest.param("test_shards_gpu.py", marks=pytest.mark.slow),
     ],
 )
