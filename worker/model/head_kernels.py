@@ -3,7 +3,7 @@
 What torch's own operations do in a dozen passes over fp32 copies of the logits is done on the logits as they come, in
 the weights' dtype. Triton's; a CPU never imports it.
 
-Must not know: the head's matrix, examples, the optimizer.
+Must not know: examples, the optimizer.
 Invariants: sums are in fp32, in an order that does not change; each row is its own, so that one with NaN or infinite
 logits leaves the others alone; the numbers of tokens and words are not compiled in, so that no batch compiles anew.
 """
