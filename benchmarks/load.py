@@ -46,7 +46,7 @@ class ClosedLoop:
 
     load: what they send, of token ids below `vocabulary`; every request asks for `max_tokens`, more or less by up to
     `spread` of them: clients whose answers are equally long soon send their requests all at once, in waves, and what is
-    counted in some seconds then says where the waves were.
+    counted in some seconds then says where the waves were. turn: of `Load.prompts`.
     """
 
     def __init__(
@@ -59,8 +59,9 @@ class ClosedLoop:
         spread: float = 0.0,
         vocabulary: int = 900,
         patience: float = 60.0,
+        turn: int = 0,
     ) -> None:
-        self.url, self.model, self.load, self.patience = url, model, load, patience
+        self.url, self.model, self.load, self.patience, self.turn = url, model, load, patience, turn
         self.max_tokens, self.spread, self.vocabulary = max_tokens, spread, vocabulary
         self.failures: list[tuple[float, str]] = []
         self._chunks: list[tuple[float, float | None, int]] = []  # (when, gap to the chunk before, tokens)
@@ -117,7 +118,7 @@ class ClosedLoop:
                 self.failures.append((time.monotonic(), f"not answered within {self.patience:g} s of the end"))
 
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
-        prompts, draw = self.load.prompts(number, self.vocabulary), random.Random(number)
+        prompts, draw = self.load.prompts(number, self.vocabulary, self.turn), random.Random(number)
         prompt = next(prompts)
         while not self._stopping.is_set():
             try:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ ALONE, TRAINING = "alone", "training"
 DEFAULT_LOADS = ("16x128", "16x3500", "4x16000", "8x128+3500+16000", "16xchat3500")
 SPREAD = 0.5
 """Answers have this part of --max-tokens less to this part more."""
+TURNS = count()
+"""Each measurement sends prompts of its own: those of the one before would be prefixes that an update makes too old,
+and the worker would be charged for them."""
 COUNTERS = {
     "preempted": "vllm:num_preemptions_total",
     "prefix_hits": PREFIX_HITS,
@@ -121,7 +125,10 @@ def _phase(
     with ExitStack() as stack:
         watch = stack.enter_context(ProcessWatch())
         running = stack.enter_context(
-            ClosedLoop(rig.url, str(rig.model), load=load, max_tokens=phases.max_tokens, spread=SPREAD, vocabulary=900)
+            ClosedLoop(
+                rig.url, str(rig.model), load=load, max_tokens=phases.max_tokens, spread=SPREAD, vocabulary=900,
+                turn=next(TURNS),
+            )  # fmt: skip
         )
         clock = None
         if state == TRAINING:

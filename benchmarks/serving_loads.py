@@ -5,7 +5,8 @@
     16xchat3500          16 conversations: 3,500 tokens at first, and with every turn all of it again with the answer
                          and a new question; after 6 turns another conversation
 
-Must not know: servers. Invariant: the same load sends the same prompts, but for the answers in a chat.
+Must not know: servers. Invariant: the same load sends the same prompts in the same turn, but for the answers in a chat;
+in another turn it sends none of them, which a cache would have.
 """
 
 import random
@@ -45,9 +46,10 @@ class Load:
         turns = TURNS * (answer + QUESTION) if self.chat else answer
         return max(self.lengths) + turns
 
-    def prompts(self, client: int, vocabulary: int) -> Prompts:
-        """What `client` sends, for ever. vocabulary: token ids are below it."""
-        draw = random.Random(f"{self.name} {client}")
+    def prompts(self, client: int, vocabulary: int, turn: int = 0) -> Prompts:
+        """What `client` sends, for ever. vocabulary: token ids are below it. turn: how often the load was sent
+        before."""
+        draw = random.Random(f"{self.name} {client} {turn}")
 
         def fresh(count: int) -> list[int]:
             return [draw.randrange(FIRST_TOKEN, vocabulary) for _ in range(count)]

@@ -3,6 +3,8 @@ meanwhile: the graphs of short rows hold as much as a long row needs, and never 
 
     lent = lend(model, region)      # region: uint8 [bytes]; once, for as long as the model lives
     lent.is_used                    # whether an input stands in it: its owner must not write there
+    with lent.watched():            # forward and backward: raises if an input did not stay what it was
+        ...
 
 Must not know: the optimizer.
 Invariants: what is computed has the bits that it has without; only where a layer's input stands is another. What does
@@ -10,16 +12,22 @@ not fit stands where it would have stood. Memory of an input that anybody may st
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from producer.errors import TandemError
 from worker.model.layers import layers_of
 
 ALIGNED = 512
 """Bytes: as torch's allocator aligns, so that kernels choose what they would have chosen."""
+
+
+class LentMemoryError(TandemError):
+    """What was kept in lent memory did not stay there."""
 
 
 class LentMemory:
@@ -28,6 +36,8 @@ class LentMemory:
     def __init__(self, region: Tensor) -> None:
         self._region, self._taken = region, 0
         self._inputs: list[weakref.ref[Tensor]] = []
+        self._marks: list[tuple[Tensor, Tensor]] | None = None
+        """While it is watched: each input, and what it measured when it was put there."""
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +61,25 @@ class LentMemory:
             return x
         out: Tensor = _Moved.apply(x, self._place(x))
         self._inputs.append(weakref.ref(out))
+        if self._marks is not None:
+            self._marks.append((out.detach(), _mark(x)))
         return out
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around forward and backward passes, whose inputs stay: raises `LentMemoryError` where one was written over
+        meanwhile."""
+        marks: list[tuple[Tensor, Tensor]] = []
+        self._marks = marks
+        try:
+            yield
+        finally:
+            self._marks = None
+        if marks and not torch.stack([_mark(x) == mark for x, mark in marks]).all():
+            raise LentMemoryError(
+                "the memory that CUDA graphs lend to long rows did not keep what stood there: gradients would be wrong."
+                " Start the worker with --graphs off, and report this"
+            )
 
     def _place(self, x: Tensor) -> Tensor:
         """Not a view: autograd counts the writes to all views of one tensor together."""
@@ -60,6 +88,13 @@ class LentMemory:
         return torch.empty(0, dtype=x.dtype, device=x.device).set_(
             self._region.untyped_storage(), begin, x.shape, x.stride()
         )
+
+
+def _mark(x: Tensor) -> Tensor:
+    """The sum of its bits, int64: any order of terms gives the same. Takes no memory where its bytes are whole
+    words."""
+    word = torch.int16 if x.nbytes % 8 else torch.int64
+    return x.detach().reshape(-1).view(word).sum(dtype=torch.int64)
 
 
 class _Moved(torch.autograd.Function):

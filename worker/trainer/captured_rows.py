@@ -118,6 +118,7 @@ class CapturedRows:
             self.held_bytes = 0
             torch.cuda.empty_cache()
             return
+        torch.cuda.empty_cache()  # as the capture would: what it frees hides what it takes
         before = torch.cuda.memory_reserved()
         with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._streams[0]):
             region = torch.empty(size, dtype=torch.uint8, device=next(model.parameters()).device)
@@ -128,6 +129,10 @@ class CapturedRows:
                 "the graphs' memory has no %s in one piece: %s more were taken", gigabytes(size), gigabytes(grown)
             )
         self._lent = lend(model, alias(region))
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Around a long row's passes: raises `LentMemoryError` where what it keeps in lent memory does not stay."""
+        return nullcontext() if self._lent is None else self._lent.watched()
 
 
 def rows_of(model: Any) -> CapturedRows:

@@ -38,7 +38,8 @@ def warm_up(
     """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; then,
     when all that others keep is allocated, graphs of the rows of `replayed` tokens. The longest row runs twice: first
     with a teacher, whose kernels are those of every length, then without one, which says what a token takes. lent:
-    bytes of the graphs' memory that the longest row uses from then on, and already the second time."""
+    bytes of the graphs' memory that the longest row uses from then on, and already the second time, when it is watched:
+    raises `LentMemoryError` where what stands there does not stay."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [(f"{longest} tokens", partial(_run, trainer, longest, taught=True))]
     work += [(f"{size} tokens", partial(_run, trainer, size)) for size in shorter if size not in replayed]
@@ -48,7 +49,7 @@ def warm_up(
     work += [(f"replay of {size} tokens", partial(_run, trainer, size)) for size in sorted(replayed, reverse=True)]
     if lent:
         work.append(("lending", partial(trainer.rows.lend, trainer.model, lent)))
-    work.append(("again", partial(_run, trainer, longest)))
+    work.append(("again", partial(_run_watched, trainer, longest)))
     seconds = {}
     for done, (what, run) in enumerate(work):
         tell(done, len(work), what)
@@ -64,6 +65,11 @@ def _timed(trainer: Trainer, work: Callable[[], object]) -> float:
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     return time.monotonic() - started
+
+
+def _run_watched(trainer: Trainer, size: int) -> None:
+    with trainer.rows.watched():
+        _run(trainer, size)
 
 
 def _run(trainer: Trainer, size: int, taught: bool = False) -> None:

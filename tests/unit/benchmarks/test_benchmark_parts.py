@@ -120,7 +120,7 @@ def test_loads_are_what_their_names_say() -> None:
     assert len(first) == 100 and second[:110] == [*first, *[7] * 10] and len(second) > 110
     longest = max(len(turns.send([7] * 10)) for _ in range(20))
     assert longest + 10 <= chat.longest(10), "a server of that length takes it"
-    assert next(chat.prompts(0, 900)) != first == next(chat.prompts(1, 900))
+    assert next(chat.prompts(0, 900)) != first == next(chat.prompts(1, 900)) != next(chat.prompts(1, 900, turn=1))
     for wrong in ("128", "0x128", "4x", "4xchat", "4x12,8"):
         with pytest.raises(ValueError, match="is no load"):
             Load.parse(wrong)

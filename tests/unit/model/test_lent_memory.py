@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from worker.model.layers import recompute
-from worker.model.lent_memory import ALIGNED, LentMemory, lend
+from worker.model.lent_memory import ALIGNED, LentMemory, LentMemoryError, lend
 
 IDS = torch.arange(48)[None] % 60
 ROOM = 1 << 20
@@ -73,3 +73,28 @@ def test_what_does_not_fit_or_is_not_contiguous_stays() -> None:
     assert lent.moved(x) is x, "512 of 900 bytes are taken"
     across = x.mT
     assert LentMemory(torch.zeros(900, dtype=torch.uint8)).moved(across) is across
+
+
+@pytest.mark.parametrize("when", ["before backward", "after it", "never"])
+def test_watched_it_is_seen_that_an_input_was_written_over(model: Any, when: str) -> None:
+    region = torch.zeros(ROOM, dtype=torch.uint8)
+    lent = lend(model, region)
+
+    def passes() -> None:
+        with lent.watched():
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+            if when == "before backward":
+                region[100] += 1
+            loss.backward()
+            if when == "after it":
+                region[100] += 1
+
+    if when == "never":
+        passes()
+    else:
+        with pytest.raises(LentMemoryError, match="--graphs off"):
+            passes()
+    assert not lent.is_used
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    region[100] += 1
+    loss.backward()  # nobody watches
