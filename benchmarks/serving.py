@@ -126,9 +126,14 @@ def _phase(
         watch = stack.enter_context(ProcessWatch())
         running = stack.enter_context(
             ClosedLoop(
-                rig.url, str(rig.model), load=load, max_tokens=phases.max_tokens, spread=SPREAD, vocabulary=900,
+                rig.url,
+                str(rig.model),
+                load=load,
+                max_tokens=phases.max_tokens,
+                spread=SPREAD,
+                vocabulary=900,
                 turn=next(TURNS),
-            )  # fmt: skip
+            )
         )
         clock = None
         if state == TRAINING:
