@@ -47,9 +47,9 @@ ALONE, TRAINING = "alone", "training"
 DEFAULT_LOADS = ("16x128", "16x3500", "4x16000", "8x128+3500+16000", "16xchat3500")
 SPREAD = 0.5
 """Answers have this part of --max-tokens less to this part more."""
-TURNS = count()
-"""Each measurement sends prompts of its own: those of the one before would be prefixes that an update makes too old,
-and the worker would be charged for them."""
+TURNS = count(int(time.time()))
+"""Each measurement, also of another process, sends prompts of its own: those of the one before would be prefixes that
+an update makes too old, and the worker would be charged for them."""
 COUNTERS = {
     "preempted": "vllm:num_preemptions_total",
     "prefix_hits": PREFIX_HITS,

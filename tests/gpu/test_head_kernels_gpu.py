@@ -114,3 +114,25 @@ def test_a_poisoned_row_stays_in_its_row(blocks: None, monkeypatch: pytest.Monke
             hidden[1] = bad
         nll = head_loss(hidden, weight, targets, factors).nll
         assert not torch.isfinite(nll[1]) and torch.equal(nll[::2], clean[::2])
+
+
+def test_a_word_that_nobody_can_say_leaves_what_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite element of the head, whose logits are -inf for every token: no token that is added makes it NaN."""
+    found = []
+    for by_kernels in (True, False):
+        monkeypatch.setattr(plain_head_loss, "takes", lambda *_, answer=by_kernels: answer)
+        hidden, weight, targets, factors = inputs(WORDS[0], torch.float32)
+        with torch.no_grad():
+            hidden[:, 0] = hidden[:, 0].abs() + 0.1
+            weight[5, 0] = -torch.inf
+        loss, nll, *_ = head_loss(hidden, weight, targets.where(targets != 5, 6), factors)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(nll).all() and weight.grad is not None
+        found.append(weight.grad.double())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_logits_that_are_all_far_below_zero() -> None:
+    logits = torch.full((2, 40), -3.3e38, device=DEVICE, dtype=torch.bfloat16)
+    sums, own = kernels.sums_of(logits, torch.tensor([1, 2], device=DEVICE))
+    assert torch.isfinite(sums).all() and torch.equal(own, logits[:, 0].float())

@@ -1,5 +1,5 @@
-"""The output head in blocks of rows, so that no [tokens, vocabulary] array stands anywhere; and what follows its
-product.
+"""The output head in blocks of rows, so that no array of all tokens and words stands anywhere, where it is larger than
+one block; and what follows the head's product.
 
 Invariant: every row is in one block, in order.
 """

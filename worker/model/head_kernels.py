@@ -19,8 +19,8 @@ WIDTH = 4096
 WARPS = 8
 UNIT = 8
 """Elements of a 16-byte access to bf16: rows that start at multiples of it are read so."""
-LEAST = tl.constexpr(-3.0e38)
-"""Less than any logit, and finite: of two infinite ones the difference is not a number."""
+LEAST = tl.constexpr(-3.4028234663852886e38)
+"""fp32's own: finite, since the difference of two infinite ones is not a number."""
 
 
 def sums_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ meanwhile: the graphs of short rows hold as much as a long row needs, and never 
 
 Must not know: the optimizer.
 Invariants: what is computed has the bits that it has without; only where a layer's input stands is another. What does
-not fit stands where it would have stood. Memory of an input that anybody may still read is never given to another.
+not fit stands where it would have stood. Memory of an input that a backward pass may still read is never given to
+another; factors outlive theirs, and while they are recorded nothing stands here.
 """
 
 import weakref
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from producer.errors import TandemError
+from worker.model.gradient_factors import factors_of
 from worker.model.layers import layers_of
 
 ALIGNED = 512
@@ -110,23 +112,26 @@ class _Moved(torch.autograd.Function):
 
 def lend(model: Any, region: Tensor) -> LentMemory:
     """Have the layers of `model` that are computed again (`layers.recompute`) keep their inputs in `region`."""
-    lent = LentMemory(region)
+    lent, factors = LentMemory(region), factors_of(model)
+
+    def is_wanted() -> bool:
+        return torch.is_grad_enabled() and not factors.is_recording
 
     def begin(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled():
+        if is_wanted():
             lent.begin_pass()
 
     model.base_model.register_forward_pre_hook(begin)
     layers: list[Any] = list(layers_of(model))
     for layer in layers:
-        layer._gradient_checkpointing_func = _moving(layer._gradient_checkpointing_func, lent)
+        layer._gradient_checkpointing_func = _moving(layer._gradient_checkpointing_func, lent, is_wanted)
     return lent
 
 
-def _moving(checkpoint: Callable[..., Any], lent: LentMemory) -> Callable[..., Any]:
+def _moving(checkpoint: Callable[..., Any], lent: LentMemory, is_wanted: Callable[[], bool]) -> Callable[..., Any]:
     """checkpoint: as transformers calls it: with a layer and its arguments, hidden states [B, T, H] first."""
 
     def moving(layer: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
-        return checkpoint(layer, lent.moved(hidden) if torch.is_grad_enabled() else hidden, *args)
+        return checkpoint(layer, lent.moved(hidden) if is_wanted() else hidden, *args)
 
     return moving

@@ -1,10 +1,10 @@
-"""Output head and loss in one, without the logits ever standing in memory as a whole.
+"""Output head and loss in one, without the logits standing in memory as a whole where they are many.
 
 For 8,192 tokens and 248,320 words the logits are 4 GB in bf16 and 8 GB in fp32, and their gradient is as much again.
 Here the vocabulary is gone through in blocks: once for every token's log-sum-exp, and once more in backward for the
 gradients, which are therefore rounded to the weights' dtype once, however many blocks there are.
 
-On a GPU the plain case is `plain_head_loss`.
+On a GPU the plain case is `plain_head_loss`, which keeps the logits of a short row for backward.
 
 Two losses, for different tokens of one pass: the cross entropy with the token that came, and the divergence from a
 teacher's distribution (`worker.model.soft_targets`).

@@ -21,7 +21,7 @@ from worker.model.vocabulary_shard import VocabularyShard
 
 TOKENS = 8
 """N is made a multiple of it: where it is odd, cuBLAS forms the tokens' products with each other, of which the norm of
-a gradient is made, several times slower. What is added are zeros."""
+a gradient is made, several times slower. The last token stands there again, and weighs nothing."""
 
 
 def takes(hidden: Tensor, after: After) -> bool:
@@ -40,10 +40,15 @@ def plain_head_loss(
     """The loss and the nll, fp32 [N], of arguments as `head_loss` has them."""
     tokens = len(targets)
     if more := -tokens % TOKENS:
-        hidden = functional.pad(hidden, (0, 0, 0, more))
-        targets, factors = functional.pad(targets, (0, more)), functional.pad(factors, (0, more))
+        hidden, targets = _repeated(hidden, more), _repeated(targets, more)
+        factors = functional.pad(factors, (0, more))
     loss, nll = _PlainHeadLoss.apply(hidden, weight, targets, factors, keep, vocabulary)
     return loss, nll[:tokens]
+
+
+def _repeated(x: Tensor, more: int) -> Tensor:
+    """`x` [N, ...] and its last row `more` times: no other row is added, whose loss might not be finite."""
+    return torch.cat([x, x[-1:].expand(more, *x.shape[1:])])
 
 
 class _PlainHeadLoss(torch.autograd.Function):

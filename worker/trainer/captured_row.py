@@ -11,7 +11,8 @@ launch. What depends on the data stays outside: embeddings, the output head, the
 Must not know: Redis, vLLM, the header, versions.
 Invariants: a replay runs the very kernels that the layers run, on the same shapes: PLACES sequences in `tokens` tokens.
 It reads the weights where they lie, and they may change in place. What it leaves (hidden states, factors, gradients) is
-valid until the next replay of any graph in `pool`, whose memory is the graphs' alone.
+valid until the next replay of any graph in `pool`, or, where `captured_rows` lends its memory, a long row's forward
+pass.
 """
 
 import gc
@@ -71,7 +72,7 @@ class CapturedRow:
     def capture(self, sweep: FactorSweep, pool: Any) -> None:
         """Make the graphs, once. pool: of `torch.cuda.graph`."""
         torch.cuda.synchronize()
-        with _no_collector():
+        with no_collector():
             self._capture(sweep, partial(self._graph, pool))
 
     def _capture(self, sweep: FactorSweep, graph: Callable[..., Any]) -> None:
@@ -175,7 +176,7 @@ class _Replay(torch.autograd.Function):
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Python's garbage collector runs before and not meanwhile.
 
     Graphs of autograd that nobody needs any more can be in cycles. While one lives, backward waits for the stream that

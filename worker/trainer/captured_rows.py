@@ -22,7 +22,7 @@ import torch
 from worker.data.packing import Batch
 from worker.memory.plan import gigabytes
 from worker.model.lent_memory import LentMemory, lend
-from worker.trainer.captured_row import CapturedRow, alias
+from worker.trainer.captured_row import CapturedRow, alias, no_collector
 from worker.trainer.factor_sweep import FactorSweep
 
 log = logging.getLogger("tandem")
@@ -83,6 +83,7 @@ class CapturedRows:
             self.capturing = False
         torch.cuda.empty_cache()
         self.held_bytes += max(0, torch.cuda.memory_reserved() - before)
+        self._failed |= len(ready) < len(by_factors)
         return all(self.get(tokens, by_factors=factors) for tokens, factors in by_factors.items())
 
     def _capture(self, row: CapturedRow, sweep: FactorSweep, by_factors: bool) -> None:
@@ -120,10 +121,11 @@ class CapturedRows:
             return
         torch.cuda.empty_cache()  # as the capture would: what it frees hides what it takes
         before = torch.cuda.memory_reserved()
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._streams[0]):
+        with no_collector(), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=self._pool, stream=self._streams[0]):
             region = torch.empty(size, dtype=torch.uint8, device=next(model.parameters()).device)
             region[:1].zero_()  # torch warns of a capture without a kernel
         grown = torch.cuda.memory_reserved() - before
+        self.held_bytes += max(0, grown)
         if grown > 0:
             log.warning(
                 "the graphs' memory has no %s in one piece: %s more were taken", gigabytes(size), gigabytes(grown)

@@ -276,7 +276,7 @@ class Trainer(ModelReader):
         return self.sweep.factors.head_keeper(self.head.weight)
 
     def _replay(self, batch: Batch) -> CapturedRow | None:
-        """What stands in for the layers over `batch`: what it leaves is there until the next replay."""
+        """What stands in for the layers over `batch`: what it leaves is there until the next row's forward pass."""
         if not self._alone or self.begun == "streaming" or not torch.is_grad_enabled():
             return None
         row = self.rows.of(batch, by_factors=self.begun == "factors")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from worker.model.gradient_factors import factors_of
 from worker.model.layers import recompute
 from worker.model.lent_memory import ALIGNED, LentMemory, LentMemoryError, lend
 
@@ -64,6 +65,20 @@ def test_a_pass_that_begins_before_the_others_backward_takes_nothing_of_it(model
     losses[1].backward()
     found = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(expected, found, strict=True))
+
+
+def test_nothing_stands_there_while_factors_are_recorded(model: Any) -> None:
+    """They are read after the backward pass, when nobody would know that they are."""
+    region = torch.zeros(ROOM, dtype=torch.uint8)
+    lend(model, region)
+    factors = factors_of(model)
+    with factors.recording():
+        factors.begin_pass()
+        gradients(model)
+    assert not region.any() and list(factors.products())
+    factors.forget()
+    gradients(model)
+    assert region.any()
 
 
 def test_what_does_not_fit_or_is_not_contiguous_stays() -> None:
