@@ -48,7 +48,7 @@ class LentMemory:
 
     @property
     def is_used(self) -> bool:
-        """Whether anything that stands in it may still be read."""
+        """Whether a backward pass may still read anything that stands in it."""
         return any(ref() is not None for ref in self._inputs)
 
     def begin_pass(self) -> None:

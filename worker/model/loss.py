@@ -19,7 +19,6 @@ outlives a block; no gradient is computed that nobody asked for; on a CPU, witho
 the product with the matrix, not a bit is other.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,11 +27,9 @@ from torch import Tensor
 
 from worker.model import plain_head_loss as plain
 from worker.model.head_blocks import PLAIN, After, blocks_of, logits_of
+from worker.model.head_gradients import HeadGradients, Keep
 from worker.model.soft_targets import Soft
 from worker.model.vocabulary_shard import VocabularyShard
-
-Keep = Callable[[Tensor, Tensor, int], None]
-"""Takes the gradient of a block of logits [N, B], the hidden states [N, H], and the block's first row of the head."""
 
 
 class HeadLoss(NamedTuple):
@@ -140,9 +137,8 @@ class _HeadLoss(torch.autograd.Function):
         hidden, weight, targets, factors, sums = ctx.saved_tensors[:5]
         soft: Soft | None = ctx.soft
         after: After = ctx.after
-        to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if to_hidden else None  # [N, H]
-        d_weight = torch.empty_like(weight) if to_weight and ctx.keep is None else None  # [V, H]
+        *wanted, to_bias = ctx.needs_input_grad[:3]
+        found = HeadGradients(hidden, weight, wanted, ctx.keep, ctx.vocabulary)
         d_bias = torch.empty_like(after.bias) if to_bias and after.bias is not None else None  # [V]
         scale = (factors * outer * after.scale)[:, None]  # [N, 1]
         rows = torch.arange(len(targets), device=hidden.device)
@@ -173,13 +169,5 @@ class _HeadLoss(torch.autograd.Function):
             d_logits = p.to(hidden.dtype)  # [N, B]
             if d_bias is not None:
                 d_bias[start : start + len(block)] = p.sum(0)
-            if d_hidden is not None:
-                d_hidden += d_logits @ block
-            if d_weight is not None:
-                torch.mm(d_logits.T, hidden, out=d_weight[start : start + len(block)])
-            elif ctx.keep is not None:
-                ctx.keep(d_logits, hidden, start)
-        if d_hidden is not None and ctx.vocabulary is not None:
-            d_hidden = ctx.vocabulary.total(d_hidden)
-        to = d_hidden.to(hidden.dtype) if d_hidden is not None else None
-        return to, d_weight, d_bias, None, None, None, None, None, None
+            found.add(d_logits, block, start)
+        return found.of_hidden(), found.of_weight, d_bias, None, None, None, None, None, None

@@ -9,7 +9,6 @@ Invariants: loss and gradients are those of `worker.model.loss` up to the order 
 nobody asked for.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from worker.model.head_blocks import After, blocks_of
+from worker.model.head_gradients import HeadGradients, Keep
 from worker.model.vocabulary_shard import VocabularyShard
 
 TOKENS = 8
@@ -34,7 +34,7 @@ def plain_head_loss(
     weight: Tensor,
     targets: Tensor,
     factors: Tensor,
-    keep: Callable[[Tensor, Tensor, int], None] | None,
+    keep: Keep | None,
     vocabulary: VocabularyShard | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the nll, fp32 [N], of arguments as `head_loss` has them."""
@@ -79,17 +79,8 @@ class _PlainHeadLoss(torch.autograd.Function):
 
         hidden, weight, targets, factors, sums = ctx.saved_tensors
         kept, ctx.logits = ctx.logits, None
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None  # [N, H]
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] and ctx.keep is None else None  # [V, H]
+        found, scale = HeadGradients(hidden, weight, ctx.needs_input_grad, ctx.keep, ctx.vocabulary), factors * outer
         for start, block in blocks_of(weight, len(targets)):
             logits = hidden @ block.T if kept is None else kept  # [N, B]
-            d_logits = head_kernels.to_gradient_(logits, targets - start, sums, factors * outer)
-            if d_hidden is not None:
-                d_hidden += d_logits @ block
-            if d_weight is not None:
-                torch.mm(d_logits.T, hidden, out=d_weight[start : start + len(block)])
-            elif ctx.keep is not None:
-                ctx.keep(d_logits, hidden, start)
-        if d_hidden is not None and ctx.vocabulary is not None:
-            d_hidden = ctx.vocabulary.total(d_hidden)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+            found.add(head_kernels.to_gradient_(logits, targets - start, sums, scale), block, start)
+        return found.of_hidden(), found.of_weight, None, None, None, None
