@@ -46,7 +46,8 @@ class ClosedLoop:
 
     load: what they send, of token ids below `vocabulary`; every request asks for `max_tokens`, more or less by up to
     `spread` of them: clients whose answers are equally long soon send their requests all at once, in waves, and what is
-    counted in some seconds then says where the waves were. turn: of `Load.prompts`.
+    counted in some seconds then says where the waves were. turn: of `Load.prompts`. ramp: seconds within which the
+    clients begin, one after another, for the same reason.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class ClosedLoop:
         vocabulary: int = 900,
         patience: float = 60.0,
         turn: int = 0,
+        ramp: float = 0.0,
     ) -> None:
         self.url, self.model, self.load, self.patience, self.turn = url, model, load, patience, turn
-        self.max_tokens, self.spread, self.vocabulary = max_tokens, spread, vocabulary
+        self.max_tokens, self.spread, self.vocabulary, self.ramp = max_tokens, spread, vocabulary, ramp
         self.failures: list[tuple[float, str]] = []
         self._chunks: list[tuple[float, float | None, int]] = []  # (when, gap to the chunk before, tokens)
         self._first: list[tuple[float, float]] = []
@@ -120,6 +122,7 @@ class ClosedLoop:
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
         prompts, draw = self.load.prompts(number, self.vocabulary, self.turn), random.Random(number)
         prompt = next(prompts)
+        await asyncio.sleep(self.ramp * number / self.load.clients)
         while not self._stopping.is_set():
             try:
                 length = round(self.max_tokens * draw.uniform(1 - self.spread, 1 + self.spread))

@@ -55,8 +55,11 @@ COUNTERS = {
     "prefix_hits": PREFIX_HITS,
     "prefix_queries": "vllm:prefix_cache_queries_total",
     "prompt_tokens": "vllm:prompt_tokens_total",
+    "steps": "vllm:iteration_tokens_total_count",
+    "queue_s": "vllm:request_queue_time_seconds_sum",
+    "prefill_s": "vllm:request_prefill_time_seconds_sum",
 }
-"""vLLM's own, over a measurement. Hits and queries in tokens."""
+"""vLLM's own, over a measurement. Hits and queries in tokens; the seconds are of all requests that ended."""
 PARTS = ("linger_s", "gradients_s", "wait_for_pause_s", "pause_s", "step_s", "serving_cost_s", "jobs")
 """Of a manifest: where a version's time went. The medians are reported."""
 
@@ -121,7 +124,11 @@ def part_name(kind: str, load: Load) -> str:
 def _phase(
     rig: Rig, builder: ExampleBuilder, load: Load, state: str, phases: Phases, part: Part, worker: Worker | None
 ) -> dict[str, float]:
-    """One measurement."""
+    """One measurement. Both states begin alike, clients one after another and nothing else to do for this process: how
+    a load begins can decide for minutes how many prompts share a step (4B: a sixth of its tokens/s)."""
+    clock = None
+    if state == TRAINING:
+        clock = TranscriptClock(rig, builder, phases.every, phases.lengths, phases.patience)
     with ExitStack() as stack:
         watch = stack.enter_context(ProcessWatch())
         running = stack.enter_context(
@@ -133,11 +140,11 @@ def _phase(
                 spread=SPREAD,
                 vocabulary=900,
                 turn=next(TURNS),
+                ramp=phases.settle / 2,
             )
         )
-        clock = None
-        if state == TRAINING:
-            clock = stack.enter_context(TranscriptClock(rig, builder, phases.every, phases.lengths, phases.patience))
+        if clock is not None:
+            stack.enter_context(clock)
         time.sleep(phases.settle)
         first, start = rig.producer.version(), time.monotonic()
         before = {name: metric(rig.url, counter) for name, counter in COUNTERS.items()}

@@ -5,9 +5,9 @@
     python benchmarks/shapes.py Llama-3.1-8B DIR    # others, as published
 
 The dimensions are those of the published configurations (shapes.json: what the sizes share, and where they differ).
-The tokenizer is the tiny model's, of 1,024 tokens; the model's vocabulary stays 248,320, so that embeddings and head
-have their real size. "tiny" and "tiny-llama" are small shapes for a CPU whose vocabulary, too, is larger than the
-tokenizer's.
+The tokenizer is the tiny model's, of 1,024 tokens, and has made-up words for what is left of the model's vocabulary
+(248,320 in Qwen3.5): random weights say any of them. A server decodes a token that its tokenizer does not know with the
+whole prompt, again and again: 0.35 ms a token after 2,000 tokens, 0.001 otherwise.
 
 Must not know: servers, GPUs, training. Invariant: the same size gives the same directory.
 """
@@ -83,7 +83,7 @@ def write_shape(size: str, folder: Path, context: int = 32768) -> Path:
     config.save_pretrained(folder)
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     GenerationConfig(eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder, text["vocab_size"])
     write_processors(folder)
     return folder
 
@@ -102,8 +102,19 @@ def _write_other(size: str, folder: Path, context: int) -> Path:
     config.save_pretrained(folder)
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     GenerationConfig(eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder, config.vocab_size)
     return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, size: int) -> None:
+    """With words that no text holds for the ids from its own to `size`."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    # The added tokens, too: those that the model does not know would come after all of its own.
+    named = {token["content"]: token["id"] for token in document["added_tokens"]}
+    document["model"]["vocab"] |= named | {f"\u0120word{number}": number for number in range(len(tokenizer), size)}
+    path.write_text(json.dumps(document, ensure_ascii=False))
 
 
 FILE_BYTES = 4 << 30

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 from shapes import MIXTURE, SIZES, write_files, write_shape
 
-from worker.testing.tiny_model import make_tiny
+from worker.testing.tiny_model import build_tokenizer, make_tiny
 from worker.utils import torch_setup
 
 TEXT_PARAMETERS = {
@@ -41,11 +41,17 @@ def test_the_real_sizes_have_the_published_parameter_counts(tmp_path: Path) -> N
         assert sum(parameter.numel() for parameter in model.parameters()) == count, size
 
 
-@pytest.mark.parametrize("size", ["tiny", "27B"])
-def test_the_tokenizer_fits_into_the_model_s_vocabulary(tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize("size", ["tiny", "27B", "tiny-llama"])
+def test_the_tokenizer_knows_every_token_that_the_model_can_say(tmp_path: Path, size: str) -> None:
     folder = write_shape(size, tmp_path / size)
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    assert len(tokenizer) < config.get_text_config().vocab_size
+    words, own = config.get_text_config().vocab_size, build_tokenizer()
+    assert len(tokenizer) == words
+    assert all(len(text) >= 5 for text in tokenizer.batch_decode([[number] for number in range(len(own), words)]))
+    text = "Hello <|im_start|>world, word1024  word2000\n"
+    assert tokenizer.encode(text) == own.encode(text), "but no text is made of what was added"
+    if size == "tiny-llama":
+        return
     assert tokenizer.convert_ids_to_tokens(config.image_token_id) == "<|image_pad|>"
     turn = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
