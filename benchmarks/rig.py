@@ -28,7 +28,8 @@ from worker.utils.child_process import die_with_parent
 from worker.versions import ledger
 
 ROOT = Path(__file__).resolve().parent.parent
-
+PLAIN_PATH = [f"{ROOT}/benchmarks/plain_server", str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+"""Where a server without Tandem on a CPU finds modules besides."""
 
 CLOSING = 45.0
 """Seconds of `--until` that are kept for ending what was started."""
@@ -107,7 +108,9 @@ class Rig:
             on_cpu = is_cpu_build()
             command = [sys.executable, "-P", "-m", *entry_module(on_cpu, str(self.model))]
             options = [*options, *(["--dtype", "bfloat16", "--enforce-eager"] if on_cpu else [])]
-        environment = self._card | ({"VLLM_CPU_KVCACHE_SPACE": "1"} if plain and is_cpu_build() else {})
+        environment = dict(self._card)
+        if plain and is_cpu_build():
+            environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": os.pathsep.join(PLAIN_PATH)}
         self.server = ServerProcess(
             self.model, self.run_dir, extra=options, env=environment, wait=False, command=command
         )

@@ -125,7 +125,7 @@ def _phase(
     rig: Rig, builder: ExampleBuilder, load: Load, state: str, phases: Phases, part: Part, worker: Worker | None
 ) -> dict[str, float]:
     """One measurement. Both states begin alike, clients one after another and nothing else to do for this process: how
-    a load begins can decide for minutes how many prompts share a step (4B: a sixth of its tokens/s)."""
+    a load begins can decide how many prompts share a step."""
     clock = None
     if state == TRAINING:
         clock = TranscriptClock(rig, builder, phases.every, phases.lengths, phases.patience)
