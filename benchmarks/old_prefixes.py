@@ -4,6 +4,9 @@ asked again after it, beside prompts that nobody has sent. A part of serving.py.
 Must not know: loads, time.
 """
 
+import re
+import urllib.request
+
 from record import Part
 from rig import Rig, RigError, metric
 from serving_loads import Load
@@ -15,8 +18,20 @@ PREFIX_HITS = "vllm:prefix_cache_hits_total"
 """Tokens."""
 
 
+def block_of(url: str) -> int:
+    """Tokens of a block of the server's prefix cache."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        found = re.search(r'vllm:cache_config_info{[^}]*\bblock_size="(\d+)"', answer.read().decode())
+    if found is None:
+        raise RigError(f"{url}/metrics has no vllm:cache_config_info with a block_size")
+    return int(found[1])
+
+
 def check(rig: Rig, builder: ExampleBuilder, length: int, lengths: tuple[int, int], part: Part) -> None:
     """A prompt of `length` tokens, asked three times, then after a version of a transcript of `lengths`."""
+    if length <= (block := block_of(rig.url)):
+        part["not checked"] = f"a prompt of {length} tokens ends within the cache's first block, of {block}"
+        return
     prompt = next(Load("old prefixes", 1, (length,)).prompts(0, 900))
 
     def ask(salt: str | None = None) -> tuple[float, dict[str, float]]:
