@@ -7,7 +7,7 @@ Must not know: loads, time.
 import re
 import urllib.request
 
-from record import Part
+from record import NOT_CHECKED, Part
 from rig import Rig, RigError, metric
 from serving_loads import Load
 from transcript_clock import TranscriptClock
@@ -30,7 +30,7 @@ def block_of(url: str) -> int:
 def check(rig: Rig, builder: ExampleBuilder, length: int, lengths: tuple[int, int], part: Part) -> None:
     """A prompt of `length` tokens, asked three times, then after a version of a transcript of `lengths`."""
     if length <= (block := block_of(rig.url)):
-        part["not checked"] = f"a prompt of {length} tokens ends within the cache's first block, of {block}"
+        part[NOT_CHECKED] = f"a prompt of {length} tokens ends within the cache's first block, of {block}"
         return
     prompt = next(Load("old prefixes", 1, (length,)).prompts(0, 900))
 

@@ -58,6 +58,10 @@ def printable(argument: str) -> str:
     return safe_url(argument) if argument.startswith(("redis://", "rediss://", "unix://")) else argument
 
 
+NOT_CHECKED = "not checked"
+"""Of a part that had nothing to check here: why."""
+
+
 class Record:
     """The JSON file `path`: {"about", "parts": {name: {"ok", "seconds", figures..., "failed checks", "error"?}}}."""
 
@@ -92,11 +96,14 @@ class Record:
         return bool(part.figures["ok"])
 
     def summary(self) -> None:
-        """One line a part, and what failed."""
+        """One line a part, what failed, and what was not checked."""
         print(f"\n{self.about['chip']}; {self.about['at']}; {self.about['command']}")
         for name, part in self.parts.items():
             print(f"{'ok    ' if part.get('ok') else 'FAILED'} {part.get('seconds', float('nan')):8.1f} s  {name}")
-            for line in [*part.get("failed checks", []), *([part["error"]] if "error" in part else [])]:
+            for line in [
+                *part.get("failed checks", []),
+                *(part[name] for name in ("error", NOT_CHECKED) if name in part),
+            ]:
                 print(f"         {line.strip().splitlines()[-1]}")
         print(f"results: {self.path}")
 

@@ -124,8 +124,8 @@ def part_name(kind: str, load: Load) -> str:
 def _phase(
     rig: Rig, builder: ExampleBuilder, load: Load, state: str, phases: Phases, part: Part, worker: Worker | None
 ) -> dict[str, float]:
-    """One measurement. Both states begin alike, clients one after another and nothing else to do for this process: how
-    a load begins can decide how many prompts share a step."""
+    """One measurement. Both states begin alike, clients one after another and with all texts made: how a load begins
+    can decide how many prompts share a step."""
     clock = None
     if state == TRAINING:
         clock = TranscriptClock(rig, builder, phases.every, phases.lengths, phases.patience)

@@ -1,9 +1,11 @@
 """On a real GPU a kernel runs as a table says, computes what it should, and is not timed."""
 
+import importlib
+
 import pytest
 import torch
 
-from worker.trainer.tuned_kernels import card_of, shipped_table, tuned_kernels
+from worker.trainer.tuned_kernels import card_of, shipped_table, source_of, tuned_kernels
 from worker.trainer.tuned_table import Table, read, write
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -89,3 +91,14 @@ def test_what_ships_for_this_card_is_found_or_said(caplog: pytest.LogCaptureFixt
     caplog.set_level("INFO")
     table = shipped_table(card_of(torch.device("cuda", 0)))
     assert table is not None or "no table of tuned kernels for" in caplog.text
+
+
+def test_what_ships_names_the_kernels_that_are_installed() -> None:
+    """An update of fla that changes a kernel has it tuned again, which is slow and right: record it again."""
+    table = shipped_table(card_of(torch.device("cuda", 0)))
+    if table is None:
+        pytest.skip("no table ships for this card and Triton")
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    for kernel, known in table.kernels.items():
+        module, _, name = kernel.rpartition(".")
+        assert source_of(getattr(importlib.import_module(module), name)) == known.source, kernel

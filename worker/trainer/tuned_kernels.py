@@ -102,7 +102,7 @@ def tuned_kernels(table: Table | None) -> Iterator[Tuned]:
     def run_as_known(self: Any, *arguments: Any, **meta: Any) -> Any:
         if len(self.configs) < 2 or (key := _key(self, arguments, meta)) in self.cache:
             return run(self, *arguments, **meta)
-        kernel, source = f"{self.base_fn.__module__}.{self.base_fn.__qualname__}", _source(self)
+        kernel, source = f"{self.base_fn.__module__}.{self.base_fn.__qualname__}", source_of(self)
         if (candidate := _known(tuned, self, (kernel, source, key), arguments, meta)) is not None:
             self.cache[key] = candidate
             try:
@@ -135,7 +135,7 @@ def _key(tuner: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> Key:
     return (*values, *(str(value.dtype) for value in given.values() if hasattr(value, "dtype")))
 
 
-def _source(tuner: Any) -> str:
+def source_of(tuner: Any) -> str:
     """Triton's digest of the kernel's source and of all that it calls."""
     kernel = tuner.fn
     while not hasattr(kernel, "cache_key"):

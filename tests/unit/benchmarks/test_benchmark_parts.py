@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
+import old_prefixes
 from agreement import compare
 from contestants import Ours, make_peers, make_weights
 from flops import layer_weights, step_flops
@@ -151,6 +153,7 @@ def endpoint() -> Iterator[tuple[str, list[str]]]:
     async def serve() -> None:
         app = web.Application()
         app.router.add_post("/v1/completions", complete)
+        app.router.add_get("/metrics", _metrics)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -166,6 +169,22 @@ def endpoint() -> Iterator[tuple[str, list[str]]]:
     loop.call_soon_threadsafe(stopping.set)
     thread.join()
     loop.close()
+
+
+async def _metrics(_: web.Request) -> web.Response:
+    return web.Response(text='vllm:cache_config_info{engine="0",block_size="384",mamba_block_size="8"} 1.0\n')
+
+
+def test_a_prompt_within_the_first_block_is_not_checked_for_old_prefixes(
+    endpoint: tuple[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig, record = SimpleNamespace(url=endpoint[0]), Record(tmp_path / "r.json")
+    builder: Any = None
+    assert record.part("old", lambda part: old_prefixes.check(cast(Any, rig), builder, 384, (8, 8), part))
+    record.summary()
+    assert (
+        "a prompt of 384 tokens ends within the cache's first block, of 384" in capsys.readouterr().out.splitlines()[-2]
+    )
 
 
 def test_the_load_counts_every_token_and_every_failure(endpoint: tuple[str, list[str]]) -> None:

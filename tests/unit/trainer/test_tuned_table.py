@@ -92,6 +92,14 @@ def test_what_is_no_table_is_refused_by_name(tmp_path: Path, document: object, w
     assert str(path) in str(refused.value) and words in str(refused.value)
 
 
+def test_an_h100_and_an_h200_have_a_table_that_ships() -> None:
+    tables = read(SHIPPED)
+    found = table_for(tables, H100, "3.6.0")
+    assert found is not None and found == table_for(tables, H200, "3.6.0")
+    assert len(found.kernels) == 16 and all(kernel.winners for kernel in found.kernels.values())
+    assert table_for(tables, PCIE, "3.6.0") is None
+
+
 def test_what_ships_is_read_and_each_card_has_one_table_for_a_triton(tmp_path: Path) -> None:
     tables = read(SHIPPED)
     assert len({(one.card.name, one.triton) for one in tables}) == len(tables)
