@@ -5,10 +5,9 @@ Must not know: loads, time.
 """
 
 import re
-import urllib.request
 
 from record import NOT_CHECKED, Part
-from rig import Rig, RigError, metric
+from rig import Rig, RigError, metric, metrics
 from serving_loads import Load
 from transcript_clock import TranscriptClock
 
@@ -20,8 +19,7 @@ PREFIX_HITS = "vllm:prefix_cache_hits_total"
 
 def block_of(url: str) -> int:
     """Tokens of a block of the server's prefix cache."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        found = re.search(r'vllm:cache_config_info{[^}]*\bblock_size="(\d+)"', answer.read().decode())
+    found = re.search(r'^vllm:cache_config_info{.*?\bblock_size="(\d+)"', "\n".join(metrics(url)), re.MULTILINE)
     if found is None:
         raise RigError(f"{url}/metrics has no vllm:cache_config_info with a block_size")
     return int(found[1])

@@ -98,12 +98,18 @@ def _under_load(
     fleet: Fleet, part: Part, state: str, load: Load, seconds: float, every: float
 ) -> list[dict[str, float]]:
     """What each server served in `seconds`, after a fourth of them; of `training`, versions and transcripts too."""
+    clock = None
+    if state == "training":
+        length = min(400, fleet.tokens // fleet.jobs)
+        clock = TranscriptClock(fleet.rigs[0], fleet.builder, every, (length, length))
+    # No prompt is one that a server has seen in the other state, and clients begin one after another, as in serving.py.
+    sent, ramp = int(state == "training"), seconds / 8
+    loops = [ClosedLoop(rig.url, str(rig.model), load=load, spread=0.5, turn=sent, ramp=ramp) for rig in fleet.rigs]
     with ExitStack() as stack:
-        loops = [stack.enter_context(ClosedLoop(rig.url, str(rig.model), load=load, spread=0.5)) for rig in fleet.rigs]
-        clock = None
-        if state == "training":
-            length = min(400, fleet.tokens // fleet.jobs)
-            clock = stack.enter_context(TranscriptClock(fleet.rigs[0], fleet.builder, every, (length, length)))
+        for loop in loops:
+            stack.enter_context(loop)
+        if clock is not None:
+            stack.enter_context(clock)
         time.sleep(seconds / 4)
         first, started = fleet.rigs[0].producer.version(), time.monotonic()
         time.sleep(seconds)

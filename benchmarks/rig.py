@@ -49,10 +49,15 @@ def server_options(
     return [*options, *more]
 
 
+def metrics(url: str) -> list[str]:
+    """What the server at `url` says of itself, line by line."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        return list(answer.read().decode().splitlines())
+
+
 def metric(url: str, name: str) -> float:
     """The sum of vLLM's counter `name` over its labels; 0 where it is not there."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = metrics(url)
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
 

@@ -110,11 +110,11 @@ def _save_tokenizer(tokenizer: Any, folder: Path, size: int) -> None:
     """With words that no text holds for the ids from its own to `size`."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     # The added tokens, too: those that the model does not know would come after all of its own.
     named = {token["content"]: token["id"] for token in document["added_tokens"]}
     document["model"]["vocab"] |= named | {f"\u0120word{number}": number for number in range(len(tokenizer), size)}
-    path.write_text(json.dumps(document, ensure_ascii=False))
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
 
 FILE_BYTES = 4 << 30
