@@ -210,13 +210,14 @@ def rig_of(size: str, model: Path | None, run_dir: Path | None, url: str, redis_
 def start(rig: Rig, kind: str, options: list[str], timeout: float, part: Part) -> None:
     """A server of `kind`; the one before it is stopped."""
     part["options"] = options
-    started = time.monotonic()
+    log, started = rig.run_dir / "server.log", time.monotonic()
+    before = log.stat().st_size if log.exists() else 0  # what the server before it said
     if kind == "plain":
         rig.start_server(options, timeout, plain=True)
     else:
         rig.start_server([*options, "--running", kind], timeout)
     part["start_s"] = time.monotonic() - started
-    said = (rig.run_dir / "server.log").read_text(errors="replace").splitlines()
+    said = log.read_bytes()[before:].decode(errors="replace").splitlines()
     part["memory"] = [line for line in said if "leaves at least" in line or "KV cache" in line]
 
 
