@@ -29,11 +29,13 @@ PACE = 0.2
 TORCH_WATCHES = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
 }
-"""torch's own watches of NCCL. The first two end the process. Of the third, four times as long is slept for each
-collective that was ended, for a dump that nobody makes: 60 s by default, while whoever closes the group waits (torch
-2.11; seen on two H200)."""
+"""torch's own watches of NCCL. The first two end the process. The third, once it has seen a member's failure, writes
+what the collectives were to a file and then sleeps 8 minutes, while whoever closes the group waits for it. Of the
+fourth, four times as long is slept for each collective that was ended, also where no file is written: 60 s by default
+(torch 2.11; both waits seen on two H200)."""
 
 
 def watch_alone() -> None:
