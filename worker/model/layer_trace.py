@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +37,7 @@ from worker.model import attention
 from worker.model.experts import ask_for_groups
 from worker.model.fused_parts import STAND_INS, fuse_parts
 from worker.model.inputs import NO_MASKS, packing_of
-from worker.model.layers import layers_of
+from worker.model.layers import kinds_of, layers_of, types_of
 from worker.model.model_error import ModelError
 from worker.shared_weights.bind import on_meta, without_dropout
 from worker.shared_weights.slices import FLOAT32_PARAMETERS
@@ -69,7 +69,7 @@ def trace(model: Any) -> TracedSizes:
     if any(is_stack(shape) for shape in named.values()):
         ask_for_groups(model)
     layers = list(layers_of(model))
-    kinds = _kinds(model, layers)
+    kinds = _kinds(model)
     costs = {kind: _costs(*call) for kind, call in _calls(model, layers, kinds).items()}
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     names = [name for name, parameter in model.named_parameters() if parameter is table or parameter is head]
@@ -95,18 +95,14 @@ def refuse_unpackable(model: Any) -> None:
             raise ModelError(f"{name} ({kind}) would mix the sequences of a packed row: {attention.UNTRAINABLE}")
 
 
-def _kinds(model: Any, layers: list[nn.Module]) -> list[str]:
-    """Of each layer; equal in class, shapes and reach."""
-    config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None) or [None] * len(layers)
-    signatures: dict[Any, str] = {}
+def _kinds(model: Any) -> list[str]:
+    """The kind of each layer, by a name."""
+    names: dict[Hashable, str] = {}
     found = []
-    for layer, reach in zip(layers, types, strict=False):
+    for layer, kind, reach in zip(layers_of(model), kinds_of(model), types_of(model), strict=True):
         if reach is not None and reach not in NO_MASKS:
             raise ModelError(f"layers of type {reach!r} are not known to packed rows: {attention.UNTRAINABLE}")
-        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
-        name = f"{type(layer).__name__} {len(signatures) + 1}"
-        found.append(signatures.setdefault((type(layer), shapes, reach), name))
+        found.append(names.setdefault(kind, f"{type(layer).__name__} {len(names) + 1}"))
     return found
 
 
@@ -118,7 +114,7 @@ def _calls(model: Any, layers: list[nn.Module], kinds: list[str]) -> dict[str, t
     """How the model calls the first layer of each kind, on rows of TOKENS and twice as many; each is checked."""
     from transformers import AttentionInterface
 
-    config, reached = model.config.get_text_config(), []
+    reached: list[Any] = []
 
     def watched(module: nn.Module, *tensors: Any, **named: Any) -> Any:
         reached.append(named.get("sliding_window"))
@@ -152,15 +148,14 @@ def _calls(model: Any, layers: list[nn.Module], kinds: list[str]) -> dict[str, t
             raise ModelError(f"{type(model).__name__}'s forward cannot be followed without data ({said})") from None
     for hook in hooks:
         hook.remove()
-    _check_windows(config, kinds, windows)
+    _check_windows(model, kinds, windows)
     return {kind: (calls[0], calls[1]) for kind, calls in found.items()}
 
 
-def _check_windows(config: Any, kinds: list[str], windows: dict[str, list[Any]]) -> None:
+def _check_windows(model: Any, kinds: list[str], windows: dict[str, list[Any]]) -> None:
     """A window that only a mask had is lost in a packed row, and nothing but a long transcript would show it."""
-    types = getattr(config, "layer_types", None) or [None] * len(kinds)
-    wanted = getattr(config, "sliding_window", None)
-    for kind, reach in zip(kinds, types, strict=False):
+    wanted = getattr(model.config.get_text_config(), "sliding_window", None)
+    for kind, reach in zip(kinds, types_of(model), strict=True):
         handed = windows[kind]
         if not handed:
             raise ModelError(f"{kind} does not compute by transformers' attentions: {attention.UNTRAINABLE}")

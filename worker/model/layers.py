@@ -1,10 +1,14 @@
-"""The decoder layers of a model, found by structure, and which of them are computed again in backward.
+"""The decoder layers of a model, found by structure: of which kinds they are, and which are computed again in backward.
+
+    recompute(model, kept)           # from now on; what is computed stays the same, but for what is kept meanwhile
+    with first_of_each_kind(model):  # a model of a few layers, whose kernels are all that the whole model has
 
 Must not know: the optimizer.
-Invariant: nothing is computed otherwise; only what is kept for backward changes.
+Invariant: after `first_of_each_kind` the model is what it was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +36,38 @@ def layers_of(model: Any) -> nn.ModuleList:
             " again in backward: it cannot be trained on a GPU"
         )
     return lists[0]
+
+
+def types_of(model: Any) -> list[str | None]:
+    """Of each layer by the configuration: "full_attention", "sliding_attention" and the like; None where it says
+    nothing."""
+    config = model.config.get_text_config()
+    return list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+
+
+def kinds_of(model: Any) -> list[Hashable]:
+    """Of each layer: layers of one kind are equal in class, shapes and type, and run the same kernels."""
+    layers = layers_of(model)
+    shapes = [tuple((name, tuple(one.shape)) for name, one in layer.named_parameters()) for layer in layers]
+    return list(zip(map(type, layers), shapes, types_of(model), strict=True))
+
+
+@contextmanager
+def first_of_each_kind(model: Any) -> Iterator[None]:
+    """Inside, `model` has only its first layers: as many as it takes to have one of each kind."""
+    kinds, layers = kinds_of(model), layers_of(model)
+    few = 1 + max(map(kinds.index, set(kinds)))
+    owner, name = next(
+        (owner, name)
+        for owner in model.base_model.modules()
+        for name, child in owner.named_children()
+        if child is layers
+    )
+    setattr(owner, name, layers[:few])
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
 
 
 def recompute(model: Any, kept: Callable[[int], int]) -> None:

@@ -36,13 +36,14 @@ def warm_up(
     trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = (), lent: int = 0
 ) -> WarmUp:
     """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; then,
-    when all that others keep is allocated, graphs of the rows of `replayed` tokens. The longest row runs twice: first
-    with a teacher, whose kernels are those of every length, then without one, which says what a token takes. lent:
-    bytes of the graphs' memory that the longest row uses from then on, and already the second time, when it is watched:
-    raises `LentMemoryError` where what stands there does not stay."""
+    when all that others keep is allocated, graphs of the rows of `replayed` tokens. Of the shorter rows that are
+    launched a few layers do: every kind of layer has its kernels. The longest row runs twice: first with a teacher,
+    whose kernels are those of every length, then without one, which says what a token takes. lent: bytes of the graphs'
+    memory that the longest row uses from then on, and already the second time, when it is watched: raises
+    `LentMemoryError` where what stands there does not stay."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [(f"{longest} tokens", partial(_run, trainer, longest, taught=True))]
-    work += [(f"{size} tokens", partial(_run, trainer, size)) for size in shorter if size not in replayed]
+    work += [(f"{size} tokens", partial(_run, trainer, size, few=True)) for size in shorter if size not in replayed]
     work.append(("optimizer", trainer.warm_optimizer))
     if replayed:
         work.append(("graphs", partial(trainer.capture, *replayed)))
@@ -72,13 +73,15 @@ def _run_watched(trainer: Trainer, size: int) -> None:
         _run(trainer, size)
 
 
-def _run(trainer: Trainer, size: int, taught: bool = False) -> None:
+def _run(trainer: Trainer, size: int, taught: bool = False, few: bool = False) -> None:
     """One forward and backward over a row of `size` tokens: two sequences, every token trained. taught: with a pass of
-    their teacher over the same row before it."""
+    their teacher over the same row before it. few: by few layers, unless their factors are kept, which are wanted of
+    all."""
     cut = size // 3
     words = trainer.head.words
     ids = tuple((7 * i + 1) % words for i in range(size))
     mask = (False,) + (True,) * (size - 1)
     sequences = (TokenSequence(ids[:cut], mask[:cut]), TokenSequence(ids[cut:], mask[: size - cut]))
     plain = Example("warm-up", sequences, 1.0, {})
-    trainer.dry_run([replace(plain, kind="comment", teachers=sequences) if taught else plain])
+    row = [replace(plain, kind="comment", teachers=sequences) if taught else plain]
+    trainer.dry_run(row, few_layers=few and trainer.room.way_of(row) != "factors")

@@ -72,8 +72,8 @@ class LeadingTrainer(Trainer):
     def skip(self) -> None:
         self._all("skip", super().skip)
 
-    def dry_run(self, examples: Sequence[Example]) -> None:
-        self._all("dry_run", partial(super().dry_run, examples), examples)
+    def dry_run(self, examples: Sequence[Example], few_layers: bool = False) -> None:
+        self._all("dry_run", partial(super().dry_run, examples, few_layers), examples, few_layers=few_layers)
 
     def warm_optimizer(self) -> None:
         self._all("warm_optimizer", super().warm_optimizer)
@@ -138,7 +138,7 @@ _OBEYED: dict[str, Callable[[Trainer, list[Example], Message], object]] = {
     "prepare": lambda trainer, examples, message: trainer.prepare(),
     "gradient_norm": lambda trainer, examples, message: trainer.gradient_norm(),
     "skip": lambda trainer, examples, message: trainer.skip(),
-    "dry_run": lambda trainer, examples, message: trainer.dry_run(examples),
+    "dry_run": lambda trainer, examples, message: trainer.dry_run(examples, message["few_layers"]),
     "warm_optimizer": lambda trainer, examples, message: trainer.warm_optimizer(),
     "score": lambda trainer, examples, message: trainer.score(examples),
     "expectations": lambda trainer, examples, message: trainer.expectations(examples),

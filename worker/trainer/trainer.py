@@ -13,6 +13,7 @@ kind of feedback has, `worker.trainer.losses` says; how weights and slopes count
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from worker.data.packing import Batch, BatchError
 from worker.memory.plan import Way
 from worker.model import ModelError
 from worker.model.gradient_factors import factors_of
+from worker.model.layers import first_of_each_kind
 from worker.trainer.captured_row import CapturedRow
 from worker.trainer.captured_rows import rows_of
 from worker.trainer.factor_sweep import FactorSweep
@@ -177,17 +179,19 @@ class Trainer(ModelReader):
         self.optimizer.begin()
         self.optimizer.finish()
 
-    def dry_run(self, examples: Sequence[Example]) -> None:
+    def dry_run(self, examples: Sequence[Example], few_layers: bool = False) -> None:
         """All that a step over `examples` computes before it writes, and as much memory as it takes; nothing is written
-        or kept. Afterwards a step of the same shape takes nothing for the first time."""
+        or kept. Afterwards a step of the same shape takes nothing for the first time. few_layers: what all layers take
+        is known; of each kind one is computed, at least, for its kernels."""
         self.forget()
         self.pending.way = self.room.way_of(examples)
-        teachers, batches = self._teachers(examples), self._batches(examples)
-        self._alone = len(batches) == 1
-        with self.pending.recording(), self.pending.dropping():
-            for batch in batches:
-                self.sweep.factors.begin_pass()
-                self._forward(batch, teachers=teachers).loss.backward()  # type: ignore[no-untyped-call]
+        with first_of_each_kind(self.model) if few_layers else nullcontext():
+            teachers, batches = self._teachers(examples), self._batches(examples)
+            self._alone = len(batches) == 1
+            with self.pending.recording(), self.pending.dropping():
+                for batch in batches:
+                    self.sweep.factors.begin_pass()
+                    self._forward(batch, teachers=teachers).loss.backward()  # type: ignore[no-untyped-call]
         if self.begun == "factors":
             self.sweep.rehearse()
         self.forget()

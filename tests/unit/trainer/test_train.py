@@ -19,6 +19,7 @@ from worker.cli.train import command
 from worker.config.hyperparameters import Hyperparameters
 from worker.data.examples import Example
 from worker.memory.plan import Way
+from worker.model.layers import layers_of
 from worker.testing.tiny_model import make_tiny
 from worker.trainer.factory import make_builder, make_trainer
 from worker.trainer.kernel_warmup import warm_up
@@ -146,6 +147,25 @@ def test_warm_up_changes_nothing(tiny_model: Path, examples: list[Example]) -> N
     for (name, ours), theirs in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert torch.equal(trainer.optimizer.area.memory, other.optimizer.area.memory)
+
+
+@pytest.mark.parametrize(("way", "launched"), [("burst", 4), ("streaming", 4), ("factors", 8)])
+def test_the_warm_up_of_shorter_rows_runs_a_few_layers(tmp_path: Path, way: Way, launched: int) -> None:
+    """One of each kind at least; by factors all, for all are wanted. The longest row runs through all."""
+    torch_setup.prepare()
+    trainer = fresh(make_tiny(tmp_path / "m", layers=8), way=way)
+    ran: dict[str, set[int]] = {}
+
+    def tell(done: int, every: int, what: str) -> None:
+        ran[what] = set()
+
+    for number, layer in enumerate(layers_of(trainer.model)):
+        layer.register_forward_hook(lambda *_, number=number: ran[list(ran)[-1]].add(number))
+    warm_up(trainer, tell)
+    every = set(range(8))
+    assert ran == {
+        "256 tokens": every, "128 tokens": set(range(launched)), "optimizer": set(), "again": every, "ready": set()
+    }  # fmt: skip
 
 
 def weighing(example: Example, weight: float) -> Example:
