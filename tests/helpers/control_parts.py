@@ -50,6 +50,11 @@ class CountingEngine:
         await self._called(f"pause {mode} {'clear' if clear_cache else 'keep'}")
         self.paused = True
 
+    async def freeze(self) -> None:
+        """What `private_api.freezer_of` finds behind `pause_generation`."""
+        await self._called("freeze")
+        self.paused = True
+
     async def resume_generation(self) -> None:
         await self._called("resume")
         self.paused = False
@@ -99,8 +104,9 @@ class LocalServer:
 
     async def _start(self) -> None:
         rendering = {"chat_template": None, "template_kwargs": {}}
+        progress, freeze = lambda: dict(self.progress), self.engine.freeze
         self.control = Control(
-            self.engine, self.state, self.run_dir, rendering, self.policy, lambda: dict(self.progress), self._score
+            self.engine, self.state, self.run_dir, rendering, self.policy, progress, self._score, freeze
         )
         await self.control.start()
 

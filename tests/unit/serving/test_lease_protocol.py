@@ -28,7 +28,7 @@ from worker.serving.vllm import control_server, engine
 from worker.serving.vllm.worker_extension import TandemWorkerExtension
 from worker.utils import unix_socket
 
-PAUSED_CALLS = ["pause keep keep", "is_paused", "tandem_synchronize"]
+PAUSED_CALLS = ["freeze", "is_paused", "tandem_synchronize"]
 RECOMPUTED_CALLS = ["pause keep clear", "is_paused", "reset_prefix_cache", "tandem_synchronize"]
 
 
@@ -155,6 +155,22 @@ def test_requests_run_again_only_once_the_server_knows_its_version(server: Local
     server.header.finish(1)
     trainer.resume(1)
     assert known == [(1, "paused")]
+
+
+def test_what_was_made_before_a_pause_is_handed_over_under_its_own_version(
+    server: LocalServer, trainer: ServerControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer has the weights at once; only the next version waits."""
+    monkeypatch.setattr(engine, "OUTPUT_SECONDS", 0.3)
+    frozen: list[float] = []
+    server.engine.on["freeze"] = lambda: frozen.append(time.monotonic())
+    trainer.pause()
+    server.header.begin(trainer.fence)
+    server.header.finish(1)
+    assert server.state.version == 0
+    server.engine.on["resume"] = lambda: frozen.append(time.monotonic())
+    trainer.resume(1)
+    assert frozen[1] - frozen[0] >= 0.3 and server.state.version == 1
 
 
 def test_the_device_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,12 +364,12 @@ def test_the_next_trainer_waits_for_what_a_killed_one_asked_for_last(
 ) -> None:
     """Killed while its pause waited for the engine's step: that is over before the server sees that it has gone."""
     over, clock = threading.Event(), [0.0]
-    server.engine.fail["pause keep keep"] = asyncio.to_thread(over.wait)
+    server.engine.fail["freeze"] = asyncio.to_thread(over.wait)
     with unix_socket.connect(str(server.run_dir / "control.sock"), PATIENCE) as killed:
         unix_socket.send(killed, {"op": "hello", "name": "killed"})
         assert "error" not in (unix_socket.receive(killed) or {})
         unix_socket.send(killed, {"op": "pause", "seconds": 1000.0})
-        until(lambda: "pause keep keep" in server.engine.calls, "ask the engine")
+        until(lambda: "freeze" in server.engine.calls, "ask the engine")
     monkeypatch.setattr(control_client, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
     second = ServerControl(server.run_dir, "second")
     with ThreadPoolExecutor() as pool:

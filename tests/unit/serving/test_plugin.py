@@ -165,6 +165,40 @@ assert progress() == {"a": 7, "b": 7}, "those that may run, the oldest first"
 """
 
 
+FREEZES = """
+import asyncio
+from types import SimpleNamespace as Made
+from worker.utils import torch_setup
+torch_setup.prepare()
+from worker.serving.vllm import private_api
+
+asked = []
+
+class Core:
+    async def pause_scheduler_async(self, mode="abort", clear_cache=True):
+        asked.append((mode, clear_cache))
+
+asyncio.run(private_api.freezer_of(Made(engine_core=Core()))())
+assert asked == [("keep", False)], asked
+
+class Moved:
+    async def pause_scheduler_async(self, mode="abort"):
+        raise AssertionError
+
+for core in (Moved(), Made()):
+    try:
+        private_api.freezer_of(Made(engine_core=core))
+    except private_api.VllmChangedError as error:
+        assert "engine_core.pause_scheduler_async(mode, clear_cache)" in str(error)
+    else:
+        raise AssertionError("nothing was said")
+"""
+
+
+def test_the_engine_is_paused_where_vllm_does_it_and_a_vllm_that_does_so_elsewhere_is_refused() -> None:
+    run(FREEZES, TANDEM_SERVE="1")
+
+
 def test_every_request_is_salted_where_vllm_hands_it_over_and_a_vllm_that_does_so_elsewhere_is_refused() -> None:
     run(SALTS, TANDEM_SERVE="1")
 

@@ -5,7 +5,9 @@ Must not know: the header. Uses of vLLM's EngineClient are its public methods; w
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from worker.serving.cache_policy import CachePolicy
@@ -14,18 +16,29 @@ from worker.serving.vllm.recomputation import Recomputation
 
 logger = logging.getLogger("vllm.tandem")
 
+OUTPUT_SECONDS = 0.02
+"""From the engine's last step to when what it made there has reached those who ask: as vLLM's own pause allows for."""
+
 
 class Engine:
     """vLLM's engine behind `client` (an EngineClient).
 
     policy: what an update does to running requests. progress: the tokens that each request inside the engine has
-    made.
+    made. freeze: has running requests stand still with all that they have computed; by default the client's pause.
     """
 
-    def __init__(self, client: Any, policy: CachePolicy, progress: Callable[[], dict[str, int]]) -> None:
+    def __init__(
+        self,
+        client: Any,
+        policy: CachePolicy,
+        progress: Callable[[], dict[str, int]],
+        freeze: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._client = client
         self._policy = policy
         self._progress = progress
+        self._freeze = freeze or partial(client.pause_generation, mode="keep", clear_cache=False)
+        self._stands_since = 0.0  # or stood
         self._recomputation = Recomputation(progress)
 
     @property
@@ -49,13 +62,22 @@ class Engine:
         await _bounded("pause", self._pause(recompute or self._policy.recompute))
 
     async def _pause(self, recompute: bool) -> None:
-        await self._client.pause_generation(mode="keep", clear_cache=recompute)
+        if recompute:
+            await self._client.pause_generation(mode="keep", clear_cache=True)
+        else:
+            await self._freeze()
+        self._stands_since = time.monotonic()
         if not await self._client.is_paused():
             raise ControlError("vLLM reports that it is running")
         # 0.26 ignores a failed reset inside pause; with nothing running, resetting again shows it.
         if recompute and await self._client.reset_prefix_cache() is False:
             raise ControlError("vLLM's prefix cache could not be reset and holds states of the old weights")
         await self._client.collective_rpc("tandem_synchronize")
+
+    async def handed_over(self) -> None:
+        """Return when all that was made before the last `pause` has had the time to reach those who ask. An update
+        takes longer, but for the smallest models'."""
+        await asyncio.sleep(max(0.0, self._stands_since + OUTPUT_SECONDS - time.monotonic()))
 
     async def resume(self, *, updated: bool = False) -> None:
         """Let the frozen requests go on; updated: under other weights."""

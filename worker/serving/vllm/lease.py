@@ -240,6 +240,7 @@ class Leases:
     async def _go_on(self, header: dict[str, Any], rebuilt: bool) -> None:
         """Resume under the header's version, which whoever is answered from here on is told."""
         self._end()
+        await self._engine.handed_over()
         self._state.lineage = header["lineage"]
         self._state.take(header["version"], rebuilt)
         await self._engine.resume(updated=True)

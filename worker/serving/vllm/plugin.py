@@ -125,8 +125,8 @@ class TandemEndpoints:
             raw = wanted.record > 0 and private_api.watch_samples(engine_client, CURRENT.get, wanted.logprobs)
             self._feedback.start(raw)
         progress = private_api.progress_of(engine_client)
-        score = private_api.scorer_of(engine_client)
-        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress, score)
+        score, freeze = private_api.scorer_of(engine_client), private_api.freezer_of(engine_client)
+        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress, score, freeze)
         path = await self._control.start()
         logger.info("tandem: version %d, control socket %s", header["version"], path)
 

@@ -213,6 +213,20 @@ def watch_samples(engine_client: Any, current: Callable[[], Any], logprobs: bool
     return raw
 
 
+def freezer_of(engine_client: Any) -> Callable[[], Awaitable[None]]:
+    """A function that does what `EngineClient.pause_generation(mode="keep", clear_cache=False)` does, but for the 20 ms
+    that this then sleeps: the engine would stand still for them. VllmChangedError where vLLM's pause is another one."""
+    core = getattr(engine_client, "engine_core", None)
+    pause = getattr(core, "pause_scheduler_async", None)
+    if pause is None or list(inspect.signature(pause).parameters) != ["mode", "clear_cache"]:
+        raise _changed("engine_core.pause_scheduler_async(mode, clear_cache)")
+
+    async def freeze() -> None:
+        await pause(mode="keep", clear_cache=False)
+
+    return freeze
+
+
 def scorer_of(engine_client: Any) -> Callable[[list[int]], Awaitable[list[float]]]:
     """A function that gives the engine's own log-probability of every token but the first of a row, in nats.
 
