@@ -181,7 +181,8 @@ def _memory(watch: ProcessWatch, worker: Worker | None) -> dict[str, float]:
 
 
 def _judge(part: Part) -> None:
-    """What the part's medians say beside alone, and what must hold."""
+    """What the part's medians say beside alone, and what must hold. Prompt tokens/s tell what tokens/s miss: of answers
+    that begin or end outside of the seconds that are counted, only a part is counted."""
     alone, training = part.figures.get(ALONE), part.figures.get(TRAINING)
     part.check("no request failed", not any(row["failed"] for row in (alone, training) if row))
     if training is None:
@@ -190,7 +191,14 @@ def _judge(part: Part) -> None:
     part.check("every transcript became live", training["live"] == training["sent"])
     if alone is None:
         return
-    names = {"tokens_per_s": "tokens/s", "itl_p99": "p99 gap", "first_token_p50": "first token"}
+    names = {
+        "tokens_per_s": "tokens/s",
+        "prompt_tokens_per_s": "prompt tokens/s",
+        "itl_p99": "p99 gap",
+        "first_token_p50": "first token",
+    }
+    for row in (alone, training):
+        row["prompt_tokens_per_s"] = row["prompt_tokens"] / row["seconds"]
     part["times alone"] = {said: training[name] / alone[name] for name, said in names.items() if alone[name]}
     part["p99.9 above alone"] = training["itl_p999"] - alone["itl_p999"]
 
