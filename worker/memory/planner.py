@@ -7,7 +7,7 @@ Invariant: more tokens never need less.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -122,6 +122,12 @@ def layers_kept(config: Sizes, tokens: int, free_bytes: int, *, way: Way, **cost
     `make_plan`."""
     at = partial(make_plan, config, tokens, way=way, **costs)
     return max((kept for kept in range(len(config.layers) + 1) if at(kept=kept).total <= free_bytes), default=0)
+
+
+def within_longest(planned: Mapping[int, int]) -> tuple[int, ...]:
+    """planned: the bytes of rows, by their tokens. Those rows, in tokens, that take no more than the longest one. A
+    shorter one may take more, since more of its layers keep their activations."""
+    return tuple(tokens for tokens, total in planned.items() if total <= planned[max(planned)])
 
 
 def longest_by_factors(config: Sizes, sizes: Sequence[int], free_bytes: int, **costs: Any) -> int:

@@ -46,7 +46,8 @@ def types_of(model: Any) -> list[str | None]:
 
 
 def kinds_of(model: Any) -> list[Hashable]:
-    """Of each layer: layers of one kind are equal in class, shapes and type, and run the same kernels."""
+    """Of each layer: layers of one kind are equal in class, shapes and type. They run the same kernels, but for what a
+    class leaves out of some by their number (rotary positions in SmolLM3)."""
     layers = layers_of(model)
     shapes = [tuple((name, tuple(one.shape)) for name, one in layer.named_parameters()) for layer in layers]
     return list(zip(map(type, layers), shapes, types_of(model), strict=True))

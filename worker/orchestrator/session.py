@@ -130,7 +130,7 @@ def open_session(
             for report in mend_weights(manager, control, known, new_lineage=new_lineage):
                 tell(report)
         trainer = make(h)
-        warm(trainer, chosen.replayed, chosen.lent)
+        warm(trainer, chosen)
         if weights.header.state == CLEAN:  # a torn server, which is brought up later, computes nothing
             prove(trainer, weights, control, tokenizer, ranks)
         yield Session(control, weights, manager, builder, trainer, h, settings, ranks)

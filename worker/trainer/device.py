@@ -5,7 +5,7 @@
     chosen = choose_way(model, path, h, settings, max_tokens, device)    # logs the plan; fuses the model
     room = room_of(settings, devices, group_bytes)                    # of a model that is divided over `devices`
     chosen = choose_way(..., divided=Divided(len(devices), room))     # the same on every rank
-    warm(trainer, chosen.replayed)                                    # says how far it is; logs what it cost
+    warm(trainer, chosen)                                             # says how far it is; logs what it cost
 
 On a CPU there is nothing to plan, and transformers' own code runs as it is, with an attention that knows all that the
 model's layers ask for. Must not know: Redis, the header, versions.
@@ -31,7 +31,7 @@ from worker.config.update_options import ApplySettings
 from worker.data.batch_capacity import sizes_up_to
 from worker.memory.divided import divided as part_of
 from worker.memory.graphs import NO_GRAPHS, Graphs, graphs_beside
-from worker.memory.plan import Way, gigabytes
+from worker.memory.plan import Plan, Way, gigabytes
 from worker.memory.planner import (
     CONTEXT_BYTES,
     SERVER_MEMORY,
@@ -40,6 +40,7 @@ from worker.memory.planner import (
     layers_kept,
     longest_by_factors,
     make_plan,
+    within_longest,
 )
 from worker.memory.traced_sizes import NOT_SEEN, Sizes, has_been_captured, has_run
 from worker.model import fuse, settle_attention
@@ -64,6 +65,7 @@ class Chosen:
 
     by_factors: in streaming, rows of up to so many tokens go by factors. replayed: rows of which CUDA graphs are made.
     lent: bytes of these that long rows use. places: the most sequences of a row that goes by factors (0: any number).
+    within_longest: rows for which no more memory is planned than for the longest one.
     """
 
     way: Way
@@ -72,6 +74,7 @@ class Chosen:
     replayed: tuple[int, ...] = ()
     lent: int = 0
     places: int = 0
+    within_longest: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,11 @@ def choose_way(
             return graphs.kept
         return beside(tokens, way=way_of(tokens))
 
+    def plan_of(tokens: int) -> Plan:
+        return make_plan(config, tokens, way=way_of(tokens), kept=kept(tokens), **costs)
+
     for tokens in [budget, *([by_factors] if 0 < by_factors < budget and not graphs.lent else [])]:
-        shown = make_plan(config, tokens, way=way_of(tokens), kept=kept(tokens), **costs)
+        shown = plan_of(tokens)
         if graphs.rows:
             shown = shown.with_graphs(graphs.held, graphs.rows)
         for line in shown.within(may).render(whole):
@@ -164,7 +170,8 @@ def choose_way(
     if divided is None:
         _say(config, by_factors, graphs, wanted=settings.graphs == "auto")
     fuse(model, kept)
-    return Chosen(plan.way, budget, by_factors, graphs.rows, graphs.lent, places)
+    shorter = within_longest({size: plan_of(size).total for size in sizes})
+    return Chosen(plan.way, budget, by_factors, graphs.rows, graphs.lent, places, shorter)
 
 
 def room_of(settings: ApplySettings, devices: Sequence[torch.device], group_bytes: int) -> int:
@@ -216,16 +223,15 @@ def compiling(device: torch.device) -> Iterator[tuple[Compiled, Tuned]]:
         yield compiled, tuned
 
 
-def warm(trainer: Trainer, replayed: Sequence[int] = (), lent: int = 0) -> None:
-    """On a GPU, run every shape once, and make graphs of rows of `replayed` tokens, which lend `lent` bytes to longer
-    ones; says how far it is."""
+def warm(trainer: Trainer, chosen: Chosen) -> None:
+    """On a GPU, run every shape once, and make the graphs that `chosen` says; says how far it is."""
     if trainer.device.type == "cpu":
         return
     with progress("warm-up", unit="shapes") as shown:
         torch.cuda.reset_peak_memory_stats(trainer.device)
         try:
             with compiling(trainer.device) as (compiled, tuned):
-                report = warm_up(trainer, shown.at, replayed, lent)
+                report = warm_up(trainer, shown.at, chosen.replayed, chosen.lent, chosen.within_longest)
         except torch.OutOfMemoryError as error:
             raise MemoryPlanError(_too_little(error)) from error
     gc.collect()

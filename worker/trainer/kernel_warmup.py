@@ -33,17 +33,23 @@ class WarmUp:
 
 
 def warm_up(
-    trainer: Trainer, tell: Tell = lambda done, all, what: None, replayed: Sequence[int] = (), lent: int = 0
+    trainer: Trainer,
+    tell: Tell = lambda done, all, what: None,
+    replayed: Sequence[int] = (),
+    lent: int = 0,
+    within_longest: Sequence[int] = (),
 ) -> WarmUp:
     """Forward and backward of every row length, largest first (out of memory shows at once), then the optimizer; then,
-    when all that others keep is allocated, graphs of the rows of `replayed` tokens. Of the shorter rows that are
-    launched a few layers do: every kind of layer has its kernels. The longest row runs twice: first with a teacher,
-    whose kernels are those of every length, then without one, which says what a token takes. lent: bytes of the graphs'
-    memory that the longest row uses from then on, and already the second time, when it is watched: raises
-    `LentMemoryError` where what stands there does not stay."""
+    when all that others keep is allocated, graphs of the rows of `replayed` tokens. The longest row runs twice: first
+    with a teacher, whose kernels are those of every length, then without one, which says what a token takes. lent:
+    bytes of the graphs' memory that the longest row uses from then on, and already the second time, when it is watched:
+    raises `LentMemoryError` where what stands there does not stay. within_longest: shorter rows that take no more
+    memory than the longest one. They run for their kernels alone, of which every kind of layer has its own: a few
+    layers do."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [(f"{longest} tokens", partial(_run, trainer, longest, taught=True))]
-    work += [(f"{size} tokens", partial(_run, trainer, size, few=True)) for size in shorter if size not in replayed]
+    launched = [size for size in shorter if size not in replayed]
+    work += [(f"{size} tokens", partial(_run, trainer, size, few=size in within_longest)) for size in launched]
     work.append(("optimizer", trainer.warm_optimizer))
     if replayed:
         work.append(("graphs", partial(trainer.capture, *replayed)))

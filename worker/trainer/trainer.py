@@ -181,8 +181,8 @@ class Trainer(ModelReader):
 
     def dry_run(self, examples: Sequence[Example], few_layers: bool = False) -> None:
         """All that a step over `examples` computes before it writes, and as much memory as it takes; nothing is written
-        or kept. Afterwards a step of the same shape takes nothing for the first time. few_layers: what all layers take
-        is known; of each kind one is computed, at least, for its kernels."""
+        or kept. Afterwards a step of the same shape takes nothing for the first time. few_layers: for the kernels, and
+        not for the memory: of each kind of layer one is computed, at least."""
         self.forget()
         self.pending.way = self.room.way_of(examples)
         with first_of_each_kind(self.model) if few_layers else nullcontext():

@@ -81,4 +81,5 @@ def test_torch_neither_ends_the_process_nor_sleeps_for_a_collective_that_was_end
     watch_alone()
     assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "1", "what the environment says stays"
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0", "the monitor sleeps 8 minutes after it has dumped"
     assert 4 * int(os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) < 1000, "milliseconds"

@@ -27,6 +27,7 @@ from worker.memory.planner import (
     longest_by_factors,
     make_plan,
     weight_bytes,
+    within_longest,
 )
 
 tokens = st.integers(1, 100_000)
@@ -155,6 +156,23 @@ def test_27b_by_factors_is_what_was_asked_for() -> None:
     assert layers_kept(config, 512, share, way="factors", **costs) > 40
     assert longest_by_factors(config, sizes_up_to(8192), 18 * GB, **costs) == 1024
     assert longest_by_factors(config, sizes_up_to(8192), 6 * GB, **costs) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "fewer"),
+    [("27B", 20.3, [256, 448, 512, 6144, 8192]), ("9B", 20.0, [256, 448, 512, 1024, 2048, 8192])],
+)
+def test_shorter_rows_take_more_than_the_longest_one_where_more_layers_keep_their_activations(
+    size: str, room: float, fewer: list[int]
+) -> None:
+    """Of rows in what is left to a worker beside a server."""
+    config, costs = config_of(size), {"embeddings": "apollo", "context_bytes": planner.CONTEXT_BYTES}
+    planned = {}
+    for tokens in sizes_up_to(8192):
+        kept = layers_kept(config, tokens, int(room * GB), way="streaming", **costs)
+        planned[tokens] = make_plan(config, tokens, way="streaming", kept=kept, **costs).total
+    assert max(planned.values()) > planned[8192]
+    assert list(within_longest(planned)) == fewer
 
 
 @given(configs, st.integers(0, 400 * GB))

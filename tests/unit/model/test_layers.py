@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from worker.model.layers import first_of_each_kind, kinds_of, layers_of
+from worker.model.layers import first_of_each_kind, kinds_of, layers_of, recompute
 from worker.testing.tiny_architectures import make_architecture
 from worker.utils import torch_setup
 
@@ -45,13 +45,20 @@ def test_the_first_layers_of_each_kind_are_a_model(
     assert len(kinds) == len(types) and len(set(kinds)) == len(set(types))
     ran: list[int] = []
     for number, layer in enumerate(layers_of(model)):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
     names, before = list(model.state_dict()), model(ROW).logits
     assert ran == list(range(len(types)))
     ran.clear()
     with first_of_each_kind(model):
         model(ROW).logits.sum().backward()
     assert ran == list(range(few))
+    model.train()
+    recompute(model, lambda tokens: len(types) - 1)  # as on a GPU: the first layer is computed again in backward
+    ran.clear()
+    with first_of_each_kind(model):
+        model(ROW).logits.sum().backward()
+    assert sorted(ran) == [0, *range(few)]
+    model.eval()
     assert list(model.state_dict()) == names
     assert torch.equal(model(ROW).logits, before)
 

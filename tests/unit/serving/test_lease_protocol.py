@@ -161,16 +161,22 @@ def test_what_was_made_before_a_pause_is_handed_over_under_its_own_version(
     server: LocalServer, trainer: ServerControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trainer has the weights at once; only the next version waits."""
+    wait, frozen, versions = engine.Engine.handed_over, [], []
+
+    async def watched(self: engine.Engine) -> None:
+        await wait(self)
+        assert time.monotonic() - frozen[0] >= engine.OUTPUT_SECONDS
+        versions.append(server.state.version)
+
     monkeypatch.setattr(engine, "OUTPUT_SECONDS", 0.3)
-    frozen: list[float] = []
+    monkeypatch.setattr(engine.Engine, "handed_over", watched)
     server.engine.on["freeze"] = lambda: frozen.append(time.monotonic())
     trainer.pause()
     server.header.begin(trainer.fence)
     server.header.finish(1)
-    assert server.state.version == 0
-    server.engine.on["resume"] = lambda: frozen.append(time.monotonic())
+    assert not versions
     trainer.resume(1)
-    assert frozen[1] - frozen[0] >= 0.3 and server.state.version == 1
+    assert versions == [0] and server.state.version == 1
 
 
 def test_the_device_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,9 +149,14 @@ def test_warm_up_changes_nothing(tiny_model: Path, examples: list[Example]) -> N
     assert torch.equal(trainer.optimizer.area.memory, other.optimizer.area.memory)
 
 
-@pytest.mark.parametrize(("way", "launched"), [("burst", 4), ("streaming", 4), ("factors", 8)])
-def test_the_warm_up_of_shorter_rows_runs_a_few_layers(tmp_path: Path, way: Way, launched: int) -> None:
-    """One of each kind at least; by factors all, for all are wanted. The longest row runs through all."""
+@pytest.mark.parametrize(
+    ("way", "within", "launched"),
+    [("burst", (128, 256), 4), ("streaming", (128,), 4), ("factors", (128,), 8), ("streaming", (256,), 8)],
+)
+def test_the_warm_up_of_rows_that_take_less_than_the_longest_one_runs_a_few_layers(
+    tmp_path: Path, way: Way, within: tuple[int, ...], launched: int
+) -> None:
+    """One of each kind at least; by factors all, for all are wanted. What may take more runs through all."""
     torch_setup.prepare()
     trainer = fresh(make_tiny(tmp_path / "m", layers=8), way=way)
     ran: dict[str, set[int]] = {}
@@ -161,7 +166,7 @@ def test_the_warm_up_of_shorter_rows_runs_a_few_layers(tmp_path: Path, way: Way,
 
     for number, layer in enumerate(layers_of(trainer.model)):
         layer.register_forward_hook(lambda *_, number=number: ran[list(ran)[-1]].add(number))
-    warm_up(trainer, tell)
+    warm_up(trainer, tell, within_longest=within)
     every = set(range(8))
     assert ran == {
         "256 tokens": every, "128 tokens": set(range(launched)), "optimizer": set(), "again": every, "ready": set()

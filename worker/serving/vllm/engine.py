@@ -7,7 +7,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from worker.serving.cache_policy import CachePolicy
@@ -24,7 +23,8 @@ class Engine:
     """vLLM's engine behind `client` (an EngineClient).
 
     policy: what an update does to running requests. progress: the tokens that each request inside the engine has
-    made. freeze: has running requests stand still with all that they have computed; by default the client's pause.
+    made. freeze: has running requests stand still with all that they have computed, at once; without it the client's
+    pause does, which then sleeps.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class Engine:
         self._client = client
         self._policy = policy
         self._progress = progress
-        self._freeze = freeze or partial(client.pause_generation, mode="keep", clear_cache=False)
-        self._stands_since = 0.0  # or stood
+        self._freeze = freeze
+        self._handed_over = 0.0
+        """When what was made before the last pause has reached those who ask; of time.monotonic()."""
         self._recomputation = Recomputation(progress)
 
     @property
@@ -62,11 +63,11 @@ class Engine:
         await _bounded("pause", self._pause(recompute or self._policy.recompute))
 
     async def _pause(self, recompute: bool) -> None:
-        if recompute:
-            await self._client.pause_generation(mode="keep", clear_cache=True)
+        if recompute or self._freeze is None:
+            await self._client.pause_generation(mode="keep", clear_cache=recompute)
         else:
             await self._freeze()
-        self._stands_since = time.monotonic()
+            self._handed_over = time.monotonic() + OUTPUT_SECONDS
         if not await self._client.is_paused():
             raise ControlError("vLLM reports that it is running")
         # 0.26 ignores a failed reset inside pause; with nothing running, resetting again shows it.
@@ -77,7 +78,7 @@ class Engine:
     async def handed_over(self) -> None:
         """Return when all that was made before the last `pause` has had the time to reach those who ask. An update
         takes longer, but for the smallest models'."""
-        await asyncio.sleep(max(0.0, self._stands_since + OUTPUT_SECONDS - time.monotonic()))
+        await asyncio.sleep(max(0.0, self._handed_over - time.monotonic()))
 
     async def resume(self, *, updated: bool = False) -> None:
         """Let the frozen requests go on; updated: under other weights."""
