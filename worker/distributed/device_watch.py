@@ -32,10 +32,10 @@ TORCH_WATCHES = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
 }
-"""torch's own watches of NCCL. The first two end the process. The third, once it has seen a member's failure, writes
-what the collectives were to a file and then sleeps 8 minutes, while whoever closes the group waits for it. Of the
-fourth, four times as long is slept for each collective that was ended, also where no file is written: 60 s by default
-(torch 2.11; both waits seen on two H200)."""
+"""torch's own watches of NCCL. The first two end the process. With the third, torch's monitor writes what the
+collectives were to a file once a member has failed, and then sleeps 8 minutes by its source, while whoever closes the
+group waits for it. Of the fourth, four times as long is slept for each collective that was ended, also where no file is
+written: 60 s by default (torch 2.11; both waits seen on two H200, the first for over a minute)."""
 
 
 def watch_alone() -> None:

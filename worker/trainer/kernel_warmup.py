@@ -45,11 +45,12 @@ def warm_up(
     bytes of the graphs' memory that the longest row uses from then on, and already the second time, when it is watched:
     raises `LentMemoryError` where what stands there does not stay. within_longest: shorter rows that take no more
     memory than the longest one. They run for their kernels alone, of which every kind of layer has its own: a few
-    layers do."""
+    layers do, but by factors, which are wanted of all."""
     longest, *shorter = sorted(trainer.sizes, reverse=True)
     work: list[tuple[str, Callable[[], object]]] = [(f"{longest} tokens", partial(_run, trainer, longest, taught=True))]
     launched = [size for size in shorter if size not in replayed]
-    work += [(f"{size} tokens", partial(_run, trainer, size, few=size in within_longest)) for size in launched]
+    few = {size for size in launched if size in within_longest and trainer.room.way_of_row(size) != "factors"}
+    work += [(f"{size} tokens", partial(_run, trainer, size, few_layers=size in few)) for size in launched]
     work.append(("optimizer", trainer.warm_optimizer))
     if replayed:
         work.append(("graphs", partial(trainer.capture, *replayed)))
@@ -79,10 +80,9 @@ def _run_watched(trainer: Trainer, size: int) -> None:
         _run(trainer, size)
 
 
-def _run(trainer: Trainer, size: int, taught: bool = False, few: bool = False) -> None:
+def _run(trainer: Trainer, size: int, taught: bool = False, few_layers: bool = False) -> None:
     """One forward and backward over a row of `size` tokens: two sequences, every token trained. taught: with a pass of
-    their teacher over the same row before it. few: by few layers, unless their factors are kept, which are wanted of
-    all."""
+    their teacher over the same row before it."""
     cut = size // 3
     words = trainer.head.words
     ids = tuple((7 * i + 1) % words for i in range(size))
@@ -90,4 +90,4 @@ def _run(trainer: Trainer, size: int, taught: bool = False, few: bool = False) -
     sequences = (TokenSequence(ids[:cut], mask[:cut]), TokenSequence(ids[cut:], mask[: size - cut]))
     plain = Example("warm-up", sequences, 1.0, {})
     row = [replace(plain, kind="comment", teachers=sequences) if taught else plain]
-    trainer.dry_run(row, few_layers=few and trainer.room.way_of(row) != "factors")
+    trainer.dry_run(row, few_layers)
