@@ -95,7 +95,8 @@ class Sockets:
 
     async def _serve(self, started: threading.Event) -> None:
         state = ServerState("b" * 32, 0)
-        self.control = Control(self.engine, state, self.run_dir, {"chat_template": None, "template_kwargs": {}})
+        rendering = {"chat_template": None, "template_kwargs": {}}
+        self.control = Control(self.engine, state, self.run_dir, rendering, self.engine.freeze)
         await self.control.start()
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         started.set()

@@ -106,7 +106,7 @@ class LocalServer:
         rendering = {"chat_template": None, "template_kwargs": {}}
         progress, freeze = lambda: dict(self.progress), self.engine.freeze
         self.control = Control(
-            self.engine, self.state, self.run_dir, rendering, self.policy, progress, self._score, freeze
+            self.engine, self.state, self.run_dir, rendering, freeze, self.policy, progress, self._score
         )
         await self.control.start()
 

@@ -56,6 +56,9 @@ class Engine:
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
         self.paused = True
 
+    async def freeze(self) -> None:
+        self.paused = True
+
     async def resume_generation(self) -> None:
         self.paused = False
         self.goes_on()
@@ -163,9 +166,8 @@ async def serve(answers: dict[str, Any], score: Any, run_dir: Path) -> None:
     if running:
         state.lost_prefixes = LostPrefixes(LEAST_BLOCK, 10**6)
     prompt = range(2 * LEAST_BLOCK + 1)
-    control = Control(
-        Engine(lambda: state.salt(None, prompt)), state, run_dir, rendering, progress=lambda: running, score=score
-    )
+    engine = Engine(lambda: state.salt(None, prompt))
+    control = Control(engine, state, run_dir, rendering, engine.freeze, progress=lambda: running, score=score)
     await control.start()
     print("ready", flush=True)
     await asyncio.Event().wait()

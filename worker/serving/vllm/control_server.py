@@ -54,7 +54,7 @@ class Connection:
 class Control:
     """Serves control.sock for `engine` (a vLLM EngineClient), on the event loop it is started on.
 
-    policy, progress, freeze: as `Engine` takes them. score: the engine's; without it no trainer can prove what it
+    freeze, policy, progress: as `Engine` takes them. score: the engine's; without it no trainer can prove what it
     trains.
     """
 
@@ -64,15 +64,15 @@ class Control:
         state: ServerState,
         run_dir: Path,
         rendering: dict[str, Any],
+        freeze: Callable[[], Awaitable[None]],
         policy: CachePolicy = CachePolicy(),  # noqa: B008  (frozen)
         progress: Callable[[], dict[str, int]] = dict,
         score: Score | None = None,
-        freeze: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._state = state
         self._run_dir = run_dir
         self._rendering = rendering
-        self._leases = Leases(Engine(engine, policy, progress, freeze), state, run_dir)
+        self._leases = Leases(Engine(engine, freeze, policy, progress), state, run_dir)
         self._trainer: Connection | None = None
         self._connections = 0
         self._turn = self._leases.turn

@@ -22,17 +22,17 @@ OUTPUT_SECONDS = 0.02
 class Engine:
     """vLLM's engine behind `client` (an EngineClient).
 
-    policy: what an update does to running requests. progress: the tokens that each request inside the engine has
-    made. freeze: has running requests stand still with all that they have computed, at once; without it the client's
-    pause does, which then sleeps.
+    freeze: has running requests stand still with all that they have computed, at once: the client's own pause sleeps
+    then. policy: what an update does to running requests. progress: the tokens that each request inside the engine
+    has made.
     """
 
     def __init__(
         self,
         client: Any,
+        freeze: Callable[[], Awaitable[None]],
         policy: CachePolicy,
         progress: Callable[[], dict[str, int]],
-        freeze: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._client = client
         self._policy = policy
@@ -63,8 +63,8 @@ class Engine:
         await _bounded("pause", self._pause(recompute or self._policy.recompute))
 
     async def _pause(self, recompute: bool) -> None:
-        if recompute or self._freeze is None:
-            await self._client.pause_generation(mode="keep", clear_cache=recompute)
+        if recompute:
+            await self._client.pause_generation(mode="keep", clear_cache=True)
         else:
             await self._freeze()
             self._handed_over = time.monotonic() + OUTPUT_SECONDS

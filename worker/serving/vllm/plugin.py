@@ -126,7 +126,7 @@ class TandemEndpoints:
             self._feedback.start(raw)
         progress = private_api.progress_of(engine_client)
         score, freeze = private_api.scorer_of(engine_client), private_api.freezer_of(engine_client)
-        self._control = Control(engine_client, server, run_dir, rendering(args), policy, progress, score, freeze)
+        self._control = Control(engine_client, server, run_dir, rendering(args), freeze, policy, progress, score)
         path = await self._control.start()
         logger.info("tandem: version %d, control socket %s", header["version"], path)
 
