@@ -45,6 +45,9 @@ from worker.utils import torch_setup
 torch_setup.prepare()
 import vllm._custom_ops as ops
 
+from worker.serving.vllm import private_api
+flag = private_api.packed_flag(ops.causal_conv1d_fwd_cpu)
+
 # As vLLM calls the convolution in a prefill: first as it is, with a packed weight.
 def convolve(weight, tokens=24):
     torch.manual_seed(1)
@@ -53,7 +56,7 @@ def convolve(weight, tokens=24):
         x=rows.t(), weight=weight, bias=None,
         conv_states=torch.zeros(2, 3, 256, dtype=torch.bfloat16).transpose(1, 2),
         query_start_loc=torch.tensor([0, tokens]).int(), cache_indices=torch.tensor([1], dtype=torch.int32),
-        has_initial_state=torch.tensor([False]), silu_activation=True, is_weight_packed=True,
+        has_initial_state=torch.tensor([False]), silu_activation=True, **{flag: True},
     )
 
 weight = torch.randn(256, 1, 4, dtype=torch.bfloat16)
