@@ -10,6 +10,8 @@ from chaos_processes import Forked
 from durable_parts import QUIET, Site
 
 KEPT = Path(__file__).parents[1] / "data" / "state_format_1"
+MADE_ON = "AuthenticAMD"
+"""Whose CPUs: these journals do not say it. On Intel's the bits are others."""
 
 
 def expected(name: str) -> dict[int, dict[str, Any]]:
@@ -32,7 +34,8 @@ def rebuild_all(run_dir: str, state: str, versions: list[int], answer: str) -> N
     with open_session(Path(run_dir), "all", Hyperparameters(), state_dir=Path(state)) as session:
         manager, rebuilder, weights = session.manager, session.manager.rebuilder, session.weights
         facts, lineage = manager.journal.read(1).facts, weights.header.lineage
-        same = replay.differences(facts, replay.facts(weights.state.device)) == []
+        now = replay.facts(weights.state.device)
+        same = replay.differences(facts, now) == [] and now["cpu"].startswith(MADE_ON)
 
         def make(version: int) -> None:
             plan = rebuilder.plan(version)

@@ -2,15 +2,17 @@
 
 Must not know: Redis, vLLM, sockets.
 Invariants: a batch that is trained again goes through the same trainer as the first time, from the very tokens of the
-first time; every random draw follows from the seed and the optimizer's step. On a CPU, with the threads and the torch
-of the record, the weights are the same bit for bit; `differences` names what is not as it was.
+first time; every random draw follows from the seed and the optimizer's step. On a CPU of the same kind, with the
+threads and the torch of the record, the weights are the same bit for bit; `differences` names what is not as it was.
 """
 
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,13 @@ from worker.trainer.weighting import RULES, Rule
 
 ALONE = {"ranks": 1}
 """What is not said of a trainer in one process."""
+LATER = ("cpu",)
+"""What the first journals do not say; nothing is known of it then."""
+CPU_INFO = Path("/proc/cpuinfo")
+KIND_OF_CPU = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+"""How `CPU_INFO` names it, on x86 and on ARM."""
+ONEDNN_ISA = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Environment variables of oneDNN: the newest instructions that it uses."""
 
 
 def facts(device: torch.device, ranks: int = 1) -> dict[str, Any]:
@@ -39,14 +48,26 @@ def facts(device: torch.device, ranks: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        **({"cpu": _kind_of_cpu()} if device.type == "cpu" else {}),
         **({"ranks": ranks} if ranks > 1 else {}),
     }
+
+
+def _kind_of_cpu() -> str:
+    """Vendor, family and model of the first CPU, and what oneDNN may use of it: by these oneDNN and MKL choose kernels,
+    which add up in orders of their own. Seen: an Intel with AMX and an AMD, both of capability AVX512, differ."""
+    first = CPU_INFO.read_text().split("\n\n")[0] if CPU_INFO.exists() else ""
+    said = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    found = {name.strip(): value.strip() for name, value in said.items()}
+    parts = [found[name] for name in KIND_OF_CPU if name in found]
+    return " ".join([*parts, *(f"up to {os.environ[name]}" for name in ONEDNN_ISA if name in os.environ)])
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has changed since the record, but for threads, which a replay sets as they were."""
     was, here = ALONE | dict(then), ALONE | dict(now)
-    names = [name for name in here if name != "threads" and was.get(name) != here[name]]
+    said = [name for name in here if name != "threads" and (name in was or name not in LATER)]
+    names = [name for name in said if was.get(name) != here[name]]
     return [f"{name} was {was.get(name)} and is {here[name]}" for name in names]
 
 

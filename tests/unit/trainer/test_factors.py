@@ -151,7 +151,8 @@ def test_a_norm_from_gram_matrices_is_that_of_the_product(split: int, looked_up:
 
 
 def test_terms_that_cancel_are_summed_in_fp32() -> None:
-    """A gradient far smaller than its tokens' shares of it: Gram matrices in bf16 would give noise."""
+    """A gradient far smaller than its tokens' shares of it: Gram matrices in bf16 would give noise. In fp32 errors of a
+    millionth are .004 of squares that cancel 900 times: .002 of the norm on an Intel, less than .001 on an AMD."""
     factors, more = random_factors(16, 300, 200), random_factors(16, 301, 200)
     product, rest = factors.passes[0][0][0], more.passes[0][0][0].left[:, :300]
     left = torch.cat([product.left, rest / 64 - product.left])
@@ -159,7 +160,7 @@ def test_terms_that_cancel_are_summed_in_fp32() -> None:
     exact = float((left.double().T @ product.right.repeat(2, 1).double()).norm())
     assert exact < float((product.left.double().T @ product.right.double()).norm()) / 30
     squares = cancelling.squares()
-    assert squares is not None and math.sqrt(float(squares)) == pytest.approx(exact, rel=1e-3)
+    assert squares is not None and math.sqrt(float(squares)) == pytest.approx(exact, rel=0.01)
 
 
 def test_where_the_product_is_cheaper_there_is_no_gram_matrix() -> None:
