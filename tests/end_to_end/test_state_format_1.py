@@ -11,7 +11,7 @@ from durable_parts import QUIET, Site
 
 KEPT = Path(__file__).parents[1] / "data" / "state_format_1"
 MADE_ON = "AuthenticAMD"
-"""Whose CPUs: these journals do not say it. On Intel's the bits are others."""
+"""Whose CPUs, by all that is known: these journals do not say it. An Intel with AMX makes other bits."""
 
 
 def expected(name: str) -> dict[int, dict[str, Any]]:

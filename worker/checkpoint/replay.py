@@ -55,7 +55,7 @@ def facts(device: torch.device, ranks: int = 1) -> dict[str, Any]:
 
 def _kind_of_cpu() -> str:
     """Vendor, family and model of the first CPU, and what oneDNN may use of it: by these oneDNN and MKL choose kernels,
-    which add up in orders of their own. Seen: an Intel with AMX and an AMD, both of capability AVX512, differ."""
+    which add up in orders of their own. Seen: an Intel of capability AVX512 does not repeat what others of it made."""
     first = CPU_INFO.read_text().split("\n\n")[0] if CPU_INFO.exists() else ""
     said = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     found = {name.strip(): value.strip() for name, value in said.items()}

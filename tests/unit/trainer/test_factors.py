@@ -152,7 +152,7 @@ def test_a_norm_from_gram_matrices_is_that_of_the_product(split: int, looked_up:
 
 def test_terms_that_cancel_are_summed_in_fp32() -> None:
     """A gradient far smaller than its tokens' shares of it: Gram matrices in bf16 would give noise. In fp32 errors of a
-    millionth are .004 of squares that cancel 900 times: .002 of the norm on an Intel, less than .001 on an AMD."""
+    millionth are .004 of squares that cancel 900 times: .002 of the norm on one CPU, less than .001 on another."""
     factors, more = random_factors(16, 300, 200), random_factors(16, 301, 200)
     product, rest = factors.passes[0][0][0], more.passes[0][0][0].left[:, :300]
     left = torch.cat([product.left, rest / 64 - product.left])
