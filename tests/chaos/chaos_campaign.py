@@ -263,7 +263,7 @@ class Campaign:
     def _drain(self) -> None:
         """Train what is left. Transcripts that failed because their worker died too often are requeued, and counted."""
         for _ in range(20):
-            worker = self.start()
+            worker = self.running()  # ready, so that the server is what it was, also where nothing is left to train
             until(lambda w=worker: self._idle() or not w.alive(), "the queue to be drained", timeout=1200, pace=0.1)
             self.manifests.collect()
             self._check_alive(worker)
